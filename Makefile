@@ -1,0 +1,35 @@
+# Every target sets itself up: a virtual environment in .venv with the pinned packages, made once and reused.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types doctest format clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+demo: $(READY)  ## train on real digits, race the solvers, draw the pictures (under five minutes on two cores)
+	$(BIN)/python examples/digits.py
+
+test: $(READY)  ## the laws
+	$(BIN)/python -m pytest -n auto
+
+doctest: $(READY)  ## the examples in the docstrings and the README
+	$(BIN)/python -m pytest --doctest-modules --doctest-glob=README.md scoresde README.md
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

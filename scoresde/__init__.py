@@ -1,0 +1,61 @@
+"""scoresde: continuous-time score-based generative models in three nouns.
+
+- an `SDE` is its pair of scales, x_t = alpha_t x_0 + sigma_t eps;
+- a `Denoiser` is what is known of x_0 given x_t, `Posterior(mean, var)`;
+- a solver (`scoresde.solvers`) turns a time `Grid` into a `Tableau`, and one loop runs it.
+
+`sample(denoiser, shape, solver, steps=20)` puts the three together.
+"""
+
+from importlib.metadata import version
+
+from scoresde.denoiser import (
+    Clip,
+    Denoiser,
+    DynamicThreshold,
+    EDMDenoiser,
+    EpsDenoiser,
+    NetworkDenoiser,
+    Posterior,
+    ScoreDenoiser,
+    VDenoiser,
+    VelocityDenoiser,
+    X0Denoiser,
+)
+from scoresde.grid import Grid
+from scoresde.noise import sample_seeds
+from scoresde.sampling import NonFiniteError, Solution, sample
+from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, SubVPSDE
+from scoresde.tableau import State, Tableau
+
+__version__ = version("scoresde")
+
+__all__ = [
+    "EDMSDE",
+    "SDE",
+    "VESDE",
+    "VPSDE",
+    "Clip",
+    "CosineVPSDE",
+    "DDPMChain",
+    "Denoiser",
+    "DynamicThreshold",
+    "EDMDenoiser",
+    "EpsDenoiser",
+    "FlowSDE",
+    "Grid",
+    "NetworkDenoiser",
+    "NonFiniteError",
+    "Posterior",
+    "ScoreDenoiser",
+    "Solution",
+    "State",
+    "SubVPSDE",
+    "Tableau",
+    "VDenoiser",
+    "VelocityDenoiser",
+    "X0Denoiser",
+    "__version__",
+    "sample",
+    "sample_seeds",
+]

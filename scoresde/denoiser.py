@@ -1,0 +1,420 @@
+"""Denoisers: what is known of x_0 given x_t = alpha x_0 + sigma eps.
+
+A denoiser returns `Posterior(mean, var)`, mean D = E[x_0 | x_t]. Everything else that a network can predict, or that a
+solver can step in, is an affine view of D. Each is written once, as the identity m F = k x + l D (`VIEWS`):
+
+    x0        F = D
+    eps       sigma   F = x - alpha D
+    score     sigma^2 F = -x + alpha D                                  (Tweedie: score = grad log p_t)
+    v         sigma   F = alpha x - (alpha^2 + sigma^2) D               (alpha eps - sigma x0; Salimans and Ho, 2022)
+    velocity  sigma   F = sigma' x + (alpha' sigma - alpha sigma') D    (dx/dt of the probability flow)
+
+Read for D it adapts a network, read for F it is a view. At sigma = 0 (m = 0) D tells nothing of eps, score, v and
+velocity; at alpha = 0 (l = 0) an eps or score network tells nothing of D. Both raise, where t is known on the host.
+
+A wrapper (clipping, thresholding, guidance, ...) takes a denoiser and is one again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scoresde.sde import SDE, Time, as_time, expand_like
+
+__all__ = [
+    "VIEWS",
+    "Clip",
+    "Denoiser",
+    "DynamicThreshold",
+    "EDMDenoiser",
+    "EpsDenoiser",
+    "NetworkDenoiser",
+    "Posterior",
+    "ScoreDenoiser",
+    "VDenoiser",
+    "VelocityDenoiser",
+    "X0Denoiser",
+]
+
+Affine = tuple[Tensor, Tensor]
+View = Callable[[SDE, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _x0(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    one = torch.ones_like(t)
+    return one, torch.zeros_like(t), one
+
+
+def _eps(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return sde.sigma(t), torch.ones_like(t), -sde.alpha(t)
+
+
+def _score(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return sde.sigma(t) ** 2, -torch.ones_like(t), sde.alpha(t)
+
+
+def _v(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    return sigma, alpha, -(alpha**2 + sigma**2)
+
+
+def _velocity(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    alpha_dot, sigma_dot = sde.rates(t)
+    return sigma, sigma_dot, alpha_dot * sigma - alpha * sigma_dot
+
+
+VIEWS: dict[str, View] = {"x0": _x0, "eps": _eps, "score": _score, "v": _v, "velocity": _velocity}
+"""View name -> function (sde, t) -> (m, k, l) with m F = k x + l D."""
+
+
+def view_of_mean(view: str, sde: SDE, t: Tensor) -> Affine:
+    """(p, q) of F = p x + q D.
+
+    Raises:
+        ValueError: if the view is unknown, or if sigma = 0 at a t on the host, where only x0 is defined.
+    """
+    if view not in VIEWS:
+        raise ValueError(f"view={view!r}: expected one of {', '.join(VIEWS)}")
+    m, k, l = VIEWS[view](sde, t)  # noqa: E741
+    if _on_host(t) and bool((m == 0).any()):
+        raise ValueError(f"{view} at t = {_where(t, m == 0)} of {sde!r}: sigma is zero there and {view} undefined")
+    return k / m, l / m
+
+
+def mean_of_view(view: str, sde: SDE, t: Tensor) -> Affine:
+    """(r, s) of D = r x + s F: the same identity, read for D.
+
+    Raises:
+        ValueError: if alpha = 0 at a t on the host and the view is eps or score.
+    """
+    m, k, l = VIEWS[view](sde, t)  # noqa: E741
+    if _on_host(t) and bool((l == 0).any()):
+        raise ValueError(
+            f"a network that predicts {view} says nothing of x0 at t = {_where(t, l == 0)} of {sde!r}, where alpha is "
+            "zero: start the grid at a smaller t, or use an x0, v or velocity network"
+        )
+    return -k / l, m / l
+
+
+def _on_host(t: Tensor) -> bool:
+    return t.device.type == "cpu"
+
+
+def _where(t: Tensor, bad: Tensor) -> float:
+    return float(t.expand(bad.shape)[bad].flatten()[0])
+
+
+def _precise(t: Time) -> Tensor:
+    """Time in float64, so that coefficients are; float32 on a device that has no float64."""
+    t = as_time(t)
+    return t if t.device.type == "mps" else t.double()
+
+
+class Posterior(NamedTuple):
+    """What is known of x_0 given x_t.
+
+    Attributes:
+        mean: E[x_0 | x_t], shape (B, ...).
+        var: elementwise Var[x_0 | x_t], a tensor that broadcasts to (B, ...), or None if not known.
+    """
+
+    mean: Tensor
+    var: Tensor | None = None
+
+
+class Denoiser(ABC):
+    """E[x_0 | x_t] and its affine views. Subclasses set `sde` and implement `posterior`.
+
+    Call it as `denoiser(x, t, **cond)` with x of shape (B, ...), floating point, of any rank, and t of shape () or
+    (B,). The result has the dtype of x; coefficients are float64.
+
+    Raises:
+        ValueError: if x is not floating point or has no batch dimension, t has another shape, or a t on the host lies
+            outside [0, t_max]. (A t on a GPU is not looked at: that would stall the device.)
+    """
+
+    sde: SDE
+
+    @abstractmethod
+    def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
+        """The posterior itself, with x and t already checked."""
+
+    def __call__(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
+        self._check(x, t)
+        return self.posterior(x, t, **cond)
+
+    def score(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """grad_x log p_t(x), shape of x."""
+        return self.view("score", x, t, **cond)
+
+    def eps(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """E[eps | x_t] = -sigma score, shape of x."""
+        return self.view("eps", x, t, **cond)
+
+    def v(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """E[alpha eps - sigma x_0 | x_t], shape of x."""
+        return self.view("v", x, t, **cond)
+
+    def velocity(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """dx/dt of the probability-flow ODE, f x - g^2 score / 2 = alpha' E[x_0 | x_t] + sigma' E[eps | x_t]."""
+        return self.view("velocity", x, t, **cond)
+
+    def view(self, name: str, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """The view of that name (a key of `VIEWS`), shape of x."""
+        self._check(x, t)
+        (p, q), (r, s) = view_of_mean(name, self.sde, _precise(t)), self.affine(t)
+        return combine(p + q * r, x, q * s, self.output(x, t, **cond))
+
+    # A solver steps in the network's own output N, from which D = r x + s N, so that no digits are lost on the way to
+    # D and back. A denoiser without a network of its own has N = D.
+
+    def output(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        """N, what the network itself predicts, in the dtype of x. x and t are not checked again."""
+        return self.posterior(x, t, **cond).mean
+
+    def affine(self, t: Time) -> Affine:
+        """(r, s) of D = r x + s N, float64, of the shape of t."""
+        t = _precise(t)
+        return torch.zeros_like(t), torch.ones_like(t)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes: what `sample` draws a prior on."""
+        return torch.device("cpu")
+
+    def _check(self, x: Tensor, t: Time) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
+            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x is {found}: expected a floating-point tensor (B, ...), then t: denoiser(x, t)")
+        t = as_time(t)
+        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
+            raise ValueError(f"t has shape {tuple(t.shape)} for a batch of {len(x)}: give one time, or one per sample")
+        if _on_host(t) and not bool(((t >= 0) & (t <= self.sde.t_max * (1 + 1e-6))).all()):
+            raise ValueError(f"t = {t.tolist()} leaves [0, {self.sde.t_max}] of {self.sde!r}")
+
+
+def combine(u: Tensor, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """u x + w y in at least float32, returned in the dtype of x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_wide, y_wide = x.to(wide), y.to(wide)
+    return (expand_like(u, x_wide) * x_wide + expand_like(w, x_wide) * y_wide).to(x.dtype)
+
+
+class NetworkDenoiser(Denoiser):
+    """A network as a denoiser. The subclasses say what the network predicts.
+
+    Args:
+        net: any callable `net(x, time, **cond)` that returns a tensor of the shape of x. It is called in its own dtype
+            (that of its first floating-point parameter; of x if it has none) and its output is cast back.
+        sde: the SDE that it was trained on.
+        time: what the network is told of t: a function from t, float64 of shape (B,), to the label, of shape (B,) or
+            (B, ...). The default is t itself. A wrong label gives dim or noisy samples and no error, so state it:
+            `lambda t: 999 * t` (score_sde's VP), `lambda t: t.long() - 1` (a table with one row per chain node),
+            `sde.half_log_snr`, `lambda t: sde.sigma(t).log() / 4`, ... A floating-point label reaches the network in
+            float32 (float64 if the network is), never rounded to half precision.
+    """
+
+    predicts: ClassVar[str]
+
+    def __init__(self, net: Callable[..., Tensor], sde: SDE, *, time: Callable[[Tensor], Tensor] | None = None) -> None:
+        if not callable(net):
+            raise TypeError(f"net is {type(net).__name__}: expected a callable net(x, time, **cond)")
+        if not isinstance(sde, SDE):
+            raise TypeError(f"sde is {type(sde).__name__}: expected an SDE, as in {type(self).__name__}(net, sde)")
+        self.net, self.sde, self.time = net, sde, time
+        # One parameter, kept: it follows .to() and .half(), and asking it costs nothing in the loop.
+        parameters = net.parameters() if isinstance(net, torch.nn.Module) else iter(())
+        self._parameter = next((p for p in parameters if p.is_floating_point()), None)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self._parameter is None else self._parameter.device
+
+    def with_net(self, net: Callable[..., Tensor]) -> NetworkDenoiser:
+        """The same denoiser around another network, an averaged copy say."""
+        return type(self)(net, self.sde, time=self.time)
+
+    def affine(self, t: Time) -> Affine:
+        return mean_of_view(self.predicts, self.sde, _precise(t))
+
+    def label(self, t: Tensor) -> Tensor:
+        """The network's time label of t, float64 of shape (B,)."""
+        return t if self.time is None else self.time(t)
+
+    def scale_input(self, x: Tensor, t: Time) -> Tensor:
+        """What the network sees of x."""
+        return x
+
+    def output(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        dtype = x.dtype if self._parameter is None else self._parameter.dtype
+        label = self.label(_precise(t).reshape(-1))
+        label_dtype = torch.promote_types(dtype, torch.float32) if label.is_floating_point() else label.dtype
+        if label.shape == (1,) and _on_host(label):
+            time = torch.full((len(x),), label.item(), dtype=label_dtype, device=x.device)
+        else:
+            time = label.to(device=x.device, dtype=label_dtype).expand(len(x), *label.shape[1:])
+        out = self.net(self.scale_input(x, t).to(dtype), time, **cond)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"the network returned {found} for x of shape {tuple(x.shape)}: expected a tensor of that shape (take "
+                "the mean's channels of a network with learned variance, and the tensor out of an output object)"
+            )
+        return out.to(x.dtype)
+
+    def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
+        r, s = self.affine(t)
+        return Posterior(combine(r, x, s, self.output(x, t, **cond)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.net).__name__}, {self.sde!r})"
+
+
+class EpsDenoiser(NetworkDenoiser):
+    """The network predicts the noise, E[eps | x_t] (Ho et al., 2020). Arguments: `NetworkDenoiser`."""
+
+    predicts = "eps"
+
+
+class ScoreDenoiser(NetworkDenoiser):
+    """The network predicts the score, grad_x log p_t(x) (Song et al., 2021). Arguments: `NetworkDenoiser`."""
+
+    predicts = "score"
+
+
+class X0Denoiser(NetworkDenoiser):
+    """The network predicts the data, E[x_0 | x_t]. Arguments: `NetworkDenoiser`."""
+
+    predicts = "x0"
+
+
+class VDenoiser(NetworkDenoiser):
+    """The network predicts v = alpha eps - sigma x_0 (Salimans and Ho, 2022). Arguments: `NetworkDenoiser`."""
+
+    predicts = "v"
+
+
+class VelocityDenoiser(NetworkDenoiser):
+    """The network predicts the velocity dx/dt, as in flow matching (eps - x_0 on `FlowSDE`). Arguments:
+    `NetworkDenoiser`.
+    """
+
+    predicts = "velocity"
+
+
+class EDMDenoiser(NetworkDenoiser):
+    """Karras preconditioning (Karras et al., 2022, eq. 7 and table 1), for any SDE by y = x / alpha, s = sigma / alpha:
+
+        D = c_skip y + c_out net(c_in y, ln(s) / 4)
+        c_skip = sd^2 / (s^2 + sd^2),  c_out = s sd / sqrt(s^2 + sd^2),  c_in = 1 / sqrt(s^2 + sd^2)
+
+    Args:
+        net, sde: as for `NetworkDenoiser`.
+        sigma_data: sd, the standard deviation of the data.
+        time: the label; by default ln(s) / 4 = -half_log_snr / 4.
+
+    Raises:
+        ValueError: unless sigma_data > 0.
+    """
+
+    predicts = "F"
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        sde: SDE,
+        *,
+        sigma_data: float = 0.5,
+        time: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(net, sde, time=time)
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data={sigma_data}: expected a number > 0")
+        self.sigma_data = sigma_data
+
+    def with_net(self, net: Callable[..., Tensor]) -> EDMDenoiser:
+        return EDMDenoiser(net, self.sde, sigma_data=self.sigma_data, time=self.time)
+
+    def label(self, t: Tensor) -> Tensor:
+        return -self.sde.half_log_snr(t) / 4 if self.time is None else self.time(t)
+
+    def _total_std(self, t: Tensor) -> Tensor:
+        """Standard deviation of x_t, sqrt(alpha^2 sd^2 + sigma^2)."""
+        return torch.hypot(self.sde.alpha(t) * self.sigma_data, self.sde.sigma(t))
+
+    def affine(self, t: Time) -> Affine:
+        t = _precise(t)
+        total = self._total_std(t)
+        return self.sigma_data**2 * self.sde.alpha(t) / total**2, self.sde.sigma(t) * self.sigma_data / total
+
+    def scale_input(self, x: Tensor, t: Time) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return wide / expand_like(self._total_std(_precise(t)), wide)
+
+
+class _Wrapper(Denoiser):
+    """A denoiser that changes another's posterior mean."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise TypeError(f"{type(self).__name__} wraps a Denoiser, not {type(denoiser).__name__}")
+        self.denoiser = denoiser
+        self.sde = denoiser.sde
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+
+class Clip(_Wrapper):
+    """The posterior mean clipped to the data's range [low, high].
+
+    Views follow the clipped mean (eps is re-derived from it), as in DDPM and guided diffusion.
+
+    Raises:
+        ValueError: unless low < high.
+    """
+
+    def __init__(self, denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__(denoiser)
+        if not low < high:
+            raise ValueError(f"Clip(low={low}, high={high}): expected low < high")
+        self.low, self.high = low, high
+
+    def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
+        mean, var = self.denoiser.posterior(x, t, **cond)
+        return Posterior(mean.clamp(self.low, self.high), var)
+
+
+class DynamicThreshold(_Wrapper):
+    """Dynamic thresholding (Saharia et al., 2022, Imagen, section 2.3): with s the given quantile of |D| of each
+    sample, raised to at least `bound`, D is clipped to [-s, s] and scaled by bound / s.
+
+    Args:
+        denoiser: the denoiser to wrap.
+        quantile: in (0, 1].
+        bound: the data's largest absolute value.
+
+    Raises:
+        ValueError: if quantile or bound is out of range.
+    """
+
+    def __init__(self, denoiser: Denoiser, quantile: float = 0.995, bound: float = 1.0) -> None:
+        super().__init__(denoiser)
+        if not (0 < quantile <= 1 and bound > 0):
+            raise ValueError(f"quantile={quantile}, bound={bound}: expected 0 < quantile <= 1 and bound > 0")
+        self.quantile, self.bound = quantile, bound
+
+    def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
+        mean, var = self.denoiser.posterior(x, t, **cond)
+        magnitude = mean.flatten(1).abs().to(torch.promote_types(mean.dtype, torch.float32))
+        # kthvalue, not quantile: torch.quantile refuses more than 16 million elements.
+        rank = max(1, round(self.quantile * magnitude.shape[1]))
+        s = expand_like(magnitude.kthvalue(rank, dim=1).values.clamp(min=self.bound), mean)
+        return Posterior(mean.clamp(-s, s) * (self.bound / s), var)

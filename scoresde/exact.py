@@ -1,0 +1,289 @@
+"""Data distributions whose denoiser is known in closed form: the ground truth that solvers are tested against.
+
+With data x_0 ~ sum_k w_k N(m_k, C_k), the marginal at t is sum_k w_k N(alpha m_k, alpha^2 C_k + sigma^2 I), and with
+r_k(x) the posterior probability of component k given x_t = x,
+
+    E[x_0 | x]   = sum_k r_k mu_k,                             mu_k = m_k + alpha C_k S_k^-1 (x - alpha m_k)
+    Var[x_0 | x] = sum_k r_k (v_k + mu_k^2) - E[x_0 | x]^2,    v_k = diag(sigma^2 C_k S_k^-1)
+    S_k          = alpha^2 C_k + sigma^2 I
+
+A Gaussian is one component, an empirical distribution has a component of zero width at each data point. Everything is
+computed in float64, in each component's eigenbasis, with logsumexp, and returned in the dtype of x: a component of
+std 0.01 at t = 1e-5 is no special case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde.denoiser import Denoiser, Posterior
+from scoresde.sde import SDE, Time, as_time
+
+__all__ = ["Empirical", "ExactDenoiser", "Gaussian", "GaussianMixture"]
+
+Numbers = Tensor | Sequence[Any] | float
+
+
+class GaussianMixture:
+    """Mixture of Gaussians, of any event shape.
+
+    Args:
+        means: m_k, shape (K, *event).
+        weights: w_k, shape (K,), positive; normalised. Equal by default.
+        std: standard deviations, of shape (), (K,), (*event) or (K, *event). Where (K,) and (*event) have the same
+            shape, one number per component is meant.
+        cov: instead of std, covariances of the flattened event, shape (D, D) or (K, D, D).
+
+    Raises:
+        ValueError: on shapes that do not fit, negative weights or widths, a cov that is not symmetric positive
+            semi-definite, or unless exactly one of std and cov is given.
+
+    >>> target = GaussianMixture(means=[[-1.0], [1.0]], std=0.1)
+    >>> target.log_prob(torch.tensor([[0.0]])).item() < target.log_prob(torch.tensor([[1.0]])).item()
+    True
+    """
+
+    def __init__(
+        self, means: Numbers, weights: Numbers | None = None, *, std: Numbers | None = None, cov: Numbers | None = None
+    ) -> None:
+        self._means = _float64(means, "means")
+        if self._means.ndim == 0:
+            raise ValueError("means is one number: expected the shape (K, *event)")
+        K = len(self._means)
+        self.event_shape = tuple(self._means.shape[1:])
+        self._means = self._means.reshape(K, -1)
+        D, device = self._means.shape[1], self._means.device
+        w = torch.ones(K, device=device).double() if weights is None else _float64(weights, "weights").to(device)
+        if w.shape != (K,) or not bool((w > 0).all()):
+            raise ValueError(f"weights {w.tolist()}: expected {K} positive numbers")
+        self._log_weights = (w / w.sum()).log()
+        self._basis: Tensor | None = None  # (K, D, D), eigenvectors in columns; None where the axes are the basis
+        if (std is None) == (cov is None):
+            raise ValueError("give exactly one of std= and cov=")
+        if cov is not None:
+            C = _float64(cov, "cov").to(device)
+            if C.shape not in ((D, D), (K, D, D)):
+                raise ValueError(f"cov has shape {tuple(C.shape)}: expected {(D, D)} or {(K, D, D)}")
+            if not torch.allclose(C, C.mT, rtol=1e-6, atol=1e-12):
+                raise ValueError("cov is not symmetric")
+            eigenvalues, basis = torch.linalg.eigh(C)
+            if bool((eigenvalues < -1e-9 * eigenvalues.abs().amax(-1, keepdim=True)).any()):
+                raise ValueError(
+                    f"cov is not positive semi-definite: its smallest eigenvalue is {eigenvalues.min():.3g}"
+                )
+            # Rounding can leave a zero eigenvalue at -1e-17.
+            self._variances = eigenvalues.clamp(min=0).expand(K, D)
+            self._basis = basis.expand(K, D, D)
+        else:
+            assert std is not None
+            s = _float64(std, "std").to(device)
+            if bool((s < 0).any()):
+                raise ValueError(f"std has a negative entry: {s.min():.3g}")
+            if s.shape in ((), (K,)):
+                s = s.expand(K).reshape(K, 1)  # isotropic: one number per component
+            elif s.shape in (self.event_shape, (K, *self.event_shape)):
+                s = s.expand(K, *self.event_shape).reshape(K, D)
+            else:
+                raise ValueError(
+                    f"std has shape {tuple(s.shape)}: expected (), {(K,)}, {self.event_shape} or "
+                    f"{(K, *self.event_shape)}"
+                )
+            self._variances = s**2  # (K, 1) or (K, D)
+
+    def denoiser(self, sde: SDE) -> ExactDenoiser:
+        """The exact denoiser, E[x_0 | x_t] and elementwise Var[x_0 | x_t], on that SDE."""
+        return ExactDenoiser(self, sde)
+
+    def sample(self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """n draws, shape (n, *event). Without a generator a freshly seeded one is used."""
+        device = self._means.device
+        if generator is None:
+            generator = torch.Generator(device)
+            generator.seed()
+        k = torch.multinomial(self._log_weights.exp(), n, replacement=True, generator=generator)
+        z = torch.randn(n, self._means.shape[1], generator=generator, dtype=torch.float64, device=device)
+        z = z * self._variances[k].sqrt()
+        if self._basis is not None:
+            z = torch.einsum("nde,ne->nd", self._basis[k], z)
+        return (self._means[k] + z).reshape(n, *self.event_shape).to(dtype)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and covariance (D, D) of the flattened event, float64."""
+        w = self._log_weights.exp()
+        mean = w @ self._means
+        spread = self._means - mean
+        variances = self._variances.expand(self._means.shape)
+        if self._basis is None:
+            within = torch.diag(w @ variances)
+        else:
+            within = torch.einsum("k,kij,kj,klj->il", w, self._basis, variances, self._basis)
+        return mean, within + torch.einsum("k,ki,kj->ij", w, spread, spread)
+
+    def log_prob(self, x: Tensor, sde: SDE | None = None, t: Time | None = None) -> Tensor:
+        """log density in nats, shape (B,), of the data, or with sde and t of the marginal p_t.
+
+        Raises:
+            ValueError: if only one of sde and t is given, x does not fit, or the distribution has no density there
+                (zero width at sigma = 0).
+        """
+        if (sde is None) != (t is None):
+            raise ValueError(
+                "log_prob(x) is the density of the data, log_prob(x, sde=, t=) that at t: give both or none"
+            )
+        flat = self._flat(x)
+        one = torch.ones(1, dtype=torch.float64, device=x.device)
+        alpha, sigma = (one, 0 * one) if sde is None else self._scales(sde, t)  # type: ignore[arg-type]
+        if bool((sigma == 0).any()) and bool((self._variances == 0).any()):
+            raise ValueError("this distribution has components of zero width, so no density at sigma = 0: give t > 0")
+        return torch.logsumexp(self._log_joint(flat, alpha, sigma), dim=1).to(x.dtype)
+
+    # Below, x is (B, D), alpha and sigma are (B,) or (1,), all float64; K components.
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.event_shape or x.ndim == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, {', '.join(map(str, self.event_shape))})")
+        return x.reshape(len(x), -1).double()
+
+    def _scales(self, sde: SDE, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t).to(self._means.device, torch.float64).reshape(-1)
+        return sde.alpha(t), sde.sigma(t)
+
+    def _residual(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """x - alpha m_k in each component's eigenbasis, (B, K, D)."""
+        y = x[:, None] - alpha[:, None, None] * self._means
+        return y if self._basis is None else torch.einsum("bkd,kde->bke", y, self._basis)
+
+    def _marginal_variances(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """alpha^2 C_k + sigma^2, (B, K, D), or (B, K, 1) if isotropic."""
+        return (alpha**2)[:, None, None] * self._variances + (sigma**2)[:, None, None]
+
+    @property
+    def _isotropic(self) -> bool:
+        return self._basis is None and self._variances.shape[1] == 1
+
+    def _log_joint(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """log (w_k N(x; alpha m_k, S_k)), (B, K)."""
+        S = self._marginal_variances(alpha, sigma)
+        if self._isotropic:  # without the (B, K, D) array, which an empirical distribution has no room for
+            scale = torch.where(alpha == 0, 1.0, alpha)[:, None]
+            distance2 = torch.cdist(x / scale, self._means, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+            distance2 = torch.where(alpha[:, None] == 0, (x**2).sum(1, keepdim=True), scale**2 * distance2)
+            quadratic = distance2 / S[..., 0]
+        else:
+            quadratic = (self._residual(x, alpha) ** 2 / S).sum(-1)
+        log_det = S.log().sum(-1) * (x.shape[1] // S.shape[-1])
+        return self._log_weights - (quadratic + log_det + x.shape[1] * math.log(2 * math.pi)) / 2
+
+    def _posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and elementwise variance of x_0 given x, each (B, D)."""
+        if len(self._means) == 1:
+            r = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
+        else:
+            r = torch.softmax(self._log_joint(x, alpha, sigma), dim=1)
+        S = self._marginal_variances(alpha, sigma)
+        gain = alpha[:, None, None] * self._variances / S
+        var = (sigma**2)[:, None, None] * self._variances / S
+        if self._isotropic:
+            gain, var = gain[..., 0], (r * var[..., 0]).sum(1, keepdim=True)  # (B, K), (B, 1)
+            keep = 1 - alpha[:, None] * gain  # mu_k = keep m_k + gain x
+            mean = (r * keep) @ self._means + (r * gain).sum(1, keepdim=True) * x
+            second = (
+                (r * keep**2) @ self._means**2
+                + 2 * (r * keep * gain) @ self._means * x
+                + (r * gain**2).sum(1, keepdim=True) * x**2
+            )
+        else:
+            step = gain * self._residual(x, alpha)
+            if self._basis is not None:
+                step = torch.einsum("bke,kde->bkd", step, self._basis)
+                var = torch.einsum("bke,kde->bkd", var, self._basis**2)
+            mu = self._means + step
+            mean, second = torch.einsum("bk,bkd->bd", r, mu), torch.einsum("bk,bkd->bd", r, mu**2)
+            var = (r[..., None] * var).sum(1)
+        # The spread between components is >= 0; its rounding error, of 1e-16 |x_0|^2, need not be.
+        return mean, var + (second - mean**2).clamp(min=0)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(components={len(self._means)}, event_shape={self.event_shape})"
+
+
+class Gaussian(GaussianMixture):
+    """N(mean, C), of any event shape.
+
+    Args:
+        mean: shape (*event).
+        std: standard deviation, a number or shape (*event).
+        cov: instead of std, the covariance of the flattened event, shape (D, D).
+
+    Raises:
+        ValueError: as for `GaussianMixture`.
+    """
+
+    def __init__(self, mean: Numbers, *, std: Numbers | None = None, cov: Numbers | None = None) -> None:
+        m = _float64(mean, "mean")
+        if std is not None and (s := _float64(std, "std")).ndim:
+            std = s.reshape(1, *s.shape)
+        super().__init__(m[None], std=std, cov=cov)
+
+    def flow(self, x: Tensor, sde: SDE, t: Time, s: Time) -> Tensor:
+        """Where the probability-flow ODE takes x from time t to time s (either direction), shape (B, *event).
+
+        In the eigenbasis, (x_s - alpha_s m) / sqrt(alpha_s^2 c + sigma_s^2) is constant.
+        """
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self._scales(sde, t), self._scales(sde, s)
+        ratio = (self._marginal_variances(alpha_s, sigma_s) / self._marginal_variances(alpha_t, sigma_t)).sqrt()
+        y = ratio * self._residual(self._flat(x), alpha_t)
+        if self._basis is not None:
+            y = torch.einsum("bke,kde->bkd", y, self._basis)
+        return (alpha_s[:, None] * self._means + y[:, 0]).reshape(x.shape).to(x.dtype)
+
+
+class Empirical(GaussianMixture):
+    """The uniform distribution on the points of a data set: the model that memorises it.
+
+    Args:
+        data: shape (N, *event).
+    """
+
+    def __init__(self, data: Numbers) -> None:
+        super().__init__(data, std=0.0)
+
+
+class ExactDenoiser(Denoiser):
+    """The closed-form denoiser of a `GaussianMixture`, with its posterior variance. Made by `target.denoiser(sde)`.
+
+    Raises:
+        ValueError: if x has not the target's event shape.
+    """
+
+    def __init__(self, target: GaussianMixture, sde: SDE) -> None:
+        self.target, self.sde = target, sde
+
+    @property
+    def device(self) -> torch.device:
+        return self.target._means.device
+
+    def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
+        if cond:
+            raise ValueError(f"an exact denoiser takes no condition, got {', '.join(cond)}")
+        alpha, sigma = self.target._scales(self.sde, t)
+        mean, var = self.target._posterior(self.target._flat(x), alpha, sigma)
+        return Posterior(mean.reshape(x.shape).to(x.dtype), var.expand(mean.shape).reshape(x.shape).to(x.dtype))
+
+    def view(self, name: str, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        return super().view(name, x.double(), t, **cond).to(x.dtype)  # eps = (x - alpha D) / sigma before rounding D
+
+    def __repr__(self) -> str:
+        return f"ExactDenoiser({self.target!r}, {self.sde!r})"
+
+
+def _float64(value: Numbers, name: str) -> Tensor:
+    tensor = torch.as_tensor(value).detach().double()
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} is not finite")
+    return tensor

@@ -1,0 +1,208 @@
+"""Time grids: the strictly decreasing times t_0 > t_1 > ... > t_N at which a solver stands, in float64 on the host.
+
+A grid belongs to an SDE and every coefficient of a solver is read from it, so the printed times are the times that are
+stepped on. All constructors take `steps`, the number N of transitions, `start` (default t_max) and `end`, which is
+t = 0 by default: the last step then lands on the data itself, where sigma = 0. Spacings that cannot reach t = 0
+(log-SNR, Karras) put their N noisy times between `start` and `last` (default the SDE's t_min) and add t = 0 as the
+final step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scoresde.sde import SDE, DDPMChain
+
+__all__ = ["Grid"]
+
+
+class Grid:
+    """Strictly decreasing times with the SDE they belong to.
+
+    Args:
+        sde: the SDE whose times they are.
+        times: t_0 > ... > t_N, at least two, within [0, sde.t_max]; a tensor, array or sequence.
+
+    Attributes:
+        sde: the SDE.
+        times: float64 tensor on the CPU, shape (N + 1,).
+        steps: N.
+
+    Raises:
+        ValueError: if the times are fewer than two, not finite, not strictly decreasing, or outside the SDE.
+
+    >>> from scoresde import VPSDE
+    >>> Grid.uniform(VPSDE(), 4)
+    Grid(VPSDE(beta_min=0.1, beta_max=20.0, t_min=1e-05, t_max=1.0), 4 steps: 1, 0.75, 0.5, 0.25, 0)
+    """
+
+    def __init__(self, sde: SDE, times: Tensor | Sequence[float]) -> None:
+        if not isinstance(sde, SDE):
+            raise TypeError(f"Grid(sde, times): the first argument is {type(sde).__name__}, expected an SDE")
+        t = torch.as_tensor(times).detach().to("cpu", torch.float64)
+        if t.ndim != 1 or len(t) < 2:
+            raise ValueError(f"times has shape {tuple(t.shape)}: a grid needs at least two times in one dimension")
+        if not bool(t.isfinite().all()):
+            raise ValueError(f"times are not finite: {t.tolist()}")
+        stalls = (t.diff() >= 0).nonzero().flatten()
+        if len(stalls):
+            i = int(stalls[0])
+            raise ValueError(
+                f"times must strictly decrease, but t_{i} = {float(t[i])!r} is followed by t_{i + 1} = "
+                f"{float(t[i + 1])!r}; use fewer steps, or unrounded times"
+            )
+        if float(t[0]) > sde.t_max or float(t[-1]) < 0:
+            raise ValueError(f"times run from {float(t[0])!r} to {float(t[-1])!r}, outside [0, {sde.t_max}] of {sde!r}")
+        self.sde = sde
+        self.times = t.clone()
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(alpha_t, sigma_t, alpha_s, sigma_s) of the N steps t -> s, float64, each of shape (N,)."""
+        alpha, sigma = self.sde.alpha(self.times), self.sde.sigma(self.times)
+        return alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Grid) and self.sde == other.sde and torch.equal(self.times, other.times)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = [f"{t:.5g}" for t in self.times.tolist()]
+        if len(shown) > 12:
+            shown = [*shown[:6], "...", *shown[-5:]]
+        return f"Grid({self.sde!r}, {self.steps} step{'s' * (self.steps > 1)}: {', '.join(shown)})"
+
+    @classmethod
+    def customary(cls, sde: SDE, steps: int) -> Grid:
+        """The spacing customary for the SDE: uniform in t, Karras for `EDMSDE`, strided nodes for `DDPMChain`."""
+        grid: Grid = getattr(cls, sde.customary_grid)(sde, steps)
+        return grid
+
+    @classmethod
+    def uniform(cls, sde: SDE, steps: int, *, start: float | None = None, end: float = 0.0) -> Grid:
+        """t uniform (Song et al., 2021; DDIM's "linear")."""
+        return cls._spaced(sde, steps, start, end, None, forward=lambda t: t, inverse=lambda u: u)
+
+    @classmethod
+    def quadratic(cls, sde: SDE, steps: int, *, start: float | None = None, end: float = 0.0) -> Grid:
+        """sqrt(t) uniform (Song, Meng and Ermon, 2021, "quadratic")."""
+        return cls._spaced(sde, steps, start, end, None, forward=torch.sqrt, inverse=torch.square)
+
+    @classmethod
+    def log_snr(
+        cls, sde: SDE, steps: int, *, start: float | None = None, end: float = 0.0, last: float | None = None
+    ) -> Grid:
+        """lambda = half log-SNR uniform (Lu et al., 2022, DPM-Solver)."""
+        last = sde.t_min if last is None else last
+        return cls._spaced(sde, steps, start, end, last, forward=sde.half_log_snr, inverse=sde.time_at)
+
+    @classmethod
+    def karras(
+        cls,
+        sde: SDE,
+        steps: int,
+        *,
+        rho: float = 7.0,
+        start: float | None = None,
+        end: float = 0.0,
+        last: float | None = None,
+    ) -> Grid:
+        """(sigma / alpha)^(1 / rho) uniform (Karras et al., 2022, eq. 5)."""
+        if not rho > 0:
+            raise ValueError(f"rho={rho}: expected a number > 0")
+        last = sde.t_min if last is None else last
+        return cls._spaced(
+            sde,
+            steps,
+            start,
+            end,
+            last,
+            forward=lambda t: (-sde.half_log_snr(t) / rho).exp(),
+            inverse=lambda u: sde.time_at(-rho * u.log()),
+        )
+
+    @classmethod
+    def strided(
+        cls, chain: DDPMChain, steps: int, spacing: Literal["leading", "trailing", "linspace", "quadratic"] = "trailing"
+    ) -> Grid:
+        """A sub-sequence of a chain's nodes, then t = 0 (Song, Meng and Ermon, 2021, section 4.2 and D.3).
+
+        Args:
+            chain: the chain, of N nodes.
+            steps: K, at most N.
+            spacing: "trailing" (N, N - N/K, ..., rounded) and "linspace" (N..1, rounded; "even" in Analytic-DPM) start
+                at N; "leading" (1, 1 + N//K, ...; DDIM's uniform) and "quadratic" (ends near 0.8 N) do not: the prior
+                is then taken for a time at which the data is not quite noise.
+
+        Raises:
+            ValueError: if chain is not a DDPMChain, steps exceeds its length, or rounded nodes collide.
+        """
+        if not isinstance(chain, DDPMChain):
+            raise ValueError(f"strided grids are sub-sequences of a DDPMChain; for {chain!r} use Grid.uniform")
+        N, K = chain.steps, _check_steps(steps)
+        if K > N:
+            raise ValueError(f"steps={K}, but the chain has only {N} nodes")
+        if spacing == "leading":
+            nodes = 1 + (N // K) * torch.arange(K, dtype=torch.float64).flip(0)
+        elif spacing == "trailing":
+            nodes = torch.round(N - torch.arange(K, dtype=torch.float64) * (N / K))
+        elif spacing == "linspace":
+            nodes = torch.linspace(N, 1, K, dtype=torch.float64).round()
+        elif spacing == "quadratic":
+            nodes = 1 + torch.linspace(0, math.sqrt(0.8 * N), K, dtype=torch.float64).square().floor().flip(0)
+        else:
+            raise ValueError(f"spacing={spacing!r}: expected 'leading', 'trailing', 'linspace' or 'quadratic'")
+        return cls(chain, torch.cat([nodes, torch.zeros(1, dtype=torch.float64)]))
+
+    @classmethod
+    def _spaced(
+        cls,
+        sde: SDE,
+        steps: int,
+        start: float | None,
+        end: float,
+        last: float | None,
+        *,
+        forward: Callable[[Tensor], Tensor],
+        inverse: Callable[[Tensor], Tensor],
+    ) -> Grid:
+        """Times uniform in forward(t). With `last`, the spacing reaches only that far and a final step goes to end = 0.
+
+        The two ends are set exactly, not through forward and inverse.
+        """
+        steps = _check_steps(steps)
+        start = sde.t_max if start is None else float(start)
+        to_zero = last is not None and end == 0
+        low, points = (last, steps) if to_zero else (end, steps + 1)
+        assert low is not None
+        if not 0 <= low < start <= sde.t_max:
+            raise ValueError(f"a grid of {sde!r} from {start} to {low}: expected 0 <= end < start <= {sde.t_max}")
+        bounds = forward(torch.tensor([start, low], dtype=torch.float64))
+        if not bool(bounds.isfinite().all()):
+            raise ValueError(
+                f"half_log_snr is infinite at t = {start} or t = {low} of {sde!r}: give start= where alpha > 0 and "
+                "last= where sigma > 0, or use Grid.uniform"
+            )
+        times = inverse(torch.lerp(bounds[0], bounds[1], torch.linspace(0, 1, points, dtype=torch.float64)))
+        times[0] = start
+        if points > 1:
+            times[-1] = low
+        return cls(sde, torch.cat([times, torch.zeros(1, dtype=torch.float64)]) if to_zero else times)
+
+
+def _check_steps(steps: int) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}: expected a whole number >= 1")
+    return steps

@@ -1,0 +1,66 @@
+"""What a network is told beside x: the time label, and optionally a class."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["TimeEmbedding"]
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of the time label (Vaswani et al., 2017; Ho et al., 2020) and an optional class, through an
+    MLP of two layers.
+
+    The angles are computed in float32 or better whatever the network's dtype: rounded to bfloat16, 999 and 1000 are
+    one number.
+
+    Args:
+        features: width of the result.
+        max_period: the longest period; labels up to about a tenth of it are told apart. With labels in [0, 1000], as
+            999 t, the default is DDPM's.
+        num_classes: number of classes, or None for an unconditional network.
+
+    Raises:
+        ValueError: unless features is even and positive; by the call, if a label is missing, unexpected, or not one
+            integer per sample.
+    """
+
+    def __init__(self, features: int, max_period: float = 10_000.0, num_classes: int | None = None) -> None:
+        super().__init__()
+        if features < 2 or features % 2:
+            raise ValueError(f"features={features}: expected an even number >= 2")
+        self.register_buffer(
+            "frequencies",
+            torch.exp(-math.log(max_period) * torch.arange(features // 2, dtype=torch.float64) / (features // 2)),
+            persistent=False,
+        )
+        self.inward, self.outward = nn.Linear(features, features), nn.Linear(features, features)
+        self.classes = None if num_classes is None else nn.Embedding(num_classes, features)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        frequencies = self.frequencies  # .half() and .to(bfloat16) move it, but must not round it
+        module = super()._apply(fn, recurse)
+        self.frequencies = frequencies.to(self.frequencies.device)
+        return module
+
+    def forward(self, time: Tensor, label: Tensor | None = None) -> Tensor:
+        """time (B,) and label (B,), integers, to (B, features)."""
+        if (label is None) != (self.classes is None):
+            raise ValueError(
+                "this network is conditional on a class: pass label=, shape (B,)"
+                if label is None
+                else "this network has no classes: build it with num_classes= to pass a label"
+            )
+        angles = time[:, None] * self.frequencies.to(torch.promote_types(time.dtype, torch.float32))
+        features = torch.cat([angles.cos(), angles.sin()], dim=1)
+        features = self.outward(nn.functional.silu(self.inward(features.to(self.inward.weight.dtype))))
+        if label is None or self.classes is None:
+            return features
+        if label.shape != time.shape or label.is_floating_point():
+            raise ValueError(
+                f"label is {label.dtype} of shape {tuple(label.shape)}: expected integers {tuple(time.shape)}"
+            )
+        return features + self.classes(label)

@@ -1,0 +1,210 @@
+"""sample(): a denoiser, a shape and a solver give a `Solution`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scoresde.denoiser import Denoiser
+from scoresde.grid import Grid
+from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, sample_seeds
+from scoresde.solvers.base import Solver
+from scoresde.tableau import State
+
+__all__ = ["NonFiniteError", "Solution", "sample"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What `sample` returns.
+
+    Attributes:
+        x: the samples, shape (B, ...), at grid.times[-1].
+        nfe: evaluations of the denoiser that were made.
+        grid: the grid that was stepped on.
+        trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...).
+    """
+
+    x: Tensor
+    nfe: int
+    grid: Grid
+    trajectory: Tensor | None = None
+
+
+class NonFiniteError(ArithmeticError):
+    """A run met a NaN or an infinity.
+
+    Attributes:
+        step: the grid step, or None if the replay did not meet it again.
+        time: the time of the evaluation, or None.
+        samples: indices of the samples that were not finite.
+    """
+
+    def __init__(self, message: str, step: int | None, time: float | None, samples: list[int]) -> None:
+        super().__init__(message)
+        self.step, self.time, self.samples = step, time, samples
+
+
+def sample(
+    denoiser: Denoiser,
+    shape_or_x: Sequence[int] | Tensor,
+    solver: Solver,
+    *,
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: Grid | None = None,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    noise: NoiseSource | None = None,
+    cond: Mapping[str, Any] | None = None,
+    trajectory: bool = False,
+    progress: bool = False,
+    differentiable: bool = False,
+) -> Solution:
+    """Solve from t_max (or the grid's start) to the grid's end.
+
+    Args:
+        denoiser: the model.
+        shape_or_x: (B, ...), to draw x_T from the SDE's prior, in float32 on the denoiser's device; or x_T itself,
+            whose dtype the samples have (the state of a half-precision x_T is float32).
+        solver: an instance, `DDIM(eta=0.5)` say.
+        steps: number of steps on the solver's own grid.
+        nfe: instead of steps, a budget of evaluations; as many steps as fit are taken.
+        grid: instead of steps, the grid itself.
+        seed: one integer, or one for each sample. Sample i then is the same in any batch. Without seed, generator and
+            noise, the run is seeded by the operating system.
+        generator: instead of a seed, one generator that draws for the whole batch.
+        noise: instead of a seed, a function noise(row, x) that returns z of the shape of x; x_T must then be given.
+        cond: keyword arguments for the network, one entry per sample where they are tensors.
+        trajectory: keep the state at every time of the grid.
+        progress: show a progress bar.
+        differentiable: record gradients, with respect to x_T, cond and the network's parameters.
+
+    Raises:
+        ValueError: before any evaluation, if arguments contradict each other or the denoiser's SDE is not the grid's.
+        NonFiniteError: if the samples are not finite. The run is replayed with the same noise to name the step, the
+            time and the samples; until then nothing is checked on the device.
+
+    >>> from scoresde import VPSDE
+    >>> from scoresde.exact import Gaussian
+    >>> from scoresde.solvers import DDIM
+    >>> denoiser = Gaussian(mean=[3.0, -1.0], std=0.5).denoiser(VPSDE())
+    >>> solution = sample(denoiser, (1000, 2), DDIM(), steps=20, seed=0)
+    >>> solution.x.shape, solution.nfe
+    (torch.Size([1000, 2]), 20)
+    """
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"sample needs a Denoiser, not {type(denoiser).__name__}: wrap the network, EpsDenoiser(net, sde, time=...)"
+        )
+    if not isinstance(solver, Solver):
+        hint = f"{solver.__name__}()" if isinstance(solver, type) else "DDIM() say"
+        raise TypeError(f"solver must be an instance of a solver ({hint}), not {solver!r}")
+    grid = _choose_grid(denoiser, solver, steps, nfe, grid)
+    source = _choose_noise(denoiser, shape_or_x, seed, generator, noise)
+    if isinstance(shape_or_x, Tensor):
+        if not shape_or_x.is_floating_point() or shape_or_x.ndim == 0:
+            raise ValueError(f"x_T is {shape_or_x.dtype} of shape {tuple(shape_or_x.shape)}: expected floats (B, ...)")
+        out_dtype = shape_or_x.dtype
+        x_T = shape_or_x.to(torch.promote_types(out_dtype, torch.float32))
+    else:
+        assert isinstance(source, GeneratorNoise | SeededNoise)
+        out_dtype = torch.float32
+        x_T = source.prior(denoiser.sde, shape_or_x, out_dtype, float(grid.times[0]))
+
+    def run() -> Iterator[State]:
+        return solver.iterate(denoiser, x_T, grid, source, cond)
+
+    x, evaluations, states = x_T, 0, [x_T] if trajectory else []
+    with torch.set_grad_enabled(differentiable):
+        for state in tqdm(run(), desc=type(solver).__name__, unit="nfe", disable=not progress, leave=False):
+            x, evaluations = state.x, state.row + 1
+            if trajectory and state.done:
+                states.append(x)
+    if not bool(x.detach().isfinite().all()):
+        raise _locate(run, source, x)
+    path = torch.stack(states).to(out_dtype) if trajectory else None
+    return Solution(x.to(out_dtype), evaluations, grid, path)
+
+
+def _choose_grid(denoiser: Denoiser, solver: Solver, steps: int | None, nfe: int | None, grid: Grid | None) -> Grid:
+    given = [name for name, value in (("steps", steps), ("nfe", nfe), ("grid", grid)) if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of steps=, nfe= and grid=; got {' and '.join(given) or 'none'}")
+    if grid is not None:
+        if not isinstance(grid, Grid):
+            raise TypeError(
+                f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times) for your own times"
+            )
+        if grid.sde != denoiser.sde:
+            raise ValueError(f"the grid was made for {grid.sde!r}, the denoiser for {denoiser.sde!r}")
+        return grid
+    if steps is None:
+        assert nfe is not None
+        steps = solver.steps_within(denoiser.sde, nfe)
+    return solver.grid(denoiser.sde, steps)
+
+
+def _choose_noise(
+    denoiser: Denoiser,
+    shape_or_x: Sequence[int] | Tensor,
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | None,
+    noise: NoiseSource | None,
+) -> NoiseSource:
+    given = [k for k, v in (("seed", seed), ("generator", generator), ("noise", noise)) if v is not None]
+    if len(given) > 1:
+        raise ValueError(f"give at most one of seed=, generator= and noise=; got {' and '.join(given)}")
+    is_tensor = isinstance(shape_or_x, Tensor)
+    if not is_tensor and (len(shape_or_x) == 0 or not all(isinstance(n, int) and n > 0 for n in shape_or_x)):
+        raise ValueError(f"shape {tuple(shape_or_x)}: expected whole numbers > 0, (B, ...)")
+    batch = shape_or_x.shape[0] if isinstance(shape_or_x, Tensor) and shape_or_x.ndim else shape_or_x[0]
+    device = shape_or_x.device if isinstance(shape_or_x, Tensor) else denoiser.device
+    if noise is not None:
+        if not is_tensor:
+            raise ValueError("with noise= give x_T itself, not a shape")
+        return noise
+    if generator is not None:
+        if generator.device.type != device.type:
+            raise ValueError(f"the generator is on {generator.device}, the samples on {device}: make it there")
+        return GeneratorNoise(generator)
+    if seed is None:
+        return GeneratorNoise.fresh(device)
+    seeds = sample_seeds(seed, int(batch)) if isinstance(seed, int) else [int(s) for s in seed]
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} samples: give one integer, or one per sample")
+    return SeededNoise(seeds, device)
+
+
+def _locate(run: Any, source: NoiseSource, end: Tensor) -> NonFiniteError:
+    """Replay a run that ended non-finite, with checks, to say where it went wrong."""
+
+    def bad(x: Tensor) -> list[int]:
+        return (~x.isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
+
+    if isinstance(source, GeneratorNoise | SeededNoise):
+        source.rewind()
+    with torch.no_grad():
+        for state in run():
+            if samples := bad(state.x):
+                message = (
+                    f"sample{'s' * (len(samples) > 1)} {_some(samples)} became non-finite in step {state.step}, at the "
+                    f"evaluation at t = {state.t:.6g} (evaluation {state.row})"
+                )
+                return NonFiniteError(message, state.step, state.t, samples)
+    samples = bad(end.detach())
+    return NonFiniteError(
+        f"samples {_some(samples)} are not finite, but a replay with the same noise was: the network is random",
+        None,
+        None,
+        samples,
+    )
+
+
+def _some(samples: list[int]) -> str:
+    return ", ".join(map(str, samples[:8])) + (f", ... ({len(samples)} in all)" if len(samples) > 8 else "")

@@ -1,0 +1,567 @@
+"""Linear forward SDEs. An SDE *is* its pair of scales:
+
+    x_t = alpha_t x_0 + sigma_t eps,    eps ~ N(0, I)
+    dx  = f(t) x dt + g(t) dw,          f = (log alpha)',    g^2 = (sigma^2)' - 2 f sigma^2 = -2 sigma^2 lambda'
+    lambda_t = half_log_snr(t) = log(alpha_t / sigma_t)
+
+Data is at t = 0, where alpha = 1 and sigma = 0 exactly. Every method takes a time of any shape, on any device, as a
+float or a tensor, and returns a tensor of that shape in its dtype (a Python number counts as float64, a half-precision
+time is raised to float32). Nothing here subtracts nearly equal numbers, so t = 1e-5 is accurate in float32.
+
+Source: Song et al. (2021), "Score-Based Generative Modeling through Stochastic Differential Equations", sections 3.4
+and B; the other families name theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["EDMSDE", "SDE", "VESDE", "VPSDE", "CosineVPSDE", "DDPMChain", "FlowSDE", "SubVPSDE", "expand_like"]
+
+Time = Tensor | float
+
+
+def as_time(t: Time) -> Tensor:
+    """A time as a floating tensor: numbers and integer tensors in float64, half precision raised to float32."""
+    if not isinstance(t, Tensor):
+        return torch.as_tensor(t, dtype=torch.float64)
+    if not t.is_floating_point():
+        return t.to(torch.float64)
+    return t.to(torch.float32) if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def expand_like(c: Tensor, x: Tensor) -> Tensor:
+    """The coefficient c, of shape () or (B,), shaped and cast to multiply x of shape (B, ...).
+
+    Raises:
+        ValueError: if c has neither no dimension nor one of the batch's size.
+    """
+    if c.ndim == 0:
+        return c.to(dtype=x.dtype, device=x.device)
+    if c.ndim != 1 or x.ndim == 0 or c.shape[0] not in (1, x.shape[0]):
+        raise ValueError(
+            f"a time or coefficient has shape {tuple(c.shape)} for a batch of shape {tuple(x.shape)}: "
+            "give one number, or one per sample"
+        )
+    return c.to(dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+class SDE(ABC):
+    """A linear forward SDE. Subclasses give the scales; everything else in scoresde follows from them.
+
+    Attributes:
+        t_min: the smallest time that training draws and that logarithmic grids end at; in (0, t_max).
+        t_max: the time of the prior.
+        prior_std: standard deviation of the prior N(0, prior_std^2 I) that sampling starts from.
+        customary_grid: name of the `Grid` constructor that `sample(steps=N)` uses where the solver has no wish.
+    """
+
+    t_min: float
+    t_max: float
+    customary_grid: ClassVar[str] = "uniform"
+
+    @abstractmethod
+    def alpha(self, t: Time) -> Tensor:
+        """Scale of the data, alpha_t."""
+
+    @abstractmethod
+    def sigma(self, t: Time) -> Tensor:
+        """Standard deviation of the noise, sigma_t."""
+
+    @abstractmethod
+    def half_log_snr(self, t: Time) -> Tensor:
+        """lambda_t = log(alpha_t / sigma_t), strictly decreasing in t; +inf at sigma = 0 and -inf at alpha = 0."""
+
+    @abstractmethod
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        """The time at which `half_log_snr` is reached: the closed-form inverse. Zero at +inf."""
+
+    @abstractmethod
+    def drift(self, t: Time) -> Tensor:
+        """f(t) = (log alpha)', the factor of x in the drift, per unit of time."""
+
+    @abstractmethod
+    def diffusion(self, t: Time) -> Tensor:
+        """g(t), the diffusion coefficient (not its square)."""
+
+    def prior_std_at(self, t: float) -> float:
+        """Width of the prior for a run that starts at t instead of t_max."""
+        return 1.0
+
+    @property
+    def prior_std(self) -> float:
+        return self.prior_std_at(self.t_max)
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        """(alpha', sigma') at t, so that the probability-flow velocity is alpha' E[x0|x] + sigma' E[eps|x]."""
+        f, g, sigma = self.drift(t), self.diffusion(t), self.sigma(t)
+        return f * self.alpha(t), f * sigma + g**2 / (2 * sigma)
+
+    def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
+        """x_t = alpha_t x0 + sigma_t noise.
+
+        Args:
+            x0: data, shape (B, ...), floating point.
+            t: time, shape () or (B,).
+            noise: standard normal, shape of x0.
+
+        Raises:
+            ValueError: if x0 is not floating point, or the shapes of x0, noise and t do not fit.
+        """
+        if not x0.is_floating_point():
+            raise ValueError(f"x0 has dtype {x0.dtype}: scale it to floating point first, images to [-1, 1] say")
+        if noise.shape != x0.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}: they must be equal")
+        t = as_time(t)
+        return expand_like(self.alpha(t), x0) * x0 + expand_like(self.sigma(t), x0) * noise
+
+    def prior(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        t: float | None = None,
+    ) -> Tensor:
+        """A draw from N(0, prior_std^2 I).
+
+        Args:
+            shape: (B, ...).
+            generator: drawn from, on its own device; without one, a freshly seeded generator on `device`.
+            t: where the run starts, if not at t_max: on VE and EDM the prior's width is sigma_t.
+        """
+        if generator is None:
+            generator = torch.Generator(device or "cpu")
+            generator.seed()
+        std = self.prior_std if t is None else self.prior_std_at(t)
+        return std * torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """log N(x; 0, prior_std^2 I) in nats, shape (B,), for x of shape (B, ...)."""
+        z = x.reshape(x.shape[0], -1) / self.prior_std
+        return -0.5 * (z**2).sum(-1) - z.shape[1] * (math.log(self.prior_std) + 0.5 * math.log(2 * math.pi))
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value}: expected a finite number > 0")
+
+
+def _ordered(**values: float) -> None:
+    """Check that the named positive numbers strictly increase."""
+    _positive(**values)
+    numbers = list(values.values())
+    if any(low >= high for low, high in itertools.pairwise(numbers)):
+        raise ValueError(", ".join(f"{k}={v}" for k, v in values.items()) + f": expected {' < '.join(values)}")
+
+
+class _VariancePreserving(SDE):
+    """alpha^2 + sigma^2 = 1, by B(t) = int_0^t beta: alpha = e^{-B/2}, f = -beta / 2, g^2 = beta."""
+
+    @abstractmethod
+    def beta(self, t: Time) -> Tensor:
+        """Noise rate beta(t), per unit of time."""
+
+    @abstractmethod
+    def integrated_beta(self, t: Time) -> Tensor:
+        """B(t) = int_0^t beta = -2 log alpha."""
+
+    @abstractmethod
+    def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
+        """Inverse of `integrated_beta`."""
+
+    def alpha(self, t: Time) -> Tensor:
+        return (-self.integrated_beta(t) / 2).exp()
+
+    def sigma(self, t: Time) -> Tensor:
+        return (-torch.expm1(-self.integrated_beta(t))).sqrt()
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        B = self.integrated_beta(t)
+        return -(B + (-torch.expm1(-B)).log()) / 2
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        minus_log_snr = -2 * as_time(half_log_snr)
+        return self.time_at_integrated_beta(torch.logaddexp(minus_log_snr, torch.zeros_like(minus_log_snr)))
+
+    def drift(self, t: Time) -> Tensor:
+        return -self.beta(t) / 2
+
+    def diffusion(self, t: Time) -> Tensor:
+        return self.beta(t).sqrt()
+
+
+class _LinearBeta(_VariancePreserving):
+    """beta(t) = beta_min + (beta_max - beta_min) t on [0, 1]."""
+
+    beta_min: float
+    beta_max: float
+
+    def __post_init__(self) -> None:
+        _positive(beta_min=self.beta_min)
+        if not (math.isfinite(self.beta_max) and self.beta_max >= self.beta_min):
+            raise ValueError(f"beta_max={self.beta_max}: expected a finite number >= beta_min={self.beta_min}")
+        _ordered(t_min=self.t_min, t_max=self.t_max)
+
+    def beta(self, t: Time) -> Tensor:
+        return self.beta_min + (self.beta_max - self.beta_min) * as_time(t)
+
+    def integrated_beta(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return t * (self.beta_min + (self.beta_max - self.beta_min) * t / 2)
+
+    def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
+        # The root of slope t^2 / 2 + beta_min t = B in its form without cancellation at small B.
+        slope = self.beta_max - self.beta_min
+        return 2 * integrated_beta / (self.beta_min + (self.beta_min**2 + 2 * slope * integrated_beta).sqrt())
+
+
+@dataclass(frozen=True)
+class VPSDE(_LinearBeta):
+    """Variance-preserving SDE with linear beta (Song et al., 2021, eq. 11 and 32): the limit of DDPM.
+
+    Args:
+        beta_min, beta_max: noise rate at t = 0 and t = 1, per unit of time.
+
+    Raises:
+        ValueError: unless 0 < beta_min <= beta_max and 0 < t_min < t_max.
+
+    >>> sde = VPSDE()
+    >>> bool(sde.alpha(0.5) ** 2 + sde.sigma(0.5) ** 2 == 1)
+    True
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-5
+    t_max: float = 1.0
+
+
+@dataclass(frozen=True)
+class SubVPSDE(_LinearBeta):
+    """Sub-VP SDE (Song et al., 2021, eq. 13 and 35): sigma = 1 - e^{-B}, below that of VP at every time.
+
+    Arguments and errors as for `VPSDE`.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-5
+    t_max: float = 1.0
+
+    def sigma(self, t: Time) -> Tensor:
+        return -torch.expm1(-self.integrated_beta(t))
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        B = self.integrated_beta(t)
+        return -B / 2 - (-torch.expm1(-B)).log()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        # sigma / alpha = 2 sinh(B / 2)
+        return self.time_at_integrated_beta(2 * torch.asinh((-as_time(half_log_snr)).exp() / 2))
+
+    def diffusion(self, t: Time) -> Tensor:
+        return (self.beta(t) * -torch.expm1(-2 * self.integrated_beta(t))).sqrt()
+
+
+@dataclass(frozen=True)
+class CosineVPSDE(_VariancePreserving):
+    """VP SDE with alpha(t) = cos(th_t) / cos(th_0), th_t = (pi / 2) (t + s) / (1 + s) (Nichol and Dhariwal, 2021).
+
+    Args:
+        s: offset that keeps the noise rate at t = 0 above zero.
+        t_max: the default, 0.9946, is where Lu et al. (2022, DPM-Solver, appendix D) stop; at t = 1 alpha is zero, so
+            eps and score networks cannot start there.
+
+    Raises:
+        ValueError: unless s > 0 and 0 < t_min < t_max <= 1.
+    """
+
+    s: float = 0.008
+    t_min: float = 1e-5
+    t_max: float = 0.9946
+
+    def __post_init__(self) -> None:
+        _positive(s=self.s)
+        _ordered(t_min=self.t_min, t_max=self.t_max)
+        if self.t_max > 1:
+            raise ValueError(f"t_max={self.t_max}: alpha is zero at t = 1 and negative beyond; expected t_max <= 1")
+
+    @property
+    def _rate(self) -> float:
+        return math.pi / 2 / (1 + self.s)
+
+    def _sines(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sin^2 th_t - sin^2 th_0 as sin(th_t - th_0) sin(th_t + th_0), and cos th_t, by differences that are exact."""
+        return torch.sin(self._rate * t) * torch.sin(self._rate * (t + 2 * self.s)), torch.sin(self._rate * (1 - t))
+
+    def alpha(self, t: Time) -> Tensor:
+        return self._sines(as_time(t))[1] / math.sin(self._rate)
+
+    def sigma(self, t: Time) -> Tensor:
+        return self._sines(as_time(t))[0].sqrt() / math.sin(self._rate)
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        sin2, cos = self._sines(as_time(t))
+        return cos.log() - sin2.log() / 2
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        log_snr = 2 * as_time(half_log_snr)
+        th_0 = self._rate * self.s
+        sin2 = torch.sigmoid(-log_snr) * math.cos(th_0) ** 2
+        sin, cos = (math.sin(th_0) ** 2 + sin2).sqrt(), torch.sigmoid(log_snr).sqrt() * math.cos(th_0)
+        # th_t - th_0 from its sine and cosine, the sine as sin2 / sin(th_t + th_0): no cancellation at either end.
+        difference = torch.atan2(
+            sin2 / (sin * math.cos(th_0) + cos * math.sin(th_0)), cos * math.cos(th_0) + sin * math.sin(th_0)
+        )
+        return difference / self._rate
+
+    def beta(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return 2 * self._rate * torch.sin(self._rate * (t + self.s)) / self._sines(t)[1]
+
+    def integrated_beta(self, t: Time) -> Tensor:
+        return -torch.log1p(-(self.sigma(t) ** 2))
+
+    def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
+        return self.time_at(-torch.expm1(integrated_beta).log() / 2)
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        alpha_dot = -self._rate * torch.sin(self._rate * (t + self.s)) / math.cos(self._rate * self.s)
+        return alpha_dot, -self.alpha(t) * alpha_dot / self.sigma(t)  # finite at alpha = 0, where f is not
+
+
+@dataclass(frozen=True)
+class VESDE(SDE):
+    """Variance-exploding SDE (Song et al., 2021, eq. 9 and 30): alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
+
+    The formula holds for t in (0, 1]; sigma(0) = 0, as in the paper's appendix C, so a grid may end on the data itself.
+
+    Args:
+        sigma_min, sigma_max: noise level at t -> 0 and at t = 1, in units of the data; sigma_max is about the largest
+            distance between two data points (Song and Ermon, 2020, technique 1).
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max and 0 < t_min < t_max.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    t_min: float = 1e-5
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        _ordered(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        _ordered(t_min=self.t_min, t_max=self.t_max)
+
+    def prior_std_at(self, t: float) -> float:
+        return float(self.sigma(t))
+
+    @property
+    def _log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def alpha(self, t: Time) -> Tensor:
+        return torch.ones_like(as_time(t))
+
+    def sigma(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return torch.where(t == 0, torch.zeros_like(t), self.sigma_min * (self._log_ratio * t).exp())
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return torch.where(t == 0, torch.full_like(t, math.inf), -math.log(self.sigma_min) - self._log_ratio * t)
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        half_log_snr = as_time(half_log_snr)
+        t = (-half_log_snr - math.log(self.sigma_min)) / self._log_ratio
+        return torch.where(half_log_snr == math.inf, torch.zeros_like(t), t)
+
+    def drift(self, t: Time) -> Tensor:
+        return torch.zeros_like(as_time(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        return self.sigma(t) * math.sqrt(2 * self._log_ratio)
+
+
+@dataclass(frozen=True)
+class EDMSDE(SDE):
+    """alpha = 1, sigma = t: time is the noise level (Karras et al., 2022, section 4).
+
+    Args:
+        t_min, t_max: smallest and largest noise level, sigma_min and sigma_max of the paper, in units of the data.
+
+    Raises:
+        ValueError: unless 0 < t_min < t_max.
+    """
+
+    t_min: float = 0.002
+    t_max: float = 80.0
+    customary_grid: ClassVar[str] = "karras"
+
+    def __post_init__(self) -> None:
+        _ordered(t_min=self.t_min, t_max=self.t_max)
+
+    def prior_std_at(self, t: float) -> float:
+        return float(self.sigma(t))
+
+    def alpha(self, t: Time) -> Tensor:
+        return torch.ones_like(as_time(t))
+
+    def sigma(self, t: Time) -> Tensor:
+        return as_time(t).clone()
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        return -as_time(t).log()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        return (-as_time(half_log_snr)).exp()
+
+    def drift(self, t: Time) -> Tensor:
+        return torch.zeros_like(as_time(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        return (2 * as_time(t)).sqrt()
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        return torch.zeros_like(t), torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class FlowSDE(SDE):
+    """alpha = 1 - t, sigma = t: the straight path of rectified flow and flow matching (Liu et al., 2023; Lipman et al.,
+    2023), with noise at t = 1. There alpha is zero, f and g are infinite and eps and score networks are undefined;
+    velocity and x0 networks are not.
+
+    Raises:
+        ValueError: unless 0 < t_min < t_max <= 1.
+    """
+
+    t_min: float = 1e-5
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        _ordered(t_min=self.t_min, t_max=self.t_max)
+        if self.t_max > 1:
+            raise ValueError(f"t_max={self.t_max}: alpha = 1 - t is negative beyond t = 1; expected t_max <= 1")
+
+    def alpha(self, t: Time) -> Tensor:
+        return 1 - as_time(t)
+
+    def sigma(self, t: Time) -> Tensor:
+        return as_time(t).clone()
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return torch.log1p(-t) - t.log()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        return torch.sigmoid(-as_time(half_log_snr))
+
+    def drift(self, t: Time) -> Tensor:
+        return -1 / (1 - as_time(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return (2 * t / (1 - t)).sqrt()
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        return -torch.ones_like(t), torch.ones_like(t)
+
+
+class DDPMChain(_VariancePreserving):
+    """A discrete DDPM chain, exact at its nodes t = 1..N and continuous between them (Ho et al., 2020).
+
+    Node n has alpha_n^2 = prod_{i<=n} (1 - beta_i), and t = 0 is the data. Between nodes log alpha is linear in t: the
+    VP SDE of rate beta(t) = -log(1 - beta_n) on (n - 1, n], which has the chain as its exact discretisation.
+
+    Args:
+        betas: beta_1..beta_N, each in (0, 1); by default the linear schedule of DDPM with N = 1000.
+
+    Raises:
+        ValueError: if betas is not one-dimensional, is empty, or leaves (0, 1).
+
+    >>> DDPMChain.cosine(1000).t_max
+    1000.0
+    """
+
+    customary_grid: ClassVar[str] = "strided"
+
+    def __init__(self, betas: Tensor | Sequence[float] | None = None) -> None:
+        betas = _linear_betas(1000) if betas is None else torch.as_tensor(betas).detach().to("cpu", torch.float64)
+        if betas.ndim != 1 or len(betas) == 0:
+            raise ValueError(f"betas has shape {tuple(betas.shape)}: expected one dimension, beta_1..beta_N")
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            worst = int(((betas > 0) & (betas < 1)).int().argmin())
+            raise ValueError(f"beta_{worst + 1} = {float(betas[worst])}: each beta must lie in (0, 1)")
+        self.betas = betas.clone()
+        self.steps = len(betas)
+        self.t_min, self.t_max = 1.0, float(self.steps)
+        self._nodes: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @classmethod
+    def linear(cls, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> DDPMChain:
+        """Linear betas (Ho et al., 2020, section 4); for another N pass the range scaled by 1000 / N yourself."""
+        return cls(_linear_betas(steps, beta_min, beta_max))
+
+    @classmethod
+    def cosine(cls, steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DDPMChain:
+        """Cosine betas, beta_n = min(1 - abar_n / abar_{n-1}, max_beta) (Nichol and Dhariwal, 2021, eq. 17)."""
+        _positive(steps=steps, s=s, max_beta=max_beta)
+        cos2 = torch.cos((torch.linspace(0, 1, steps + 1, dtype=torch.float64) + s) / (1 + s) * math.pi / 2) ** 2
+        return cls((1 - cos2[1:] / cos2[:-1]).clamp(max=max_beta))
+
+    def _integrated_at_nodes(self, like: Tensor) -> Tensor:
+        """B at nodes 0..N on the device and in the dtype of `like`; kept, so that a loop on a GPU never copies it."""
+        key = (like.device, like.dtype)
+        if key not in self._nodes:
+            B = -torch.log1p(-torch.cat([torch.zeros(1, dtype=torch.float64), self.betas])).cumsum(0)
+            self._nodes[key] = B.to(device=like.device, dtype=like.dtype)
+        return self._nodes[key]
+
+    def _interval(self, t: Tensor) -> Tensor:
+        """n of the interval (n - 1, n] that holds t."""
+        return t.ceil().clamp(1, self.steps).long()
+
+    def beta(self, t: Time) -> Tensor:
+        t = as_time(t)
+        B, n = self._integrated_at_nodes(t), self._interval(t)
+        return B[n] - B[n - 1]
+
+    def integrated_beta(self, t: Time) -> Tensor:
+        t = as_time(t)
+        B, n = self._integrated_at_nodes(t), self._interval(t)
+        return torch.lerp(B[n], B[n - 1], n - t)
+
+    def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
+        B = self._integrated_at_nodes(integrated_beta)
+        n = torch.searchsorted(B, integrated_beta.contiguous()).clamp(1, self.steps)
+        return n - (B[n] - integrated_beta) / (B[n] - B[n - 1])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DDPMChain) and torch.equal(self.betas, other.betas)
+
+    def __hash__(self) -> int:
+        return hash((self.steps, float(self.betas.sum())))
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(self.betas.numpy().tobytes()).hexdigest()[:8]
+        return f"DDPMChain(N={self.steps}, beta_1={self.betas[0]:.4g}, beta_N={self.betas[-1]:.4g}, sha256={digest})"
+
+
+def _linear_betas(steps: int, beta_min: float = 1e-4, beta_max: float = 0.02) -> Tensor:
+    _positive(steps=steps, beta_min=beta_min, beta_max=beta_max)
+    return torch.linspace(beta_min, beta_max, steps, dtype=torch.float64)

@@ -1,0 +1,227 @@
+"""The tableau: a Butcher tableau for diffusion models, and the one loop that runs it.
+
+A sampler whose coefficients are known beforehand is a table with a row per evaluation of the denoiser D:
+
+    F_i     = p_i x_i + q_i D(x_i, t_i)                        the view: x0, eps, score, v or velocity
+    x_{i+1} = a_i x_i + sum_k b_{i,k} F_{i-k} + c_i z_i        z_i ~ N(0, I)
+
+Rows index evaluations, not steps, so a two-stage step of Heun is two rows. Coefficients are float64 on the host; the
+loop reads them as Python numbers, branches on no device value, draws nothing where c_i = 0 and multiplies by nothing
+that is zero. A step that lands on sigma = 0 is x_0 exactly, D itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scoresde.denoiser import Denoiser, view_of_mean
+from scoresde.grid import Grid
+
+if TYPE_CHECKING:
+    from scoresde.noise import NoiseSource
+
+__all__ = ["State", "Tableau"]
+
+Column = Tensor | float
+
+
+class State(NamedTuple):
+    """Where the loop stands after a row.
+
+    Attributes:
+        row: index of the evaluation just made, from 0; row + 1 evaluations have been made.
+        step: index of the grid step that the row belongs to.
+        done: whether the row ends its step, so that x stands at grid.times[step + 1].
+        t: time of the evaluation.
+        x: the state after the row, shape (B, ...).
+    """
+
+    row: int
+    step: int
+    done: bool
+    t: float
+    x: Tensor
+
+
+class _Row(NamedTuple):
+    """A row in terms of the denoiser's own output N (D = r x + s N), as Python numbers."""
+
+    t: float
+    x: float  # x_{i+1} = x * x_i + n * N_i + sum past * F_{i-k} + c z
+    n: float
+    past: tuple[tuple[int, float], ...]  # (row, coefficient) of earlier F
+    c: float
+    keep: tuple[float, float] | None  # F_i = keep[0] x_i + keep[1] N_i, if a later row reads it
+    drop: tuple[int, ...]  # rows whose F no later row reads
+
+
+class Tableau:
+    """The coefficients of a sampler on a grid.
+
+    Args:
+        grid: the grid that it steps on.
+        a, c: factors of the state and of fresh noise, a number or shape (R,).
+        b: factors of F_i, F_{i-1}, ..., shape (R,) or (R, K).
+        view: what F is: "x0", "eps", "score", "v", "velocity", or (p, q), each a number or shape (R,).
+        t: time of each evaluation, shape (R,); by default the starts of the grid's steps.
+        step: the grid step that each row belongs to, integers, shape (R,); by default a row a step.
+
+    Attributes:
+        grid, t, a, b, c, p, q, step: as above, float64 (step: int64) on the CPU, b of shape (R, K).
+
+    Raises:
+        ValueError: if shapes do not fit, a coefficient is not finite, a row reads an F from before the first, a time
+            lies outside the SDE, c is negative, or the rows do not pass through the grid's steps in order.
+
+    >>> from scoresde import VPSDE
+    >>> from scoresde.solvers import DDIM
+    >>> DDIM().tableau(Grid.uniform(VPSDE(), 2))
+    Tableau of 2 rows on Grid(VPSDE(beta_min=0.1, beta_max=20.0, t_min=1e-05, t_max=1.0), 2 steps: 1, 0.5, 0)
+     row  step         t          p          q          a          b          c
+       0     0         1          0          1   0.959728   0.274893          0
+       1     1       0.5          0          1          0          1          0
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        a: Column,
+        b: Column,
+        c: Column = 0.0,
+        view: str | tuple[Column, Column] = "x0",
+        t: Tensor | None = None,
+        step: Tensor | None = None,
+    ) -> None:
+        self.grid = grid
+        self.t = grid.times[:-1].clone() if t is None else _column(t, "t", None)
+        R = len(self.t)
+        b = torch.as_tensor(b, dtype=torch.float64, device="cpu")
+        self.a, self.c = _column(a, "a", R), _column(c, "c", R)
+        self.b = b.clone() if b.ndim == 2 else _column(b, "b", R)[:, None]
+        self.step = torch.arange(R) if step is None else torch.as_tensor(step, dtype=torch.int64, device="cpu")
+        if self.t.ndim != 1 or self.b.shape[0] != R or self.step.shape != (R,):
+            raise ValueError(
+                f"{R} rows by t, but b has shape {tuple(self.b.shape)} and step {tuple(self.step.shape)}: "
+                "expected (R, K) and (R,)"
+            )
+        if not bool(((self.t > 0) & (self.t <= grid.sde.t_max)).all()):
+            raise ValueError(f"evaluations at t = {self.t.tolist()}: expected times in (0, {grid.sde.t_max}]")
+        p, q = view_of_mean(view, grid.sde, self.t) if isinstance(view, str) else view
+        self.p, self.q = _column(p, "p", R), _column(q, "q", R)
+        for name in ("a", "b", "c", "p", "q"):
+            finite = getattr(self, name).isfinite().reshape(R, -1).all(1)
+            if not bool(finite.all()):
+                i = int(finite.int().argmin())
+                raise ValueError(
+                    f"coefficient {name} of row {i} (t = {float(self.t[i]):.6g} of {grid.sde!r}) is not finite: the "
+                    "method is undefined there; start the grid where alpha > 0, or use another solver"
+                )
+        if bool((self.c < 0).any()):
+            raise ValueError(f"c = {self.c.tolist()}: noise has a standard deviation >= 0")
+        row, lag = torch.arange(R)[:, None], torch.arange(self.b.shape[1])
+        if bool(((self.b != 0) & (lag > row)).any()):
+            raise ValueError("b reads evaluations from before the first row: start with a lower order")
+        hops = torch.cat([self.step[:1], self.step.diff(), grid.steps - 1 - self.step[-1:]])
+        if bool((hops[1:-1] < 0).any() or (hops > 1).any()) or int(hops[0]) != 0 or int(hops[-1]) != 0:
+            raise ValueError(
+                f"step = {self.step.tolist()}: the rows must go through steps 0..{grid.steps - 1} in order"
+            )
+
+    @property
+    def nfe(self) -> int:
+        """Number of evaluations of the denoiser: the rows."""
+        return len(self.t)
+
+    def iterate(
+        self, denoiser: Denoiser, x: Tensor, noise: NoiseSource | None = None, cond: Mapping[str, Any] | None = None
+    ) -> Iterator[State]:
+        """Run the table from x, yielding the `State` after each row.
+
+        Gradients follow the caller's grad mode; nothing is checked on the device.
+
+        Args:
+            denoiser: evaluated once a row, on the grid's SDE.
+            x: x_T, shape (B, ...), in the dtype that the state is to have.
+            noise: called as noise(row, x) where c > 0.
+            cond: keyword arguments for the denoiser.
+
+        Raises:
+            ValueError: if the denoiser has another SDE than the grid, a stochastic table is given no noise, or the
+                denoiser cannot be evaluated at the table's times (an eps network at alpha = 0). All before any
+                evaluation.
+        """
+        if denoiser.sde != self.grid.sde:
+            raise ValueError(f"the grid was made for {self.grid.sde!r}, the denoiser for {denoiser.sde!r}")
+        if noise is None and bool((self.c > 0).any()):
+            raise ValueError("this tableau draws noise (c > 0): pass noise=, a generator or a seed")
+        return self._loop(self._rows(denoiser), denoiser, x, noise, dict(cond or {}))
+
+    def _loop(
+        self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: NoiseSource | None, cond: dict[str, Any]
+    ) -> Iterator[State]:
+        steps, kept = [*self.step.tolist(), -1], {}
+        for i, row in enumerate(rows):
+            n = denoiser.output(x, row.t, **cond)
+            if row.keep is not None:
+                u, w = row.keep
+                kept[i] = n if (u, w) == (0.0, 1.0) else n * w if u == 0.0 else torch.add(n * w, x, alpha=u)
+            x = torch.add(n * row.n, x, alpha=row.x) if row.x != 0.0 else n * row.n
+            for j, b in row.past:
+                x = x.add_(kept[j], alpha=b)
+            if row.c != 0.0:
+                x = x.add_(noise(i, x), alpha=row.c)  # type: ignore[misc]
+            for j in row.drop:
+                del kept[j]
+            yield State(i, steps[i], steps[i] != steps[i + 1], row.t, x)
+
+    def _rows(self, denoiser: Denoiser) -> list[_Row]:
+        r, s = (c.expand(self.t.shape) for c in denoiser.affine(self.t))
+        u, w = self.p + self.q * r, self.q * s  # F = u x + w N
+        # Where the network predicts the view itself, u is zero but for the rounding of p + q r.
+        u = torch.where(u.abs() <= 1e-13 * self.p.abs(), torch.zeros_like(u), u)
+        x, n = self.a + self.b[:, 0] * u, self.b[:, 0] * w
+        R, K = self.b.shape
+        readers = {j: i for i in range(R) for k in range(1, min(K, i + 1)) if self.b[i, k] != 0 for j in [i - k]}
+        past = [[(i - k, float(self.b[i, k])) for k in range(1, min(K, i + 1)) if self.b[i, k] != 0] for i in range(R)]
+        drop: list[list[int]] = [[] for _ in range(R)]
+        for j, last in readers.items():
+            drop[last].append(j)
+        return [
+            _Row(
+                float(self.t[i]),
+                float(x[i]),
+                float(n[i]),
+                tuple(past[i]),
+                float(self.c[i]),
+                (float(u[i]), float(w[i])) if i in readers else None,
+                tuple(drop[i]),
+            )
+            for i in range(R)
+        ]
+
+    def __repr__(self) -> str:
+        names = ["b"] if self.b.shape[1] == 1 else [f"b{k}" for k in range(self.b.shape[1])]
+        columns = [self.t, self.p, self.q, self.a, *self.b.T, self.c]
+        lines = [f"Tableau of {self.nfe} rows on {self.grid!r}"]
+        lines.append(" row  step" + "".join(f"{name:>10} " for name in ["t", "p", "q", "a", *names, "c"]).rstrip())
+        for i in range(self.nfe):
+            if self.nfe > 24 and 10 <= i < self.nfe - 10:
+                if i == 10:
+                    lines.append(" ...")
+                continue
+            lines.append(f"{i:4d}{int(self.step[i]):6d}" + " ".join(f"{float(c[i]):10.6g}" for c in columns))
+        return "\n".join(lines)
+
+
+def _column(value: Column, name: str, rows: int | None) -> Tensor:
+    column = torch.as_tensor(value, dtype=torch.float64, device="cpu").clone()
+    if column.ndim == 0 and rows is not None:
+        return column.repeat(rows)
+    if column.ndim != 1 or (rows is not None and len(column) != rows):
+        raise ValueError(f"{name} has shape {tuple(column.shape)}: expected a number or {(rows or 'R',)}")
+    return column

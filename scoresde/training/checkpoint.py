@@ -1,0 +1,79 @@
+"""Checkpoints: written whole or not at all, and read without executing anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["CheckpointError", "read_checkpoint", "write_checkpoint"]
+
+FORMAT = "scoresde-checkpoint-1"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, foreign, or was made for something else."""
+
+
+def write_checkpoint(path: str | Path, content: dict[str, Any], made_for: dict[str, Any]) -> None:
+    """Write atomically: to a temporary file beside it, flushed to the disk, then renamed over `path`.
+
+    Args:
+        path: where to.
+        content: tensors, numbers, strings and containers of them.
+        made_for: what the content is only good for; `read_checkpoint` refuses another.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": FORMAT, "made_for": made_for, "content": content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename too
+        finally:
+            os.close(directory)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def read_checkpoint(path: str | Path, made_for: dict[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if the file is truncated, is not a checkpoint of ours, holds more than data, or was made for
+            something other than `made_for`; the message names each difference.
+    """
+    path = Path(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: truncated, damaged, or not a checkpoint ({error})") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a scoresde checkpoint")
+    unknown = set(found) - {"format", "made_for", "content"}
+    if unknown:
+        raise CheckpointError(f"{path} has unknown keys {sorted(unknown)}: it is from another version, or altered")
+    theirs = found["made_for"]
+    different = [
+        f"{key}: {theirs.get(key, 'nothing')} in the file, {made_for.get(key, 'nothing')} here"
+        for key in sorted({*theirs, *made_for})
+        if theirs.get(key) != made_for.get(key)
+    ]
+    if different:
+        raise CheckpointError(f"{path} was made for something else. " + "; ".join(different))
+    content: dict[str, Any] = found["content"]
+    return content

@@ -1,0 +1,79 @@
+"""Denoising score matching (Vincent, 2011; Song and Ermon, 2019; Ho et al., 2020):
+
+    E_{t, x_0, eps} [ w(t) |eps_hat(alpha x_0 + sigma eps, t) - eps|^2 / d ]
+
+for any denoiser. The error is taken in what the network itself predicts, N with D = r x + s N: its target is
+N* = (x_0 - r x_t) / s = ((1 - r alpha) x_0 - r sigma eps) / s, and |eps_hat - eps| = |alpha s / sigma| |N - N*|, so no
+digit is lost at either end and one formula serves eps, x0, v, score, velocity and EDM networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from scoresde.denoiser import Denoiser, combine
+from scoresde.sde import expand_like
+from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
+
+__all__ = ["dsm_loss"]
+
+
+def dsm_loss(
+    denoiser: Denoiser,
+    x0: Tensor,
+    *,
+    weighting: Weighting = simple,
+    times: TimeSampler | None = None,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    cond: Mapping[str, Any] | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
+    """The denoising score matching loss of a batch.
+
+    Args:
+        denoiser: the model; its network must be differentiable.
+        x0: clean data, shape (B, ...), floating point.
+        weighting: w(sde, t), the weight of the noise error; see `scoresde.training.weights`.
+        times: the distribution of t; uniform and stratified by default.
+        t: instead of drawing, the times, shape (B,).
+        noise: instead of drawing, eps, shape of x0.
+        generator: where t and noise are drawn from, on its own device; freshly seeded if not given.
+        cond: keyword arguments for the network.
+        reduction: "mean" over the batch, or "none" for shape (B,).
+
+    Returns:
+        The loss, at least float32: a scalar, or (B,).
+
+    Raises:
+        ValueError: if x0 is not floating point, shapes do not fit, or both t and times are given.
+    """
+    sde = denoiser.sde
+    if t is not None and times is not None:
+        raise ValueError("give t= or times=, not both")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
+    if generator is None:
+        generator = torch.Generator(x0.device)
+        generator.seed()
+    times = times or UniformTimes()
+    if t is None:
+        t = times.draw(sde, len(x0), generator)
+        ratio = times.ratio(sde, t)
+    else:
+        t = t.double()
+        ratio = torch.ones_like(t)
+    if noise is None:
+        noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=generator.device).to(x0.device)
+    x_t = sde.perturb(x0, t, noise)
+    (r, s), alpha, sigma = denoiser.affine(t), sde.alpha(t), sde.sigma(t)
+    target = combine((1 - r * alpha) / s, x0, -r * sigma / s, noise)
+    error = denoiser.output(x_t, t.to(x0.device), **(cond or {})) - target
+    scale = ratio * weighting(sde, t) * (alpha * s / sigma) ** 2
+    loss = expand_like(scale, error).reshape(-1) * error.flatten(1).square().mean(1)
+    return loss.mean() if reduction == "mean" else loss

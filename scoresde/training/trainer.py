@@ -1,0 +1,295 @@
+"""A small trainer: denoising score matching with Adam, an averaged copy of the weights, and runs that survive a kill.
+
+Everything random in step n (which items, which t, which noise, the network's dropout) is a function of the seed and n
+alone. So a checkpoint needs no generator states, and a run that was killed and resumed ends, on a CPU, with the same
+bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
+
+from scoresde.denoiser import NetworkDenoiser
+from scoresde.noise import derive_seed
+from scoresde.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from scoresde.training.loss import dsm_loss
+from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
+
+__all__ = ["NonFiniteLossError", "TrainConfig", "Trainer"]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; `step` says when. Nothing was saved since."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(
+            f"the loss is {loss} at step {step}: training stopped, and the last checkpoint is from before it; lower "
+            "the learning rate, or look at the data of that step"
+        )
+        self.step = step
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run is, beside its model and data.
+
+    Args:
+        steps: optimiser steps in all.
+        batch_size: items a step; a smaller data set is repeated.
+        lr: learning rate of Adam, reached linearly over `warmup` steps.
+        warmup: steps.
+        schedule: after the warm-up, "constant", or "cosine" down to zero at `steps`.
+        weight_decay: decoupled, as in AdamW.
+        grad_clip: largest norm of the gradient.
+        ema_decay: of the averaged weights, per step; early on min(ema_decay, (1 + n) / (10 + n)) after n steps.
+        seed: of everything random.
+        checkpoint_every: steps between checkpoints; one is always written at the end.
+        log_every: steps between readings of the loss.
+
+    Raises:
+        ValueError: on a value out of its range.
+    """
+
+    steps: int
+    batch_size: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
+        if not (self.lr > 0 and self.grad_clip > 0 and self.warmup >= 0 and self.weight_decay >= 0 and self.seed >= 0):
+            raise ValueError(f"{self}: expected lr, grad_clip > 0 and warmup, weight_decay, seed >= 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: expected a number in [0, 1)")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule={self.schedule!r}: expected 'constant' or 'cosine'")
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of that step (from 0), as a share of lr."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+class Trainer:
+    """Trains the network of a denoiser on data in memory.
+
+    Args:
+        denoiser: an `EpsDenoiser(net, sde, time=...)` or another adapter around an `nn.Module`; trained in place.
+        data: clean data, shape (N, ...), floating point.
+        config: see `TrainConfig`.
+        cond: for each keyword of the network, a tensor of N entries, given with the data item.
+        weighting, times: of the loss; see `dsm_loss`.
+        folder: where the checkpoint lives (`checkpoint.pt`); None to keep nothing.
+        augment: a function (batch, generator) -> batch, applied to each batch of data.
+
+    Attributes:
+        step: steps done so far.
+        losses: mean loss of each interval of log_every steps, with the step that ended it.
+
+    Raises:
+        ValueError: if data, cond or the network do not fit; by `fit` and at construction.
+        CheckpointError: if `folder` holds a checkpoint of another SDE, parameterisation, configuration or network.
+
+    If `folder` has a checkpoint, the run continues from it.
+    """
+
+    def __init__(
+        self,
+        denoiser: NetworkDenoiser,
+        data: Tensor,
+        config: TrainConfig,
+        *,
+        cond: Mapping[str, Tensor] | None = None,
+        weighting: Weighting = simple,
+        times: TimeSampler | None = None,
+        folder: str | Path | None = None,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    ) -> None:
+        if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.net, nn.Module):
+            raise ValueError(
+                f"a Trainer needs an adapter around an nn.Module, EpsDenoiser(net, sde) say, not {denoiser!r}"
+            )
+        if not data.is_floating_point() or len(data) == 0:
+            raise ValueError(f"data is {data.dtype} of shape {tuple(data.shape)}: expected floats (N, ...), N >= 1")
+        if not bool(data.isfinite().all()):
+            bad = (~data.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+            raise ValueError(f"data items {bad[:8]} are not finite")
+        self.cond = dict(cond or {})
+        for key, value in self.cond.items():
+            if len(value) != len(data):
+                raise ValueError(f"cond[{key!r}] has {len(value)} entries for {len(data)} data items")
+        self.denoiser, self.data, self.config = denoiser, data, config
+        self.weighting, self.times, self.augment = weighting, times or UniformTimes(), augment
+        self.net: nn.Module = denoiser.net
+        self._average = AveragedModel(self.net, multi_avg_fn=_ema(config.ema_decay), use_buffers=True)
+        self._optimiser = torch.optim.AdamW(self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.step = 0
+        self.losses: list[tuple[int, float]] = []
+        self.path = None if folder is None else Path(folder) / "checkpoint.pt"
+        if self.path is not None and self.path.exists():
+            self.load(self.path)
+
+    @property
+    def ema(self) -> NetworkDenoiser:
+        """The denoiser with the averaged weights, in eval mode: what to sample from."""
+        net = copy.deepcopy(self._average.module).eval()
+        return self.denoiser.with_net(net.requires_grad_(False))
+
+    def fit(self, progress: bool = True) -> Trainer:
+        """Train up to config.steps, from wherever the run stands.
+
+        Raises:
+            NonFiniteLossError: if the loss is not finite, naming the step. Nothing is saved after it.
+        """
+        config = self.config
+        bar = tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not progress)
+        if self.losses:
+            bar.set_postfix(loss=f"{self.losses[-1][1]:.4f}")
+        pending: list[Tensor] = []
+        self.net.train()
+        try:
+            while self.step < config.steps:
+                pending.append(self._train_step())
+                self.step += 1
+                bar.update()
+                save = self.step % config.checkpoint_every == 0 or self.step == config.steps
+                # One read of the device an interval, and before every save.
+                if save or self.step % config.log_every == 0:
+                    losses = torch.stack(pending)
+                    if not bool(losses.isfinite().all()):
+                        first = int((~losses.isfinite()).int().argmax())
+                        raise NonFiniteLossError(self.step - len(pending) + first, float(losses[first]))
+                    self.losses.append((self.step, float(losses.mean())))
+                    bar.set_postfix(loss=f"{self.losses[-1][1]:.4f}")
+                    pending = []
+                if save and self.path is not None:
+                    self.save(self.path)
+        finally:
+            bar.close()
+            self.net.eval()
+        return self
+
+    def _train_step(self) -> Tensor:
+        config, device = self.config, self.denoiser.device
+        generator = torch.Generator(device).manual_seed(derive_seed(config.seed, 1, self.step))
+        index = self._batch(self.step)
+        x0 = self.data[index].to(device)
+        if self.augment is not None:
+            x0 = self.augment(x0, generator)
+        cond = {key: value[index].to(device) for key, value in self.cond.items()}
+        for group in self._optimiser.param_groups:
+            group["lr"] = config.lr * config.lr_factor(self.step)
+        with _seeded_global_generators(derive_seed(config.seed, 2, self.step), device):
+            loss = dsm_loss(
+                self.denoiser, x0, weighting=self.weighting, times=self.times, generator=generator, cond=cond
+            )
+            self._optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), config.grad_clip)
+        self._optimiser.step()
+        self._average.update_parameters(self.net)
+        return loss.detach()
+
+    def _batch(self, step: int) -> Tensor:
+        """Indices of a step's items: consecutive entries of an endless sequence of shuffled epochs."""
+        N, size = len(self.data), self.config.batch_size
+        first, last = step * size, (step + 1) * size - 1
+        epochs = [self._permutation(epoch) for epoch in range(first // N, last // N + 1)]
+        return torch.cat(epochs)[first % N : first % N + size]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 0, epoch))
+        return torch.randperm(len(self.data), generator=generator)
+
+    def _made_for(self) -> dict[str, Any]:
+        # How long a run is, and how often it reports, may change between sessions with a constant learning rate only.
+        config = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        for name in ("checkpoint_every", "log_every", *(["steps"] if self.config.schedule == "constant" else [])):
+            del config[name]
+        return {
+            "sde": repr(self.denoiser.sde),
+            "parameterisation": type(self.denoiser).__name__,
+            "network": f"{type(self.net).__name__}, {sum(p.numel() for p in self.net.parameters())} parameters",
+            "data": str(tuple(self.data.shape)),
+            **{f"config.{name}": value for name, value in config.items()},
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint, atomically."""
+        content = {
+            "step": self.step,
+            "losses": self.losses,
+            "net": self.net.state_dict(),
+            "average": self._average.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "config": asdict(self.config),
+        }
+        write_checkpoint(path, content, self._made_for())
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: if it is damaged, lacks or has unknown keys, or was made for another run.
+        """
+        content = read_checkpoint(path, self._made_for())
+        expected = {"step", "losses", "net", "average", "optimiser", "config"}
+        if set(content) != expected:
+            raise CheckpointError(f"{path} has the keys {sorted(content)}, expected {sorted(expected)}")
+        try:
+            self.net.load_state_dict(content["net"])
+            self._average.load_state_dict(content["average"])
+            self._optimiser.load_state_dict(content["optimiser"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} does not fit this network: {error}") from error
+        self.step = content["step"]
+        self.losses = [tuple(entry) for entry in content["losses"]]
+
+
+def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
+    """torch's averaging rule for `AveragedModel`: exponential, with a warm-up that forgets the initial weights."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+        n = int(num_averaged)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        for average, value in zip(averaged, current, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, weight)
+            else:
+                average.copy_(value)
+
+    return update
+
+
+@contextmanager
+def _seeded_global_generators(seed: int, device: torch.device) -> Any:
+    """Seed the global generators, which dropout draws from, and put them back as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,177 @@
+"""Where denoising score matching puts its effort: the weight of each time, and how often it is drawn.
+
+The loss is E_t[ ratio(t) w(t) E |eps_hat - eps|^2 / d ], eps_hat being the denoiser's noise prediction and d the number
+of dimensions. Weightings are functions (sde, t) -> w on that scale. With lambda the half log-SNR and
+SNR = (alpha / sigma)^2 = e^{2 lambda}:
+
+    simple      1                           Ho et al. (2020), eq. 14
+    likelihood  g^2 / sigma^2 = -2 lambda'  Song, Durkan, Murray and Ermon (2021): |score error|^2 weighted by g^2
+    edm         (s^2 + sd^2) / sd^2         Karras et al. (2022), table 1: |D - x_0|^2 times (s^2 + sd^2) / (s sd)^2
+    min_snr     min(SNR, gamma) / SNR       Hang et al. (2023): |D - x_0|^2 weighted by min(SNR, gamma)
+
+with s = sigma / alpha, since |D - x_0|^2 = s^2 |eps_hat - eps|^2.
+
+Times are drawn by inverting a distribution function, so each sampler can be stratified over the batch: sample i of n
+takes its uniform number from [i/n, (i+1)/n), which lowers the variance of the loss and leaves its mean alone.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scoresde.sde import SDE, DDPMChain
+
+__all__ = [
+    "ImportanceTimes",
+    "LogNormalTimes",
+    "TimeSampler",
+    "UniformTimes",
+    "Weighting",
+    "edm",
+    "likelihood",
+    "min_snr",
+    "simple",
+]
+
+Weighting = Callable[[SDE, Tensor], Tensor]
+
+
+def simple(sde: SDE, t: Tensor) -> Tensor:
+    """Weight 1 on the noise error: the simple loss (Ho et al., 2020, eq. 14)."""
+    return torch.ones_like(t)
+
+
+def likelihood(sde: SDE, t: Tensor) -> Tensor:
+    """Weight g^2 / sigma^2 on the noise error (Song et al., 2021, "Maximum Likelihood Training of Score-Based Diffusion
+    Models", theorem 1): half of its integral over t bounds the KL divergence, per dimension, in nats.
+    """
+    return (sde.diffusion(t) / sde.sigma(t)) ** 2
+
+
+def edm(sigma_data: float = 0.5) -> Weighting:
+    """EDM's weight for data of that standard deviation (Karras et al., 2022, table 1)."""
+    if not sigma_data > 0:
+        raise ValueError(f"sigma_data={sigma_data}: expected a number > 0")
+
+    def weight(sde: SDE, t: Tensor) -> Tensor:
+        return (-2 * sde.half_log_snr(t)).exp() / sigma_data**2 + 1
+
+    return weight
+
+
+def min_snr(gamma: float = 5.0) -> Weighting:
+    """Min-SNR-gamma (Hang et al., 2023, section 3.4)."""
+    if not gamma > 0:
+        raise ValueError(f"gamma={gamma}: expected a number > 0")
+
+    def weight(sde: SDE, t: Tensor) -> Tensor:
+        return (gamma * (-2 * sde.half_log_snr(t)).exp()).clamp(max=1)
+
+    return weight
+
+
+class TimeSampler(ABC):
+    """A distribution of training times."""
+
+    stratified: bool
+
+    @abstractmethod
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        """The time below which the distribution has mass u, for u in [0, 1)."""
+
+    def ratio(self, sde: SDE, t: Tensor) -> Tensor:
+        """Importance ratio by which the loss at t is multiplied."""
+        return torch.ones_like(t)
+
+    def draw(
+        self, sde: SDE, n: int, generator: torch.Generator | None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """n times, float64, shape (n,), on the generator's device."""
+        if generator is None:
+            generator = torch.Generator(device or "cpu")
+            generator.seed()
+        u = torch.rand(n, dtype=torch.float64, generator=generator, device=generator.device)
+        if self.stratified:
+            u = (torch.arange(n, device=u.device) + u) / n
+        return self.quantile(sde, u)
+
+
+@dataclass(frozen=True)
+class UniformTimes(TimeSampler):
+    """t uniform on [t_min, t_max]; on a `DDPMChain` uniform on its nodes 1..N.
+
+    Args:
+        stratified: spread the batch evenly over the distribution.
+    """
+
+    stratified: bool = True
+
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        if isinstance(sde, DDPMChain):
+            return (u * sde.steps).floor() + 1
+        return sde.t_min + (sde.t_max - sde.t_min) * u
+
+
+@dataclass(frozen=True)
+class LogNormalTimes(TimeSampler):
+    """log(sigma / alpha) ~ N(mean, std^2), cut to [t_min, t_max] (Karras et al., 2022, table 1). Part of EDM's
+    objective, so the loss is not divided by its density.
+
+    Args:
+        mean, std: of log(sigma / alpha).
+        stratified: spread the batch evenly over the distribution.
+
+    Raises:
+        ValueError: unless std > 0.
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
+    stratified: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"std={self.std}: expected a number > 0")
+
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
+        low, high = torch.special.ndtr((-sde.half_log_snr(ends) - self.mean) / self.std).tolist()
+        return sde.time_at(-(self.mean + self.std * torch.special.ndtri(low + (high - low) * u)))
+
+
+@dataclass(frozen=True)
+class ImportanceTimes(TimeSampler):
+    """Importance sampling for the likelihood weighting: t with density proportional to g^2 / sigma^2 = -2 lambda',
+    which is lambda uniform, by the SDE's closed form (Song et al., 2021, "Maximum Likelihood ...", section 5.1).
+
+    The loss is divided by the density, normalisation included, so its mean is that under `UniformTimes`: only its
+    variance changes. With `likelihood` the product of weight and ratio is the same for every t.
+
+    Args:
+        stratified: spread the batch evenly over the distribution.
+
+    Raises:
+        ValueError: by the draw, where lambda is infinite at t_max (alpha = 0) and there is no such density.
+    """
+
+    stratified: bool = True
+
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        low, high = self._range(sde)
+        return sde.time_at(high - (high - low) * u).clamp(sde.t_min, sde.t_max)
+
+    def ratio(self, sde: SDE, t: Tensor) -> Tensor:
+        low, high = self._range(sde)
+        return 2 * (high - low) / (sde.t_max - sde.t_min) / likelihood(sde, t)
+
+    def _range(self, sde: SDE) -> tuple[float, float]:
+        low, high = sde.half_log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
+        if not math.isfinite(low):
+            raise ValueError(f"half_log_snr is -inf at t_max of {sde!r}: give the SDE a t_max where alpha > 0")
+        return low, high
