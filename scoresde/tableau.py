@@ -6,8 +6,8 @@ A sampler whose coefficients are known beforehand is a table with a row per eval
     x_{i+1} = a_i x_i + sum_k b_{i,k} F_{i-k} + c_i z_i        z_i ~ N(0, I)
 
 Rows index evaluations, not steps, so a two-stage step of Heun is two rows. Coefficients are float64 on the host; the
-loop reads them as Python numbers, branches on no device value, draws nothing where c_i = 0 and multiplies by nothing
-that is zero. A step that lands on sigma = 0 is x_0 exactly, D itself.
+loop reads them as Python numbers, branches on no device value and draws nothing where c_i = 0. A step that lands on
+sigma = 0 is x_0 exactly, D itself. Nothing is checked on the device: a NaN propagates to the end, whatever follows it.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Tableau:
             if row.keep is not None:
                 u, w = row.keep
                 kept[i] = n if (u, w) == (0.0, 1.0) else n * w if u == 0.0 else torch.add(n * w, x, alpha=u)
-            x = torch.add(n * row.n, x, alpha=row.x) if row.x != 0.0 else n * row.n
+            x = torch.add(n * row.n, x, alpha=row.x)  # also where row.x is 0: a NaN in x must reach the end
             for j, b in row.past:
                 x = x.add_(kept[j], alpha=b)
             if row.c != 0.0:

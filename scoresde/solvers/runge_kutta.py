@@ -42,9 +42,9 @@ class _ProbabilityFlow(Solver):
             view, A, B = "velocity", torch.ones_like(alpha_t), grid.times.diff()
         else:
             view, A, B = "eps", alpha_s / alpha_t, sigma_s - alpha_s * sigma_t / alpha_t
-        singular = (sigma_s == 0) | (
-            (alpha_t == 0) if self.variable == "sigma" else torch.zeros_like(A, dtype=torch.bool)
-        )
+        singular = sigma_s == 0
+        if self.variable == "sigma":  # Euler's step is DDIM's everywhere, and better written without 1 / alpha_t
+            singular |= (alpha_t == 0) | (not second_order)
         stages = torch.where(singular | (not second_order), 1, 2)
         step = torch.arange(grid.steps).repeat_interleave(stages)
         second = torch.cat([torch.zeros(1, dtype=torch.bool), step.diff() == 0])

@@ -54,6 +54,8 @@ def dsm_loss(
         ValueError: if x0 is not floating point, shapes do not fit, or both t and times are given.
     """
     sde = denoiser.sde
+    if not x0.is_floating_point() or x0.ndim == 0:
+        raise ValueError(f"x0 is {x0.dtype} of shape {tuple(x0.shape)}: expected floats (B, ...), images in [-1, 1] say")
     if t is not None and times is not None:
         raise ValueError("give t= or times=, not both")
     if reduction not in ("mean", "none"):

@@ -1,0 +1,106 @@
+"""What the tests share: SDEs, solvers, a denoiser that is not linear, and networks around an exact one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import (
+    EDMSDE,
+    SDE,
+    VESDE,
+    VPSDE,
+    CosineVPSDE,
+    DDPMChain,
+    Denoiser,
+    FlowSDE,
+    Grid,
+    Posterior,
+    SubVPSDE,
+    sample,
+)
+from scoresde.sde import as_time, expand_like
+from scoresde.solvers import DDIM, DDPM, Euler, EulerMaruyama, Heun, Solver
+
+SDES: dict[str, SDE] = {
+    "vp": VPSDE(),
+    "subvp": SubVPSDE(),
+    "cosine": CosineVPSDE(),
+    "ve": VESDE(),
+    "edm": EDMSDE(),
+    "flow": FlowSDE(),
+    "chain": DDPMChain(),
+    "cosine chain": DDPMChain.cosine(),
+}
+
+SOLVERS: dict[str, Solver] = {
+    "ddpm": DDPM(),
+    "ddpm beta": DDPM(variance="beta"),
+    "ddim": DDIM(),
+    "ddim 0.5": DDIM(eta=0.5),
+    "ddim 1": DDIM(eta=1.0),
+    "euler-maruyama": EulerMaruyama(),
+    "euler sigma": Euler(),
+    "euler t": Euler(variable="t"),
+    "heun sigma": Heun(),
+    "heun t": Heun(variable="t"),
+}
+
+STOCHASTIC = {"ddpm", "ddpm beta", "ddim 0.5", "ddim 1", "euler-maruyama"}
+
+
+class Nonlinear(Denoiser):
+    """A smooth posterior mean that is not linear in x, mixes the components of a sample and depends on t."""
+
+    def __init__(self, sde: SDE) -> None:
+        self.sde = sde
+
+    def posterior(self, x: Tensor, t: Any, **cond: Any) -> Posterior:
+        shift = expand_like((as_time(t) / self.sde.t_max * 3).cos(), x)
+        flat = x.reshape(len(x), -1)
+        return Posterior(torch.tanh(0.8 * x + 0.3 * flat.roll(1, dims=1).reshape(x.shape) + shift) + 0.1 * shift)
+
+
+class Counting(Denoiser):
+    """Another denoiser that counts its evaluations and remembers their times."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        self.inner, self.sde = inner, inner.sde
+        self.times: list[float] = []
+
+    def posterior(self, x: Tensor, t: Any, **cond: Any) -> Posterior:
+        self.times.append(float(t))
+        return self.inner.posterior(x, t, **cond)
+
+
+def network_for(denoiser: Denoiser, view: str) -> Callable[..., Tensor]:
+    """net(x, t) that predicts that view of a denoiser: what a perfectly trained network would be."""
+    return lambda x, t: denoiser.view(view, x, t)
+
+
+def start_of(sde: SDE) -> float:
+    """A start where every method is defined, alpha > 0, and 1 / alpha costs few of float64's digits."""
+    return min(sde.t_max, float(sde.time_at(-5.5)))
+
+
+def end_of(sde: SDE) -> float:
+    """An end with some noise left, well above t_min."""
+    return float(sde.time_at(3.0))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def solve(denoiser: Denoiser, x: Tensor, solver: Solver, grid: Grid, z: list[Tensor] | None = None) -> Tensor:
+    """The samples from x, with z[step] as the noise of each step."""
+    steps = solver.tableau(grid).step.tolist()
+    noise = None if z is None else (lambda row, _: z[steps[row]].clone())
+    return sample(denoiser, x, solver, grid=grid, noise=noise).x

@@ -1,0 +1,371 @@
+"""The laws of time grids: what is uniform in them, that their ends are exact floats, and what is refused."""
+
+import itertools
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, Grid, SubVPSDE
+
+SDES: dict[str, SDE] = {
+    "vp": VPSDE(),
+    "subvp": SubVPSDE(),
+    "ve": VESDE(),
+    "cosine": CosineVPSDE(),
+    "cosine-1": CosineVPSDE(t_max=1.0),
+    "edm": EDMSDE(),
+    "flow": FlowSDE(),
+    "chain-linear": DDPMChain(),
+    "chain-cosine": DDPMChain.cosine(),
+    "chain-short": DDPMChain([0.1, 0.5, 0.02, 0.9]),
+}
+ALPHA_VANISHES = {"flow", "cosine-1"}
+LOGARITHMIC = ["log_snr", "karras"]
+SPACINGS = ["uniform", "quadratic", *LOGARITHMIC]
+STEPS = [1, 2, 3, 5, 7, 13, 20, 100, 1000]
+STRIDES = ["leading", "trailing", "linspace", "quadratic"]
+
+all_sdes = pytest.mark.parametrize("name", SDES)
+all_spacings = pytest.mark.parametrize("spacing", SPACINGS)
+
+
+def make(name: str, spacing: str, steps: int, **kwargs: Any) -> Grid:
+    if name in ALPHA_VANISHES and spacing in LOGARITHMIC:
+        kwargs.setdefault("start", 0.99)
+    return getattr(Grid, spacing)(SDES[name], steps, **kwargs)
+
+
+def variable(sde: SDE, spacing: str, t: Tensor, rho: float = 7.0) -> Tensor:
+    """What the spacing is uniform in."""
+    match spacing:
+        case "uniform":
+            return t
+        case "quadratic":
+            return t.sqrt()
+        case "log_snr":
+            return (sde.alpha(t) / sde.sigma(t)).log()
+        case _:
+            return (sde.sigma(t) / sde.alpha(t)) ** (1 / rho)
+
+
+def assert_uniform(u: Tensor) -> None:
+    """Equal differences, to rounding in the variable's own range."""
+    span = float((u[-1] - u[0]).abs())
+    line = torch.linspace(float(u[0]), float(u[-1]), len(u), dtype=torch.float64)
+    assert float((u - line).abs().max()) < 1e-12 * (span + float(u.abs().max()))
+
+
+@all_sdes
+@all_spacings
+@pytest.mark.parametrize("steps", [2, 7, 50])
+def test_spacing_is_uniform_in_its_variable(name: str, spacing: str, steps: int) -> None:
+    grid = make(name, spacing, steps)
+    t = grid.times[:-1] if spacing in LOGARITHMIC else grid.times  # the last step of the former is an extra one
+    assert_uniform(variable(SDES[name], spacing, t))
+
+
+@all_sdes
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.5])
+def test_karras_with_another_rho(name: str, rho: float) -> None:
+    grid = make(name, "karras", 9, rho=rho)
+    assert_uniform(variable(SDES[name], "karras", grid.times[:-1], rho))
+
+
+def test_karras_on_edm_is_the_published_formula() -> None:
+    """Karras et al. (2022), eq. 5, in numpy."""
+    N, rho, low, high = 18, 7.0, 0.002, 80.0
+    i = np.arange(N)
+    t = (high ** (1 / rho) + i / (N - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    np.testing.assert_allclose(Grid.karras(EDMSDE(), N).times.numpy(), [*t, 0.0], rtol=1e-13)
+
+
+@all_sdes
+@all_spacings
+@pytest.mark.parametrize("steps", STEPS)
+def test_every_number_of_steps_strictly_decreases_from_start_to_zero(name: str, spacing: str, steps: int) -> None:
+    grid = make(name, spacing, steps)
+    assert grid.steps == steps == len(grid) - 1
+    assert grid.times.dtype == torch.float64
+    assert bool((grid.times.diff() < 0).all())
+    assert float(grid.times[0]) == (0.99 if name in ALPHA_VANISHES and spacing in LOGARITHMIC else SDES[name].t_max)
+    assert float(grid.times[-1]) == 0
+    if spacing in LOGARITHMIC and steps > 1:
+        assert float(grid.times[-2]) == SDES[name].t_min
+
+
+@all_sdes
+@all_spacings
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+def test_the_ends_asked_for_are_met_to_the_last_bit(name: str, spacing: str, steps: int) -> None:
+    """Not through forward and inverse, whose rounding would leave [t_min, t_max]."""
+    sde = SDES[name]
+    start, end = 0.7 * sde.t_max, max(sde.t_min, 0.003 * sde.t_max) * 1.1
+    grid = make(name, spacing, steps, start=start, end=end)
+    assert (float(grid.times[0]), float(grid.times[-1])) == (start, end)
+    assert grid.steps == steps
+    assert_uniform(variable(sde, spacing, grid.times))
+
+
+@pytest.mark.parametrize("spacing", LOGARITHMIC)
+@all_sdes
+def test_last_is_the_last_noisy_time(name: str, spacing: str) -> None:
+    sde = SDES[name]
+    last = 0.01 * sde.t_max
+    grid = make(name, spacing, 6, last=last)
+    assert grid.times[-2:].tolist() == [last, 0.0]
+    assert_uniform(variable(sde, spacing, grid.times[:-1]))
+
+
+@all_sdes
+@all_spacings
+def test_pairs_chain_and_end_on_the_data(name: str, spacing: str) -> None:
+    """The scales at the end of a step are those at the start of the next, bit for bit, and (1, 0) at the end."""
+    grid = make(name, spacing, 13)
+    alpha_t, sigma_t, alpha_s, sigma_s = grid.pairs()
+    assert torch.equal(alpha_s[:-1], alpha_t[1:])
+    assert torch.equal(sigma_s[:-1], sigma_t[1:])
+    assert (float(alpha_s[-1]), float(sigma_s[-1])) == (1.0, 0.0)
+    torch.testing.assert_close(alpha_t, SDES[name].alpha(grid.times[:-1]), rtol=1e-14, atol=0)
+    torch.testing.assert_close(sigma_t, SDES[name].sigma(grid.times[:-1]), rtol=1e-14, atol=0)
+
+
+@all_sdes
+@pytest.mark.parametrize("steps", [1, 4])
+def test_customary_grid(name: str, steps: int) -> None:
+    sde = SDES[name]
+    grid = Grid.customary(sde, steps)
+    if isinstance(sde, DDPMChain):
+        assert grid == Grid.strided(sde, steps)
+    elif isinstance(sde, EDMSDE):
+        assert grid == Grid.karras(sde, steps)
+    else:
+        assert grid == Grid.uniform(sde, steps)
+
+
+# Sub-sequences of a chain
+
+
+def nodes_of(N: int, steps: int, spacing: str) -> list[int]:
+    """The integer times before the final zero."""
+    times = Grid.strided(DDPMChain.linear(N), steps, spacing).times.tolist()  # type: ignore[arg-type]
+    assert times[-1] == 0
+    assert all(t.is_integer() for t in times)
+    return [int(t) for t in times[:-1]]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("N", [1, 2, 10, 97, 1000])
+def test_strided_at_every_step_count_is_a_sub_sequence(N: int, spacing: str) -> None:
+    for K in sorted({k for k in (1, 2, 3, 5, 7, 13, 20, 50, 97, 99, 333, 500, 501, 999, N - 1, N) if 1 <= k <= N}):
+        nodes = nodes_of(N, K, spacing)
+        assert len(nodes) == K
+        assert N >= nodes[0] and nodes[-1] >= 1
+        assert all(a > b for a, b in itertools.pairwise(nodes))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("N", [1, 4, 1000])
+def test_as_many_steps_as_nodes_is_the_whole_chain(N: int, spacing: str) -> None:
+    assert nodes_of(N, N, spacing) == list(range(N, 0, -1))
+
+
+@pytest.mark.parametrize("K", [1, 3, 7, 10, 20, 97, 100, 250, 1000])
+def test_leading_is_the_stride_of_ddim(K: int) -> None:
+    """DDIM's code: range(0, N, N // K), on nodes counted from 0; of its K or more numbers the first K."""
+    assert nodes_of(1000, K, "leading") == [i + 1 for i in range(0, 1000, 1000 // K)][:K][::-1]
+
+
+@pytest.mark.parametrize("K", [2, 3, 5, 7, 10, 20, 28])
+def test_quadratic_is_that_of_ddim(K: int) -> None:
+    """DDIM's code: linspace(0, sqrt(0.8 N), K)^2, truncated, plus one."""
+    expected = [int(s) + 1 for s in np.linspace(0, np.sqrt(1000 * 0.8), K) ** 2]
+    assert nodes_of(1000, K, "quadratic") == expected[::-1]
+
+
+@pytest.mark.parametrize("N", [10, 97, 1000])
+def test_linspace_is_the_even_trajectory_in_exact_arithmetic(N: int) -> None:
+    """tau_k = round(1 + (k - 1) (N - 1) / (K - 1)), ties to even (Nichol and Dhariwal, 2021), for every K."""
+    for K in range(2, N + 1, 1 if N < 1000 else 37):
+        expected = [round(1 + Fraction(k * (N - 1), K - 1)) for k in range(K)]
+        assert nodes_of(N, K, "linspace") == expected[::-1]
+
+
+@pytest.mark.parametrize("N", [10, 97, 1000])
+def test_trailing_starts_at_the_prior_and_never_strays_from_even(N: int) -> None:
+    """Node k is N - k N / K to within rounding to the next integer."""
+    for K in range(1, N + 1, 1 if N < 1000 else 37):
+        nodes = nodes_of(N, K, "trailing")
+        assert nodes[0] == N
+        assert all(abs(node - (N - Fraction(k * N, K))) <= Fraction(1, 2) for k, node in enumerate(nodes))
+
+
+@pytest.mark.parametrize(("spacing", "node"), [("leading", 1), ("trailing", 10), ("linspace", 10), ("quadratic", 1)])
+def test_strided_with_one_step(spacing: str, node: int) -> None:
+    """One node of the formula: its start, which is 1 where the formula runs upward from 1."""
+    assert nodes_of(10, 1, spacing) == [node]
+
+
+# A user's own times
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        [1.0, 0.5, 0.25, 0.0],
+        (1, 0.5, 0.25, 0),
+        np.array([1.0, 0.5, 0.25, 0.0]),
+        np.array([1.0, 0.5, 0.25, 0.0], dtype=np.float32),
+        np.array([0.0, 0.25, 0.5, 1.0])[::-1],  # what np.linspace(0, 1, n)[::-1] is: a view with a negative stride
+        torch.tensor([1.0, 0.5, 0.25, 0.0]),
+        torch.tensor([1.0, 0.5, 0.25, 0.0], dtype=torch.float64, requires_grad=True),
+        torch.tensor([0.0, 0.25, 0.5, 1.0]).flip(0),
+    ],
+    ids=["list", "tuple", "float64 array", "float32 array", "reversed array", "float32", "with gradient", "flipped"],
+)
+def test_own_times_are_kept_as_they_are(own: Any) -> None:
+    grid = Grid(VPSDE(), own)
+    assert grid.times.tolist() == [1.0, 0.5, 0.25, 0.0]
+    assert grid.times.dtype == torch.float64
+    assert not grid.times.requires_grad
+
+
+def test_integer_times_of_a_chain() -> None:
+    assert Grid(DDPMChain(), torch.tensor([1000, 500, 1, 0])) == Grid(DDPMChain(), [1000.0, 500.0, 1.0, 0.0])
+
+
+def test_own_times_are_copied() -> None:
+    for own in (torch.tensor([1.0, 0.5], dtype=torch.float64), np.array([1.0, 0.5])):
+        grid = Grid(VPSDE(), own)
+        own[0] = 0.7
+        assert grid.times.tolist() == [1.0, 0.5]
+
+
+def test_own_times_are_not_rounded_to_float32() -> None:
+    """0.7 has no exact float32, so a list that passes through one moves its times, and t_max out of the SDE."""
+    assert Grid(CosineVPSDE(), [0.9946, 0.7, 1e-5]).times.tolist() == [0.9946, 0.7, 1e-5]
+
+
+def test_own_times_need_not_reach_either_end() -> None:
+    assert Grid(VPSDE(), [0.5, 0.1]).steps == 1
+
+
+def test_equality_is_that_of_the_sde_and_the_times() -> None:
+    a, b = VPSDE(), VESDE()
+    assert Grid.uniform(a, 4) == Grid(a, [1, 0.75, 0.5, 0.25, 0])
+    assert Grid.uniform(a, 4) == Grid.uniform(VPSDE(), 4)
+    assert Grid.uniform(a, 4) != Grid.uniform(b, 4)
+    assert Grid.uniform(a, 4) != Grid.uniform(a, 5)
+    assert Grid.uniform(a, 4) != Grid.uniform(a, 4, end=1e-3)
+    assert Grid.uniform(a, 4) != [1, 0.75, 0.5, 0.25, 0]
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(Grid.uniform(a, 4))
+
+
+@all_sdes
+@all_spacings
+def test_repr_shows_the_times_that_are_stepped_on(name: str, spacing: str) -> None:
+    grid = make(name, spacing, 8)
+    shown = repr(grid).rpartition(": ")[2].rstrip(")").split(", ")
+    assert [float(t) for t in shown] == pytest.approx(grid.times.tolist(), rel=1e-4)
+    assert repr(SDES[name]) in repr(grid)
+
+
+def test_repr_of_a_long_grid_shows_its_ends() -> None:
+    shown = repr(Grid.uniform(VPSDE(), 1000))
+    assert len(shown) < 250
+    assert "1, 0.999, 0.998" in shown and shown.endswith("0.001, 0)")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([0.0, 0.5, 1.0], "strictly decrease"),
+        ([1.0, 0.5, 0.7, 0.0], r"t_1 = 0.5 is followed by t_2 = 0.7"),
+        ([1.0, 0.5, 0.5, 0.0], r"t_1 = 0.5 is followed by t_2 = 0.5"),
+        ([1.0, 0.0, 0.0], "strictly decrease"),
+        ([1.1, 0.5], "outside"),
+        ([1.0 + 1e-9, 0.5], "outside"),
+        ([1.0, -1e-9], "outside"),
+        ([1.0, math.nan, 0.0], "finite"),
+        ([math.inf, 0.5], "finite"),
+        ([1.0], "at least two"),
+        ([], "at least two"),
+        (1.0, "at least two"),
+        ([[1.0, 0.5]], "at least two"),
+    ],
+)
+def test_bad_times_are_refused(times: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Grid(VPSDE(), times)
+
+
+def test_times_before_the_sde_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="expected an SDE"):
+        Grid([1.0, 0.0], VPSDE())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, 3.0, True, "4", None])
+@pytest.mark.parametrize("spacing", [*SPACINGS, "strided", "customary"])
+def test_steps_must_be_a_whole_number(spacing: str, steps: Any) -> None:
+    sde = DDPMChain() if spacing == "strided" else VPSDE()
+    with pytest.raises(ValueError, match="whole number >= 1"):
+        getattr(Grid, spacing)(sde, steps)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Grid.uniform(VPSDE(), 4, start=1.5), "0 <= end < start"),
+        (lambda: Grid.uniform(VPSDE(), 4, start=0.2, end=0.2), "0 <= end < start"),
+        (lambda: Grid.uniform(VPSDE(), 4, start=0.2, end=0.3), "0 <= end < start"),
+        (lambda: Grid.uniform(VPSDE(), 4, end=-0.1), "0 <= end < start"),
+        (lambda: Grid.uniform(VPSDE(), 4, start=math.nan), "0 <= end < start"),
+        (lambda: Grid.uniform(VPSDE(), 4, end=math.nan), "0 <= end < start"),
+        (lambda: Grid.quadratic(VPSDE(), 4, end=-0.1), "0 <= end < start"),
+        (lambda: Grid.log_snr(VPSDE(), 4, last=1.0), "< start"),
+        (lambda: Grid.log_snr(VPSDE(), 4, last=-1.0), "< start"),
+        (lambda: Grid.log_snr(VPSDE(), 4, last=0.0), "half_log_snr is infinite"),
+        (lambda: Grid.karras(VPSDE(), 4, last=0.0), "half_log_snr is infinite"),
+        (lambda: Grid.log_snr(FlowSDE(), 4), "half_log_snr is infinite"),
+        (lambda: Grid.karras(FlowSDE(), 4), "half_log_snr is infinite"),
+        (lambda: Grid.log_snr(CosineVPSDE(t_max=1.0), 4), "half_log_snr is infinite"),
+        (lambda: Grid.karras(CosineVPSDE(t_max=1.0), 4), "half_log_snr is infinite"),
+        (lambda: Grid.karras(VPSDE(), 4, rho=0.0), "rho=0.0"),
+        (lambda: Grid.karras(VPSDE(), 4, rho=-7.0), "rho=-7.0"),
+        (lambda: Grid.karras(VPSDE(), 4, rho=math.nan), "rho=nan"),
+        (lambda: Grid.strided(VPSDE(), 4), "DDPMChain"),  # type: ignore[arg-type]
+        (lambda: Grid.strided(DDPMChain(), 4, "even"), "spacing='even'"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_arguments_are_refused(build: Callable[[], Grid], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("spacing", STRIDES)
+def test_more_steps_than_nodes_are_refused(spacing: str) -> None:
+    with pytest.raises(ValueError, match="only 10 nodes"):
+        Grid.strided(DDPMChain.linear(10), 11, spacing)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("K", [100, 500, 1000])
+def test_nodes_that_collide_when_rounded_are_refused(K: int) -> None:
+    """DDIM's quadratic stride at 100 steps has its first nodes within one; elsewhere this divides by zero."""
+    with pytest.raises(ValueError, match="strictly decrease"):
+        Grid.strided(DDPMChain(), K, "quadratic")
+
+
+@pytest.mark.parametrize("spacing", LOGARITHMIC)
+def test_an_end_and_a_last_time_at_once_are_refused(spacing: str) -> None:
+    """`last` is where the noisy times stop before end = 0; with another end it would be ignored."""
+    with pytest.raises(ValueError, match="last"):
+        make("vp", spacing, 4, end=1e-2, last=1e-3)
