@@ -17,8 +17,8 @@ demo: $(READY)  ## train on real digits, race the solvers, draw the pictures (un
 test: $(READY)  ## the laws
 	$(BIN)/python -m pytest -n auto
 
-doctest: $(READY)  ## the examples in the docstrings and the README
-	$(BIN)/python -m pytest --doctest-modules --doctest-glob=README.md scoresde README.md
+doctest: $(READY)  ## the examples in the docstrings
+	$(BIN)/python -m pytest --doctest-modules scoresde
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -158,7 +158,7 @@ def tile(images: Tensor, columns: int) -> Tensor:
 
 
 def show(axis: plt.Axes, picture: Tensor, title: str = "") -> None:
-    axis.imshow(picture, cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+    axis.imshow(picture.numpy(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
     axis.set_title(title, fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])

@@ -82,7 +82,7 @@ class Tableau:
     >>> DDIM().tableau(Grid.uniform(VPSDE(), 2))
     Tableau of 2 rows on Grid(VPSDE(beta_min=0.1, beta_max=20.0, t_min=1e-05, t_max=1.0), 2 steps: 1, 0.5, 0)
      row  step         t          p          q          a          b          c
-       0     0         1          0          1   0.959728   0.274893          0
+       0     0         1          0          1   0.959675   0.274876          0
        1     1       0.5          0          1          0          1          0
     """
 

@@ -93,12 +93,8 @@ CASES: dict[str, Case] = {
     "mixture scalar": Case(
         GaussianMixture(M[:, 0], 2 * W3, std=S3), W3, M[:, :1], S3.square().reshape(3, 1, 1)
     ),  # weights are normalised
-    "mixture one width": Case(
-        GaussianMixture(M, W3, std=0.4), W3, M, (0.16 * eye(2)).expand(3, 2, 2)
-    ),
-    "mixture width per component": Case(
-        GaussianMixture(M, W3, std=S3), W3, M, S3.square()[:, None, None] * eye(2)
-    ),
+    "mixture one width": Case(GaussianMixture(M, W3, std=0.4), W3, M, (0.16 * eye(2)).expand(3, 2, 2)),
+    "mixture width per component": Case(GaussianMixture(M, W3, std=S3), W3, M, S3.square()[:, None, None] * eye(2)),
     "mixture shared diagonal": Case(GaussianMixture(M, W3, std=S2), W3, M, diagonal(S2).expand(3, 2, 2)),
     "mixture images diagonal": Case(
         GaussianMixture(IMAGES, W3, std=IMAGES_STD), W3, IMAGES.reshape(3, 4), diagonal(IMAGES_STD.reshape(3, 4))
@@ -123,7 +119,7 @@ def close(actual: Tensor, expected: Tensor, rtol: float = 1e-9, atol: float = 1e
 
 
 def reference_posterior(case: Case, x: Tensor, sde: SDE, t: float) -> tuple[Tensor, Tensor]:
-    """Moments of x_0 given x_t: condition each joint Gaussian, weigh by its evidence, then the law of total variance."""
+    """Moments of x_0 given x_t: condition each joint Gaussian, weigh by evidence, then total variance."""
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     D = case.means.shape[1]
     flat = x.reshape(len(x), D)
@@ -552,7 +548,9 @@ def test_half_a_marginal_is_refused() -> None:
         target.log_prob(x, t=0.5)
 
 
-@pytest.mark.parametrize("target", [Empirical(POINTS), Gaussian(M[0], std=0.0), Gaussian(M[0], cov=torch.diag(S2 - 0.3))])
+@pytest.mark.parametrize(
+    "target", [Empirical(POINTS), Gaussian(M[0], std=0.0), Gaussian(M[0], cov=torch.diag(S2 - 0.3))]
+)
 def test_no_density_where_a_width_is_zero(target: GaussianMixture) -> None:
     x = torch.zeros(1, 2)
     for t in (None, 0.0):

@@ -165,7 +165,8 @@ def test_strided_at_every_step_count_is_a_sub_sequence(N: int, spacing: str) -> 
     for K in sorted({k for k in (1, 2, 3, 5, 7, 13, 20, 50, 97, 99, 333, 500, 501, 999, N - 1, N) if 1 <= k <= N}):
         nodes = nodes_of(N, K, spacing)
         assert len(nodes) == K
-        assert N >= nodes[0] and nodes[-1] >= 1
+        assert nodes[0] <= N
+        assert nodes[-1] >= 1
         assert all(a > b for a, b in itertools.pairwise(nodes))
 
 
@@ -279,7 +280,8 @@ def test_repr_shows_the_times_that_are_stepped_on(name: str, spacing: str) -> No
 def test_repr_of_a_long_grid_shows_its_ends() -> None:
     shown = repr(Grid.uniform(VPSDE(), 1000))
     assert len(shown) < 250
-    assert "1, 0.999, 0.998" in shown and shown.endswith("0.001, 0)")
+    assert "1, 0.999, 0.998" in shown
+    assert shown.endswith("0.001, 0)")
 
 
 # What is refused

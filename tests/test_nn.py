@@ -1,6 +1,6 @@
-"""The laws of the networks: what they start as, what their output depends on, and that precision costs no time label."""
+"""The laws of the networks: what they start as, what their output depends on, and that no precision rounds a label."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from scoresde.nn import MLP, TimeEmbedding, UNet
 
 UNETS: dict[str, dict[str, Any]] = {
-    "one level": dict(channels=8, multipliers=(1,)),
-    "two levels": dict(channels=8, multipliers=(1, 2)),
-    "three levels": dict(channels=8, multipliers=(1, 2, 2), blocks=1),
-    "four levels": dict(channels=8, multipliers=(1, 1, 2, 2), blocks=1),
-    "attention at the top": dict(channels=8, multipliers=(1, 2), attention=(0,), blocks=1, heads=2),
-    "attention everywhere": dict(channels=8, multipliers=(1, 2, 3), attention=(0, 1, 2), blocks=1),
-    "three blocks": dict(channels=8, multipliers=(2, 1), blocks=3),
-    "colour": dict(image_channels=3, channels=8, multipliers=(1, 2), blocks=1),
-    "classes": dict(channels=8, multipliers=(1, 2), blocks=1, num_classes=4),
+    "one level": {"channels": 8, "multipliers": (1,)},
+    "two levels": {"channels": 8, "multipliers": (1, 2)},
+    "three levels": {"channels": 8, "multipliers": (1, 2, 2), "blocks": 1},
+    "four levels": {"channels": 8, "multipliers": (1, 1, 2, 2), "blocks": 1},
+    "attention at the top": {"channels": 8, "multipliers": (1, 2), "attention": (0,), "blocks": 1, "heads": 2},
+    "attention everywhere": {"channels": 8, "multipliers": (1, 2, 3), "attention": (0, 1, 2), "blocks": 1},
+    "three blocks": {"channels": 8, "multipliers": (2, 1), "blocks": 3},
+    "colour": {"image_channels": 3, "channels": 8, "multipliers": (1, 2), "blocks": 1},
+    "classes": {"channels": 8, "multipliers": (1, 2), "blocks": 1, "num_classes": 4},
 }
 EVENTS = [(), (2,), (7,), (3, 4), (1, 4, 4)]
 
@@ -41,9 +41,7 @@ def image_batch(options: dict[str, Any], size: int, n: int = 3) -> tuple[Tensor,
 
 def cases() -> list[Any]:
     """(network maker, its batch): every U-Net at one size, every event of the MLP, with and without classes."""
-    found = [
-        pytest.param(lambda o=o: UNet(**o), image_batch(o, 8), id=f"unet {name}") for name, o in UNETS.items()
-    ]
+    found = [pytest.param(lambda o=o: UNet(**o), image_batch(o, 8), id=f"unet {name}") for name, o in UNETS.items()]
     for event in EVENTS:
         for classes in (None, 4):
             x, time = torch.randn(3, *event, generator=torch.Generator().manual_seed(2)), torch.linspace(5, 900, 3)
@@ -51,6 +49,14 @@ def cases() -> list[Any]:
             make = lambda event=event, classes=classes: MLP(event, width=16, depth=2, num_classes=classes)  # noqa: E731
             found.append(pytest.param(make, batch, id=f"mlp {event} {classes}"))
     return found
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Initial weights come from the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 all_networks = pytest.mark.parametrize(("make", "batch"), cases())
@@ -93,12 +99,12 @@ def test_unet_takes_images_that_are_not_square() -> None:
 def test_the_output_depends_on_x_time_and_label(make: Make, batch: tuple[Tensor, ...]) -> None:
     """For each sample by itself, away from the start."""
     net = randomised(make())
-    out = net(*batch).flatten(1) if batch[0].ndim > 1 else net(*batch)[:, None]
+    out = net(*batch).detach().reshape(len(batch[0]), -1)
     changes = [(batch[0] + 0.1, *batch[1:]), (batch[0], batch[1] + 20, *batch[2:])]
     if len(batch) == 3:
         changes.append((*batch[:2], (batch[2] + 1) % 4))
     for changed in changes:
-        other = net(*changed).reshape(out.shape)
+        other = net(*changed).detach().reshape(out.shape)
         assert float((other - out).abs().amax(1).min()) > 1e-4
 
 
@@ -108,23 +114,20 @@ def test_gradients_reach_every_parameter(make: Make, batch: tuple[Tensor, ...]) 
     net(*batch).square().sum().backward()
     for name, p in net.named_parameters():
         assert p.grad is not None, name
-        assert bool(p.grad.isfinite().all()) and float(p.grad.abs().max()) > 0, name
+        assert bool(p.grad.isfinite().all()), name
+        assert bool(p.grad.any()), name
 
 
 @all_networks
-def test_training_leaves_the_start_in_two_steps(make: Make, batch: tuple[Tensor, ...]) -> None:
-    """A zero last layer blocks the gradient of the rest for one step, not for ever."""
+def test_training_from_the_start_soon_reaches_every_parameter(make: Make, batch: tuple[Tensor, ...]) -> None:
+    """A zero layer blocks the gradient of those before it for one step; nested ones for a few, never for ever."""
     net = make()
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
-    losses = []
-    for _ in range(3):
-        loss = (net(*batch) - 1).square().mean()
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.01)
+    for _ in range(4):
         optimiser.zero_grad()
-        loss.backward()
+        (net(*batch) - 1).square().mean().backward()
         optimiser.step()
-        losses.append(float(loss))
-    assert losses[0] == 1
-    assert losses[2] < losses[1] < losses[0]
+    assert not [name for name, p in net.named_parameters() if p.grad is None or not bool(p.grad.any())]
 
 
 @all_networks
@@ -133,7 +136,9 @@ def test_a_sample_alone_is_the_sample_in_the_batch(make: Make, batch: tuple[Tens
     together = net(*batch)
     for i in range(len(batch[0])):
         alone = net(*(b[i : i + 1] for b in batch))
-        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-5, atol=1e-5 * float(together.abs().max()))
+        torch.testing.assert_close(
+            alone, together[i : i + 1], rtol=1e-5, atol=1e-5 * float(together.detach().abs().max())
+        )
 
 
 @all_networks
@@ -154,7 +159,7 @@ def test_the_network_in_another_dtype_is_the_same_function(
     expected = net(*batch)
     x, time, *label = batch
     net = net.to(dtype)
-    scale = float(expected.abs().max())
+    scale = float(expected.detach().abs().max())
     for t in (time, time.double(), time.round().long()):
         out = net(x.to(dtype), t, *label)
         assert out.dtype == dtype

@@ -189,7 +189,7 @@ def test_every_solver_converges_to_the_marginal(name, sde):
         grid = Grid.log_snr(sde, steps, start=start_of(sde), end=end)
         errors.append(abs(output_law(SOLVERS[name], grid, std) / truth - 1))
     assert errors[1] < 0.05
-    # First order gives 0.25, second 0.06. Heun in t of a chain, whose beta(t) jumps, is accurate but converges unevenly.
+    # First order gives 0.25, second 0.06. Heun in t of a chain, whose beta(t) jumps, is accurate but uneven.
     assert errors[1] < max(0.3 * errors[0], 1e-4)
 
 

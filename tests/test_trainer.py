@@ -122,7 +122,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_ema_is_its_formula():
-    """average <- d_n average + (1 - d_n) weights, d_n = min(decay, (1 + n) / (10 + n)), from the first step's weights."""
+    """average <- d_n average + (1 - d_n) weights, d_n = min(decay, (1 + n) / (10 + n)), from the first on."""
     trainer = make(steps=12, ema_decay=0.5)
     seen = []
     original = trainer._average.update_parameters

@@ -7,6 +7,7 @@ share one convention: on a step to t = 0, where sigma = 0, the result is the den
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def _steps(times: Tensor, z: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Ten
 def ddpm_chain(
     chain: DDPMChain, eps: Callable[[Tensor, int], Tensor], x: Tensor, z: Sequence[Tensor], variance: str
 ) -> Tensor:
-    """Ho, Jain and Abbeel (2020), algorithm 2, on the whole chain; sigma_n^2 is beta_n or beta tilde_n of section 3.2."""
+    """Ho, Jain and Abbeel (2020), algorithm 2, on a whole chain; sigma_n^2 is beta_n or beta tilde_n (section 3.2)."""
     alpha = 1 - chain.betas
     abar = torch.cumprod(alpha, 0)
     for n in range(chain.steps, 0, -1):
@@ -34,7 +35,7 @@ def ddpm_chain(
 
 
 def ddpm(denoiser: Denoiser, x: Tensor, times: Tensor, z: Sequence[Tensor], variance: str) -> Tensor:
-    """Ancestral sampling from q(x_s | x_t, x_0 = D) for any alpha, sigma: Kingma et al. (2021), appendix A, eq. 25-31."""
+    """Ancestral sampling from q(x_s | x_t, x_0 = D) for any alpha, sigma: Kingma et al. (2021), appendix A."""
     sde = denoiser.sde
     for t, s, noise in _steps(times, z):
         D = denoiser(x, t).mean
@@ -85,14 +86,14 @@ def probability_flow(denoiser: Denoiser, x: Tensor, t: Tensor) -> Tensor:
 
 def euler_t(denoiser: Denoiser, x: Tensor, times: Tensor) -> Tensor:
     """Euler's method on the probability-flow ODE."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x = denoiser(x, t).mean if s == 0 else x + (s - t) * probability_flow(denoiser, x, t)
     return x
 
 
 def heun_t(denoiser: Denoiser, x: Tensor, times: Tensor) -> Tensor:
     """Karras et al. (2022), algorithm 1, for the SDE's own alpha(t), sigma(t)."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         if s == 0:
             return denoiser(x, t).mean
         d = probability_flow(denoiser, x, t)
@@ -106,7 +107,7 @@ def heun_edm(denoiser: Denoiser, x: Tensor, times: Tensor, order: int = 2) -> Te
     sde = denoiser.sde
     u = sde.sigma(times) / sde.alpha(times)
     y = x / sde.alpha(times[0])
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, s) in enumerate(pairwise(times)):
         d = (y - denoiser(sde.alpha(t) * y, t).mean) / u[i]
         y_next = y + (u[i + 1] - u[i]) * d
         if u[i + 1] != 0 and order == 2:

@@ -55,7 +55,7 @@ def dsm_loss(
     """
     sde = denoiser.sde
     if not x0.is_floating_point() or x0.ndim == 0:
-        raise ValueError(f"x0 is {x0.dtype} of shape {tuple(x0.shape)}: expected floats (B, ...), images in [-1, 1] say")
+        raise ValueError(f"x0 is {x0.dtype} of shape {tuple(x0.shape)}: expected floats (B, ...), in [-1, 1] say")
     if t is not None and times is not None:
         raise ValueError("give t= or times=, not both")
     if reduction not in ("mean", "none"):

@@ -1,0 +1,5 @@
+import sys
+
+from scoresde.cli import main
+
+sys.exit(main())

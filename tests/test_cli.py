@@ -1,0 +1,96 @@
+"""The command line and the programs that ship: they run, say what is wrong, and go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+
+import scoresde
+from scoresde.cli import GRIDS, SDES, SOLVERS, main
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_info_names_what_there_is(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in (scoresde.__version__, torch.__version__, *SDES, *SOLVERS):
+        assert word in out
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("sde", SDES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_tableau_prints_or_says_why_not(solver, sde, grid, capsys):
+    status = main(["tableau", solver, "--sde", sde, "--grid", grid, "--steps", "4"])
+    out, err = capsys.readouterr()
+    if status == 0:
+        assert out.startswith("Tableau of ")
+        assert not err
+    else:
+        # A stride of something that is no chain, log-SNR where it is infinite.
+        assert status == 2
+        assert err.startswith("scoresde: ")
+        assert grid == "strided" or (sde == "flow" and grid in ("log_snr", "karras"))
+
+
+def test_python_m_and_the_console_script_are_the_same():
+    (script,) = entry_points(group="console_scripts", name="scoresde")
+    assert script.load() is main
+    run = subprocess.run([sys.executable, "-m", "scoresde", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"scoresde {scoresde.__version__}\n"
+    wrong = subprocess.run([sys.executable, "-m", "scoresde", "tableau", "nothing"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+
+
+def test_importing_touches_nothing():
+    """No GPU is initialised, nothing is compiled, and no optional package is needed."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['sklearn', 'matplotlib', 'diffusers'])); import torch, "
+        "scoresde.cli, scoresde.training, scoresde.nn, scoresde.exact, scoresde.metrics, scoresde.data; "
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_demo_runs_and_goes_on(tmp_path, capsys, monkeypatch):
+    """The main job in small: its table has every cell, its pictures exist, and a second run does not train again."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import digits
+
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "2",
+        "--samples",
+        "8",
+        "--nfe",
+        "1",
+        "3",
+        "--long",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    digits.main(arguments)
+    first = json.loads((tmp_path / "results.json").read_text())
+    digits.main(arguments)
+    assert "going on from step 2 of 2" in capsys.readouterr().out
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert {k: set(v) for k, v in first["frechet_distance"].items()} == {
+        "DDPM": {"1", "3", "4"},
+        "Euler-Maruyama": {"1", "3"},
+        "DDIM": {"1", "3"},
+        "Heun": {"1", "3"},
+    }
+    assert again["frechet_distance"] == first["frechet_distance"]
+    assert {"device", "dtype", "torch", "commit", "command"} <= set(first["environment"])
+    for name in ("samples.png", "process.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
