@@ -192,11 +192,16 @@ class Denoiser(ABC):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
             found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x is {found}: expected a floating-point tensor (B, ...), then t: denoiser(x, t)")
-        t = as_time(t)
-        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
-            raise ValueError(f"t has shape {tuple(t.shape)} for a batch of {len(x)}: give one time, or one per sample")
-        if _on_host(t) and not bool(((t >= 0) & (t <= self.sde.t_max * (1 + 1e-6))).all()):
-            raise ValueError(f"t = {t.tolist()} leaves [0, {self.sde.t_max}] of {self.sde!r}")
+        check_time(t, len(x), self.sde)
+
+
+def check_time(t: Time, batch: int, sde: SDE) -> None:
+    """Raises ValueError unless t has shape () or (B,) and, on the host, lies in [0, t_max]."""
+    t = as_time(t)
+    if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, batch)):
+        raise ValueError(f"t has shape {tuple(t.shape)} for a batch of {batch}: give one time, or one per sample")
+    if _on_host(t) and not bool(((t >= 0) & (t <= sde.t_max * (1 + 1e-6))).all()):
+        raise ValueError(f"t = {t.tolist()} leaves [0, {sde.t_max}] of {sde!r}")
 
 
 def combine(u: Tensor, x: Tensor, w: Tensor, y: Tensor) -> Tensor:

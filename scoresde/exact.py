@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser, Posterior
+from scoresde.denoiser import Denoiser, Posterior, check_time
 from scoresde.sde import SDE, Time, as_time
 
 __all__ = ["Empirical", "ExactDenoiser", "Gaussian", "GaussianMixture"]
@@ -54,6 +54,8 @@ class GaussianMixture:
         self._means = _float64(means, "means")
         if self._means.ndim == 0:
             raise ValueError("means is one number: expected the shape (K, *event)")
+        if self._means.numel() == 0:
+            raise ValueError(f"means has shape {tuple(self._means.shape)}: it is empty")
         K = len(self._means)
         self.event_shape = tuple(self._means.shape[1:])
         self._means = self._means.reshape(K, -1)
@@ -137,7 +139,7 @@ class GaussianMixture:
             )
         flat = self._flat(x)
         one = torch.ones(1, dtype=torch.float64, device=x.device)
-        alpha, sigma = (one, 0 * one) if sde is None else self._scales(sde, t)  # type: ignore[arg-type]
+        alpha, sigma = (one, 0 * one) if sde is None else self._scales(sde, t, len(x))  # type: ignore[arg-type]
         if bool((sigma == 0).any()) and bool((self._variances == 0).any()):
             raise ValueError("this distribution has components of zero width, so no density at sigma = 0: give t > 0")
         return torch.logsumexp(self._log_joint(flat, alpha, sigma), dim=1).to(x.dtype)
@@ -149,7 +151,8 @@ class GaussianMixture:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, {', '.join(map(str, self.event_shape))})")
         return x.reshape(len(x), -1).double()
 
-    def _scales(self, sde: SDE, t: Time) -> tuple[Tensor, Tensor]:
+    def _scales(self, sde: SDE, t: Time, batch: int) -> tuple[Tensor, Tensor]:
+        check_time(t, batch, sde)
         t = as_time(t).to(self._means.device, torch.float64).reshape(-1)
         return sde.alpha(t), sde.sigma(t)
 
@@ -169,11 +172,11 @@ class GaussianMixture:
     def _log_joint(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """log (w_k N(x; alpha m_k, S_k)), (B, K)."""
         S = self._marginal_variances(alpha, sigma)
-        if self._isotropic:  # without the (B, K, D) array, which an empirical distribution has no room for
-            scale = torch.where(alpha == 0, 1.0, alpha)[:, None]
-            distance2 = torch.cdist(x / scale, self._means, compute_mode="donot_use_mm_for_euclid_dist") ** 2
-            distance2 = torch.where(alpha[:, None] == 0, (x**2).sum(1, keepdim=True), scale**2 * distance2)
-            quadratic = distance2 / S[..., 0]
+        if self._isotropic:
+            # By parts: an empirical distribution has no room for (B, K, D), and |x|^2 - 2 x m + |m|^2 no digits.
+            part = max(1, 2**24 // max(1, x.numel()))
+            offsets = (x[:, None] - alpha[:, None, None] * means for means in self._means.split(part))
+            quadratic = torch.cat([(y**2).sum(-1) for y in offsets], dim=1) / S[..., 0]
         else:
             quadratic = (self._residual(x, alpha) ** 2 / S).sum(-1)
         log_det = S.log().sum(-1) * (x.shape[1] // S.shape[-1])
@@ -206,7 +209,9 @@ class GaussianMixture:
             mean, second = torch.einsum("bk,bkd->bd", r, mu), torch.einsum("bk,bkd->bd", r, mu**2)
             var = (r[..., None] * var).sum(1)
         # The spread between components is >= 0; its rounding error, of 1e-16 |x_0|^2, need not be.
-        return mean, var + (second - mean**2).clamp(min=0)
+        var = var + (second - mean**2).clamp(min=0)
+        known = (sigma == 0)[:, None]  # x is x_0 itself there, and S may be zero
+        return torch.where(known, x, mean), torch.where(known, 0.0, var)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(components={len(self._means)}, event_shape={self.event_shape})"
@@ -235,7 +240,7 @@ class Gaussian(GaussianMixture):
 
         In the eigenbasis, (x_s - alpha_s m) / sqrt(alpha_s^2 c + sigma_s^2) is constant.
         """
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = self._scales(sde, t), self._scales(sde, s)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self._scales(sde, t, len(x)), self._scales(sde, s, len(x))
         ratio = (self._marginal_variances(alpha_s, sigma_s) / self._marginal_variances(alpha_t, sigma_t)).sqrt()
         y = ratio * self._residual(self._flat(x), alpha_t)
         if self._basis is not None:
@@ -271,11 +276,12 @@ class ExactDenoiser(Denoiser):
     def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
         if cond:
             raise ValueError(f"an exact denoiser takes no condition, got {', '.join(cond)}")
-        alpha, sigma = self.target._scales(self.sde, t)
+        alpha, sigma = self.target._scales(self.sde, t, len(x))
         mean, var = self.target._posterior(self.target._flat(x), alpha, sigma)
         return Posterior(mean.reshape(x.shape).to(x.dtype), var.expand(mean.shape).reshape(x.shape).to(x.dtype))
 
     def view(self, name: str, x: Tensor, t: Time, **cond: Any) -> Tensor:
+        self._check(x, t)
         return super().view(name, x.double(), t, **cond).to(x.dtype)  # eps = (x - alpha D) / sigma before rounding D
 
     def __repr__(self) -> str:
@@ -283,7 +289,7 @@ class ExactDenoiser(Denoiser):
 
 
 def _float64(value: Numbers, name: str) -> Tensor:
-    tensor = torch.as_tensor(value).detach().double()
+    tensor = torch.as_tensor(value, dtype=torch.float64).detach()
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"{name} is not finite")
     return tensor

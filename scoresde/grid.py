@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +46,9 @@ class Grid:
     def __init__(self, sde: SDE, times: Tensor | Sequence[float]) -> None:
         if not isinstance(sde, SDE):
             raise TypeError(f"Grid(sde, times): the first argument is {type(sde).__name__}, expected an SDE")
-        t = torch.as_tensor(times).detach().to("cpu", torch.float64)
+        if isinstance(times, np.ndarray):
+            times = np.ascontiguousarray(times)  # torch takes no negative stride
+        t = torch.as_tensor(times, dtype=torch.float64, device="cpu").detach()
         if t.ndim != 1 or len(t) < 2:
             raise ValueError(f"times has shape {tuple(t.shape)}: a grid needs at least two times in one dimension")
         if not bool(t.isfinite().all()):
@@ -105,7 +109,7 @@ class Grid:
         cls, sde: SDE, steps: int, *, start: float | None = None, end: float = 0.0, last: float | None = None
     ) -> Grid:
         """lambda = half log-SNR uniform (Lu et al., 2022, DPM-Solver)."""
-        last = sde.t_min if last is None else last
+        last = _last(sde, end, last)
         return cls._spaced(sde, steps, start, end, last, forward=sde.half_log_snr, inverse=sde.time_at)
 
     @classmethod
@@ -122,7 +126,7 @@ class Grid:
         """(sigma / alpha)^(1 / rho) uniform (Karras et al., 2022, eq. 5)."""
         if not rho > 0:
             raise ValueError(f"rho={rho}: expected a number > 0")
-        last = sde.t_min if last is None else last
+        last = _last(sde, end, last)
         return cls._spaced(
             sde,
             steps,
@@ -159,7 +163,7 @@ class Grid:
         elif spacing == "trailing":
             nodes = torch.round(N - torch.arange(K, dtype=torch.float64) * (N / K))
         elif spacing == "linspace":
-            nodes = torch.linspace(N, 1, K, dtype=torch.float64).round()
+            nodes = (N - torch.arange(K, dtype=torch.float64) * (N - 1) / max(K - 1, 1)).round()
         elif spacing == "quadratic":
             nodes = 1 + torch.linspace(0, math.sqrt(0.8 * N), K, dtype=torch.float64).square().floor().flip(0)
         else:
@@ -190,7 +194,7 @@ class Grid:
         if not 0 <= low < start <= sde.t_max:
             raise ValueError(f"a grid of {sde!r} from {start} to {low}: expected 0 <= end < start <= {sde.t_max}")
         bounds = forward(torch.tensor([start, low], dtype=torch.float64))
-        if not bool(bounds.isfinite().all()):
+        if not bool(bounds.isfinite().all()) or (to_zero and low == 0):
             raise ValueError(
                 f"half_log_snr is infinite at t = {start} or t = {low} of {sde!r}: give start= where alpha > 0 and "
                 "last= where sigma > 0, or use Grid.uniform"
@@ -202,7 +206,16 @@ class Grid:
         return cls(sde, torch.cat([times, torch.zeros(1, dtype=torch.float64)]) if to_zero else times)
 
 
+def _last(sde: SDE, end: float, last: float | None) -> float:
+    """The last noisy time before a final step to t = 0."""
+    if last is None:
+        return sde.t_min
+    if end != 0:
+        raise ValueError(f"last={last} is the last noisy time before end=0, and end={end} is noisy itself: give one")
+    return last
+
+
 def _check_steps(steps: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps={steps!r}: expected a whole number >= 1")
-    return steps
+    return int(steps)

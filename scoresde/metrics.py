@@ -37,12 +37,11 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     x, y = x.detach().double(), y.detach().double()
     if not bool(x.isfinite().all() & y.isfinite().all()):
         raise ValueError("a feature is not finite")
-    d = x.shape[1]
-    C_x, C_y = x.T.cov().reshape(d, d), y.T.cov().reshape(d, d)
-    values, vectors = torch.linalg.eigh(C_x)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.mT  # eigenvalues of a covariance are >= 0 but for rounding
-    cross = torch.linalg.eigvalsh(root @ C_y @ root).clamp(min=0).sqrt().sum()
-    return float((x.mean(0) - y.mean(0)).square().sum() + C_x.trace() + C_y.trace() - 2 * cross)
+    # With C = R^T R the root's trace is the sum of the singular values of R_x R_y^T: no eigenvalue is rooted that is
+    # zero but for rounding.
+    R_x, R_y = (torch.linalg.qr(z - z.mean(0), mode="r").R / (len(z) - 1) ** 0.5 for z in (x, y))
+    cross = torch.linalg.svdvals(R_x @ R_y.mT).sum()
+    return float((x.mean(0) - y.mean(0)).square().sum() + R_x.square().sum() + R_y.square().sum() - 2 * cross)
 
 
 class RandomFeatures:

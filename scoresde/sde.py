@@ -200,6 +200,11 @@ class _VariancePreserving(SDE):
     def diffusion(self, t: Time) -> Tensor:
         return self.beta(t).sqrt()
 
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        alpha_dot = self.drift(t) * alpha
+        return alpha_dot, -alpha * alpha_dot / sigma  # f sigma + g^2 / (2 sigma) would cancel where B is large
+
 
 class _LinearBeta(_VariancePreserving):
     """beta(t) = beta_min + (beta_max - beta_min) t on [0, 1]."""
@@ -238,7 +243,7 @@ class VPSDE(_LinearBeta):
 
     >>> sde = VPSDE()
     >>> print(f"{sde.alpha(0.5):.4f} {sde.sigma(0.5):.4f} {sde.half_log_snr(0.5):.4f}")
-    0.2812 0.9597 -1.2275
+    0.2812 0.9597 -1.2276
     """
 
     beta_min: float = 0.1
@@ -272,6 +277,11 @@ class SubVPSDE(_LinearBeta):
 
     def diffusion(self, t: Time) -> Tensor:
         return (self.beta(t) * -torch.expm1(-2 * self.integrated_beta(t))).sqrt()
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        alpha = self.alpha(t)
+        alpha_dot = self.drift(t) * alpha
+        return alpha_dot, -2 * alpha * alpha_dot  # finite at t = 0
 
 
 @dataclass(frozen=True)
@@ -501,16 +511,16 @@ class DDPMChain(_VariancePreserving):
     customary_grid: ClassVar[str] = "strided"
 
     def __init__(self, betas: Tensor | Sequence[float] | None = None) -> None:
-        betas = _linear_betas(1000) if betas is None else torch.as_tensor(betas).detach().to("cpu", torch.float64)
+        betas = _linear_betas(1000) if betas is None else torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas has shape {tuple(betas.shape)}: expected one dimension, beta_1..beta_N")
         if not bool(((betas > 0) & (betas < 1)).all()):
             worst = int(((betas > 0) & (betas < 1)).int().argmin())
             raise ValueError(f"beta_{worst + 1} = {float(betas[worst])}: each beta must lie in (0, 1)")
-        self.betas = betas.clone()
+        self.betas = betas.detach().clone()
         self.steps = len(betas)
         self.t_min, self.t_max = 1.0, float(self.steps)
-        self._nodes: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def linear(cls, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> DDPMChain:
@@ -524,13 +534,16 @@ class DDPMChain(_VariancePreserving):
         cos2 = torch.cos((torch.linspace(0, 1, steps + 1, dtype=torch.float64) + s) / (1 + s) * math.pi / 2) ** 2
         return cls((1 - cos2[1:] / cos2[:-1]).clamp(max=max_beta))
 
-    def _integrated_at_nodes(self, like: Tensor) -> Tensor:
-        """B at nodes 0..N on the device and in the dtype of `like`; kept, so that a loop on a GPU never copies it."""
+    def _rates_and_integral(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """beta of each interval, (N,), and B at nodes 0..N, on the device and in the dtype of `like`; kept, so that a
+        loop on a GPU copies them once.
+        """
         key = (like.device, like.dtype)
-        if key not in self._nodes:
-            B = -torch.log1p(-torch.cat([torch.zeros(1, dtype=torch.float64), self.betas])).cumsum(0)
-            self._nodes[key] = B.to(device=like.device, dtype=like.dtype)
-        return self._nodes[key]
+        if key not in self._tables:
+            rates = -torch.log1p(-self.betas)
+            B = torch.cat([torch.zeros(1, dtype=torch.float64), rates.cumsum(0)])
+            self._tables[key] = rates.to(like), B.to(like)
+        return self._tables[key]
 
     def _interval(self, t: Tensor) -> Tensor:
         """n of the interval (n - 1, n] that holds t."""
@@ -538,18 +551,17 @@ class DDPMChain(_VariancePreserving):
 
     def beta(self, t: Time) -> Tensor:
         t = as_time(t)
-        B, n = self._integrated_at_nodes(t), self._interval(t)
-        return B[n] - B[n - 1]
+        return self._rates_and_integral(t)[0][self._interval(t) - 1]
 
     def integrated_beta(self, t: Time) -> Tensor:
         t = as_time(t)
-        B, n = self._integrated_at_nodes(t), self._interval(t)
-        return torch.lerp(B[n], B[n - 1], n - t)
+        (_, B), n = self._rates_and_integral(t), self._interval(t)
+        return torch.lerp(B[n - 1], B[n], t - (n - 1))
 
     def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
-        B = self._integrated_at_nodes(integrated_beta)
+        rates, B = self._rates_and_integral(integrated_beta)
         n = torch.searchsorted(B, integrated_beta.contiguous()).clamp(1, self.steps)
-        return n - (B[n] - integrated_beta) / (B[n] - B[n - 1])
+        return (n - 1) + (integrated_beta - B[n - 1]) / rates[n - 1]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DDPMChain) and torch.equal(self.betas, other.betas)

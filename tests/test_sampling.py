@@ -344,7 +344,6 @@ def test_nan_of_a_network_that_differs_on_replay():
         ({"shape": (0, 3), "steps": 3}, "shape"),
         ({"shape": torch.zeros(2, 3, dtype=torch.int64), "steps": 3}, "x_T is torch.int64"),
     ],
-    ids=lambda value: str(value)[:50],
 )
 def test_bad_arguments_are_refused_before_any_evaluation(arguments, message):
     counting = Counting(Nonlinear(VPSDE()))

@@ -50,7 +50,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B, *event_shape), time (B,) and label (B,) to the shape of x."""
         embedding = self.time(time, label)
-        h = self.inward(x.flatten(1))
+        h = self.inward(x.reshape(len(x), -1))
         for block in self.blocks:
             assert isinstance(block, nn.ModuleDict)
             inner = block["first"](block["norm"](h)) + block["time"](embedding)

@@ -1,0 +1,5 @@
+"""One thread for each worker: the tests are many and small, and two workers with two threads each wait on each other."""
+
+import torch
+
+torch.set_num_threads(1)
