@@ -25,31 +25,30 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from scoresde import VPSDE, Denoiser, EpsDenoiser, Grid, sample
+from scoresde import VPSDE, Denoiser, Grid, VDenoiser, sample
 from scoresde.data import digits
 from scoresde.info import environment
 from scoresde.metrics import RandomFeatures, frechet_distance
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
-from scoresde.solvers import DDIM, DDPM, EulerMaruyama, Heun
-from scoresde.training import TrainConfig, Trainer
+from scoresde.solvers import DDIM, DDPM, EulerMaruyama, Heun, Solver
+from scoresde.training import TrainConfig, Trainer, min_snr
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# The stochastic solvers step uniformly in t, the two of the ODE uniformly in sqrt(t), as DDIM's paper does.
-RACE = {
-    "DDPM": (DDPM(), Grid.uniform),
-    "Euler-Maruyama": (EulerMaruyama(), Grid.uniform),
-    "DDIM": (DDIM(), Grid.quadratic),
-    "Heun": (Heun(variable="t"), Grid.quadratic),
+RACE: dict[str, Solver] = {
+    "DDPM": DDPM(),
+    "Euler-Maruyama": EulerMaruyama(),
+    "DDIM": DDIM(),
+    "Heun": Heun(variable="t"),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder of results (runs/digits)")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (1500)")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps (1200)")
     parser.add_argument("--samples", type=int, default=512, help="images per solver and step count, at least 4 (512)")
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50], help="evaluations (5 10 20 50)")
     parser.add_argument("--long", type=int, default=1000, help="evaluations of DDPM's long run (1000)")
@@ -84,9 +83,9 @@ def train(training: Tensor, args: argparse.Namespace) -> Denoiser:
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         net = UNet(image_channels=1, channels=32, multipliers=(1, 2), blocks=1).to(args.device)
-    denoiser = EpsDenoiser(net, VPSDE(), time=lambda t: 999 * t)
+    denoiser = VDenoiser(net, VPSDE(), time=lambda t: 999 * t)
     config = TrainConfig(steps=args.steps, batch_size=128, lr=2e-3, ema_decay=0.995, seed=args.seed)
-    trainer = Trainer(denoiser, training, config, folder=args.out)
+    trainer = Trainer(denoiser, training, config, weighting=min_snr(5.0), folder=args.out)
     if trainer.step:
         print(f"going on from step {trainer.step} of {config.steps} in {trainer.path} (--fresh starts anew)")
     parameters = sum(p.numel() for p in net.parameters())
@@ -95,35 +94,27 @@ def train(training: Tensor, args: argparse.Namespace) -> Denoiser:
 
 
 def race(denoiser: Denoiser, training: Tensor, held_out: Tensor, args: argparse.Namespace) -> tuple[dict, dict]:
-    """Frechet distance of each solver at each number of evaluations, and the samples themselves."""
+    """Frechet distance of each solver within each budget of evaluations, and the samples themselves."""
     features = RandomFeatures(held_out.shape[1:])
     reference = features(held_out)
-    distances: dict[str, dict[str, float]] = {name: {} for name in RACE}
+    rows: list[dict] = []
     drawn: dict[tuple[str, int], Tensor] = {}
-    runs = [(name, nfe) for name in RACE for nfe in args.nfe] + [("DDPM", args.long)]
-    for name, nfe in runs:
-        solver, spacing = RACE[name]
-        steps = solver.steps_within(denoiser.sde, nfe)
-        solution = sample(
-            denoiser,
-            (args.samples, *held_out.shape[1:]),
-            solver,
-            grid=spacing(denoiser.sde, steps),
-            seed=args.seed,
-            progress=True,
-        )
-        drawn[name, nfe] = solution.x.cpu().clamp(-1, 1)
-        distances[name][str(nfe)] = round(frechet_distance(features(drawn[name, nfe]), reference), 3)
-        print(f"  {name:15s}{solution.nfe:5d} evaluations   Frechet distance {distances[name][str(nfe)]:8.3f}")
+    for name, budget in [(name, nfe) for name in RACE for nfe in args.nfe] + [("DDPM", args.long)]:
+        shape = (args.samples, *held_out.shape[1:])
+        solution = sample(denoiser, shape, RACE[name], nfe=budget, seed=args.seed, progress=True)
+        drawn[name, budget] = solution.x.cpu().clamp(-1, 1)
+        distance = round(frechet_distance(features(drawn[name, budget]), reference), 3)
+        rows.append({"solver": name, "budget": budget, "nfe": solution.nfe, "frechet_distance": distance})
+        print(f"  {name:15s}{solution.nfe:5d} evaluations   Frechet distance {distance:8.3f}")
     return {
         "metric": "Frechet distance to 500 held-out digits, 64 random ReLU features (scoresde.metrics.RandomFeatures)",
         "samples": args.samples,
         "seed": args.seed,
         "training": {"images": len(training), "steps": args.steps, "batch_size": 128},
-        "grids": {name: spacing.__name__ for name, (_, spacing) in RACE.items()},
-        "solvers": {name: repr(solver) for name, (solver, _) in RACE.items()},
+        "denoiser": repr(denoiser),
+        "solvers": {name: repr(solver) for name, solver in RACE.items()},
         "floor": floor(features, training, reference, args.samples, args.seed),
-        "frechet_distance": distances,
+        "rows": rows,
     }, drawn
 
 
@@ -139,15 +130,14 @@ def floor(features: RandomFeatures, training: Tensor, reference: Tensor, n: int,
 
 
 def table(results: dict) -> str:
-    """The results as Markdown."""
-    distances = results["frechet_distance"]
-    columns = sorted({int(n) for row in distances.values() for n in row})
-    lines = ["| evaluations | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in distances.items():
-        cells = (f"{row[str(n)]:.2f}" if str(n) in row else "" for n in columns)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    """The results as Markdown: Frechet distance by solver and budget of evaluations."""
+    columns = sorted({row["budget"] for row in results["rows"]})
+    lines = ["| evaluations, at most | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in RACE:
+        cells = {row["budget"]: f"{row['frechet_distance']:.2f}" for row in results["rows"] if row["solver"] == name}
+        lines.append(f"| {name} | " + " | ".join(cells.get(n, "") for n in columns) + " |")
     real = results["floor"]
-    return "\n".join(lines) + f"\n\nreal digits against real digits: {real['mean']:.2f} (std {real['std']:.2f})"
+    return "\n".join(lines) + f"\n\nReal digits against real digits: {real['mean']:.2f} (std {real['std']:.2f})."
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
@@ -173,22 +163,27 @@ def draw_samples(drawn: dict[tuple[str, int], Tensor], held_out: Tensor, results
     side = min(6, int(len(drawn["DDPM", long]) ** 0.5 / 2))
     figure = plt.figure(figsize=(2.3 * (len(short) + 2), 2.45 * len(RACE)), layout="constrained")
     axes = figure.add_gridspec(len(RACE), len(short) + 2)
-    distances = results["frechet_distance"]
+    rows = {(row["solver"], row["budget"]): row for row in results["rows"]}
+
+    def title(name: str, budget: int) -> str:
+        row = rows[name, budget]
+        return f"{row['nfe']} evaluations: {row['frechet_distance']:.2f}"
+
     for i, name in enumerate(RACE):
         for j, nfe in enumerate(short):
             axis = figure.add_subplot(axes[i, j])
-            show(axis, tile(drawn[name, nfe][: side**2], side), f"{nfe} evaluations: {distances[name][str(nfe)]:.2f}")
+            show(axis, tile(drawn[name, nfe][: side**2], side), title(name, nfe))
             if j == 0:
                 axis.set_ylabel(name, fontsize=11)
     real = results["floor"]["mean"]
-    title = f"DDPM, {long} evaluations: {distances['DDPM'][str(long)]:.2f}"
-    show(figure.add_subplot(axes[:2, -2:]), tile(drawn["DDPM", long][: (2 * side) ** 2], 2 * side), title)
+    picture = tile(drawn["DDPM", long][: (2 * side) ** 2], 2 * side)
+    show(figure.add_subplot(axes[:2, -2:]), picture, "DDPM, " + title("DDPM", long))
     show(
         figure.add_subplot(axes[2, -2:]), tile(held_out[: 2 * side**2], 2 * side), f"real digits, held out: {real:.2f}"
     )
     axis = figure.add_subplot(axes[3, -2:])
     for name in RACE:
-        points = sorted((int(n), d) for n, d in distances[name].items())
+        points = [(row["nfe"], row["frechet_distance"]) for row in results["rows"] if row["solver"] == name]
         axis.loglog(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
     axis.axhline(real, color="gray", linestyle=":", linewidth=1.2, label="real digits")
     axis.set_xlabel("network evaluations", fontsize=8)

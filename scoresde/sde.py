@@ -46,7 +46,8 @@ def expand_like(c: Tensor, x: Tensor) -> Tensor:
         ValueError: if c has neither no dimension nor one of the batch's size.
     """
     if c.ndim == 0:
-        return c.to(dtype=x.dtype, device=x.device)
+        # A number on the host stays there: it multiplies a tensor on a GPU as it is, and copying it would stall.
+        return c.to(dtype=x.dtype, device="cpu" if c.device.type == "cpu" else x.device)
     if c.ndim != 1 or x.ndim == 0 or c.shape[0] not in (1, x.shape[0]):
         raise ValueError(
             f"a time or coefficient has shape {tuple(c.shape)} for a batch of shape {tuple(x.shape)}: "

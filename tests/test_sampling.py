@@ -14,6 +14,7 @@ from scoresde import (
     EDMSDE,
     VESDE,
     VPSDE,
+    Clip,
     DDPMChain,
     Denoiser,
     EDMDenoiser,
@@ -383,3 +384,20 @@ def test_the_public_names_of_the_design():
     solution = scoresde.sample(denoiser, (3, 2), DDIM(eta=0.0), nfe=10, seed=[1, 2, 3], cond={}, progress=False)
     assert (solution.nfe, solution.trajectory, len(solution.grid)) == (10, None, 11)
     assert Gaussian(mean=torch.zeros(2), cov=torch.eye(2)).log_prob(torch.zeros(1, 2)).shape == (1,)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_loop_never_reads_the_device(name):
+    """On the meta device any look at a value raises: so on a GPU the loop waits for nothing and can be captured."""
+
+    class Net(torch.nn.Linear):
+        def forward(self, x, time):
+            return super().forward(x) + time[:, None]
+
+    net = Net(3, 3, device="meta")
+    for adapter in (EpsDenoiser, X0Denoiser, EDMDenoiser):
+        for denoiser in (adapter(net, VPSDE()), Clip(adapter(net, VPSDE()))):
+            table = SOLVERS[name].tableau(Grid.uniform(VPSDE(), 4))
+            states = list(table.iterate(denoiser, torch.empty(2, 3, device="meta"), lambda row, x: torch.empty_like(x)))
+            assert states[-1].x.device.type == "meta"
+            assert len(states) == table.nfe
