@@ -25,7 +25,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from scoresde import VPSDE, Denoiser, Grid, VDenoiser, sample
+from scoresde import VPSDE, Denoiser, Grid, VDenoiser, diagnose, sample
 from scoresde.data import digits
 from scoresde.info import environment
 from scoresde.metrics import RandomFeatures, frechet_distance
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     denoiser = train(training, args)
     trained = time.perf_counter()
+    print(f"\nheld-out digits, denoised, beside the best linear guess:\n{diagnose(denoiser, held_out.to(args.device))}")
     print(f"\nsampling {args.samples} images with each solver")
     results, drawn = race(denoiser, training, held_out, args)
     seconds = {"train": round(trained - start, 1), "sample": round(time.perf_counter() - trained, 1)}

@@ -22,6 +22,7 @@ from scoresde.denoiser import (
     VelocityDenoiser,
     X0Denoiser,
 )
+from scoresde.diagnose import diagnose
 from scoresde.grid import Grid
 from scoresde.noise import sample_seeds
 from scoresde.sampling import NonFiniteError, Solution, sample
@@ -56,6 +57,7 @@ __all__ = [
     "VelocityDenoiser",
     "X0Denoiser",
     "__version__",
+    "diagnose",
     "sample",
     "sample_seeds",
 ]

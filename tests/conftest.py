@@ -1,4 +1,4 @@
-"""One thread for each worker: the tests are many and small, and two workers with two threads each wait on each other."""
+"""One thread a worker: the tests are many and small, and two workers with two threads each wait on each other."""
 
 import torch
 
