@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -161,7 +162,9 @@ def _choose_noise(
     if len(given) > 1:
         raise ValueError(f"give at most one of seed=, generator= and noise=; got {' and '.join(given)}")
     is_tensor = isinstance(shape_or_x, Tensor)
-    if not is_tensor and (len(shape_or_x) == 0 or not all(isinstance(n, int) and n > 0 for n in shape_or_x)):
+    if not is_tensor and (
+        len(shape_or_x) == 0 or not all(isinstance(n, int | np.integer) and n > 0 for n in shape_or_x)
+    ):
         raise ValueError(f"shape {tuple(shape_or_x)}: expected whole numbers > 0, (B, ...)")
     batch = shape_or_x.shape[0] if isinstance(shape_or_x, Tensor) and shape_or_x.ndim else shape_or_x[0]
     device = shape_or_x.device if isinstance(shape_or_x, Tensor) else denoiser.device
@@ -175,7 +178,11 @@ def _choose_noise(
         return GeneratorNoise(generator)
     if seed is None:
         return GeneratorNoise.fresh(device)
-    seeds = sample_seeds(seed, int(batch)) if isinstance(seed, int) else [int(s) for s in seed]
+    seeds = [int(seed)] if isinstance(seed, int | np.integer) else [int(s) for s in seed]
+    if min(seeds, default=0) < 0:
+        raise ValueError(f"seed {min(seeds)}: expected whole numbers >= 0")
+    if isinstance(seed, int | np.integer):
+        seeds = sample_seeds(int(seed), int(batch))
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} samples: give one integer, or one per sample")
     return SeededNoise(seeds, device)

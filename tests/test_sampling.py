@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from common import SDES, SOLVERS, STOCHASTIC, Counting, Nonlinear, generator, network_for, normal, start_of
@@ -181,6 +182,16 @@ def test_the_global_generator_is_not_touched(name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_whole_numbers_of_any_kind():
+    """numpy's integers and a tensor of seeds are what they say."""
+    denoiser = Nonlinear(VPSDE())
+    a = sample(denoiser, (2, 3), DDPM(), steps=3, seed=7).x
+    b = sample(denoiser, (np.int64(2), 3), DDPM(), steps=np.int32(3), seed=np.int64(7)).x
+    c = sample(denoiser, (2, 3), DDPM(), nfe=np.int64(3), seed=torch.tensor(sample_seeds(7, 2))).x
+    assert torch.equal(a, b)
+    assert torch.equal(a, c)
+
+
 def test_a_generator_reproduces_and_no_seed_does_not():
     denoiser = Nonlinear(VPSDE())
     a, b = (sample(denoiser, (2, 3), DDPM(), steps=3, generator=generator(5)).x for _ in range(2))
@@ -340,6 +351,8 @@ def test_nan_of_a_network_that_differs_on_replay():
         ({"grid": Grid.uniform(VESDE(), 3)}, "the grid was made for VESDE"),
         ({"steps": 3, "seed": 0, "generator": generator()}, "got seed and generator"),
         ({"steps": 3, "seed": [1, 2, 3]}, "3 seeds for 2 samples"),
+        ({"steps": 3, "seed": -1}, "seed -1"),
+        ({"steps": 3, "seed": [4, -2]}, "seed -2"),
         ({"steps": 3, "noise": lambda row, x: x}, "give x_T itself"),
         ({"shape": (), "steps": 3}, "shape"),
         ({"shape": (0, 3), "steps": 3}, "shape"),

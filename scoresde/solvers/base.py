@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -38,9 +39,9 @@ class Solver(ABC):
         Raises:
             ValueError: if not even one step fits.
         """
-        if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
+        if isinstance(nfe, bool) or not isinstance(nfe, Integral) or nfe < 1:
             raise ValueError(f"nfe={nfe!r}: expected a whole number >= 1")
-        most = min(nfe, getattr(sde, "steps", nfe))
+        most = min(int(nfe), getattr(sde, "steps", nfe))
         steps = bisect_right(range(1, most + 1), nfe, key=lambda n: self.tableau(self.grid(sde, n)).nfe)
         if steps == 0:
             raise ValueError(f"{self!r} needs more than nfe={nfe} evaluations for a single step")
