@@ -32,7 +32,7 @@ from scoresde.metrics import RandomFeatures, frechet_distance
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
 from scoresde.solvers import DDIM, DDPM, EulerMaruyama, Heun, Solver
-from scoresde.training import TrainConfig, Trainer, min_snr
+from scoresde.training import CheckpointError, TrainConfig, Trainer, min_snr
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -86,7 +86,10 @@ def train(training: Tensor, args: argparse.Namespace) -> Denoiser:
         net = UNet(image_channels=1, channels=32, multipliers=(1, 2), blocks=1).to(args.device)
     denoiser = VDenoiser(net, VPSDE(), time=lambda t: 999 * t)
     config = TrainConfig(steps=args.steps, batch_size=128, lr=2e-3, ema_decay=0.995, seed=args.seed)
-    trainer = Trainer(denoiser, training, config, weighting=min_snr(5.0), folder=args.out)
+    try:
+        trainer = Trainer(denoiser, training, config, weighting=min_snr(5.0), folder=args.out)
+    except CheckpointError as error:
+        raise SystemExit(f"{error}\n(--fresh forgets that run, --out names another folder)") from error
     if trainer.step:
         print(f"going on from step {trainer.step} of {config.steps} in {trainer.path} (--fresh starts anew)")
     parameters = sum(p.numel() for p in net.parameters())

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.sde import SDE, Time, as_time, expand_like
+from scoresde.sde import SDE, Time, as_time, check_batch, expand_like
 
 __all__ = [
     "VIEWS",
@@ -82,7 +82,7 @@ def view_of_mean(view: str, sde: SDE, t: Tensor) -> Affine:
     if view not in VIEWS:
         raise ValueError(f"view={view!r}: expected one of {', '.join(VIEWS)}")
     m, k, l = VIEWS[view](sde, t)  # noqa: E741
-    if _on_host(t) and bool((m == 0).any()):
+    if known_any(m == 0):
         raise ValueError(f"{view} at t = {_where(t, m == 0)} of {sde!r}: sigma is zero there and {view} undefined")
     return k / m, l / m
 
@@ -94,7 +94,7 @@ def mean_of_view(view: str, sde: SDE, t: Tensor) -> Affine:
         ValueError: if alpha = 0 at a t on the host and the view is eps or score.
     """
     m, k, l = VIEWS[view](sde, t)  # noqa: E741
-    if _on_host(t) and bool((l == 0).any()):
+    if known_any(l == 0):
         raise ValueError(
             f"a network that predicts {view} says nothing of x0 at t = {_where(t, l == 0)} of {sde!r}, where alpha is "
             "zero: start the grid at a smaller t, or use an x0, v or velocity network"
@@ -102,8 +102,14 @@ def mean_of_view(view: str, sde: SDE, t: Tensor) -> Affine:
     return -k / l, m / l
 
 
-def _on_host(t: Tensor) -> bool:
-    return t.device.type == "cpu"
+def known_any(condition: Tensor) -> bool:
+    """Whether it holds anywhere; False where looking would stall a device, or cannot be done (under vmap)."""
+    if condition.device.type != "cpu":
+        return False
+    try:
+        return bool(condition.any())
+    except RuntimeError:
+        return False
 
 
 def _where(t: Tensor, bad: Tensor) -> float:
@@ -132,7 +138,7 @@ class Denoiser(ABC):
     """E[x_0 | x_t] and its affine views. Subclasses set `sde` and implement `posterior`.
 
     Call it as `denoiser(x, t, **cond)` with x of shape (B, ...), floating point, of any rank, and t of shape () or
-    (B,). The result has the dtype of x; coefficients are float64.
+    (B,). The result has the dtype of x; coefficients are float64. At t = 0 the mean is x itself.
 
     Raises:
         ValueError: if x is not floating point or has no batch dimension, t has another shape, or a t on the host lies
@@ -142,12 +148,17 @@ class Denoiser(ABC):
     sde: SDE
 
     @abstractmethod
-    def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
-        """The posterior itself, with x and t already checked."""
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
+        """The posterior itself, with x, in float32 or float64, and t already checked."""
 
     def __call__(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
         self._check(x, t)
-        return self.posterior(x, t, **cond)
+        mean, var = self.posterior(_widen(x), t, **cond)
+        known = as_time(t) == 0
+        if known_any(known):  # x_0 is x itself, whatever the network makes of sigma = 0
+            known = expand_like(known.double(), _widen(x)) == 1
+            mean, var = torch.where(known, x, mean), None if var is None else torch.where(known, 0.0, var)
+        return Posterior(mean.to(x.dtype), None if var is None else var.to(x.dtype))
 
     def score(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """grad_x log p_t(x), shape of x."""
@@ -165,16 +176,17 @@ class Denoiser(ABC):
         """dx/dt of the probability-flow ODE, f x - g^2 score / 2 = alpha' E[x_0 | x_t] + sigma' E[eps | x_t]."""
         return self.view("velocity", x, t, **cond)
 
-    def view(self, name: str, x: Tensor, t: Time, **cond: Any) -> Tensor:
+    def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         """The view of that name (a key of `VIEWS`), shape of x."""
         self._check(x, t)
-        (p, q), (r, s) = view_of_mean(name, self.sde, _precise(t)), self.affine(t)
-        return combine(p + q * r, x, q * s, self.output(x, t, **cond))
+        u, w = self.view_of_output(*view_of_mean(name, self.sde, _precise(t)), t)
+        wide = _widen(x)
+        return combine(u, wide, w, self.output(wide, t, **cond)).to(x.dtype)
 
     # A solver steps in the network's own output N, from which D = r x + s N, so that no digits are lost on the way to
     # D and back. A denoiser without a network of its own has N = D.
 
-    def output(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
+    def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         """N, what the network itself predicts, in the dtype of x. x and t are not checked again."""
         return self.posterior(x, t, **cond).mean
 
@@ -183,15 +195,24 @@ class Denoiser(ABC):
         t = _precise(t)
         return torch.zeros_like(t), torch.ones_like(t)
 
+    def view_of_output(self, p: Tensor, q: Tensor, t: Time) -> Affine:
+        """(u, w) of F = u x + w N for the view F = p x + q D."""
+        r, s = self.affine(t)
+        u = p + q * r
+        # Where the network predicts the view itself, u is zero but for the rounding of p + q r.
+        return torch.where(u.abs() <= 1e-13 * p.abs(), torch.zeros_like(u), u), q * s
+
+    def check_times(self, t: Tensor) -> None:
+        """Raises ValueError if the denoiser cannot be evaluated at these times, on the host, shape (R,)."""
+        self.affine(t)
+
     @property
     def device(self) -> torch.device:
         """Where the denoiser computes: what `sample` draws a prior on."""
         return torch.device("cpu")
 
     def _check(self, x: Tensor, t: Time) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
-            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x is {found}: expected a floating-point tensor (B, ...), then t: denoiser(x, t)")
+        check_batch(x, "x")
         check_time(t, len(x), self.sde)
 
 
@@ -200,15 +221,19 @@ def check_time(t: Time, batch: int, sde: SDE) -> None:
     t = as_time(t)
     if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, batch)):
         raise ValueError(f"t has shape {tuple(t.shape)} for a batch of {batch}: give one time, or one per sample")
-    if _on_host(t) and not bool(((t >= 0) & (t <= sde.t_max * (1 + 1e-6))).all()):
+    if known_any(~((t >= 0) & (t <= sde.t_max * (1 + 1e-6)))):
         raise ValueError(f"t = {t.tolist()} leaves [0, {sde.t_max}] of {sde!r}")
 
 
 def combine(u: Tensor, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """u x + w y in at least float32, returned in the dtype of x."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x_wide, y_wide = x.to(wide), y.to(wide)
-    return (expand_like(u, x_wide) * x_wide + expand_like(w, x_wide) * y_wide).to(x.dtype)
+    """u x + w y, in at least float32."""
+    x, y = _widen(x), _widen(y)
+    return expand_like(u, x) * x + expand_like(w, x) * y
+
+
+def _widen(x: Tensor) -> Tensor:
+    """x in float32 where it is in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class NetworkDenoiser(Denoiser):
@@ -218,8 +243,9 @@ class NetworkDenoiser(Denoiser):
         net: any callable `net(x, time, **cond)` that returns a tensor of the shape of x. It is called in its own dtype
             (that of its first floating-point parameter; of x if it has none) and its output is cast back.
         sde: the SDE that it was trained on.
-        time: what the network is told of t: a function from t, float64 of shape (B,), to the label, of shape (B,) or
-            (B, ...). The default is t itself. A wrong label gives dim or noisy samples and no error, so state it:
+        time: what the network is told of t: a function from t, float64 of shape (B,), or (1,) where all samples share
+            it, to the label, of that shape or with further dimensions. The default is t itself. A wrong label gives dim
+            or noisy samples and no error, so state it (and see `scoresde.diagnose`):
             `lambda t: 999 * t` (score_sde's VP), `lambda t: t.long() - 1` (a table with one row per chain node),
             `sde.half_log_snr`, `lambda t: sde.sigma(t).log() / 4`, ... A floating-point label reaches the network in
             float32 (float64 if the network is), never rounded to half precision.
@@ -233,13 +259,28 @@ class NetworkDenoiser(Denoiser):
         if not isinstance(sde, SDE):
             raise TypeError(f"sde is {type(sde).__name__}: expected an SDE, as in {type(self).__name__}(net, sde)")
         self.net, self.sde, self.time = net, sde, time
-        # One parameter, kept: it follows .to() and .half(), and asking it costs nothing in the loop.
-        parameters = net.parameters() if isinstance(net, torch.nn.Module) else iter(())
-        self._parameter = next((p for p in parameters if p.is_floating_point()), None)
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu") if self._parameter is None else self._parameter.device
+        parameter = self._parameter()
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def _parameter(self) -> Tensor | None:
+        """The network's first floating-point parameter: its dtype and device, as they are now."""
+        parameters = self.net.parameters() if isinstance(self.net, torch.nn.Module) else iter(())
+        return next((p for p in parameters if p.is_floating_point()), None)
+
+    def check_times(self, t: Tensor) -> None:
+        super().check_times(t)
+        label = self.label(_precise(t))
+        if not isinstance(label, Tensor):
+            raise ValueError(f"time returned {type(label).__name__} for a tensor t: expected a tensor of labels")
+        if known_any(~label.isfinite()):
+            bad = (~label.isfinite()).reshape(len(t), -1).any(1)
+            raise ValueError(
+                f"the time label is not finite at t = {_where(t, bad)} of {self.sde!r}: start the grid at a smaller t, "
+                "or give another time="
+            )
 
     def with_net(self, net: Callable[..., Tensor]) -> NetworkDenoiser:
         """The same denoiser around another network, an averaged copy say."""
@@ -256,24 +297,30 @@ class NetworkDenoiser(Denoiser):
         """What the network sees of x."""
         return x
 
-    def output(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
-        dtype = x.dtype if self._parameter is None else self._parameter.dtype
+    def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
+        parameter = self._parameter()
+        dtype = x.dtype if parameter is None else parameter.dtype
         label = self.label(_precise(t).reshape(-1))
         label_dtype = torch.promote_types(dtype, torch.float32) if label.is_floating_point() else label.dtype
-        if label.shape == (1,) and _on_host(label):
+        if not isinstance(t, Tensor) and label.shape == (1,) and label.device.type == "cpu":
+            # From a number: a copy to a GPU would stall it.
             time = torch.full((len(x),), label.item(), dtype=label_dtype, device=x.device)
         else:
             time = label.to(device=x.device, dtype=label_dtype).expand(len(x), *label.shape[1:])
-        out = self.net(self.scale_input(x, t).to(dtype), time, **cond)
+        seen = self.scale_input(x, t).to(dtype)
+        version = None if seen.is_inference() else seen._version
+        out = self.net(seen, time, **cond)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
                 f"the network returned {found} for x of shape {tuple(x.shape)}: expected a tensor of that shape (take "
                 "the mean's channels of a network with learned variance, and the tensor out of an output object)"
             )
+        if version is not None and seen._version != version:
+            raise ValueError("the network changed its input in place: let it start with x = x.clone()")
         return out.to(x.dtype)
 
-    def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         r, s = self.affine(t)
         return Posterior(combine(r, x, s, self.output(x, t, **cond)))
 
@@ -359,7 +406,7 @@ class EDMDenoiser(NetworkDenoiser):
         return self.sigma_data**2 * self.sde.alpha(t) / total**2, self.sde.sigma(t) * self.sigma_data / total
 
     def scale_input(self, x: Tensor, t: Time) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = _widen(x)
         return wide / expand_like(self._total_std(_precise(t)), wide)
 
 
@@ -392,7 +439,7 @@ class Clip(_Wrapper):
             raise ValueError(f"Clip(low={low}, high={high}): expected low < high")
         self.low, self.high = low, high
 
-    def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         mean, var = self.denoiser.posterior(x, t, **cond)
         return Posterior(mean.clamp(self.low, self.high), var)
 
@@ -416,9 +463,9 @@ class DynamicThreshold(_Wrapper):
             raise ValueError(f"quantile={quantile}, bound={bound}: expected 0 < quantile <= 1 and bound > 0")
         self.quantile, self.bound = quantile, bound
 
-    def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         mean, var = self.denoiser.posterior(x, t, **cond)
-        magnitude = mean.flatten(1).abs().to(torch.promote_types(mean.dtype, torch.float32))
+        magnitude = mean.reshape(len(mean), -1).abs()
         # kthvalue, not quantile: torch.quantile refuses more than 16 million elements.
         rank = max(1, round(self.quantile * magnitude.shape[1]))
         s = expand_like(magnitude.kthvalue(rank, dim=1).values.clamp(min=self.bound), mean)

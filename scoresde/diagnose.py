@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser
+from scoresde.sde import check_batch
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -83,8 +84,7 @@ def diagnose(
     >>> diagnose(EpsDenoiser(lambda x, t: -exact.eps(x, t), VPSDE()), x0).suspicious  # the wrong sign
     True
     """
-    if not x0.is_floating_point() or x0.ndim == 0:
-        raise ValueError(f"x0 is {x0.dtype} of shape {tuple(x0.shape)}: expected floats (B, ...)")
+    check_batch(x0, "x0")
     variance = float((x0.double() - x0.double().mean(0)).square().mean())
     if not (math.isfinite(variance) and variance > 0):
         raise ValueError(f"x0 has the variance {variance}: give at least two different, finite samples")

@@ -14,9 +14,10 @@ std 0.01 at t = 1e-5 is no special case.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -96,6 +97,14 @@ class GaussianMixture:
                     f"{(K, *self.event_shape)}"
                 )
             self._variances = s**2  # (K, 1) or (K, D)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same distribution on another device; a denoiser's x must be on its target's."""
+        moved = copy.copy(self)
+        for name in ("_means", "_log_weights", "_variances", "_basis"):
+            value = getattr(self, name)
+            setattr(moved, name, None if value is None else value.to(device))
+        return moved
 
     def denoiser(self, sde: SDE) -> ExactDenoiser:
         """The exact denoiser, E[x_0 | x_t] and elementwise Var[x_0 | x_t], on that SDE."""
@@ -191,27 +200,30 @@ class GaussianMixture:
         S = self._marginal_variances(alpha, sigma)
         gain = alpha[:, None, None] * self._variances / S
         var = (sigma**2)[:, None, None] * self._variances / S
+        # Seen from the components' centre: their spread must be no small difference of large squares.
+        centre = self._log_weights.exp() @ self._means
+        means, offset = self._means - centre, x - alpha[:, None] * centre
         if self._isotropic:
             gain, var = gain[..., 0], (r * var[..., 0]).sum(1, keepdim=True)  # (B, K), (B, 1)
             keep = 1 - alpha[:, None] * gain  # mu_k = keep m_k + gain x
-            mean = (r * keep) @ self._means + (r * gain).sum(1, keepdim=True) * x
+            mean = (r * keep) @ means + (r * gain).sum(1, keepdim=True) * offset
             second = (
-                (r * keep**2) @ self._means**2
-                + 2 * (r * keep * gain) @ self._means * x
-                + (r * gain**2).sum(1, keepdim=True) * x**2
+                (r * keep**2) @ means**2
+                + 2 * (r * keep * gain) @ means * offset
+                + (r * gain**2).sum(1, keepdim=True) * offset**2
             )
         else:
             step = gain * self._residual(x, alpha)
             if self._basis is not None:
                 step = torch.einsum("bke,kde->bkd", step, self._basis)
                 var = torch.einsum("bke,kde->bkd", var, self._basis**2)
-            mu = self._means + step
+            mu = means + step
             mean, second = torch.einsum("bk,bkd->bd", r, mu), torch.einsum("bk,bkd->bd", r, mu**2)
             var = (r[..., None] * var).sum(1)
-        # The spread between components is >= 0; its rounding error, of 1e-16 |x_0|^2, need not be.
+        # The spread is >= 0; its rounding error need not be.
         var = var + (second - mean**2).clamp(min=0)
         known = (sigma == 0)[:, None]  # x is x_0 itself there, and S may be zero
-        return torch.where(known, x, mean), torch.where(known, 0.0, var)
+        return torch.where(known, x, mean + centre), torch.where(known, 0.0, var)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(components={len(self._means)}, event_shape={self.event_shape})"
@@ -273,14 +285,14 @@ class ExactDenoiser(Denoiser):
     def device(self) -> torch.device:
         return self.target._means.device
 
-    def posterior(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         if cond:
             raise ValueError(f"an exact denoiser takes no condition, got {', '.join(cond)}")
         alpha, sigma = self.target._scales(self.sde, t, len(x))
         mean, var = self.target._posterior(self.target._flat(x), alpha, sigma)
         return Posterior(mean.reshape(x.shape).to(x.dtype), var.expand(mean.shape).reshape(x.shape).to(x.dtype))
 
-    def view(self, name: str, x: Tensor, t: Time, **cond: Any) -> Tensor:
+    def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         self._check(x, t)
         return super().view(name, x.double(), t, **cond).to(x.dtype)  # eps = (x - alpha D) / sigma before rounding D
 

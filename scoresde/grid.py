@@ -141,7 +141,7 @@ class Grid:
     def strided(
         cls, chain: DDPMChain, steps: int, spacing: Literal["leading", "trailing", "linspace", "quadratic"] = "trailing"
     ) -> Grid:
-        """A sub-sequence of a chain's nodes, then t = 0 (Song, Meng and Ermon, 2021, section 4.2 and D.3).
+        """A sub-sequence of a chain's nodes, then t = 0 (Song, Meng and Ermon, 2021, section 4.2 and appendix D.2).
 
         Args:
             chain: the chain, of N nodes.
@@ -156,19 +156,20 @@ class Grid:
         if not isinstance(chain, DDPMChain):
             raise ValueError(f"strided grids are sub-sequences of a DDPMChain; for {chain!r} use Grid.uniform")
         N, K = chain.steps, _check_steps(steps)
+        k = torch.arange(K, dtype=torch.float64, device="cpu")
         if K > N:
             raise ValueError(f"steps={K}, but the chain has only {N} nodes")
         if spacing == "leading":
-            nodes = 1 + (N // K) * torch.arange(K, dtype=torch.float64).flip(0)
+            nodes = 1 + (N // K) * k.flip(0)
         elif spacing == "trailing":
-            nodes = torch.round(N - torch.arange(K, dtype=torch.float64) * (N / K))
+            nodes = (N - k * (N / K)).round()
         elif spacing == "linspace":
-            nodes = (N - torch.arange(K, dtype=torch.float64) * (N - 1) / max(K - 1, 1)).round()
+            nodes = (N - k * (N - 1) / max(K - 1, 1)).round()
         elif spacing == "quadratic":
-            nodes = 1 + torch.linspace(0, math.sqrt(0.8 * N), K, dtype=torch.float64).square().floor().flip(0)
+            nodes = 1 + (k * (math.sqrt(0.8 * N) / max(K - 1, 1))).square().floor().flip(0)
         else:
             raise ValueError(f"spacing={spacing!r}: expected 'leading', 'trailing', 'linspace' or 'quadratic'")
-        return cls(chain, torch.cat([nodes, torch.zeros(1, dtype=torch.float64)]))
+        return cls(chain, torch.cat([nodes, nodes.new_zeros(1)]))
 
     @classmethod
     def _spaced(
@@ -193,17 +194,19 @@ class Grid:
         assert low is not None
         if not 0 <= low < start <= sde.t_max:
             raise ValueError(f"a grid of {sde!r} from {start} to {low}: expected 0 <= end < start <= {sde.t_max}")
-        bounds = forward(torch.tensor([start, low], dtype=torch.float64))
+        bounds = forward(torch.tensor([start, low], dtype=torch.float64, device="cpu"))
         if not bool(bounds.isfinite().all()) or (to_zero and low == 0):
             raise ValueError(
                 f"half_log_snr is infinite at t = {start} or t = {low} of {sde!r}: give start= where alpha > 0 and "
                 "last= where sigma > 0, or use Grid.uniform"
             )
-        times = inverse(torch.lerp(bounds[0], bounds[1], torch.linspace(0, 1, points, dtype=torch.float64)))
+        times = inverse(
+            torch.lerp(bounds[0], bounds[1], torch.linspace(0, 1, points, dtype=torch.float64, device="cpu"))
+        )
         times[0] = start
         if points > 1:
             times[-1] = low
-        return cls(sde, torch.cat([times, torch.zeros(1, dtype=torch.float64)]) if to_zero else times)
+        return cls(sde, torch.cat([times, times.new_zeros(1)]) if to_zero else times)
 
 
 def _last(sde: SDE, end: float, last: float | None) -> float:

@@ -77,7 +77,7 @@ class RandomFeatures:
         """
         if tuple(x.shape[1:]) != self.event_shape:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, {', '.join(map(str, self.event_shape))})")
-        h = x.detach().flatten(1).to("cpu", torch.float64)
+        h = x.detach().reshape(len(x), -1).to("cpu", torch.float64)
         for weight in self.weights:
             h = (h @ weight).relu()
         return h

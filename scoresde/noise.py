@@ -20,7 +20,7 @@ __all__ = ["GeneratorNoise", "NoiseSource", "SeededNoise", "sample_seeds"]
 NoiseSource = Callable[[int, Tensor], Tensor]
 """noise(row, x): standard normal of the shape, dtype and device of x for that row of the tableau."""
 
-_BLOCK = 2**14  # numbers that a sample's stream draws at a time: one call for many rows of a small event
+_BLOCK = 2**9  # numbers that a sample's stream draws at a time: one call for many rows of a small event
 
 
 def sample_seeds(seed: int, n: int) -> list[int]:
@@ -50,13 +50,15 @@ class GeneratorNoise:
         return cls(torch.Generator(device).manual_seed(secrets.randbits(63)))
 
     def prior(self, sde: SDE, shape: Sequence[int], dtype: torch.dtype, t: float) -> Tensor:
-        return sde.prior(shape, self._generator, dtype, t=t)
+        x_T = sde.prior(shape, self._generator, dtype, t=t)
+        self._start = self._generator.get_state()
+        return x_T
 
     def __call__(self, row: int, x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=self._generator, dtype=x.dtype, device=x.device)
 
     def rewind(self) -> None:
-        """Back to the state at construction, to replay a run."""
+        """Back to before the first z_i, to replay a run."""
         self._generator.set_state(self._start)
 
 
@@ -86,15 +88,13 @@ class SeededNoise:
         if not self._generators:
             self._generators = self._streams(1)
         # The block's length depends on the event alone: a stream must not depend on the batch or the number of rows.
-        if self._block is None or self._used == len(self._block):
+        if self._block is None or self._used == self._block.shape[1]:
             length = max(1, _BLOCK // max(1, x[0].numel()))
-            draws = [
-                torch.randn((length, *x.shape[1:]), generator=g, dtype=x.dtype, device=x.device)
-                for g in self._generators
-            ]
-            self._block, self._used = torch.stack(draws, dim=1), 0
+            self._block, self._used = x.new_empty(len(x), length, *x.shape[1:]), 0
+            for block, generator in zip(self._block, self._generators, strict=True):
+                block.normal_(generator=generator)
         self._used += 1
-        return self._block[self._used - 1]
+        return self._block[:, self._used - 1]
 
     def _streams(self, stream: int) -> list[torch.Generator]:
         return [torch.Generator(self.device).manual_seed(derive_seed(s, stream)) for s in self.seeds]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, sample_seeds
+from scoresde.sde import check_batch
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
 
@@ -66,6 +68,7 @@ def sample(
     trajectory: bool = False,
     progress: bool = False,
     differentiable: bool = False,
+    device: torch.device | str | None = None,
 ) -> Solution:
     """Solve from t_max (or the grid's start) to the grid's end.
 
@@ -84,10 +87,12 @@ def sample(
         cond: keyword arguments for the network, one entry per sample where they are tensors.
         trajectory: keep the state at every time of the grid.
         progress: show a progress bar.
+        device: where x_T is drawn; by default where the network's parameters are (give it for a network without).
         differentiable: record gradients, with respect to x_T, cond and the network's parameters.
 
     Raises:
-        ValueError: before any evaluation, if arguments contradict each other or the denoiser's SDE is not the grid's.
+        ValueError: before any evaluation, if arguments contradict each other, the denoiser's SDE is not the grid's, or
+            a condition is a tensor with neither one entry nor one per sample.
         NonFiniteError: if the samples are not finite. The run is replayed with the same noise to name the step, the
             time and the samples; until then nothing is checked on the device.
 
@@ -107,10 +112,9 @@ def sample(
         hint = f"{solver.__name__}()" if isinstance(solver, type) else "DDIM() say"
         raise TypeError(f"solver must be an instance of a solver ({hint}), not {solver!r}")
     grid = _choose_grid(denoiser, solver, steps, nfe, grid)
-    source = _choose_noise(denoiser, shape_or_x, seed, generator, noise)
+    source = _choose_noise(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
     if isinstance(shape_or_x, Tensor):
-        if not shape_or_x.is_floating_point() or shape_or_x.ndim == 0:
-            raise ValueError(f"x_T is {shape_or_x.dtype} of shape {tuple(shape_or_x.shape)}: expected floats (B, ...)")
+        check_batch(shape_or_x, "x_T")
         out_dtype = shape_or_x.dtype
         x_T = shape_or_x.to(torch.promote_types(out_dtype, torch.float32))
     else:
@@ -118,12 +122,19 @@ def sample(
         out_dtype = torch.float32
         x_T = source.prior(denoiser.sde, shape_or_x, out_dtype, float(grid.times[0]))
 
+    for key, value in (cond or {}).items():
+        if isinstance(value, Tensor) and value.ndim and len(value) not in (1, len(x_T)):
+            raise ValueError(f"cond[{key!r}] has {len(value)} entries for {len(x_T)} samples: expected 1 or as many")
+    _warn_of_training_mode(denoiser)
+
     def run() -> Iterator[State]:
         return solver.iterate(denoiser, x_T, grid, source, cond)
 
     x, evaluations, states = x_T, 0, [x_T] if trajectory else []
     with torch.set_grad_enabled(differentiable):
-        for state in tqdm(run(), desc=type(solver).__name__, unit="nfe", disable=not progress, leave=False):
+        total = solver.tableau(grid).nfe if progress else None
+        name = type(solver).__name__
+        for state in tqdm(run(), desc=name, total=total, unit="nfe", disable=not progress, leave=False):
             x, evaluations = state.x, state.row + 1
             if trajectory and state.done:
                 states.append(x)
@@ -131,6 +142,17 @@ def sample(
         raise _locate(run, source, x)
     path = torch.stack(states).to(out_dtype) if trajectory else None
     return Solution(x.to(out_dtype), evaluations, grid, path)
+
+
+def _warn_of_training_mode(denoiser: Denoiser) -> None:
+    """Dropout draws from the global generator, and batch norm mixes the samples: seeds would mean nothing."""
+    while isinstance(inner := getattr(denoiser, "denoiser", None), Denoiser):
+        denoiser = inner
+    net = getattr(denoiser, "net", None)
+    kinds = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
+    layers = net.modules() if isinstance(net, torch.nn.Module) else ()
+    if any(layer.training and isinstance(layer, kinds) and getattr(layer, "p", 1.0) > 0 for layer in layers):
+        warnings.warn("the network has dropout or batch norm in training mode: call net.eval() first", stacklevel=3)
 
 
 def _choose_grid(denoiser: Denoiser, solver: Solver, steps: int | None, nfe: int | None, grid: Grid | None) -> Grid:
@@ -152,7 +174,7 @@ def _choose_grid(denoiser: Denoiser, solver: Solver, steps: int | None, nfe: int
 
 
 def _choose_noise(
-    denoiser: Denoiser,
+    device: torch.device,
     shape_or_x: Sequence[int] | Tensor,
     seed: int | Sequence[int] | None,
     generator: torch.Generator | None,
@@ -167,7 +189,7 @@ def _choose_noise(
     ):
         raise ValueError(f"shape {tuple(shape_or_x)}: expected whole numbers > 0, (B, ...)")
     batch = shape_or_x.shape[0] if isinstance(shape_or_x, Tensor) and shape_or_x.ndim else shape_or_x[0]
-    device = shape_or_x.device if isinstance(shape_or_x, Tensor) else denoiser.device
+    device = shape_or_x.device if isinstance(shape_or_x, Tensor) else device
     if noise is not None:
         if not is_tensor:
             raise ValueError("with noise= give x_T itself, not a shape")
@@ -178,11 +200,12 @@ def _choose_noise(
         return GeneratorNoise(generator)
     if seed is None:
         return GeneratorNoise.fresh(device)
-    seeds = [int(seed)] if isinstance(seed, int | np.integer) else [int(s) for s in seed]
-    if min(seeds, default=0) < 0:
-        raise ValueError(f"seed {min(seeds)}: expected whole numbers >= 0")
-    if isinstance(seed, int | np.integer):
-        seeds = sample_seeds(int(seed), int(batch))
+    listed = seed.tolist() if isinstance(seed, Tensor | np.ndarray | np.generic) else seed
+    seeds = [listed] if isinstance(listed, int) else list(listed)
+    if any(not isinstance(n, int | np.integer) or n < 0 for n in seeds):
+        raise ValueError(f"seed={seed!r}: expected whole numbers >= 0")
+    if isinstance(listed, int):
+        seeds = sample_seeds(listed, int(batch))
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} samples: give one integer, or one per sample")
     return SeededNoise(seeds, device)

@@ -33,7 +33,7 @@ Time = Tensor | float
 def as_time(t: Time) -> Tensor:
     """A time as a floating tensor: numbers and integer tensors in float64, half precision raised to float32."""
     if not isinstance(t, Tensor):
-        return torch.as_tensor(t, dtype=torch.float64)
+        return torch.as_tensor(t, dtype=torch.float64, device="cpu")
     if not t.is_floating_point():
         return t.to(torch.float64)
     return t.to(torch.float32) if t.dtype in (torch.bfloat16, torch.float16) else t
@@ -54,6 +54,13 @@ def expand_like(c: Tensor, x: Tensor) -> Tensor:
             "give one number, or one per sample"
         )
     return c.to(dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def check_batch(x: Tensor, name: str) -> None:
+    """Raises ValueError unless x is a floating-point tensor with a batch dimension."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
+        found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} is {found}: expected a floating-point tensor (B, ...), images in [-1, 1] say")
 
 
 class SDE(ABC):
@@ -118,8 +125,7 @@ class SDE(ABC):
         Raises:
             ValueError: if x0 is not floating point, or the shapes of x0, noise and t do not fit.
         """
-        if not x0.is_floating_point():
-            raise ValueError(f"x0 has dtype {x0.dtype}: scale it to floating point first, images to [-1, 1] say")
+        check_batch(x0, "x0")
         if noise.shape != x0.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}: they must be equal")
         t = as_time(t)
@@ -138,13 +144,15 @@ class SDE(ABC):
         Args:
             shape: (B, ...).
             generator: drawn from, on its own device; without one, a freshly seeded generator on `device`.
+            device: where the result lies; the generator's device by default.
             t: where the run starts, if not at t_max: on VE and EDM the prior's width is sigma_t.
         """
         if generator is None:
             generator = torch.Generator(device or "cpu")
             generator.seed()
         std = self.prior_std if t is None else self.prior_std_at(t)
-        return std * torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
+        x = std * torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
+        return x if device is None else x.to(device)
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """log N(x; 0, prior_std^2 I) in nats, shape (B,), for x of shape (B, ...)."""
@@ -234,7 +242,7 @@ class _LinearBeta(_VariancePreserving):
 
 @dataclass(frozen=True)
 class VPSDE(_LinearBeta):
-    """Variance-preserving SDE with linear beta (Song et al., 2021, eq. 11 and 32): the limit of DDPM.
+    """Variance-preserving SDE with linear beta (Song et al., 2021, eq. 11): the limit of DDPM.
 
     Args:
         beta_min, beta_max: noise rate at t = 0 and t = 1, per unit of time.
@@ -255,7 +263,7 @@ class VPSDE(_LinearBeta):
 
 @dataclass(frozen=True)
 class SubVPSDE(_LinearBeta):
-    """Sub-VP SDE (Song et al., 2021, eq. 13 and 35): sigma = 1 - e^{-B}, below that of VP at every time.
+    """Sub-VP SDE (Song et al., 2021, eq. 12): sigma = 1 - e^{-B}, below that of VP at every time.
 
     Arguments and errors as for `VPSDE`.
     """
@@ -326,17 +334,6 @@ class CosineVPSDE(_VariancePreserving):
         sin2, cos = self._sines(as_time(t))
         return cos.log() - sin2.log() / 2
 
-    def time_at(self, half_log_snr: Time) -> Tensor:
-        log_snr = 2 * as_time(half_log_snr)
-        th_0 = self._rate * self.s
-        sin2 = torch.sigmoid(-log_snr) * math.cos(th_0) ** 2
-        sin, cos = (math.sin(th_0) ** 2 + sin2).sqrt(), torch.sigmoid(log_snr).sqrt() * math.cos(th_0)
-        # th_t - th_0 from its sine and cosine, the sine as sin2 / sin(th_t + th_0): no cancellation at either end.
-        difference = torch.atan2(
-            sin2 / (sin * math.cos(th_0) + cos * math.sin(th_0)), cos * math.cos(th_0) + sin * math.sin(th_0)
-        )
-        return difference / self._rate
-
     def beta(self, t: Time) -> Tensor:
         t = as_time(t)
         return 2 * self._rate * torch.sin(self._rate * (t + self.s)) / self._sines(t)[1]
@@ -345,7 +342,14 @@ class CosineVPSDE(_VariancePreserving):
         return -torch.log1p(-(self.sigma(t) ** 2))
 
     def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
-        return self.time_at(-torch.expm1(integrated_beta).log() / 2)
+        th_0 = self._rate * self.s
+        sin2 = -torch.expm1(-integrated_beta) * math.cos(th_0) ** 2
+        sin, cos = (math.sin(th_0) ** 2 + sin2).sqrt(), (-integrated_beta / 2).exp() * math.cos(th_0)
+        # th_t - th_0 from its sine and cosine, the sine as sin2 / sin(th_t + th_0): no cancellation at either end.
+        difference = torch.atan2(
+            sin2 / (sin * math.cos(th_0) + cos * math.sin(th_0)), cos * math.cos(th_0) + sin * math.sin(th_0)
+        )
+        return difference / self._rate
 
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
         t = as_time(t)
@@ -355,7 +359,7 @@ class CosineVPSDE(_VariancePreserving):
 
 @dataclass(frozen=True)
 class VESDE(SDE):
-    """Variance-exploding SDE (Song et al., 2021, eq. 9 and 30): alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
+    """Variance-exploding SDE (Song et al., 2021, eq. 9): alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
 
     The formula holds for t in (0, 1]; sigma(0) = 0, as in the paper's appendix C, so a grid may end on the data itself.
 
@@ -395,9 +399,8 @@ class VESDE(SDE):
         return torch.where(t == 0, torch.full_like(t, math.inf), -math.log(self.sigma_min) - self._log_ratio * t)
 
     def time_at(self, half_log_snr: Time) -> Tensor:
-        half_log_snr = as_time(half_log_snr)
-        t = (-half_log_snr - math.log(self.sigma_min)) / self._log_ratio
-        return torch.where(half_log_snr == math.inf, torch.zeros_like(t), t)
+        # What lies between sigma_min and the data, where sigma jumps to zero, is reached only at t = 0.
+        return ((-as_time(half_log_snr) - math.log(self.sigma_min)) / self._log_ratio).clamp(min=0)
 
     def drift(self, t: Time) -> Tensor:
         return torch.zeros_like(as_time(t))
@@ -532,7 +535,8 @@ class DDPMChain(_VariancePreserving):
     def cosine(cls, steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DDPMChain:
         """Cosine betas, beta_n = min(1 - abar_n / abar_{n-1}, max_beta) (Nichol and Dhariwal, 2021, eq. 17)."""
         _positive(steps=steps, s=s, max_beta=max_beta)
-        cos2 = torch.cos((torch.linspace(0, 1, steps + 1, dtype=torch.float64) + s) / (1 + s) * math.pi / 2) ** 2
+        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
+        cos2 = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
         return cls((1 - cos2[1:] / cos2[:-1]).clamp(max=max_beta))
 
     def _rates_and_integral(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -542,7 +546,7 @@ class DDPMChain(_VariancePreserving):
         key = (like.device, like.dtype)
         if key not in self._tables:
             rates = -torch.log1p(-self.betas)
-            B = torch.cat([torch.zeros(1, dtype=torch.float64), rates.cumsum(0)])
+            B = torch.cat([rates.new_zeros(1), rates.cumsum(0)])
             self._tables[key] = rates.to(like), B.to(like)
         return self._tables[key]
 
@@ -577,4 +581,4 @@ class DDPMChain(_VariancePreserving):
 
 def _linear_betas(steps: int, beta_min: float = 1e-4, beta_max: float = 0.02) -> Tensor:
     _positive(steps=steps, beta_min=beta_min, beta_max=beta_max)
-    return torch.linspace(beta_min, beta_max, steps, dtype=torch.float64)
+    return torch.linspace(beta_min, beta_max, steps, dtype=torch.float64, device="cpu")

@@ -103,7 +103,9 @@ class Tableau:
         b = torch.as_tensor(b, dtype=torch.float64, device="cpu")
         self.a, self.c = _column(a, "a", R), _column(c, "c", R)
         self.b = b.clone() if b.ndim == 2 else _column(b, "b", R)[:, None]
-        self.step = torch.arange(R) if step is None else torch.as_tensor(step, dtype=torch.int64, device="cpu")
+        self.step = (
+            torch.arange(R, device="cpu") if step is None else torch.as_tensor(step, dtype=torch.int64, device="cpu")
+        )
         if self.t.ndim != 1 or self.b.shape[0] != R or self.step.shape != (R,):
             raise ValueError(
                 f"{R} rows by t, but b has shape {tuple(self.b.shape)} and step {tuple(self.step.shape)}: "
@@ -123,7 +125,7 @@ class Tableau:
                 )
         if bool((self.c < 0).any()):
             raise ValueError(f"c = {self.c.tolist()}: noise has a standard deviation >= 0")
-        row, lag = torch.arange(R)[:, None], torch.arange(self.b.shape[1])
+        row, lag = torch.arange(R, device="cpu")[:, None], torch.arange(self.b.shape[1], device="cpu")
         if bool(((self.b != 0) & (lag > row)).any()):
             raise ValueError("b reads evaluations from before the first row: start with a lower order")
         hops = torch.cat([self.step[:1], self.step.diff(), grid.steps - 1 - self.step[-1:]])
@@ -169,7 +171,8 @@ class Tableau:
             n = denoiser.output(x, row.t, **cond)
             if row.keep is not None:
                 u, w = row.keep
-                kept[i] = n if (u, w) == (0.0, 1.0) else n * w if u == 0.0 else torch.add(n * w, x, alpha=u)
+                # n * w even where w is 1: the network may reuse the memory of its output.
+                kept[i] = n * w if u == 0.0 else torch.add(n * w, x, alpha=u)
             x = torch.add(n * row.n, x, alpha=row.x)  # also where row.x is 0: a NaN in x must reach the end
             for j, b in row.past:
                 x = x.add_(kept[j], alpha=b)
@@ -180,10 +183,8 @@ class Tableau:
             yield State(i, steps[i], steps[i] != steps[i + 1], row.t, x)
 
     def _rows(self, denoiser: Denoiser) -> list[_Row]:
-        r, s = (c.expand(self.t.shape) for c in denoiser.affine(self.t))
-        u, w = self.p + self.q * r, self.q * s  # F = u x + w N
-        # Where the network predicts the view itself, u is zero but for the rounding of p + q r.
-        u = torch.where(u.abs() <= 1e-13 * self.p.abs(), torch.zeros_like(u), u)
+        denoiser.check_times(self.t)
+        u, w = denoiser.view_of_output(self.p, self.q, self.t)  # F = u x + w N
         x, n = self.a + self.b[:, 0] * u, self.b[:, 0] * w
         R, K = self.b.shape
         readers = {j: i for i in range(R) for k in range(1, min(K, i + 1)) if self.b[i, k] != 0 for j in [i - k]}

@@ -89,5 +89,7 @@ def test_the_demo_runs_and_goes_on(tmp_path, capsys, monkeypatch):
     assert cells == {(name, nfe): nfe for name in names for nfe in (1, 3)} | {("DDPM", 4): 4}
     assert again["rows"] == first["rows"]
     assert {"device", "dtype", "torch", "commit", "command"} <= set(first["environment"])
+    with pytest.raises(SystemExit, match="--fresh forgets that run"):
+        digits.main([*arguments, "--steps", "3"])
     for name in ("samples.png", "process.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -250,7 +250,7 @@ def test_no_eps_network_at_alpha_zero(adapter, sde):
     ("call", "message"),
     [
         (lambda d: d(torch.zeros(2, 3, dtype=torch.uint8), 0.5), "uint8"),
-        (lambda d: d(0.5, torch.zeros(2, 3)), r"denoiser\(x, t\)"),
+        (lambda d: d(0.5, torch.zeros(2, 3)), "x is float"),
         (lambda d: d(torch.zeros(()), 0.5), "expected a floating-point tensor"),
         (lambda d: d(torch.zeros(2, 3), torch.tensor([0.1, 0.2, 0.3])), "t has shape"),
         (lambda d: d(torch.zeros(2, 3), torch.zeros(2, 1)), "t has shape"),
@@ -288,3 +288,64 @@ def test_a_network_of_another_shape_is_named(out):
 def test_bad_construction_is_refused(make, error):
     with pytest.raises(error):
         make()
+
+
+def test_at_the_data_the_mean_is_x():
+    """At t = 0 x_0 is x, whatever a network makes of sigma = 0 (EDM's label is log 0 there)."""
+    x = normal(3, 2)
+    mixture = GaussianMixture(means=[[1.0, 0.0], [3.0, 1.0]], std=0.1)
+    for sde in SDES.values():
+        for denoiser in (
+            EDMDenoiser(lambda x, t: x + t[:, None], sde),
+            VelocityDenoiser(lambda x, t: x, sde),
+            mixture.denoiser(sde),
+        ):
+            assert torch.equal(denoiser(x, 0.0).mean, x)
+            some = denoiser(x, torch.tensor([0.0, 0.5, 0.0]) * start_of(sde)).mean
+            assert torch.equal(some[::2], x[::2])
+    assert float(mixture.denoiser(VPSDE())(x, 0.0).var.abs().max()) == 0
+
+
+def test_a_network_that_changes_its_input_is_named():
+    """It would change the solver's state, and the caller's x_T."""
+    with pytest.raises(ValueError, match="changed its input in place"):
+        X0Denoiser(lambda x, t: x.mul_(0.5), VPSDE())(normal(2, 3), 0.5)
+
+
+def test_derivatives_in_x_and_t():
+    """Forward and reverse mode, and vmap, go through adapters, exact models and time labels, for one t and for many."""
+    net = torch.nn.Linear(3, 3).double().requires_grad_(False)
+    sde = VPSDE()
+    models = [
+        EpsDenoiser(lambda x, time: net(x) * (time / 999)[:, None].sin(), sde, time=lambda t: 999 * t),
+        GaussianMixture(means=[[1.0, 0.0, 2.0], [3.0, 1.0, 0.0]], std=0.3).denoiser(sde),
+    ]
+    x, t, h = normal(2, 3), torch.tensor(0.4).double(), 1e-6
+    for model in models:
+        slope = (model.velocity(x, t + h) - model.velocity(x, t - h)) / (2 * h)
+        for at, direction in ((t, torch.ones(()).double()), (t.repeat(2), torch.ones(2).double())):
+            tangent = torch.func.jvp(lambda at, model=model: model.velocity(x, at), (at,), (direction,))[1]
+            torch.testing.assert_close(tangent, slope, rtol=1e-5, atol=1e-6)
+        many = torch.func.vmap(lambda at, model=model: model.velocity(x, at))(torch.stack([t, t / 2]))
+        torch.testing.assert_close(many[1], model.velocity(x, t / 2))
+        reverse = torch.func.vmap(torch.func.jacrev(lambda y, model=model: model.velocity(y[None], t)[0]))(x)
+        forward = torch.func.vmap(torch.func.jacfwd(lambda y, model=model: model.velocity(y[None], t)[0]))(x)
+        torch.testing.assert_close(forward, reverse)
+        column = (model.velocity(x + h * torch.eye(3)[0], t) - model.velocity(x - h * torch.eye(3)[0], t)) / (2 * h)
+        torch.testing.assert_close(reverse[..., 0], column, rtol=1e-5, atol=1e-6)
+
+
+def test_conditions_may_have_any_name():
+    """Only x and t are the denoiser's own."""
+    seen = {}
+    denoiser = EpsDenoiser(lambda x, time, **cond: seen.update(cond) or x, VPSDE())
+    denoiser.score(normal(2, 3), 0.5, name=1, p=2, denoiser=3)
+    assert seen == {"name": 1, "p": 2, "denoiser": 3}
+
+
+def test_scalar_events():
+    """Event shape (): a batch of numbers."""
+    x = normal(5)
+    threshold = DynamicThreshold(X0Denoiser(lambda x, t: 2 * x, VPSDE()), quantile=1.0)
+    torch.testing.assert_close(threshold(x, 0.5).mean, (2 * x).clamp(-1, 1))
+    assert Nonlinear(VPSDE())(x, torch.full((5,), 0.5)).mean.shape == (5,)

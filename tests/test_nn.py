@@ -201,19 +201,28 @@ def test_half_precision_embeds_the_label_that_float32_does(dtype: torch.dtype) -
 
 
 def test_the_way_through_half_precision_leaves_the_frequencies_unrounded() -> None:
-    labels = torch.linspace(0, 1000, 50)
-    net = TimeEmbedding(32)
-    frequencies = net.frequencies.clone()
+    labels, net = torch.linspace(0, 1000, 50), TimeEmbedding(32)
+    expected = net.angles(labels)
     for convert in (net.half, net.bfloat16, net.float, net.double):
         convert()
-        assert torch.equal(net.frequencies, frequencies)
+        assert torch.equal(net.angles(labels), expected)
     assert bool(net(labels.double()).isfinite().all())
 
 
 def test_frequencies_run_from_one_to_the_longest_period() -> None:
     """Geometric from 1, each by the factor max_period^(-2 / features)."""
-    net = TimeEmbedding(10, max_period=1e5)
-    assert net.frequencies.tolist() == pytest.approx([1, 1e-1, 1e-2, 1e-3, 1e-4], rel=1e-12)
+    angles = TimeEmbedding(10, max_period=1e5).angles(torch.ones(1).double())
+    assert angles[0].tolist() == pytest.approx([1, 1e-1, 1e-2, 1e-3, 1e-4], rel=1e-12)
+
+
+def test_networks_may_be_built_without_memory() -> None:
+    """On the meta device, then filled from a state: as large models are loaded."""
+    x, time = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 500.0])
+    net = randomised(MLP(3, width=16))
+    with torch.device("meta"):
+        empty = MLP(3, width=16)
+    empty.load_state_dict(net.state_dict(), assign=True)
+    assert torch.equal(empty(x, time), net(x, time))
 
 
 def test_a_class_is_an_offset_of_the_embedding() -> None:

@@ -405,13 +405,13 @@ def test_perturb_keeps_the_dtype_of_the_data_whatever_that_of_the_time(name: str
 @pytest.mark.parametrize(
     ("x0", "t", "noise", "message"),
     [
-        (torch.zeros(2, 3, dtype=torch.uint8), 0.5, torch.zeros(2, 3), "floating point"),
-        (torch.zeros(2, 3, dtype=torch.int64), 0.5, torch.zeros(2, 3), "floating point"),
+        (torch.zeros(2, 3, dtype=torch.uint8), 0.5, torch.zeros(2, 3), "floating-point"),
+        (torch.zeros(2, 3, dtype=torch.int64), 0.5, torch.zeros(2, 3), "floating-point"),
         (torch.zeros(2, 3), 0.5, torch.zeros(3), "equal"),
         (torch.zeros(2, 3), 0.5, torch.zeros(2, 1), "equal"),
         (torch.zeros(2, 3), torch.full((3,), 0.5), torch.zeros(2, 3), "one per sample"),
         (torch.zeros(2, 3), torch.full((2, 1), 0.5), torch.zeros(2, 3), "one per sample"),
-        (torch.zeros(()), torch.full((1,), 0.5), torch.zeros(()), "one per sample"),
+        (torch.zeros(()), torch.full((1,), 0.5), torch.zeros(()), "floating-point"),
     ],
 )
 def test_perturb_refuses(x0: Tensor, t: float | Tensor, noise: Tensor, message: str) -> None:

@@ -20,9 +20,11 @@ from scoresde.nn import MLP, UNet
 from scoresde.solvers import DDIM
 from scoresde.training import (
     CheckpointError,
+    ImportanceTimes,
     NonFiniteLossError,
     TrainConfig,
     Trainer,
+    likelihood,
     read_checkpoint,
     write_checkpoint,
 )
@@ -46,10 +48,11 @@ class Net(torch.nn.Module):
 DATA = normal(50, 3, dtype=torch.float32)
 
 
-def make(folder=None, steps=40, net=None, data=DATA, sde=None, adapter=EpsDenoiser, **config):
-    settings = {"batch_size": 16, "warmup": 5, "checkpoint_every": 10, "log_every": 3, **config}
-    denoiser = adapter(net or Net(), sde or VPSDE())
-    return Trainer(denoiser, data, TrainConfig(steps=steps, **settings), folder=folder)
+def make(folder=None, steps=40, net=None, data=DATA, sde=None, adapter=EpsDenoiser, time=None, **options):
+    run = {key: options.pop(key) for key in ("cond", "weighting", "times") if key in options}
+    settings = {"batch_size": 16, "warmup": 5, "checkpoint_every": 10, "log_every": 3, **options}
+    denoiser = adapter(net or Net(), sde or VPSDE(), time=time)
+    return Trainer(denoiser, data, TrainConfig(steps=steps, **settings), folder=folder, **run)
 
 
 def state(trainer):
@@ -269,6 +272,12 @@ def test_foreign_files_are_refused_and_not_executed(content, tmp_path):
         ({"adapter": VDenoiser}, "parameterisation: EpsDenoiser in the file, VDenoiser here"),
         ({"net": MLP(3)}, "network: Net"),
         ({"data": DATA[:20]}, "data: "),
+        ({"data": DATA + 100}, "data: "),
+        ({"data": DATA.flip(0)}, "data: "),
+        ({"time": lambda t: 999 * t}, "time label: "),
+        ({"weighting": likelihood}, "weighting: "),
+        ({"times": ImportanceTimes()}, "times: UniformTimes"),
+        ({"cond": {"shift": torch.zeros(50)}}, "cond: none in the file"),
         ({"lr": 0.5}, "config.lr"),
         ({"seed": 3}, "config.seed"),
         ({"steps": 20}, "config.steps"),  # the cosine schedule depends on it
@@ -334,3 +343,12 @@ def test_the_learning_rate():
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[-1] < 0.01
     assert TrainConfig(steps=100, warmup=10, schedule="constant").lr_factor(99) == 1.0
+
+
+def test_another_version_is_warned_of(tmp_path):
+    make(tmp_path, steps=10).fit(progress=False)
+    raw = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    raw["content"]["versions"] = "scoresde 0.0.0, torch 1.0"
+    torch.save(raw, tmp_path / "checkpoint.pt")
+    with pytest.warns(UserWarning, match=r"written with scoresde 0\.0\.0"):
+        assert make(tmp_path, steps=10).step == 10

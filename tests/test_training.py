@@ -23,7 +23,17 @@ from scoresde import (
     X0Denoiser,
 )
 from scoresde.exact import Gaussian, GaussianMixture
-from scoresde.training import ImportanceTimes, LogNormalTimes, UniformTimes, dsm_loss, edm, likelihood, min_snr, simple
+from scoresde.training import (
+    ImportanceTimes,
+    LogNormalTimes,
+    UniformTimes,
+    dsm_loss,
+    edm,
+    likelihood,
+    min_snr,
+    simple,
+    uniform_in,
+)
 
 FINITE = {k: v for k, v in SDES.items() if k != "flow"} | {"flow": FlowSDE(t_max=0.99)}
 
@@ -52,6 +62,29 @@ def test_the_loss_is_its_formula_in_every_parameterisation(weighting, sde):
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-12)
         mean = dsm_loss(model, x0, t=t, noise=noise, weighting=weighting)
         torch.testing.assert_close(mean, expected.mean(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("view", ["x0", "eps", "v", "velocity", "score"])
+@pytest.mark.parametrize("sde", FINITE.values(), ids=FINITE)
+def test_uniform_in_a_view_is_the_squared_error_of_that_view(view, sde):
+    """Flow matching's loss among them: on `FlowSDE` the velocity's target is eps - x_0."""
+    model = Nonlinear(sde)
+    x0, noise = normal(4, 3), normal(4, 3, seed=1)
+    t = torch.tensor([0.01, 0.3, 0.7, 0.95]).double() * sde.t_max
+    x_t = sde.perturb(x0, t, noise)
+    truth = X0Denoiser(lambda x, _: x0, sde)
+    expected = (model.view(view, x_t, t) - truth.view(view, x_t, t)).square().mean(1)
+    loss = dsm_loss(model, x0, t=t, noise=noise, weighting=uniform_in(view), reduction="none")
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-12)
+    if view == "velocity" and isinstance(sde, FlowSDE):
+        torch.testing.assert_close(truth.view(view, x_t, t), noise - x0, rtol=1e-9, atol=1e-9)
+
+
+def test_one_time_for_the_batch_and_scalar_events():
+    x0, noise = normal(6), normal(6, seed=1)
+    one = dsm_loss(Nonlinear(VPSDE()), x0, t=0.3, noise=noise)
+    many = dsm_loss(Nonlinear(VPSDE()), x0, t=torch.full((6,), 0.3).double(), noise=noise)
+    torch.testing.assert_close(one, many)
 
 
 def test_edm_loss_is_table_1():
@@ -245,8 +278,11 @@ def test_dsm_loss_leaves_the_global_generator_and_reproduces():
         (lambda d, x: dsm_loss(d, x.to(torch.uint8)), "uint8"),
         (lambda d, x: dsm_loss(d, x, t=torch.zeros(4).double() + 0.5, times=UniformTimes()), "not both"),
         (lambda d, x: dsm_loss(d, x, noise=torch.zeros(4, 2)), "noise has shape"),
-        (lambda d, x: dsm_loss(d, x, t=torch.tensor([0.1, 0.2])), "a time or coefficient has shape"),
+        (lambda d, x: dsm_loss(d, x, t=torch.tensor([0.1, 0.2])), "t has shape"),
+        (lambda d, x: dsm_loss(d, x, t=torch.tensor(5.0)), "leaves"),
+        (lambda d, x: dsm_loss(d, x, t=0.0), "t = 0"),
         (lambda d, x: dsm_loss(d, x, reduction="sum"), "reduction='sum'"),
+        (lambda d, x: uniform_in("noise"), "expected one of"),
         (lambda d, x: dsm_loss(Nonlinear(FlowSDE()), x, times=ImportanceTimes()), "half_log_snr is -inf"),
         (lambda d, x: LogNormalTimes(std=0.0), "std=0"),
         (lambda d, x: edm(0.0), "sigma_data"),

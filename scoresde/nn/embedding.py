@@ -32,19 +32,15 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         if features < 2 or features % 2:
             raise ValueError(f"features={features}: expected an even number >= 2")
-        self.register_buffer(
-            "frequencies",
-            torch.exp(-math.log(max_period) * torch.arange(features // 2, dtype=torch.float64) / (features // 2)),
-            persistent=False,
-        )
+        self.log_step = -math.log(max_period) / (features // 2)
         self.inward, self.outward = nn.Linear(features, features), nn.Linear(features, features)
         self.classes = None if num_classes is None else nn.Embedding(num_classes, features)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        frequencies = self.frequencies  # .half() and .to(bfloat16) move it, but must not round it
-        module = super()._apply(fn, recurse)
-        self.frequencies = frequencies.to(self.frequencies.device)
-        return module
+    def angles(self, time: Tensor) -> Tensor:
+        """time (B,) times the frequencies max_period^(-2 k / features), (B, features / 2)."""
+        time = time.to(torch.promote_types(time.dtype, torch.float32))
+        k = torch.arange(self.inward.in_features // 2, dtype=time.dtype, device=time.device)
+        return time[:, None] * (self.log_step * k).exp()
 
     def forward(self, time: Tensor, label: Tensor | None = None) -> Tensor:
         """time (B,) and label (B,), integers, to (B, features)."""
@@ -54,7 +50,7 @@ class TimeEmbedding(nn.Module):
                 if label is None
                 else "this network has no classes: build it with num_classes= to pass a label"
             )
-        angles = time[:, None] * self.frequencies.to(torch.promote_types(time.dtype, torch.float32))
+        angles = self.angles(time)
         features = torch.cat([angles.cos(), angles.sin()], dim=1)
         features = self.outward(nn.functional.silu(self.inward(features.to(self.inward.weight.dtype))))
         if label is None or self.classes is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
-from scoresde.sde import SDE
+from scoresde.sde import SDE, DDPMChain
 from scoresde.tableau import State, Tableau
 
 __all__ = ["Solver", "one_step"]
@@ -41,7 +41,7 @@ class Solver(ABC):
         """
         if isinstance(nfe, bool) or not isinstance(nfe, Integral) or nfe < 1:
             raise ValueError(f"nfe={nfe!r}: expected a whole number >= 1")
-        most = min(int(nfe), getattr(sde, "steps", nfe))
+        most = min(int(nfe), sde.steps) if isinstance(sde, DDPMChain) else int(nfe)
         steps = bisect_right(range(1, most + 1), nfe, key=lambda n: self.tableau(self.grid(sde, n)).nfe)
         if steps == 0:
             raise ValueError(f"{self!r} needs more than nfe={nfe} evaluations for a single step")

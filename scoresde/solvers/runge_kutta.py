@@ -46,8 +46,8 @@ class _ProbabilityFlow(Solver):
         if self.variable == "sigma":  # Euler's step is DDIM's everywhere, and better written without 1 / alpha_t
             singular |= (alpha_t == 0) | (not second_order)
         stages = torch.where(singular | (not second_order), 1, 2)
-        step = torch.arange(grid.steps).repeat_interleave(stages)
-        second = torch.cat([torch.zeros(1, dtype=torch.bool), step.diff() == 0])
+        step = torch.arange(grid.steps, device="cpu").repeat_interleave(stages)
+        second = torch.cat([step[:1] < 0, step.diff() == 0])
         t = grid.times[step + second]
         p, q = view_of_mean(view, grid.sde, t)
         # First stage: x' = A x + B F. Second: A x + B (F + F') / 2 = x' + (B / 2) (F' - F).
@@ -79,8 +79,12 @@ class Heun(_ProbabilityFlow):
     """Heun's method on the probability-flow ODE (Karras et al., 2022, algorithm 1), second order, two evaluations a
     step and one on the last to sigma = 0: 2 N - 1 in all.
 
+    In sigma the correction adds (u_t / u_s - 1) / 2 times the change of D over the step: keep the ratio of u from one
+    time to the next below about 4 (a Karras or log-SNR grid of enough steps). A uniform grid of few steps on a VP SDE
+    or a chain begins with far larger ratios, worst on the cosine chain: take variable="t" there.
+
     Args:
-        variable: "sigma", the paper's, or "t".
+        variable: "sigma", the paper's choice, or "t", its algorithm for the SDE's own alpha(t) and sigma(t).
     """
 
     def tableau(self, grid: Grid) -> Tableau:

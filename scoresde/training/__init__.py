@@ -13,6 +13,7 @@ from scoresde.training.weights import (
     likelihood,
     min_snr,
     simple,
+    uniform_in,
 )
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "min_snr",
     "read_checkpoint",
     "simple",
+    "uniform_in",
     "write_checkpoint",
 ]

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser, combine
-from scoresde.sde import expand_like
+from scoresde.denoiser import Denoiser, check_time, combine, known_any
+from scoresde.sde import as_time, check_batch, expand_like
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
 
 __all__ = ["dsm_loss"]
@@ -41,7 +41,7 @@ def dsm_loss(
         x0: clean data, shape (B, ...), floating point.
         weighting: w(sde, t), the weight of the noise error; see `scoresde.training.weights`.
         times: the distribution of t; uniform and stratified by default.
-        t: instead of drawing, the times, shape (B,).
+        t: instead of drawing, the times, shape () or (B,), above 0.
         noise: instead of drawing, eps, shape of x0.
         generator: where t and noise are drawn from, on its own device; freshly seeded if not given.
         cond: keyword arguments for the network.
@@ -51,11 +51,11 @@ def dsm_loss(
         The loss, at least float32: a scalar, or (B,).
 
     Raises:
-        ValueError: if x0 is not floating point, shapes do not fit, or both t and times are given.
+        ValueError: if x0 is not floating point, shapes do not fit, t and times are both given, or a t is 0 or outside
+            the SDE.
     """
     sde = denoiser.sde
-    if not x0.is_floating_point() or x0.ndim == 0:
-        raise ValueError(f"x0 is {x0.dtype} of shape {tuple(x0.shape)}: expected floats (B, ...), in [-1, 1] say")
+    check_batch(x0, "x0")
     if t is not None and times is not None:
         raise ValueError("give t= or times=, not both")
     if reduction not in ("mean", "none"):
@@ -68,7 +68,10 @@ def dsm_loss(
         t = times.draw(sde, len(x0), generator)
         ratio = times.ratio(sde, t)
     else:
-        t = t.double()
+        t = as_time(t).double().expand(len(x0)) if as_time(t).ndim == 0 else t.double()
+        check_time(t, len(x0), sde)
+        if known_any(t == 0):
+            raise ValueError("t = 0: the data itself holds no noise to be learned, so its loss is undefined")
         ratio = torch.ones_like(t)
     if noise is None:
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=generator.device).to(x0.device)
@@ -77,5 +80,5 @@ def dsm_loss(
     target = combine((1 - r * alpha) / s, x0, -r * sigma / s, noise)
     error = denoiser.output(x_t, t.to(x0.device), **(cond or {})) - target
     scale = ratio * weighting(sde, t) * (alpha * s / sigma) ** 2
-    loss = expand_like(scale, error).reshape(-1) * error.flatten(1).square().mean(1)
+    loss = expand_like(scale, error).reshape(-1) * error.reshape(len(x0), -1).square().mean(1)
     return loss.mean() if reduction == "mean" else loss

@@ -8,10 +8,14 @@ bits as one that was not.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +26,7 @@ from tqdm.auto import tqdm
 
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.noise import derive_seed
+from scoresde.sde import check_batch
 from scoresde.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from scoresde.training.loss import dsm_loss
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
@@ -76,7 +81,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
         if not (self.lr > 0 and self.grad_clip > 0 and self.warmup >= 0 and self.weight_decay >= 0 and self.seed >= 0):
             raise ValueError(f"{self}: expected lr, grad_clip > 0 and warmup, weight_decay, seed >= 0")
@@ -133,10 +138,11 @@ class Trainer:
             raise ValueError(
                 f"a Trainer needs an adapter around an nn.Module, EpsDenoiser(net, sde) say, not {denoiser!r}"
             )
-        if not data.is_floating_point() or len(data) == 0:
-            raise ValueError(f"data is {data.dtype} of shape {tuple(data.shape)}: expected floats (N, ...), N >= 1")
+        check_batch(data, "data")
+        if len(data) == 0:
+            raise ValueError(f"data has shape {tuple(data.shape)}: expected (N, ...), N >= 1")
         if not bool(data.isfinite().all()):
-            bad = (~data.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+            bad = (~data.reshape(len(data), -1).isfinite().all(1)).nonzero().flatten().tolist()
             raise ValueError(f"data items {bad[:8]} are not finite")
         self.cond = dict(cond or {})
         for key, value in self.cond.items():
@@ -147,6 +153,7 @@ class Trainer:
         self.net: nn.Module = denoiser.net
         self._average = AveragedModel(self.net, multi_avg_fn=_ema(config.ema_decay), use_buffers=True)
         self._optimiser = torch.optim.AdamW(self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self._epochs: dict[int, Tensor] = {}
         self.step = 0
         self.losses: list[tuple[int, float]] = []
         self.path = None if folder is None else Path(folder) / "checkpoint.pt"
@@ -218,8 +225,9 @@ class Trainer:
         """Indices of a step's items: consecutive entries of an endless sequence of shuffled epochs."""
         N, size = len(self.data), self.config.batch_size
         first, last = step * size, (step + 1) * size - 1
-        epochs = [self._permutation(epoch) for epoch in range(first // N, last // N + 1)]
-        return torch.cat(epochs)[first % N : first % N + size]
+        wanted = range(first // N, last // N + 1)
+        self._epochs = {e: self._epochs[e] if e in self._epochs else self._permutation(e) for e in wanted}
+        return torch.cat(list(self._epochs.values()))[first % N : first % N + size]
 
     def _permutation(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 0, epoch))
@@ -230,11 +238,19 @@ class Trainer:
         config = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
         for name in ("checkpoint_every", "log_every", *(["steps"] if self.config.schedule == "constant" else [])):
             del config[name]
+        # Functions cannot be compared, so their values are, at a few times.
+        sde = self.denoiser.sde
+        t = torch.linspace(sde.t_min, sde.t_min + 0.9 * (sde.t_max - sde.t_min), 4, dtype=torch.float64)
         return {
-            "sde": repr(self.denoiser.sde),
+            "sde": repr(sde),
             "parameterisation": type(self.denoiser).__name__,
+            "scale of the output": _values(self.denoiser.affine(t)[1]),
+            "time label": _values(self.denoiser.label(t)),
             "network": f"{type(self.net).__name__}, {sum(p.numel() for p in self.net.parameters())} parameters",
-            "data": str(tuple(self.data.shape)),
+            "data": f"{tuple(self.data.shape)} in [{self.data.min():.4g}, {self.data.max():.4g}], {_digest(self.data)}",
+            "cond": ", ".join(f"{key} {_digest(value)}" for key, value in sorted(self.cond.items())) or "none",
+            "weighting": _values(self.weighting(sde, t)),
+            "times": repr(self.times),
             **{f"config.{name}": value for name, value in config.items()},
         }
 
@@ -247,6 +263,7 @@ class Trainer:
             "average": self._average.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "config": asdict(self.config),
+            "versions": _versions(),
         }
         write_checkpoint(path, content, self._made_for())
 
@@ -257,9 +274,15 @@ class Trainer:
             CheckpointError: if it is damaged, lacks or has unknown keys, or was made for another run.
         """
         content = read_checkpoint(path, self._made_for())
-        expected = {"step", "losses", "net", "average", "optimiser", "config"}
+        expected = {"step", "losses", "net", "average", "optimiser", "config", "versions"}
         if set(content) != expected:
             raise CheckpointError(f"{path} has the keys {sorted(content)}, expected {sorted(expected)}")
+        if content["versions"] != _versions():
+            warnings.warn(
+                f"{path} was written with {content['versions']}, this is {_versions()}: the run goes on, but its last "
+                "bits will be others",
+                stacklevel=2,
+            )
         try:
             self.net.load_state_dict(content["net"])
             self._average.load_state_dict(content["average"])
@@ -268,6 +291,21 @@ class Trainer:
             raise CheckpointError(f"{path} does not fit this network: {error}") from error
         self.step = content["step"]
         self.losses = [tuple(entry) for entry in content["losses"]]
+
+
+def _versions() -> str:
+    return f"scoresde {version('scoresde')}, torch {torch.__version__}"
+
+
+def _values(x: Tensor) -> str:
+    """The numbers, to the six digits that name a function and not its rounding."""
+    return ", ".join(f"{value:.6g}" for value in x.detach().cpu().double().flatten().tolist())
+
+
+def _digest(x: Tensor) -> str:
+    """A hash of a tensor's content."""
+    content = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
@@ -291,5 +329,8 @@ def _seeded_global_generators(seed: int, device: torch.device) -> Any:
     """Seed the global generators, which dropout draws from, and put them back as they were."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU, and not put them back
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield

@@ -9,7 +9,9 @@ SNR = (alpha / sigma)^2 = e^{2 lambda}:
     edm         (s^2 + sd^2) / sd^2         Karras et al. (2022), table 1: |D - x_0|^2 times (s^2 + sd^2) / (s sd)^2
     min_snr     min(SNR, gamma) / SNR       Hang et al. (2023): |D - x_0|^2 weighted by min(SNR, gamma)
 
-with s = sigma / alpha, since |D - x_0|^2 = s^2 |eps_hat - eps|^2.
+with s = sigma / alpha, since |D - x_0|^2 = s^2 |eps_hat - eps|^2. `uniform_in(view)` is weight 1 on the error of x0, v,
+velocity (flow matching's loss) or score instead. Mind the first for an x0 network: its error counts as 1 / s^2 times
+itself, without bound at small t, so train it with min_snr, edm or uniform_in("x0").
 
 Times are drawn by inverting a distribution function, so each sampler can be stratified over the batch: sample i of n
 takes its uniform number from [i/n, (i+1)/n), which lowers the variance of the loss and leaves its mean alone.
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scoresde.denoiser import VIEWS, view_of_mean
 from scoresde.sde import SDE, DDPMChain
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "likelihood",
     "min_snr",
     "simple",
+    "uniform_in",
 ]
 
 Weighting = Callable[[SDE, Tensor], Tensor]
@@ -45,6 +49,18 @@ Weighting = Callable[[SDE, Tensor], Tensor]
 def simple(sde: SDE, t: Tensor) -> Tensor:
     """Weight 1 on the noise error: the simple loss (Ho et al., 2020, eq. 14)."""
     return torch.ones_like(t)
+
+
+def uniform_in(view: str) -> Weighting:
+    """Weight 1 on the error of that view ("x0", "v", "velocity", ...): |F_hat - F|^2 / d. "eps" is `simple`."""
+    if view not in VIEWS:
+        raise ValueError(f"view={view!r}: expected one of {', '.join(VIEWS)}")
+
+    def weight(sde: SDE, t: Tensor) -> Tensor:
+        _, q = view_of_mean(view, sde, t)
+        return (q * sde.sigma(t) / sde.alpha(t)) ** 2
+
+    return weight
 
 
 def likelihood(sde: SDE, t: Tensor) -> Tensor:
@@ -140,7 +156,7 @@ class LogNormalTimes(TimeSampler):
             raise ValueError(f"std={self.std}: expected a number > 0")
 
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
-        ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)
+        ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64, device="cpu")
         low, high = torch.special.ndtr((-sde.half_log_snr(ends) - self.mean) / self.std).tolist()
         return sde.time_at(-(self.mean + self.std * torch.special.ndtri(low + (high - low) * u)))
 
@@ -150,8 +166,8 @@ class ImportanceTimes(TimeSampler):
     """Importance sampling for the likelihood weighting: t with density proportional to g^2 / sigma^2 = -2 lambda',
     which is lambda uniform, by the SDE's closed form (Song et al., 2021, "Maximum Likelihood ...", section 5.1).
 
-    The loss is divided by the density, normalisation included, so its mean is that under `UniformTimes`: only its
-    variance changes. With `likelihood` the product of weight and ratio is the same for every t.
+    The loss is divided by the density, normalisation included, so its mean is that under `UniformTimes` (of
+    continuous t): only its variance changes. With `likelihood` the product of weight and ratio is the same for every t.
 
     Args:
         stratified: spread the batch evenly over the distribution.
@@ -171,7 +187,7 @@ class ImportanceTimes(TimeSampler):
         return 2 * (high - low) / (sde.t_max - sde.t_min) / likelihood(sde, t)
 
     def _range(self, sde: SDE) -> tuple[float, float]:
-        low, high = sde.half_log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
+        low, high = sde.half_log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64, device="cpu")).tolist()
         if not math.isfinite(low):
             raise ValueError(f"half_log_snr is -inf at t_max of {sde!r}: give the SDE a t_max where alpha > 0")
         return low, high
