@@ -172,8 +172,8 @@ class Tableau:
             if row.keep is not None:
                 u, w = row.keep
                 # n * w even where w is 1: the network may reuse the memory of its output.
-                kept[i] = n * w if u == 0.0 else torch.add(n * w, x, alpha=u)
-            x = torch.add(n * row.n, x, alpha=row.x)  # also where row.x is 0: a NaN in x must reach the end
+                kept[i] = n * w if u == 0.0 else (x * u).add_(n, alpha=w)
+            x = (x * row.x).add_(n, alpha=row.n)  # also where row.x is 0: a NaN in x must reach the end
             for j, b in row.past:
                 x = x.add_(kept[j], alpha=b)
             if row.c != 0.0:
