@@ -83,7 +83,8 @@ def train(training: Tensor, args: argparse.Namespace) -> Denoiser:
     """The denoiser, trained or continued from the checkpoint in --out, with averaged weights."""
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        net = UNet(image_channels=1, channels=32, multipliers=(1, 2), blocks=1).to(args.device)
+        net = UNet(image_channels=1, channels=32, multipliers=(1, 2), blocks=1)
+    net.to(device=args.device, memory_format=torch.channels_last)  # a tenth faster on a CPU
     denoiser = VDenoiser(net, VPSDE(), time=lambda t: 999 * t)
     config = TrainConfig(steps=args.steps, batch_size=128, lr=2e-3, ema_decay=0.995, seed=args.seed)
     try:
@@ -151,8 +152,8 @@ def table(results: dict) -> str:
         lines.append(f"| {name} | " + " | ".join(cells.get(n, "") for n in columns) + " |")
     real, noise = results["floor"], max(row["std"] for row in results["rows"] if row["budget"] == columns[-1])
     return "\n".join(lines) + (
-        f"\n\nReal digits against real digits: {real['mean']:.2f} (std {real['std']:.2f}). The standard deviation of the "
-        f"smallest entries is about {noise:.2f} (bootstrap over the {results['samples']} samples)."
+        f"\n\nReal digits against real digits: {real['mean']:.2f} (std {real['std']:.2f}). The smallest entries have a "
+        f"standard deviation of about {noise:.2f} (bootstrap over the {results['samples']} samples)."
     )
 
 
