@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
@@ -30,3 +31,13 @@ def test_what_it_links_to_exists():
     root = Path(__file__).parents[1]
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert (root / target).exists(), target
+
+
+def test_the_table_is_that_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    from digits import table
+
+    results = json.loads((Path(__file__).parents[1] / "benchmarks/results/digits/results.json").read_text())
+    assert table(results) in TEXT
+    assert results["environment"]["commit"] in TEXT
+    assert "uncommitted" not in results["environment"]["commit"]
