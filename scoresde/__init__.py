@@ -9,10 +9,9 @@
 
 from importlib.metadata import version
 
+from scoresde.chain import DDPMChain
 from scoresde.denoiser import (
-    Clip,
     Denoiser,
-    DynamicThreshold,
     EDMDenoiser,
     EpsDenoiser,
     NetworkDenoiser,
@@ -26,8 +25,9 @@ from scoresde.diagnose import diagnose
 from scoresde.grid import Grid
 from scoresde.noise import sample_seeds
 from scoresde.sampling import NonFiniteError, Solution, sample
-from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, SubVPSDE
+from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
 from scoresde.tableau import State, Tableau
+from scoresde.wrappers import Clip, DynamicThreshold
 
 __version__ = version("scoresde")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from scoresde import __version__, sde, solvers
+from scoresde.chain import DDPMChain
 from scoresde.grid import Grid
 from scoresde.info import environment
 
@@ -21,8 +22,8 @@ SDES: dict[str, Callable[[], sde.SDE]] = {
     "ve": sde.VESDE,
     "edm": sde.EDMSDE,
     "flow": sde.FlowSDE,
-    "ddpm": sde.DDPMChain.linear,
-    "ddpm-cosine": sde.DDPMChain.cosine,
+    "ddpm": DDPMChain.linear,
+    "ddpm-cosine": DDPMChain.cosine,
 }
 SOLVERS: dict[str, Callable[[], solvers.Solver]] = {
     "ddpm": solvers.DDPM,
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def info() -> None:
+    """Print versions, devices, SDEs and solvers."""
     facts = environment()
     del facts["dtype"], facts["command"]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -73,5 +75,6 @@ def info() -> None:
 
 
 def tableau(args: argparse.Namespace) -> None:
+    """Print the table of args.solver on args.grid."""
     process = SDES[args.sde]()
     print(SOLVERS[args.solver]().tableau(getattr(Grid, args.grid)(process, args.steps)))

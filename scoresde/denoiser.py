@@ -1,18 +1,9 @@
 """Denoisers: what is known of x_0 given x_t = alpha x_0 + sigma eps.
 
-A denoiser returns `Posterior(mean, var)`, mean D = E[x_0 | x_t]. Everything else that a network can predict, or that a
-solver can step in, is an affine view of D. Each is written once, as the identity m F = k x + l D (`VIEWS`):
+A denoiser returns `Posterior(mean, var)`, mean D = E[x_0 | x_t]. Score, eps, v and velocity are affine views of D
+(`scoresde.views`), and a network that predicts any of them is adapted by the same formula, read the other way.
 
-    x0        F = D
-    eps       sigma   F = x - alpha D
-    score     sigma^2 F = -x + alpha D                                  (Tweedie: score = grad log p_t)
-    v         sigma   F = alpha x - (alpha^2 + sigma^2) D               (alpha eps - sigma x0; Salimans and Ho, 2022)
-    velocity  sigma   F = sigma' x + (alpha' sigma - alpha sigma') D    (dx/dt of the probability flow)
-
-Read for D it adapts a network, read for F it is a view. At sigma = 0 (m = 0) D tells nothing of eps, score, v and
-velocity; at alpha = 0 (l = 0) an eps or score network tells nothing of D. Both raise, where t is known on the host.
-
-A wrapper (clipping, thresholding, guidance, ...) takes a denoiser and is one again.
+A wrapper (`scoresde.wrappers`; clipping, thresholding, guidance, ...) takes a denoiser and is one again.
 """
 
 from __future__ import annotations
@@ -24,13 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.sde import SDE, Time, as_time, check_batch, expand_like
+from scoresde.sde import SDE
+from scoresde.tensors import Time, as_time, check_batch, expand_like, known_any, precise, widen
+from scoresde.views import Affine, check_time, combine, first_where, mean_of_view, view_of_mean
 
 __all__ = [
-    "VIEWS",
-    "Clip",
     "Denoiser",
-    "DynamicThreshold",
     "EDMDenoiser",
     "EpsDenoiser",
     "NetworkDenoiser",
@@ -40,86 +30,6 @@ __all__ = [
     "VelocityDenoiser",
     "X0Denoiser",
 ]
-
-Affine = tuple[Tensor, Tensor]
-View = Callable[[SDE, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-def _x0(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    one = torch.ones_like(t)
-    return one, torch.zeros_like(t), one
-
-
-def _eps(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return sde.sigma(t), torch.ones_like(t), -sde.alpha(t)
-
-
-def _score(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return sde.sigma(t) ** 2, -torch.ones_like(t), sde.alpha(t)
-
-
-def _v(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    alpha, sigma = sde.alpha(t), sde.sigma(t)
-    return sigma, alpha, -(alpha**2 + sigma**2)
-
-
-def _velocity(sde: SDE, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    alpha, sigma = sde.alpha(t), sde.sigma(t)
-    alpha_dot, sigma_dot = sde.rates(t)
-    return sigma, sigma_dot, alpha_dot * sigma - alpha * sigma_dot
-
-
-VIEWS: dict[str, View] = {"x0": _x0, "eps": _eps, "score": _score, "v": _v, "velocity": _velocity}
-"""View name -> function (sde, t) -> (m, k, l) with m F = k x + l D."""
-
-
-def view_of_mean(view: str, sde: SDE, t: Tensor) -> Affine:
-    """(p, q) of F = p x + q D.
-
-    Raises:
-        ValueError: if the view is unknown, or if sigma = 0 at a t on the host, where only x0 is defined.
-    """
-    if view not in VIEWS:
-        raise ValueError(f"view={view!r}: expected one of {', '.join(VIEWS)}")
-    m, k, l = VIEWS[view](sde, t)  # noqa: E741
-    if known_any(m == 0):
-        raise ValueError(f"{view} at t = {_where(t, m == 0)} of {sde!r}: sigma is zero there and {view} undefined")
-    return k / m, l / m
-
-
-def mean_of_view(view: str, sde: SDE, t: Tensor) -> Affine:
-    """(r, s) of D = r x + s F: the same identity, read for D.
-
-    Raises:
-        ValueError: if alpha = 0 at a t on the host and the view is eps or score.
-    """
-    m, k, l = VIEWS[view](sde, t)  # noqa: E741
-    if known_any(l == 0):
-        raise ValueError(
-            f"a network that predicts {view} says nothing of x0 at t = {_where(t, l == 0)} of {sde!r}, where alpha is "
-            "zero: start the grid at a smaller t, or use an x0, v or velocity network"
-        )
-    return -k / l, m / l
-
-
-def known_any(condition: Tensor) -> bool:
-    """Whether it holds anywhere; False where looking would stall a device, or cannot be done (under vmap)."""
-    if condition.device.type != "cpu":
-        return False
-    try:
-        return bool(condition.any())
-    except RuntimeError:
-        return False
-
-
-def _where(t: Tensor, bad: Tensor) -> float:
-    return float(t.expand(bad.shape)[bad].flatten()[0])
-
-
-def _precise(t: Time) -> Tensor:
-    """Time in float64, so that coefficients are; float32 on a device that has no float64."""
-    t = as_time(t)
-    return t if t.device.type == "mps" else t.double()
 
 
 class Posterior(NamedTuple):
@@ -153,10 +63,10 @@ class Denoiser(ABC):
 
     def __call__(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
         self._check(x, t)
-        mean, var = self.posterior(_widen(x), t, **cond)
+        mean, var = self.posterior(widen(x), t, **cond)
         known = as_time(t) == 0
         if known_any(known):  # x_0 is x itself, whatever the network makes of sigma = 0
-            known = expand_like(known.double(), _widen(x)) == 1
+            known = expand_like(known.double(), widen(x)) == 1
             mean, var = torch.where(known, x, mean), None if var is None else torch.where(known, 0.0, var)
         return Posterior(mean.to(x.dtype), None if var is None else var.to(x.dtype))
 
@@ -179,8 +89,8 @@ class Denoiser(ABC):
     def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         """The view of that name (a key of `VIEWS`), shape of x."""
         self._check(x, t)
-        u, w = self.view_of_output(*view_of_mean(name, self.sde, _precise(t)), t)
-        wide = _widen(x)
+        u, w = self.view_of_output(*view_of_mean(name, self.sde, precise(t)), t)
+        wide = widen(x)
         return combine(u, wide, w, self.output(wide, t, **cond)).to(x.dtype)
 
     # A solver steps in the network's own output N, from which D = r x + s N, so that no digits are lost on the way to
@@ -192,7 +102,7 @@ class Denoiser(ABC):
 
     def affine(self, t: Time) -> Affine:
         """(r, s) of D = r x + s N, float64, of the shape of t."""
-        t = _precise(t)
+        t = precise(t)
         return torch.zeros_like(t), torch.ones_like(t)
 
     def view_of_output(self, p: Tensor, q: Tensor, t: Time) -> Affine:
@@ -214,26 +124,6 @@ class Denoiser(ABC):
     def _check(self, x: Tensor, t: Time) -> None:
         check_batch(x, "x")
         check_time(t, len(x), self.sde)
-
-
-def check_time(t: Time, batch: int, sde: SDE) -> None:
-    """Raises ValueError unless t has shape () or (B,) and, on the host, lies in [0, t_max]."""
-    t = as_time(t)
-    if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, batch)):
-        raise ValueError(f"t has shape {tuple(t.shape)} for a batch of {batch}: give one time, or one per sample")
-    if known_any(~((t >= 0) & (t <= sde.t_max * (1 + 1e-6)))):
-        raise ValueError(f"t = {t.tolist()} leaves [0, {sde.t_max}] of {sde!r}")
-
-
-def combine(u: Tensor, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """u x + w y, in at least float32."""
-    x, y = _widen(x), _widen(y)
-    return expand_like(u, x) * x + expand_like(w, x) * y
-
-
-def _widen(x: Tensor) -> Tensor:
-    """x in float32 where it is in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class NetworkDenoiser(Denoiser):
@@ -272,14 +162,14 @@ class NetworkDenoiser(Denoiser):
 
     def check_times(self, t: Tensor) -> None:
         super().check_times(t)
-        label = self.label(_precise(t))
+        label = self.label(precise(t))
         if not isinstance(label, Tensor):
             raise ValueError(f"time returned {type(label).__name__} for a tensor t: expected a tensor of labels")
         if known_any(~label.isfinite()):
-            bad = (~label.isfinite()).reshape(len(t), -1).any(1)
+            where = first_where(t, (~label.isfinite()).reshape(len(t), -1).any(1))
             raise ValueError(
-                f"the time label is not finite at t = {_where(t, bad)} of {self.sde!r}: start the grid at a smaller t, "
-                "or give another time="
+                f"the time label is not finite at t = {where} of {self.sde!r}: start the grid at a smaller "
+                "t, or give another time="
             )
 
     def with_net(self, net: Callable[..., Tensor]) -> NetworkDenoiser:
@@ -287,7 +177,7 @@ class NetworkDenoiser(Denoiser):
         return type(self)(net, self.sde, time=self.time)
 
     def affine(self, t: Time) -> Affine:
-        return mean_of_view(self.predicts, self.sde, _precise(t))
+        return mean_of_view(self.predicts, self.sde, precise(t))
 
     def label(self, t: Tensor) -> Tensor:
         """The network's time label of t, float64 of shape (B,)."""
@@ -300,7 +190,7 @@ class NetworkDenoiser(Denoiser):
     def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         parameter = self._parameter()
         dtype = x.dtype if parameter is None else parameter.dtype
-        label = self.label(_precise(t).reshape(-1))
+        label = self.label(precise(t).reshape(-1))
         label_dtype = torch.promote_types(dtype, torch.float32) if label.is_floating_point() else label.dtype
         if not isinstance(t, Tensor) and label.shape == (1,) and label.device.type == "cpu":
             # From a number: a copy to a GPU would stall it.
@@ -401,72 +291,10 @@ class EDMDenoiser(NetworkDenoiser):
         return torch.hypot(self.sde.alpha(t) * self.sigma_data, self.sde.sigma(t))
 
     def affine(self, t: Time) -> Affine:
-        t = _precise(t)
+        t = precise(t)
         total = self._total_std(t)
         return self.sigma_data**2 * self.sde.alpha(t) / total**2, self.sde.sigma(t) * self.sigma_data / total
 
     def scale_input(self, x: Tensor, t: Time) -> Tensor:
-        wide = _widen(x)
-        return wide / expand_like(self._total_std(_precise(t)), wide)
-
-
-class _Wrapper(Denoiser):
-    """A denoiser that changes another's posterior mean."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(f"{type(self).__name__} wraps a Denoiser, not {type(denoiser).__name__}")
-        self.denoiser = denoiser
-        self.sde = denoiser.sde
-
-    @property
-    def device(self) -> torch.device:
-        return self.denoiser.device
-
-
-class Clip(_Wrapper):
-    """The posterior mean clipped to the data's range [low, high].
-
-    Views follow the clipped mean (eps is re-derived from it), as in DDPM and guided diffusion.
-
-    Raises:
-        ValueError: unless low < high.
-    """
-
-    def __init__(self, denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
-        super().__init__(denoiser)
-        if not low < high:
-            raise ValueError(f"Clip(low={low}, high={high}): expected low < high")
-        self.low, self.high = low, high
-
-    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
-        mean, var = self.denoiser.posterior(x, t, **cond)
-        return Posterior(mean.clamp(self.low, self.high), var)
-
-
-class DynamicThreshold(_Wrapper):
-    """Dynamic thresholding (Saharia et al., 2022, Imagen, section 2.3): with s the given quantile of |D| of each
-    sample, raised to at least `bound`, D is clipped to [-s, s] and scaled by bound / s.
-
-    Args:
-        denoiser: the denoiser to wrap.
-        quantile: in (0, 1].
-        bound: the data's largest absolute value.
-
-    Raises:
-        ValueError: if quantile or bound is out of range.
-    """
-
-    def __init__(self, denoiser: Denoiser, quantile: float = 0.995, bound: float = 1.0) -> None:
-        super().__init__(denoiser)
-        if not (0 < quantile <= 1 and bound > 0):
-            raise ValueError(f"quantile={quantile}, bound={bound}: expected 0 < quantile <= 1 and bound > 0")
-        self.quantile, self.bound = quantile, bound
-
-    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
-        mean, var = self.denoiser.posterior(x, t, **cond)
-        magnitude = mean.reshape(len(mean), -1).abs()
-        # kthvalue, not quantile: torch.quantile refuses more than 16 million elements.
-        rank = max(1, round(self.quantile * magnitude.shape[1]))
-        s = expand_like(magnitude.kthvalue(rank, dim=1).values.clamp(min=self.bound), mean)
-        return Posterior(mean.clamp(-s, s) * (self.bound / s), var)
+        wide = widen(x)
+        return wide / expand_like(self._total_std(precise(t)), wide)

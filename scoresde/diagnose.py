@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser
-from scoresde.sde import check_batch
+from scoresde.tensors import check_batch
 
 __all__ = ["Diagnosis", "diagnose"]
 

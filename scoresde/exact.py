@@ -22,8 +22,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser, Posterior, check_time
-from scoresde.sde import SDE, Time, as_time
+from scoresde.denoiser import Denoiser, Posterior
+from scoresde.sde import SDE
+from scoresde.tensors import Time, as_time
+from scoresde.views import check_time
 
 __all__ = ["Empirical", "ExactDenoiser", "Gaussian", "GaussianMixture"]
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.sde import SDE, DDPMChain
+from scoresde.chain import DDPMChain
+from scoresde.sde import SDE
 
 __all__ = ["Grid"]
 

@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, sample_seeds
-from scoresde.sde import check_batch
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
+from scoresde.tensors import check_batch
 
 __all__ = ["NonFiniteError", "Solution", "sample"]
 

@@ -14,7 +14,6 @@ and B; the other families name theirs.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -25,42 +24,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["EDMSDE", "SDE", "VESDE", "VPSDE", "CosineVPSDE", "DDPMChain", "FlowSDE", "SubVPSDE", "expand_like"]
+from scoresde.tensors import Time, as_time, check_batch, expand_like
 
-Time = Tensor | float
-
-
-def as_time(t: Time) -> Tensor:
-    """A time as a floating tensor: numbers and integer tensors in float64, half precision raised to float32."""
-    if not isinstance(t, Tensor):
-        return torch.as_tensor(t, dtype=torch.float64, device="cpu")
-    if not t.is_floating_point():
-        return t.to(torch.float64)
-    return t.to(torch.float32) if t.dtype in (torch.bfloat16, torch.float16) else t
-
-
-def expand_like(c: Tensor, x: Tensor) -> Tensor:
-    """The coefficient c, of shape () or (B,), shaped and cast to multiply x of shape (B, ...).
-
-    Raises:
-        ValueError: if c has neither no dimension nor one of the batch's size.
-    """
-    if c.ndim == 0:
-        # A number on the host stays there: it multiplies a tensor on a GPU as it is, and copying it would stall.
-        return c.to(dtype=x.dtype, device="cpu" if c.device.type == "cpu" else x.device)
-    if c.ndim != 1 or x.ndim == 0 or c.shape[0] not in (1, x.shape[0]):
-        raise ValueError(
-            f"a time or coefficient has shape {tuple(c.shape)} for a batch of shape {tuple(x.shape)}: "
-            "give one number, or one per sample"
-        )
-    return c.to(dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
-
-
-def check_batch(x: Tensor, name: str) -> None:
-    """Raises ValueError unless x is a floating-point tensor with a batch dimension."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
-        found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} is {found}: expected a floating-point tensor (B, ...), images in [-1, 1] say")
+__all__ = ["EDMSDE", "SDE", "VESDE", "VPSDE", "CosineVPSDE", "FlowSDE", "SubVPSDE"]
 
 
 class SDE(ABC):
@@ -160,21 +126,21 @@ class SDE(ABC):
         return -0.5 * (z**2).sum(-1) - z.shape[1] * (math.log(self.prior_std) + 0.5 * math.log(2 * math.pi))
 
 
-def _positive(**values: float) -> None:
+def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value}: expected a finite number > 0")
 
 
-def _ordered(**values: float) -> None:
+def check_ordered(**values: float) -> None:
     """Check that the named positive numbers strictly increase."""
-    _positive(**values)
+    check_positive(**values)
     numbers = list(values.values())
     if any(low >= high for low, high in itertools.pairwise(numbers)):
         raise ValueError(", ".join(f"{k}={v}" for k, v in values.items()) + f": expected {' < '.join(values)}")
 
 
-class _VariancePreserving(SDE):
+class VariancePreserving(SDE):
     """alpha^2 + sigma^2 = 1, by B(t) = int_0^t beta: alpha = e^{-B/2}, f = -beta / 2, g^2 = beta."""
 
     @abstractmethod
@@ -215,17 +181,17 @@ class _VariancePreserving(SDE):
         return alpha_dot, -alpha * alpha_dot / sigma  # f sigma + g^2 / (2 sigma) would cancel where B is large
 
 
-class _LinearBeta(_VariancePreserving):
+class _LinearBeta(VariancePreserving):
     """beta(t) = beta_min + (beta_max - beta_min) t on [0, 1]."""
 
     beta_min: float
     beta_max: float
 
     def __post_init__(self) -> None:
-        _positive(beta_min=self.beta_min)
+        check_positive(beta_min=self.beta_min)
         if not (math.isfinite(self.beta_max) and self.beta_max >= self.beta_min):
             raise ValueError(f"beta_max={self.beta_max}: expected a finite number >= beta_min={self.beta_min}")
-        _ordered(t_min=self.t_min, t_max=self.t_max)
+        check_ordered(t_min=self.t_min, t_max=self.t_max)
 
     def beta(self, t: Time) -> Tensor:
         return self.beta_min + (self.beta_max - self.beta_min) * as_time(t)
@@ -294,7 +260,7 @@ class SubVPSDE(_LinearBeta):
 
 
 @dataclass(frozen=True)
-class CosineVPSDE(_VariancePreserving):
+class CosineVPSDE(VariancePreserving):
     """VP SDE with alpha(t) = cos(th_t) / cos(th_0), th_t = (pi / 2) (t + s) / (1 + s) (Nichol and Dhariwal, 2021).
 
     Args:
@@ -311,8 +277,8 @@ class CosineVPSDE(_VariancePreserving):
     t_max: float = 0.9946
 
     def __post_init__(self) -> None:
-        _positive(s=self.s)
-        _ordered(t_min=self.t_min, t_max=self.t_max)
+        check_positive(s=self.s)
+        check_ordered(t_min=self.t_min, t_max=self.t_max)
         if self.t_max > 1:
             raise ValueError(f"t_max={self.t_max}: alpha is zero at t = 1 and negative beyond; expected t_max <= 1")
 
@@ -377,8 +343,8 @@ class VESDE(SDE):
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
-        _ordered(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
-        _ordered(t_min=self.t_min, t_max=self.t_max)
+        check_ordered(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        check_ordered(t_min=self.t_min, t_max=self.t_max)
 
     def prior_std_at(self, t: float) -> float:
         return float(self.sigma(t))
@@ -425,7 +391,7 @@ class EDMSDE(SDE):
     customary_grid: ClassVar[str] = "karras"
 
     def __post_init__(self) -> None:
-        _ordered(t_min=self.t_min, t_max=self.t_max)
+        check_ordered(t_min=self.t_min, t_max=self.t_max)
 
     def prior_std_at(self, t: float) -> float:
         return float(self.sigma(t))
@@ -467,7 +433,7 @@ class FlowSDE(SDE):
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
-        _ordered(t_min=self.t_min, t_max=self.t_max)
+        check_ordered(t_min=self.t_min, t_max=self.t_max)
         if self.t_max > 1:
             raise ValueError(f"t_max={self.t_max}: alpha = 1 - t is negative beyond t = 1; expected t_max <= 1")
 
@@ -494,91 +460,3 @@ class FlowSDE(SDE):
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
         t = as_time(t)
         return -torch.ones_like(t), torch.ones_like(t)
-
-
-class DDPMChain(_VariancePreserving):
-    """A discrete DDPM chain, exact at its nodes t = 1..N and continuous between them (Ho et al., 2020).
-
-    Node n has alpha_n^2 = prod_{i<=n} (1 - beta_i), and t = 0 is the data. Between nodes log alpha is linear in t: the
-    VP SDE of rate beta(t) = -log(1 - beta_n) on (n - 1, n], which has the chain as its exact discretisation.
-
-    Args:
-        betas: beta_1..beta_N, each in (0, 1); by default the linear schedule of DDPM with N = 1000.
-
-    Raises:
-        ValueError: if betas is not one-dimensional, is empty, or leaves (0, 1).
-
-    >>> DDPMChain.cosine(1000).t_max
-    1000.0
-    """
-
-    customary_grid: ClassVar[str] = "strided"
-
-    def __init__(self, betas: Tensor | Sequence[float] | None = None) -> None:
-        betas = _linear_betas(1000) if betas is None else torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        if betas.ndim != 1 or len(betas) == 0:
-            raise ValueError(f"betas has shape {tuple(betas.shape)}: expected one dimension, beta_1..beta_N")
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            worst = int(((betas > 0) & (betas < 1)).int().argmin())
-            raise ValueError(f"beta_{worst + 1} = {float(betas[worst])}: each beta must lie in (0, 1)")
-        self.betas = betas.detach().clone()
-        self.steps = len(betas)
-        self.t_min, self.t_max = 1.0, float(self.steps)
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-    @classmethod
-    def linear(cls, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> DDPMChain:
-        """Linear betas (Ho et al., 2020, section 4); for another N pass the range scaled by 1000 / N yourself."""
-        return cls(_linear_betas(steps, beta_min, beta_max))
-
-    @classmethod
-    def cosine(cls, steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DDPMChain:
-        """Cosine betas, beta_n = min(1 - abar_n / abar_{n-1}, max_beta) (Nichol and Dhariwal, 2021, eq. 17)."""
-        _positive(steps=steps, s=s, max_beta=max_beta)
-        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
-        cos2 = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
-        return cls((1 - cos2[1:] / cos2[:-1]).clamp(max=max_beta))
-
-    def _rates_and_integral(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """beta of each interval, (N,), and B at nodes 0..N, on the device and in the dtype of `like`; kept, so that a
-        loop on a GPU copies them once.
-        """
-        key = (like.device, like.dtype)
-        if key not in self._tables:
-            rates = -torch.log1p(-self.betas)
-            B = torch.cat([rates.new_zeros(1), rates.cumsum(0)])
-            self._tables[key] = rates.to(like), B.to(like)
-        return self._tables[key]
-
-    def _interval(self, t: Tensor) -> Tensor:
-        """n of the interval (n - 1, n] that holds t."""
-        return t.ceil().clamp(1, self.steps).long()
-
-    def beta(self, t: Time) -> Tensor:
-        t = as_time(t)
-        return self._rates_and_integral(t)[0][self._interval(t) - 1]
-
-    def integrated_beta(self, t: Time) -> Tensor:
-        t = as_time(t)
-        (_, B), n = self._rates_and_integral(t), self._interval(t)
-        return torch.lerp(B[n - 1], B[n], t - (n - 1))
-
-    def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
-        rates, B = self._rates_and_integral(integrated_beta)
-        n = torch.searchsorted(B, integrated_beta.contiguous()).clamp(1, self.steps)
-        return (n - 1) + (integrated_beta - B[n - 1]) / rates[n - 1]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, DDPMChain) and torch.equal(self.betas, other.betas)
-
-    def __hash__(self) -> int:
-        return hash((self.steps, float(self.betas.sum())))
-
-    def __repr__(self) -> str:
-        digest = hashlib.sha256(self.betas.numpy().tobytes()).hexdigest()[:8]
-        return f"DDPMChain(N={self.steps}, beta_1={self.betas[0]:.4g}, beta_N={self.betas[-1]:.4g}, sha256={digest})"
-
-
-def _linear_betas(steps: int, beta_min: float = 1e-4, beta_max: float = 0.02) -> Tensor:
-    _positive(steps=steps, beta_min=beta_min, beta_max=beta_max)
-    return torch.linspace(beta_min, beta_max, steps, dtype=torch.float64, device="cpu")

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser, view_of_mean
+from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
+from scoresde.views import view_of_mean
 
 if TYPE_CHECKING:
     from scoresde.noise import NoiseSource

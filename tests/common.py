@@ -22,8 +22,8 @@ from scoresde import (
     SubVPSDE,
     sample,
 )
-from scoresde.sde import as_time, expand_like
 from scoresde.solvers import DDIM, DDPM, Euler, EulerMaruyama, Heun, Solver
+from scoresde.tensors import as_time, expand_like
 
 SDES: dict[str, SDE] = {
     "vp": VPSDE(),

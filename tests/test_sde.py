@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, SubVPSDE
-from scoresde.sde import expand_like
+from scoresde.tensors import expand_like
 
 mp.mp.dps = 50
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.chain import DDPMChain
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
-from scoresde.sde import SDE, DDPMChain
+from scoresde.sde import SDE
 from scoresde.tableau import State, Tableau
 
 __all__ = ["Solver", "one_step"]

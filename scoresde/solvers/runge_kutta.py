@@ -14,10 +14,10 @@ from typing import Literal
 
 import torch
 
-from scoresde.denoiser import view_of_mean
 from scoresde.grid import Grid
 from scoresde.solvers.base import Solver
 from scoresde.tableau import Tableau
+from scoresde.views import view_of_mean
 
 __all__ = ["Euler", "Heun"]
 

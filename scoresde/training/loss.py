@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser, check_time, combine, known_any
-from scoresde.sde import as_time, check_batch, expand_like
+from scoresde.denoiser import Denoiser
+from scoresde.tensors import as_time, check_batch, expand_like, known_any
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
+from scoresde.views import check_time, combine
 
 __all__ = ["dsm_loss"]
 

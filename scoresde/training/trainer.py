@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.noise import derive_seed
-from scoresde.sde import check_batch
+from scoresde.tensors import check_batch
 from scoresde.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from scoresde.training.loss import dsm_loss
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import VIEWS, view_of_mean
-from scoresde.sde import SDE, DDPMChain
+from scoresde.chain import DDPMChain
+from scoresde.sde import SDE
+from scoresde.views import VIEWS, view_of_mean
 
 __all__ = [
     "ImportanceTimes",

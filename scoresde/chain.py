@@ -1,0 +1,104 @@
+"""Discrete diffusion chains as SDEs: the VP SDE whose exact discretisation is the chain."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from scoresde.sde import VariancePreserving, check_positive
+from scoresde.tensors import Time, as_time
+
+__all__ = ["DDPMChain"]
+
+
+class DDPMChain(VariancePreserving):
+    """A discrete DDPM chain, exact at its nodes t = 1..N and continuous between them (Ho et al., 2020).
+
+    Node n has alpha_n^2 = prod_{i<=n} (1 - beta_i), and t = 0 is the data. Between nodes log alpha is linear in t: the
+    VP SDE of rate beta(t) = -log(1 - beta_n) on (n - 1, n], which has the chain as its exact discretisation.
+
+    Args:
+        betas: beta_1..beta_N, each in (0, 1); by default the linear schedule of DDPM with N = 1000.
+
+    Raises:
+        ValueError: if betas is not one-dimensional, is empty, or leaves (0, 1).
+
+    >>> DDPMChain.cosine(1000).t_max
+    1000.0
+    """
+
+    customary_grid: ClassVar[str] = "strided"
+
+    def __init__(self, betas: Tensor | Sequence[float] | None = None) -> None:
+        betas = _linear_betas(1000) if betas is None else torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if betas.ndim != 1 or len(betas) == 0:
+            raise ValueError(f"betas has shape {tuple(betas.shape)}: expected one dimension, beta_1..beta_N")
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            worst = int(((betas > 0) & (betas < 1)).int().argmin())
+            raise ValueError(f"beta_{worst + 1} = {float(betas[worst])}: each beta must lie in (0, 1)")
+        self.betas = betas.detach().clone()
+        self.steps = len(betas)
+        self.t_min, self.t_max = 1.0, float(self.steps)
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def linear(cls, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> DDPMChain:
+        """Linear betas (Ho et al., 2020, section 4); for another N pass the range scaled by 1000 / N yourself."""
+        return cls(_linear_betas(steps, beta_min, beta_max))
+
+    @classmethod
+    def cosine(cls, steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DDPMChain:
+        """Cosine betas, beta_n = min(1 - abar_n / abar_{n-1}, max_beta) (Nichol and Dhariwal, 2021, eq. 17)."""
+        check_positive(steps=steps, s=s, max_beta=max_beta)
+        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
+        cos2 = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
+        return cls((1 - cos2[1:] / cos2[:-1]).clamp(max=max_beta))
+
+    def _rates_and_integral(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """beta of each interval, (N,), and B at nodes 0..N, on the device and in the dtype of `like`; kept, so that a
+        loop on a GPU copies them once.
+        """
+        key = (like.device, like.dtype)
+        if key not in self._tables:
+            rates = -torch.log1p(-self.betas)
+            B = torch.cat([rates.new_zeros(1), rates.cumsum(0)])
+            self._tables[key] = rates.to(like), B.to(like)
+        return self._tables[key]
+
+    def _interval(self, t: Tensor) -> Tensor:
+        """n of the interval (n - 1, n] that holds t."""
+        return t.ceil().clamp(1, self.steps).long()
+
+    def beta(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return self._rates_and_integral(t)[0][self._interval(t) - 1]
+
+    def integrated_beta(self, t: Time) -> Tensor:
+        t = as_time(t)
+        (_, B), n = self._rates_and_integral(t), self._interval(t)
+        return torch.lerp(B[n - 1], B[n], t - (n - 1))
+
+    def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
+        rates, B = self._rates_and_integral(integrated_beta)
+        n = torch.searchsorted(B, integrated_beta.contiguous()).clamp(1, self.steps)
+        return (n - 1) + (integrated_beta - B[n - 1]) / rates[n - 1]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DDPMChain) and torch.equal(self.betas, other.betas)
+
+    def __hash__(self) -> int:
+        return hash((self.steps, float(self.betas.sum())))
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(self.betas.numpy().tobytes()).hexdigest()[:8]
+        return f"DDPMChain(N={self.steps}, beta_1={self.betas[0]:.4g}, beta_N={self.betas[-1]:.4g}, sha256={digest})"
+
+
+def _linear_betas(steps: int, beta_min: float = 1e-4, beta_max: float = 0.02) -> Tensor:
+    check_positive(steps=steps, beta_min=beta_min, beta_max=beta_max)
+    return torch.linspace(beta_min, beta_max, steps, dtype=torch.float64, device="cpu")

@@ -1,0 +1,64 @@
+"""Small things about tensors that every module needs: times, coefficients, and the checks of both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Time", "as_time", "check_batch", "expand_like", "known_any", "precise", "widen"]
+
+Time = Tensor | float
+
+
+def as_time(t: Time) -> Tensor:
+    """A time as a floating tensor: numbers and integer tensors in float64, half precision raised to float32."""
+    if not isinstance(t, Tensor):
+        return torch.as_tensor(t, dtype=torch.float64, device="cpu")
+    if not t.is_floating_point():
+        return t.to(torch.float64)
+    return t.to(torch.float32) if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def expand_like(c: Tensor, x: Tensor) -> Tensor:
+    """The coefficient c, of shape () or (B,), shaped and cast to multiply x of shape (B, ...).
+
+    Raises:
+        ValueError: if c has neither no dimension nor one of the batch's size.
+    """
+    if c.ndim == 0:
+        # A number on the host stays there: it multiplies a tensor on a GPU as it is, and copying it would stall.
+        return c.to(dtype=x.dtype, device="cpu" if c.device.type == "cpu" else x.device)
+    if c.ndim != 1 or x.ndim == 0 or c.shape[0] not in (1, x.shape[0]):
+        raise ValueError(
+            f"a time or coefficient has shape {tuple(c.shape)} for a batch of shape {tuple(x.shape)}: "
+            "give one number, or one per sample"
+        )
+    return c.to(dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def check_batch(x: Tensor, name: str) -> None:
+    """Raises ValueError unless x is a floating-point tensor with a batch dimension."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
+        found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} is {found}: expected a floating-point tensor (B, ...), images in [-1, 1] say")
+
+
+def known_any(condition: Tensor) -> bool:
+    """Whether it holds anywhere; False where looking would stall a device, or cannot be done (under vmap)."""
+    if condition.device.type != "cpu":
+        return False
+    try:
+        return bool(condition.any())
+    except RuntimeError:
+        return False
+
+
+def precise(t: Time) -> Tensor:
+    """Time in float64, so that coefficients are; float32 on a device that has no float64."""
+    t = as_time(t)
+    return t if t.device.type == "mps" else t.double()
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float32 where it is in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

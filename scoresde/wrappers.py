@@ -1,0 +1,75 @@
+"""Wrappers: a denoiser in, a denoiser out, with another posterior mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde.denoiser import Denoiser, Posterior
+from scoresde.tensors import Time, expand_like
+
+__all__ = ["Clip", "DynamicThreshold", "Wrapper"]
+
+
+class Wrapper(Denoiser):
+    """A denoiser that changes another's posterior mean."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise TypeError(f"{type(self).__name__} wraps a Denoiser, not {type(denoiser).__name__}")
+        self.denoiser = denoiser
+        self.sde = denoiser.sde
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+
+class Clip(Wrapper):
+    """The posterior mean clipped to the data's range [low, high].
+
+    Views follow the clipped mean (eps is re-derived from it), as in DDPM and guided diffusion.
+
+    Raises:
+        ValueError: unless low < high.
+    """
+
+    def __init__(self, denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__(denoiser)
+        if not low < high:
+            raise ValueError(f"Clip(low={low}, high={high}): expected low < high")
+        self.low, self.high = low, high
+
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
+        mean, var = self.denoiser.posterior(x, t, **cond)
+        return Posterior(mean.clamp(self.low, self.high), var)
+
+
+class DynamicThreshold(Wrapper):
+    """Dynamic thresholding (Saharia et al., 2022, Imagen, section 2.3): with s the given quantile of |D| of each
+    sample, raised to at least `bound`, D is clipped to [-s, s] and scaled by bound / s.
+
+    Args:
+        denoiser: the denoiser to wrap.
+        quantile: in (0, 1].
+        bound: the data's largest absolute value.
+
+    Raises:
+        ValueError: if quantile or bound is out of range.
+    """
+
+    def __init__(self, denoiser: Denoiser, quantile: float = 0.995, bound: float = 1.0) -> None:
+        super().__init__(denoiser)
+        if not (0 < quantile <= 1 and bound > 0):
+            raise ValueError(f"quantile={quantile}, bound={bound}: expected 0 < quantile <= 1 and bound > 0")
+        self.quantile, self.bound = quantile, bound
+
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
+        mean, var = self.denoiser.posterior(x, t, **cond)
+        magnitude = mean.reshape(len(mean), -1).abs()
+        # kthvalue, not quantile: torch.quantile refuses more than 16 million elements.
+        rank = max(1, round(self.quantile * magnitude.shape[1]))
+        s = expand_like(magnitude.kthvalue(rank, dim=1).values.clamp(min=self.bound), mean)
+        return Posterior(mean.clamp(-s, s) * (self.bound / s), var)
