@@ -54,7 +54,8 @@ class TrainConfig:
         batch_size: items a step; a smaller data set is repeated.
         lr: learning rate of Adam, reached linearly over `warmup` steps.
         warmup: steps.
-        schedule: after the warm-up, "constant", or "cosine" down to zero at `steps`.
+        schedule: after the warm-up, "constant", or "cosine" down to zero at `steps`; only a constant one can be resumed
+            with more steps.
         weight_decay: decoupled, as in AdamW.
         grad_clip: largest norm of the gradient.
         ema_decay: of the averaged weights, per step; early on min(ema_decay, (1 + n) / (10 + n)) after n steps.
@@ -304,7 +305,7 @@ def _values(x: Tensor) -> str:
 
 def _digest(x: Tensor) -> str:
     """A hash of a tensor's content."""
-    content = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    content = x.detach().cpu().contiguous().view(torch.uint8).numpy()
     return f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"
 
 
