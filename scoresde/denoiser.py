@@ -136,7 +136,7 @@ class NetworkDenoiser(Denoiser):
         time: what the network is told of t: a function from t, float64 of shape (B,), or (1,) where all samples share
             it, to the label, of that shape or with further dimensions. The default is t itself. A wrong label gives dim
             or noisy samples and no error, so state it (and see `scoresde.diagnose`):
-            `lambda t: 999 * t` (score_sde's VP), `lambda t: t.long() - 1` (a table with one row per chain node),
+            `lambda t: 999 * t` (score_sde's VP), `lambda t: t.round().long() - 1` (a table with a row per chain node),
             `sde.half_log_snr`, `lambda t: sde.sigma(t).log() / 4`, ... A floating-point label reaches the network in
             float32 (float64 if the network is), never rounded to half precision.
     """
@@ -165,6 +165,10 @@ class NetworkDenoiser(Denoiser):
         label = self.label(precise(t))
         if not isinstance(label, Tensor):
             raise ValueError(f"time returned {type(label).__name__} for a tensor t: expected a tensor of labels")
+        if not label.is_floating_point() and known_any(label < 0):
+            raise ValueError(
+                f"the integer time label is negative for a t in {t.tolist()}: evaluate at the chain's nodes"
+            )
         if known_any(~label.isfinite()):
             where = first_where(t, (~label.isfinite()).reshape(len(t), -1).any(1))
             raise ValueError(

@@ -122,6 +122,8 @@ def sample(
         out_dtype = torch.float32
         x_T = source.prior(denoiser.sde, shape_or_x, out_dtype, float(grid.times[0]))
 
+    if cond is not None and not isinstance(cond, Mapping):
+        raise TypeError(f"cond is {type(cond).__name__}: expected a mapping, {{'label': labels}} say")
     for key, value in (cond or {}).items():
         if isinstance(value, Tensor) and value.ndim and len(value) not in (1, len(x_T)):
             raise ValueError(f"cond[{key!r}] has {len(value)} entries for {len(x_T)} samples: expected 1 or as many")
@@ -184,6 +186,8 @@ def _choose_noise(
     if len(given) > 1:
         raise ValueError(f"give at most one of seed=, generator= and noise=; got {' and '.join(given)}")
     is_tensor = isinstance(shape_or_x, Tensor)
+    if not is_tensor and not isinstance(shape_or_x, Sequence):
+        raise TypeError(f"shape_or_x is {shape_or_x!r}: expected a shape (B, ...), or x_T itself")
     if not is_tensor and (
         len(shape_or_x) == 0 or not all(isinstance(n, int | np.integer) and n > 0 for n in shape_or_x)
     ):

@@ -30,7 +30,19 @@ __all__ = ["EDMSDE", "SDE", "VESDE", "VPSDE", "CosineVPSDE", "FlowSDE", "SubVPSD
 
 
 class SDE(ABC):
-    """A linear forward SDE. Subclasses give the scales; everything else in scoresde follows from them.
+    """A linear forward SDE. A subclass gives alpha, sigma, t_min and t_max; everything else follows from them, and what
+    it knows in closed form it may give too.
+
+    >>> class Cosine(SDE):
+    ...     t_min, t_max = 1e-3, 0.99
+    ...
+    ...     def alpha(self, t):
+    ...         return torch.cos(torch.pi / 2 * as_time(t))
+    ...
+    ...     def sigma(self, t):
+    ...         return torch.sin(torch.pi / 2 * as_time(t))
+    >>> print(f"{Cosine().diffusion(0.5):.4f} {Cosine().time_at(0.0):.4f}")
+    1.7725 0.5000
 
     Attributes:
         t_min: the smallest time that training draws and that logarithmic grids end at; in (0, t_max).
@@ -51,21 +63,47 @@ class SDE(ABC):
     def sigma(self, t: Time) -> Tensor:
         """Standard deviation of the noise, sigma_t."""
 
-    @abstractmethod
     def half_log_snr(self, t: Time) -> Tensor:
         """lambda_t = log(alpha_t / sigma_t), strictly decreasing in t; +inf at sigma = 0 and -inf at alpha = 0."""
+        return self.alpha(t).log() - self.sigma(t).log()
 
-    @abstractmethod
     def time_at(self, half_log_snr: Time) -> Tensor:
-        """The time at which `half_log_snr` is reached: the closed-form inverse. Zero at +inf."""
+        """The time at which `half_log_snr` is reached: zero at +inf. Closed forms for the SDEs here, else bisection."""
+        wanted = as_time(half_log_snr)
+        low, high = torch.zeros_like(wanted), torch.full_like(wanted, self.t_max)
+        for _ in range(64):
+            middle = (low + high) / 2
+            noisier = self.half_log_snr(middle) < wanted
+            low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
+        return torch.where(wanted == math.inf, torch.zeros_like(low), (low + high) / 2)
 
-    @abstractmethod
     def drift(self, t: Time) -> Tensor:
         """f(t) = (log alpha)', the factor of x in the drift, per unit of time."""
+        return self.rates(t)[0] / self.alpha(t)
 
-    @abstractmethod
     def diffusion(self, t: Time) -> Tensor:
         """g(t), the diffusion coefficient (not its square)."""
+        sigma, (_, sigma_dot) = self.sigma(t), self.rates(t)
+        return (2 * sigma * (sigma_dot - self.drift(t) * sigma)).sqrt()
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        """(alpha', sigma') at t, so that the probability-flow velocity is alpha' E[x0|x] + sigma' E[eps|x]. In closed
+        form for the SDEs here, else by automatic differentiation.
+        """
+        t = as_time(t)
+        alpha_dot, sigma_dot = (
+            torch.func.jvp(scale, (t,), (torch.ones_like(t),))[1] for scale in (self.alpha, self.sigma)
+        )
+        return alpha_dot, sigma_dot
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
     def prior_std_at(self, t: float) -> float:
         """Width of the prior for a run that starts at t instead of t_max."""
@@ -74,11 +112,6 @@ class SDE(ABC):
     @property
     def prior_std(self) -> float:
         return self.prior_std_at(self.t_max)
-
-    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
-        """(alpha', sigma') at t, so that the probability-flow velocity is alpha' E[x0|x] + sigma' E[eps|x]."""
-        f, g, sigma = self.drift(t), self.diffusion(t), self.sigma(t)
-        return f * self.alpha(t), f * sigma + g**2 / (2 * sigma)
 
     def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
         """x_t = alpha_t x0 + sigma_t noise.
@@ -373,6 +406,10 @@ class VESDE(SDE):
 
     def diffusion(self, t: Time) -> Tensor:
         return self.sigma(t) * math.sqrt(2 * self._log_ratio)
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t)  # sigma' at t = 0 is its limit from above: sigma jumps there
+        return torch.zeros_like(t), self.sigma_min * self._log_ratio * (self._log_ratio * t).exp()
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,9 @@ class Tableau:
         if denoiser.sde != self.grid.sde:
             raise ValueError(f"the grid was made for {self.grid.sde!r}, the denoiser for {denoiser.sde!r}")
         if noise is None and bool((self.c > 0).any()):
-            raise ValueError("this tableau draws noise (c > 0): pass noise=, a generator or a seed")
+            raise ValueError(
+                "this tableau draws noise (c > 0): pass noise=, a function (row, x) such as scoresde.noise.SeededNoise"
+            )
         return self._loop(self._rows(denoiser), denoiser, x, noise, dict(cond or {}))
 
     def _loop(

@@ -285,6 +285,13 @@ def test_a_label_must_fit_the_network(kind: str) -> None:
     with pytest.raises(ValueError, match="expected integers"):
         call(3, torch.zeros(2))
     with pytest.raises(ValueError, match="expected integers"):
-        call(3, torch.zeros(1, dtype=torch.int64))
+        call(3, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="expected integers"):
         call(3, torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_one_class_for_the_whole_batch() -> None:
+    net, time = TimeEmbedding(16, num_classes=3), torch.tensor([1.0, 2.0, 3.0])
+    expected = net(time, torch.full((3,), 2))
+    for label in (2, torch.tensor(2), torch.tensor([2])):
+        assert torch.equal(net(time, label), expected)

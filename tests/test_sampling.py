@@ -377,6 +377,8 @@ def test_bad_arguments_are_refused_before_any_evaluation(arguments, message):
         (lambda d: sample(lambda x, t: x, (2, 3), DDIM(), steps=3), "wrap the network"),
         (lambda d: sample(d, (2, 3), DDIM, steps=3), r"an instance of a solver \(DDIM\(\)\)"),
         (lambda d: sample(d, (2, 3), DDIM(), grid=[1.0, 0.0]), "expected a Grid"),
+        (lambda d: sample(d, 4, DDIM(), steps=3), "shape_or_x is 4"),
+        (lambda d: sample(d, (2, 3), DDIM(), steps=3, cond=torch.zeros(2)), "cond is Tensor"),
     ],
 )
 def test_bad_objects_are_refused(call, message):
@@ -472,6 +474,15 @@ def test_tables_do_not_follow_the_default_device():
                 grids = [Grid.log_snr(sde, 4, start=start_of(sde)), solver.grid(sde, 3)]
             assert {c.device.type for c in (table.t, table.a, table.b, table.c, table.p, table.step)} == {"cpu"}
             assert all(grid.times.device.type == "cpu" for grid in grids)
+
+
+def test_a_negative_integer_label_is_refused_before_any_evaluation():
+    """Between a chain's nodes 0 and 1 a rounded label would read the table's last row."""
+    calls, chain = [], DDPMChain()
+    denoiser = EpsDenoiser(lambda x, n: calls.append(n), chain, time=lambda t: t.round().long() - 1)
+    with pytest.raises(ValueError, match="integer time label is negative"):
+        sample(denoiser, (2, 3), DDIM(), grid=Grid(chain, [500.0, 0.3, 0.0]))
+    assert not calls
 
 
 def test_an_edm_label_of_infinity_is_refused_before_any_evaluation():

@@ -563,3 +563,34 @@ def test_sdes_are_immutable() -> None:
         if name not in CHAINS:
             with pytest.raises(AttributeError):
                 sde.t_max = 0.5
+
+
+class Own(SDE):
+    """VP's scales and nothing else: what a user writes."""
+
+    def __init__(self, t_min: float = 1e-5, t_max: float = 1.0) -> None:
+        self.t_min, self.t_max = t_min, t_max
+
+    def alpha(self, t):
+        return VPSDE().alpha(t)
+
+    def sigma(self, t):
+        return VPSDE().sigma(t)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_an_sde_is_its_pair_of_scales(shape) -> None:
+    """alpha and sigma alone give everything else, equal to the closed forms."""
+    own, vp = Own(), VPSDE()
+    t = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.98 + 0.01
+    for name in ("half_log_snr", "drift", "diffusion", "rates"):
+        torch.testing.assert_close(getattr(own, name)(t), getattr(vp, name)(t), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(own.time_at(vp.half_log_snr(t)), t, rtol=1e-9, atol=1e-12)
+    assert float(own.time_at(float("inf"))) == 0
+
+
+def test_own_sdes_compare_by_their_parameters() -> None:
+    assert Own() == Own() != Own(t_max=0.9)
+    assert hash(Own()) == hash(Own())
+    assert repr(Own()) == "Own(t_min=1e-05, t_max=1.0)"
+    assert Own() != VPSDE()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from common import generator, normal
 
-from scoresde import VESDE, VPSDE, EpsDenoiser, VDenoiser, sample
+from scoresde import SDE, VESDE, VPSDE, EpsDenoiser, VDenoiser, sample
 from scoresde.nn import MLP, UNet
 from scoresde.solvers import DDIM
 from scoresde.training import (
@@ -25,6 +25,7 @@ from scoresde.training import (
     TrainConfig,
     Trainer,
     likelihood,
+    load_ema,
     read_checkpoint,
     write_checkpoint,
 )
@@ -116,6 +117,35 @@ def test_a_killed_process_resumes(tmp_path):
     until = resumed.step + 12
     resumed = make(tmp_path / "killed", steps=until, schedule="constant").fit(progress=False)
     assert_same(resumed, make(steps=until, schedule="constant").fit(progress=False))
+
+
+def test_a_run_on_an_own_sde_resumes_in_another_process(tmp_path):
+    """What identifies an SDE is its scales, not an address."""
+
+    class Own(SDE):
+        t_min, t_max = 1e-3, 1.0
+
+        def alpha(self, t):
+            return VPSDE().alpha(t)
+
+        def sigma(self, t):
+            return VPSDE().sigma(t)
+
+    make(tmp_path, sde=Own()).fit(progress=False)
+    assert make(tmp_path, sde=Own()).step == 40
+
+
+def test_the_averaged_weights_are_read_without_the_data(tmp_path):
+    trainer = make(tmp_path).fit(progress=False)
+    loaded = load_ema(tmp_path / "checkpoint.pt", EpsDenoiser(Net(seed=7), VPSDE()))
+    assert not loaded.net.training
+    expected = trainer.ema.net.state_dict()
+    assert all(torch.equal(expected[k], v) for k, v in loaded.net.state_dict().items())
+    for wrong in (EpsDenoiser(Net(), VESDE()), VDenoiser(Net(), VPSDE()), EpsDenoiser(MLP(3), VPSDE())):
+        with pytest.raises(CheckpointError, match="made for something else"):
+            load_ema(tmp_path / "checkpoint.pt", wrong)
+    with pytest.raises(FileNotFoundError):
+        load_ema(tmp_path / "nothing.pt", EpsDenoiser(Net(), VPSDE()))
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

@@ -42,8 +42,8 @@ class TimeEmbedding(nn.Module):
         k = torch.arange(self.inward.in_features // 2, dtype=time.dtype, device=time.device)
         return time[:, None] * (self.log_step * k).exp()
 
-    def forward(self, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """time (B,) and label (B,), integers, to (B, features)."""
+    def forward(self, time: Tensor, label: Tensor | int | None = None) -> Tensor:
+        """time (B,) and label, an integer or integers (B,), to (B, features)."""
         if (label is None) != (self.classes is None):
             raise ValueError(
                 "this network is conditional on a class: pass label=, shape (B,)"
@@ -55,8 +55,9 @@ class TimeEmbedding(nn.Module):
         features = self.outward(nn.functional.silu(self.inward(features.to(self.inward.weight.dtype))))
         if label is None or self.classes is None:
             return features
-        if label.shape != time.shape or label.is_floating_point():
-            raise ValueError(
-                f"label is {label.dtype} of shape {tuple(label.shape)}: expected integers {tuple(time.shape)}"
-            )
+        label = torch.as_tensor(label, device=time.device)
+        if label.shape not in ((), (1,), time.shape) or label.is_floating_point():
+            found = f"{label.dtype} of shape {tuple(label.shape)}"
+            raise ValueError(f"label is {found}: expected integers {tuple(time.shape)}, or one for all")
+        label = label.expand(time.shape)
         return features + self.classes(label)

@@ -77,7 +77,7 @@ class Euler(_ProbabilityFlow):
 @dataclass(frozen=True)
 class Heun(_ProbabilityFlow):
     """Heun's method on the probability-flow ODE (Karras et al., 2022, algorithm 1), second order, two evaluations a
-    step and one on the last to sigma = 0: 2 N - 1 in all.
+    step and one on the last to sigma = 0: 2 N - 1 in all (and one on a first step from alpha = 0 in sigma: 2 N - 2).
 
     In sigma the correction adds (u_t / u_s - 1) / 2 times the change of D over the step: keep the ratio of u from one
     time to the next below about 4 (a Karras or log-SNR grid of enough steps). A uniform grid of few steps on a VP SDE

@@ -2,7 +2,7 @@
 
 from scoresde.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from scoresde.training.loss import dsm_loss
-from scoresde.training.trainer import NonFiniteLossError, TrainConfig, Trainer
+from scoresde.training.trainer import NonFiniteLossError, TrainConfig, Trainer, load_ema
 from scoresde.training.weights import (
     ImportanceTimes,
     LogNormalTimes,
@@ -29,6 +29,7 @@ __all__ = [
     "dsm_loss",
     "edm",
     "likelihood",
+    "load_ema",
     "min_snr",
     "read_checkpoint",
     "simple",

@@ -47,8 +47,13 @@ def write_checkpoint(path: str | Path, content: dict[str, Any], made_for: dict[s
         raise
 
 
-def read_checkpoint(path: str | Path, made_for: dict[str, Any]) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, made_for: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU.
+
+    Args:
+        path: the file.
+        made_for: what it must have been made for.
+        whole: whether it must have been made for nothing else besides.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -70,7 +75,7 @@ def read_checkpoint(path: str | Path, made_for: dict[str, Any]) -> dict[str, Any
     theirs = found["made_for"]
     different = [
         f"{key}: {theirs.get(key, 'nothing')} in the file, {made_for.get(key, 'nothing')} here"
-        for key in sorted({*theirs, *made_for})
+        for key in (sorted({*theirs, *made_for}) if whole else made_for)
         if theirs.get(key) != made_for.get(key)
     ]
     if different:

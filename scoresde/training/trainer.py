@@ -26,12 +26,13 @@ from tqdm.auto import tqdm
 
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.noise import derive_seed
+from scoresde.sde import SDE
 from scoresde.tensors import check_batch
 from scoresde.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from scoresde.training.loss import dsm_loss
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
 
-__all__ = ["NonFiniteLossError", "TrainConfig", "Trainer"]
+__all__ = ["NonFiniteLossError", "TrainConfig", "Trainer", "load_ema"]
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -239,19 +240,13 @@ class Trainer:
         config = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
         for name in ("checkpoint_every", "log_every", *(["steps"] if self.config.schedule == "constant" else [])):
             del config[name]
-        # Functions cannot be compared, so their values are, at a few times.
-        sde = self.denoiser.sde
-        t = torch.linspace(sde.t_min, sde.t_min + 0.9 * (sde.t_max - sde.t_min), 4, dtype=torch.float64)
+        sde, u = self.denoiser.sde, torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
         return {
-            "sde": repr(sde),
-            "parameterisation": type(self.denoiser).__name__,
-            "scale of the output": _values(self.denoiser.affine(t)[1]),
-            "time label": _values(self.denoiser.label(t)),
-            "network": f"{type(self.net).__name__}, {sum(p.numel() for p in self.net.parameters())} parameters",
+            **_identity(self.denoiser),
             "data": f"{tuple(self.data.shape)} in [{self.data.min():.4g}, {self.data.max():.4g}], {_digest(self.data)}",
             "cond": ", ".join(f"{key} {_digest(value)}" for key, value in sorted(self.cond.items())) or "none",
-            "weighting": _values(self.weighting(sde, t)),
-            "times": repr(self.times),
+            "weighting": _values(self.weighting(sde, _probe(sde))),
+            "times": f"{type(self.times).__name__}, quantiles {_values(self.times.quantile(sde, u))}",
             **{f"config.{name}": value for name, value in config.items()},
         }
 
@@ -294,6 +289,46 @@ class Trainer:
         self.losses = [tuple(entry) for entry in content["losses"]]
 
 
+def load_ema(path: str | Path, denoiser: NetworkDenoiser) -> NetworkDenoiser:
+    """The denoiser with the averaged weights of a trainer's checkpoint, in eval mode: to sample without the data.
+
+    Args:
+        path: the `checkpoint.pt` of a `Trainer`.
+        denoiser: built as for training; its network's weights do not matter, and are not changed.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is damaged, or was made for another SDE, parameterisation, time label or network.
+    """
+    if not isinstance(denoiser.net, nn.Module):
+        raise ValueError(f"load_ema needs an adapter around an nn.Module, not {denoiser!r}")
+    content = read_checkpoint(path, _identity(denoiser), whole=False)
+    average = AveragedModel(denoiser.net, use_buffers=True)
+    try:
+        average.load_state_dict(content["average"])
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path} does not fit this network: {error}") from error
+    return denoiser.with_net(average.module.eval().requires_grad_(False))
+
+
+def _probe(sde: SDE) -> Tensor:
+    """A few times: functions cannot be compared, so their values there are."""
+    return torch.linspace(sde.t_min, sde.t_min + 0.9 * (sde.t_max - sde.t_min), 4, dtype=torch.float64)
+
+
+def _identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
+    """What a network's weights are only good for."""
+    sde, t = denoiser.sde, _probe(denoiser.sde)
+    assert isinstance(denoiser.net, nn.Module)
+    return {
+        "sde": f"{type(sde).__name__}, alpha {_values(sde.alpha(t))}, sigma {_values(sde.sigma(t))} at t {_values(t)}",
+        "parameterisation": type(denoiser).__name__,
+        "scale of the output": _values(denoiser.affine(t)[1]),
+        "time label": _values(denoiser.label(t)),
+        "network": f"{type(denoiser.net).__name__}, {sum(p.numel() for p in denoiser.net.parameters())} parameters",
+    }
+
+
 def _versions() -> str:
     return f"scoresde {version('scoresde')}, torch {torch.__version__}"
 
@@ -305,7 +340,7 @@ def _values(x: Tensor) -> str:
 
 def _digest(x: Tensor) -> str:
     """A hash of a tensor's content."""
-    content = x.detach().cpu().contiguous().view(torch.uint8).numpy()
+    content: Any = x.detach().cpu().contiguous().view(torch.uint8).numpy()
     return f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"
 
 
