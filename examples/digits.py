@@ -2,8 +2,8 @@
 
     make demo            or            python examples/digits.py --help
 
-Trains a small U-Net on the VP SDE (a minute and a half on two CPU cores), draws 512 images with each solver at 5, 10, 20
-and 50 network evaluations (DDPM at 1000 too), and writes, into --out:
+Trains a small U-Net on the VP SDE (a minute and a half on two CPU cores), draws 512 images with each solver at 5, 10,
+20 and 50 network evaluations (DDPM at 1000 too), and writes, into --out:
 
     samples.png     the digits of every solver at every step count, beside real ones, and quality against evaluations
     process.png     the forward process, and the way back by the reverse SDE and by the probability-flow ODE
