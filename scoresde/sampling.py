@@ -17,7 +17,7 @@ from scoresde.grid import Grid
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, sample_seeds
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
-from scoresde.tensors import check_batch
+from scoresde.tensors import check_batch, widen
 
 __all__ = ["NonFiniteError", "Solution", "sample"]
 
@@ -116,7 +116,7 @@ def sample(
     if isinstance(shape_or_x, Tensor):
         check_batch(shape_or_x, "x_T")
         out_dtype = shape_or_x.dtype
-        x_T = shape_or_x.to(torch.promote_types(out_dtype, torch.float32))
+        x_T = widen(shape_or_x)
     else:
         assert isinstance(source, GeneratorNoise | SeededNoise)
         out_dtype = torch.float32

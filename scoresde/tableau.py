@@ -190,8 +190,8 @@ class Tableau:
         u, w = denoiser.view_of_output(self.p, self.q, self.t)  # F = u x + w N
         x, n = self.a + self.b[:, 0] * u, self.b[:, 0] * w
         R, K = self.b.shape
-        readers = {j: i for i in range(R) for k in range(1, min(K, i + 1)) if self.b[i, k] != 0 for j in [i - k]}
         past = [[(i - k, float(self.b[i, k])) for k in range(1, min(K, i + 1)) if self.b[i, k] != 0] for i in range(R)]
+        readers = {j: i for i, reads in enumerate(past) for j, _ in reads}  # the last row to read each F
         drop: list[list[int]] = [[] for _ in range(R)]
         for j, last in readers.items():
             drop[last].append(j)

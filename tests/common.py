@@ -36,6 +36,12 @@ SDES: dict[str, SDE] = {
     "cosine chain": DDPMChain.cosine(),
 }
 
+# With alpha = 0 at the start, and a short chain: for the tests of the SDEs and grids themselves.
+EVERY_SDE: dict[str, SDE] = SDES | {
+    "cosine-1": CosineVPSDE(t_max=1.0),
+    "chain-short": DDPMChain([0.1, 0.5, 0.02, 0.9]),
+}
+
 SOLVERS: dict[str, Solver] = {
     "ddpm": DDPM(),
     "ddpm beta": DDPM(variance="beta"),

@@ -9,22 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import EVERY_SDE
 from torch import Tensor
 
-from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, Grid, SubVPSDE
+from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, Grid
 
-SDES: dict[str, SDE] = {
-    "vp": VPSDE(),
-    "subvp": SubVPSDE(),
-    "ve": VESDE(),
-    "cosine": CosineVPSDE(),
-    "cosine-1": CosineVPSDE(t_max=1.0),
-    "edm": EDMSDE(),
-    "flow": FlowSDE(),
-    "chain-linear": DDPMChain(),
-    "chain-cosine": DDPMChain.cosine(),
-    "chain-short": DDPMChain([0.1, 0.5, 0.02, 0.9]),
-}
+SDES: dict[str, SDE] = EVERY_SDE
 ALPHA_VANISHES = {"flow", "cosine-1"}
 LOGARITHMIC = ["log_snr", "karras"]
 SPACINGS = ["uniform", "quadratic", *LOGARITHMIC]

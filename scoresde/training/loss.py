@@ -69,8 +69,9 @@ def dsm_loss(
         t = times.draw(sde, len(x0), generator)
         ratio = times.ratio(sde, t)
     else:
-        t = as_time(t).double().expand(len(x0)) if as_time(t).ndim == 0 else t.double()
+        t = as_time(t).double()
         check_time(t, len(x0), sde)
+        t = t.expand(len(x0))
         if known_any(t == 0):
             raise ValueError("t = 0: the data itself holds no noise to be learned, so its loss is undefined")
         ratio = torch.ones_like(t)
