@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,15 +28,19 @@ class Solution:
 
     Attributes:
         x: the samples, shape (B, ...), at grid.times[-1].
-        nfe: evaluations of the denoiser that were made.
+        nfe: evaluations of the denoiser that were made, each on the whole batch.
         grid: the grid that was stepped on.
         trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...).
+        status: "complete", or "max_nfe" where an adaptive solver's budget ran out before the grid's end.
+        t: the time that x stands at: grid.times[-1] if complete (else, with a step size per sample, the least advanced).
     """
 
     x: Tensor
     nfe: int
     grid: Grid
     trajectory: Tensor | None = None
+    status: Literal["complete", "max_nfe"] = "complete"
+    t: float = 0.0
 
 
 class NonFiniteError(ArithmeticError):
@@ -77,7 +81,8 @@ def sample(
         shape_or_x: (B, ...), to draw x_T from the SDE's prior, in float32 on the denoiser's device; or x_T itself,
             whose dtype the samples have (the state of a half-precision x_T is float32).
         solver: an instance, `DDIM(eta=0.5)` say.
-        steps: number of steps on the solver's own grid.
+        steps: number of steps on the solver's own grid. An adaptive solver needs none of steps, nfe and grid; its grid
+            holds the times to report at, and nfe may be given beside it.
         nfe: instead of steps, a budget of evaluations; as many steps as fit are taken.
         grid: instead of steps, the grid itself.
         seed: one integer, or one for each sample. Sample i then is the same in any batch. Without seed, generator and
@@ -111,7 +116,7 @@ def sample(
     if not isinstance(solver, Solver):
         hint = f"{solver.__name__}()" if isinstance(solver, type) else "DDIM() say"
         raise TypeError(f"solver must be an instance of a solver ({hint}), not {solver!r}")
-    grid = _choose_grid(denoiser, solver, steps, nfe, grid)
+    solver, grid = _choose_grid(denoiser, solver, steps, nfe, grid)
     source = _choose_noise(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
     if isinstance(shape_or_x, Tensor):
         check_batch(shape_or_x, "x_T")
@@ -132,18 +137,27 @@ def sample(
     def run() -> Iterator[State]:
         return solver.iterate(denoiser, x_T, grid, source, cond)
 
-    x, evaluations, states = x_T, 0, [x_T] if trajectory else []
+    last, states = None, [x_T] if trajectory else []
     with torch.set_grad_enabled(differentiable):
-        total = solver.tableau(grid).nfe if progress else None
+        total = solver.evaluations(grid) if progress else None
         name = type(solver).__name__
         for state in tqdm(run(), desc=name, total=total, unit="nfe", disable=not progress, leave=False):
-            x, evaluations = state.x, state.row + 1
+            last = state
             if trajectory and state.done:
-                states.append(x)
+                states.append(state.x)
+    assert last is not None
+    x, complete = last.x, last.done and last.step == grid.steps - 1
     if not bool(x.detach().isfinite().all()):
         raise _locate(run, source, x)
     path = torch.stack(states).to(out_dtype) if trajectory else None
-    return Solution(x.to(out_dtype), evaluations, grid, path)
+    return Solution(
+        x.to(out_dtype),
+        last.nfe,
+        grid,
+        path,
+        status="complete" if complete else "max_nfe",
+        t=float(grid.times[-1]) if complete else last.t,
+    )
 
 
 def _warn_of_training_mode(denoiser: Denoiser) -> None:
@@ -157,9 +171,17 @@ def _warn_of_training_mode(denoiser: Denoiser) -> None:
         warnings.warn("the network has dropout or batch norm in training mode: call net.eval() first", stacklevel=3)
 
 
-def _choose_grid(denoiser: Denoiser, solver: Solver, steps: int | None, nfe: int | None, grid: Grid | None) -> Grid:
+def _choose_grid(
+    denoiser: Denoiser, solver: Solver, steps: int | None, nfe: int | None, grid: Grid | None
+) -> tuple[Solver, Grid]:
     given = [name for name, value in (("steps", steps), ("nfe", nfe), ("grid", grid)) if value is not None]
-    if len(given) != 1:
+    if solver.adaptive:
+        if nfe is not None and steps is None:  # a budget; with or without times to report at
+            solver, whole = solver.within(denoiser.sde, nfe)
+            grid = grid or whole
+        elif not given:
+            steps = 1
+    elif len(given) != 1:
         raise ValueError(f"give exactly one of steps=, nfe= and grid=; got {' and '.join(given) or 'none'}")
     if grid is not None:
         if not isinstance(grid, Grid):
@@ -168,11 +190,11 @@ def _choose_grid(denoiser: Denoiser, solver: Solver, steps: int | None, nfe: int
             )
         if grid.sde != denoiser.sde:
             raise ValueError(f"the grid was made for {grid.sde!r}, the denoiser for {denoiser.sde!r}")
-        return grid
+        return solver, grid
     if steps is None:
         assert nfe is not None
-        steps = solver.steps_within(denoiser.sde, nfe)
-    return solver.grid(denoiser.sde, steps)
+        return solver.within(denoiser.sde, nfe)
+    return solver, solver.grid(denoiser.sde, steps)
 
 
 def _choose_noise(
@@ -228,7 +250,7 @@ def _locate(run: Any, source: NoiseSource, end: Tensor) -> NonFiniteError:
             if samples := bad(state.x):
                 message = (
                     f"sample{'s' * (len(samples) > 1)} {_some(samples)} became non-finite in step {state.step}, at the "
-                    f"evaluation at t = {state.t:.6g} (evaluation {state.row})"
+                    f"evaluation at t = {state.t:.6g} (row {state.row})"
                 )
                 return NonFiniteError(message, state.step, state.t, samples)
     samples = bad(end.detach())

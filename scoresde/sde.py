@@ -113,6 +113,11 @@ class SDE(ABC):
     def prior_std(self) -> float:
         return self.prior_std_at(self.t_max)
 
+    @property
+    def t_limit(self) -> float:
+        """The largest time at which the scales are defined: where a solver that adds noise (EDM's churn) may stand."""
+        return self.t_max
+
     def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
         """x_t = alpha_t x0 + sigma_t noise.
 
@@ -379,6 +384,10 @@ class VESDE(SDE):
         check_ordered(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         check_ordered(t_min=self.t_min, t_max=self.t_max)
 
+    @property
+    def t_limit(self) -> float:
+        return math.inf
+
     def prior_std_at(self, t: float) -> float:
         return float(self.sigma(t))
 
@@ -429,6 +438,10 @@ class EDMSDE(SDE):
 
     def __post_init__(self) -> None:
         check_ordered(t_min=self.t_min, t_max=self.t_max)
+
+    @property
+    def t_limit(self) -> float:
+        return math.inf
 
     def prior_std_at(self, t: float) -> float:
         return float(self.sigma(t))

@@ -1,13 +1,15 @@
 """The tableau: a Butcher tableau for diffusion models, and the one loop that runs it.
 
-A sampler whose coefficients are known beforehand is a table with a row per evaluation of the denoiser D:
+A sampler whose coefficients are known beforehand is a table, with a row for each evaluation of the denoiser D:
 
     F_i     = p_i x_i + q_i D(x_i, t_i)                        the view: x0, eps, score, v or velocity
     x_{i+1} = a_i x_i + sum_k b_{i,k} F_{i-k} + c_i z_i        z_i ~ N(0, I)
 
-Rows index evaluations, not steps, so a two-stage step of Heun is two rows. Coefficients are float64 on the host; the
-loop reads them as Python numbers, branches on no device value and draws nothing where c_i = 0. A step that lands on
-sigma = 0 is x_0 exactly, D itself. Nothing is checked on the device: a NaN propagates to the end, whatever follows it.
+Rows index evaluations, not steps, so a two-stage step of Heun is two rows. A row whose F no row reads makes no
+evaluation: it moves the state alone, back to a higher noise level say (EDM's churn, Restart, RePaint). Coefficients
+are float64 on the host; the loop reads them as Python numbers, branches on no device value and draws nothing where
+c_i = 0. A step that lands on sigma = 0 is x_0 exactly, D itself. Nothing is checked on the device: a NaN propagates to
+the end, whatever follows it.
 """
 
 from __future__ import annotations
@@ -34,14 +36,16 @@ class State(NamedTuple):
     """Where the loop stands after a row.
 
     Attributes:
-        row: index of the evaluation just made, from 0; row + 1 evaluations have been made.
+        row: index of the row, from 0.
+        nfe: evaluations of the denoiser so far.
         step: index of the grid step that the row belongs to.
         done: whether the row ends its step, so that x stands at grid.times[step + 1].
-        t: time of the evaluation.
+        t: time of the evaluation; in a loop that stops short of the grid's end, the time that x has reached.
         x: the state after the row, shape (B, ...).
     """
 
     row: int
+    nfe: int
     step: int
     done: bool
     t: float
@@ -53,7 +57,7 @@ class _Row(NamedTuple):
 
     t: float
     x: float  # x_{i+1} = x * x_i + n * N_i + sum past * F_{i-k} + c z
-    n: float
+    n: float | None  # None where nothing is evaluated
     past: tuple[tuple[int, float], ...]  # (row, coefficient) of earlier F
     c: float
     keep: tuple[float, float] | None  # F_i = keep[0] x_i + keep[1] N_i, if a later row reads it
@@ -68,15 +72,17 @@ class Tableau:
         a, c: factors of the state and of fresh noise, a number or shape (R,).
         b: factors of F_i, F_{i-1}, ..., shape (R,) or (R, K).
         view: what F is: "x0", "eps", "score", "v", "velocity", or (p, q), each a number or shape (R,).
-        t: time of each evaluation, shape (R,); by default the starts of the grid's steps.
+        t: time of each row, at which x_i stands and D is evaluated, shape (R,); by default the starts of the steps.
         step: the grid step that each row belongs to, integers, shape (R,); by default a row a step.
 
     Attributes:
         grid, t, a, b, c, p, q, step: as above, float64 (step: int64) on the CPU, b of shape (R, K).
+        evaluates: whether a row evaluates the denoiser, bool, shape (R,).
 
     Raises:
-        ValueError: if shapes do not fit, a coefficient is not finite, a row reads an F from before the first, a time
-            lies outside the SDE, c is negative, or the rows do not pass through the grid's steps in order.
+        ValueError: if shapes do not fit, a coefficient is not finite, a row reads an F from before the first, an
+            evaluation lies outside (0, sde.t_limit], c is negative, or the rows do not pass through the grid's steps
+            in order.
 
     >>> from scoresde import VPSDE
     >>> from scoresde.solvers import DDIM
@@ -112,8 +118,16 @@ class Tableau:
                 f"{R} rows by t, but b has shape {tuple(self.b.shape)} and step {tuple(self.step.shape)}: "
                 "expected (R, K) and (R,)"
             )
-        if not bool(((self.t > 0) & (self.t <= grid.sde.t_max)).all()):
-            raise ValueError(f"evaluations at t = {self.t.tolist()}: expected times in (0, {grid.sde.t_max}]")
+        row, lag = torch.arange(R, device="cpu")[:, None], torch.arange(self.b.shape[1], device="cpu")
+        if bool(((self.b != 0) & (lag > row)).any()):
+            raise ValueError("b reads evaluations from before the first row: start with a lower order")
+        self.evaluates = torch.zeros(R, dtype=torch.bool, device="cpu")
+        self.evaluates[(row - lag)[self.b != 0]] = True
+        outside = self.evaluates & ~((self.t > 0) & (self.t <= grid.sde.t_limit))
+        if bool(outside.any()):
+            raise ValueError(
+                f"evaluations at t = {self.t[outside].tolist()}: expected times in (0, {grid.sde.t_limit}]"
+            )
         p, q = view_of_mean(view, grid.sde, self.t) if isinstance(view, str) else view
         self.p, self.q = _column(p, "p", R), _column(q, "q", R)
         for name in ("a", "b", "c", "p", "q"):
@@ -126,9 +140,6 @@ class Tableau:
                 )
         if bool((self.c < 0).any()):
             raise ValueError(f"c = {self.c.tolist()}: noise has a standard deviation >= 0")
-        row, lag = torch.arange(R, device="cpu")[:, None], torch.arange(self.b.shape[1], device="cpu")
-        if bool(((self.b != 0) & (lag > row)).any()):
-            raise ValueError("b reads evaluations from before the first row: start with a lower order")
         hops = torch.cat([self.step[:1], self.step.diff(), grid.steps - 1 - self.step[-1:]])
         if bool((hops[1:-1] < 0).any() or (hops > 1).any()) or int(hops[0]) != 0 or int(hops[-1]) != 0:
             raise ValueError(
@@ -137,7 +148,10 @@ class Tableau:
 
     @property
     def nfe(self) -> int:
-        """Number of evaluations of the denoiser: the rows."""
+        """Number of evaluations of the denoiser."""
+        return int(self.evaluates.sum())
+
+    def __len__(self) -> int:
         return len(self.t)
 
     def iterate(
@@ -169,25 +183,31 @@ class Tableau:
     def _loop(
         self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
-        steps, kept = [*self.step.tolist(), -1], {}
+        steps, kept, nfe = [*self.step.tolist(), -1], {}, 0
         for i, row in enumerate(rows):
-            n = denoiser.output(x, row.t, **cond)
-            if row.keep is not None:
-                u, w = row.keep
-                # n * w even where w is 1: the network may reuse the memory of its output.
-                kept[i] = n * w if u == 0.0 else (x * u).add_(n, alpha=w)
-            x = (x * row.x).add_(n, alpha=row.n)  # also where row.x is 0: a NaN in x must reach the end
+            if row.n is None:
+                x = x * row.x
+            else:
+                n, nfe = denoiser.output(x, row.t, **cond), nfe + 1
+                if row.keep is not None:
+                    u, w = row.keep
+                    # n * w even where w is 1: the network may reuse the memory of its output.
+                    kept[i] = n * w if u == 0.0 else (x * u).add_(n, alpha=w)
+                x = (x * row.x).add_(n, alpha=row.n)  # also where row.x is 0: a NaN in x must reach the end
             for j, b in row.past:
                 x = x.add_(kept[j], alpha=b)
             if row.c != 0.0:
                 x = x.add_(noise(i, x), alpha=row.c)  # type: ignore[misc]
             for j in row.drop:
                 del kept[j]
-            yield State(i, steps[i], steps[i] != steps[i + 1], row.t, x)
+            yield State(i, nfe, steps[i], steps[i] != steps[i + 1], row.t, x)
 
     def _rows(self, denoiser: Denoiser) -> list[_Row]:
-        denoiser.check_times(self.t)
-        u, w = denoiser.view_of_output(self.p, self.q, self.t)  # F = u x + w N
+        on = self.evaluates
+        u, w = torch.zeros_like(self.p), torch.zeros_like(self.q)
+        if self.nfe:
+            denoiser.check_times(self.t[on])
+            u[on], w[on] = denoiser.view_of_output(self.p[on], self.q[on], self.t[on])  # F = u x + w N
         x, n = self.a + self.b[:, 0] * u, self.b[:, 0] * w
         R, K = self.b.shape
         past = [[(i - k, float(self.b[i, k])) for k in range(1, min(K, i + 1)) if self.b[i, k] != 0] for i in range(R)]
@@ -199,7 +219,7 @@ class Tableau:
             _Row(
                 float(self.t[i]),
                 float(x[i]),
-                float(n[i]),
+                float(n[i]) if on[i] else None,
                 tuple(past[i]),
                 float(self.c[i]),
                 (float(u[i]), float(w[i])) if i in readers else None,
@@ -211,10 +231,10 @@ class Tableau:
     def __repr__(self) -> str:
         names = ["b"] if self.b.shape[1] == 1 else [f"b{k}" for k in range(self.b.shape[1])]
         columns = [self.t, self.p, self.q, self.a, *self.b.T, self.c]
-        lines = [f"Tableau of {self.nfe} rows on {self.grid!r}"]
+        lines = [f"Tableau of {len(self)} rows on {self.grid!r}"]
         lines.append(" row  step" + "".join(f"{name:>10} " for name in ["t", "p", "q", "a", *names, "c"]).rstrip())
-        for i in range(self.nfe):
-            if self.nfe > 24 and 10 <= i < self.nfe - 10:
+        for i in range(len(self)):
+            if len(self) > 24 and 10 <= i < len(self) - 10:
                 if i == 10:
                     lines.append(" ...")
                 continue

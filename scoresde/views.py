@@ -90,13 +90,13 @@ def first_where(t: Tensor, bad: Tensor) -> float:
     return float(t.expand(bad.shape)[bad].flatten()[0])
 
 
-def check_time(t: Time, batch: int, sde: SDE) -> None:
-    """Raises ValueError unless t has shape () or (B,) and, on the host, lies in [0, t_max]."""
-    t = as_time(t)
+def check_time(t: Time, batch: int, sde: SDE, limit: float | None = None) -> None:
+    """Raises ValueError unless t has shape () or (B,) and, on the host, lies in [0, limit]; sde.t_limit by default."""
+    t, limit = as_time(t), sde.t_limit if limit is None else limit
     if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, batch)):
         raise ValueError(f"t has shape {tuple(t.shape)} for a batch of {batch}: give one time, or one per sample")
-    if known_any(~((t >= 0) & (t <= sde.t_max * (1 + 1e-6)))):
-        raise ValueError(f"t = {t.tolist()} leaves [0, {sde.t_max}] of {sde!r}")
+    if known_any(~((t >= 0) & (t <= limit * (1 + 1e-6)))):
+        raise ValueError(f"t = {t.tolist()} leaves [0, {limit}] of {sde!r}")
 
 
 def combine(u: Tensor, x: Tensor, w: Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,19 @@
-"""Solvers: each turns a `Grid` into a `Tableau`. Options go to the constructor."""
+"""Solvers: each turns a `Grid` into a `Tableau`, or is a loop of the same call shape. Options go to the constructor."""
 
-from scoresde.solvers.base import Solver
-from scoresde.solvers.first_order import DDIM, DDPM, EulerMaruyama
-from scoresde.solvers.runge_kutta import Euler, Heun
+from scoresde.solvers.base import SingleStep, Solver
+from scoresde.solvers.first_order import DDIM, DDPM, Ancestral, EulerMaruyama, ExponentialSDE, ReverseDiffusion
+from scoresde.solvers.runge_kutta import Euler, Heun, RungeKutta
 
-__all__ = ["DDIM", "DDPM", "Euler", "EulerMaruyama", "Heun", "Solver"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "Ancestral",
+    "Euler",
+    "EulerMaruyama",
+    "ExponentialSDE",
+    "Heun",
+    "ReverseDiffusion",
+    "RungeKutta",
+    "SingleStep",
+    "Solver",
+]

@@ -1,4 +1,4 @@
-"""What a solver is: it turns a grid into a table, or into a loop of the same call shape."""
+"""What a solver is: it turns a grid into a table, or it is a loop of the same call shape."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
@@ -16,23 +15,46 @@ from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
+from scoresde.solvers.rows import Rows
 from scoresde.tableau import State, Tableau
 
-__all__ = ["Solver", "one_step"]
+__all__ = ["SingleStep", "Solver"]
 
 
-class Solver(ABC):
-    """A sampler whose coefficients are known beforehand. It holds options only, never state: use it as often, on
-    as many batches and from as many threads as you like.
+class Solver:
+    """A sampler. It holds options only, never state: use it as often, on as many batches and from as many threads as
+    you like. A subclass gives `tableau(grid)`, if its coefficients are known beforehand, or else `iterate`.
+
+    Attributes:
+        adaptive: whether it chooses its own times, so that `sample` needs no steps=, nfe= or grid=: the grid then only
+            says where it starts, where it ends and at which times between a state is reported.
     """
 
-    @abstractmethod
+    adaptive: ClassVar[bool] = False
+
     def tableau(self, grid: Grid) -> Tableau:
-        """The table of coefficients on that grid."""
+        """The table of coefficients on that grid.
+
+        Raises:
+            TypeError: if the solver is a loop whose coefficients depend on the values it meets.
+        """
+        raise TypeError(f"{type(self).__name__} has no table: its coefficients depend on the states it meets")
 
     def grid(self, sde: SDE, steps: int) -> Grid:
         """The grid that `sample(steps=...)` uses where none is given."""
         return Grid.customary(sde, steps)
+
+    def evaluations(self, grid: Grid) -> int | None:
+        """Evaluations of the denoiser on that grid, or None where they are not known beforehand."""
+        return self.tableau(grid).nfe
+
+    def within(self, sde: SDE, nfe: int) -> tuple[Solver, Grid]:
+        """The solver and grid that `sample(nfe=...)` uses: as many steps as fit the budget `nfe`.
+
+        Raises:
+            ValueError: if not even one step fits.
+        """
+        return self, self.grid(sde, self.steps_within(sde, nfe))
 
     def steps_within(self, sde: SDE, nfe: int) -> int:
         """The largest number of steps whose evaluations fit the budget `nfe`.
@@ -40,10 +62,9 @@ class Solver(ABC):
         Raises:
             ValueError: if not even one step fits.
         """
-        if isinstance(nfe, bool) or not isinstance(nfe, Integral) or nfe < 1:
-            raise ValueError(f"nfe={nfe!r}: expected a whole number >= 1")
+        check_count(nfe=nfe)
         most = min(int(nfe), sde.steps) if isinstance(sde, DDPMChain) else int(nfe)
-        steps = bisect_right(range(1, most + 1), nfe, key=lambda n: self.tableau(self.grid(sde, n)).nfe)
+        steps = bisect_right(range(1, most + 1), nfe, key=lambda n: self.evaluations(self.grid(sde, n)) or 0)
         if steps == 0:
             raise ValueError(f"{self!r} needs more than nfe={nfe} evaluations for a single step")
         return steps
@@ -56,23 +77,25 @@ class Solver(ABC):
         noise: NoiseSource | None = None,
         cond: Mapping[str, Any] | None = None,
     ) -> Iterator[State]:
-        """Run from x on the grid, yielding a `State` after each evaluation."""
+        """Run from x on the grid, yielding a `State` after each row."""
         return self.tableau(grid).iterate(denoiser, x, noise, cond)
 
 
-def one_step(grid: Grid, a: Tensor, b: Tensor, c: Tensor) -> Tableau:
-    """The table of a one-evaluation step x_s = a x_t + b D + c z, with its two ends made exact.
-
-    On a step to sigma_s = 0, x_s is D. On one from alpha_t = 0, x_t is pure noise that says nothing of x_0, and the
-    step is a draw from N(alpha_s D, sigma_s^2) if the method is stochastic there, else the coefficients' own limit.
+class SingleStep(Solver, ABC):
+    """A solver whose steps remember nothing: each is a few rows that depend on its own two times only. Others are made
+    of it: predictor-corrector, Restart, time travel.
     """
-    alpha_t, _, alpha_s, sigma_s = grid.pairs()
-    forgets = (alpha_t == 0) & ~(a.isfinite() & b.isfinite() & c.isfinite())
-    lands = sigma_s == 0
-    zero = torch.zeros_like(a)
-    return Tableau(
-        grid,
-        a=torch.where(forgets | lands, zero, a),
-        b=torch.where(forgets | lands, alpha_s, b),
-        c=torch.where(lands, zero, torch.where(forgets, sigma_s, c)),
-    )
+
+    @abstractmethod
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        """The rows of the moves t -> s, each of shape (M,), s < t."""
+
+    def tableau(self, grid: Grid) -> Tableau:
+        return self.rows(grid.sde, grid.times[:-1], grid.times[1:]).tableau(grid)
+
+
+def check_count(**values: int) -> None:
+    """Raises ValueError unless the named values are whole numbers >= 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected a whole number >= 1")

@@ -1,6 +1,6 @@
 """First-order solvers: one evaluation a step, x_s = a x_t + b D(x_t, t) + c z.
 
-DDPM and DDIM share the marginal-preserving step: any c^2 in [0, sigma_s^2] with
+DDPM, DDIM and the exponential SDE step share the marginal-preserving step: any c^2 in [0, sigma_s^2] with
 
     a = sqrt(sigma_s^2 - c^2) / sigma_t,    b = alpha_s - a alpha_t
 
@@ -18,21 +18,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scoresde.grid import Grid
-from scoresde.solvers.base import Solver, one_step
-from scoresde.tableau import Tableau
+from scoresde.sde import SDE
+from scoresde.solvers.base import SingleStep
+from scoresde.solvers.rows import Rows, one_evaluation
 
-__all__ = ["DDIM", "DDPM", "EulerMaruyama"]
+__all__ = ["DDIM", "DDPM", "Ancestral", "EulerMaruyama", "ExponentialSDE", "ReverseDiffusion"]
 
 
-def _forgotten(grid: Grid) -> Tensor:
-    """1 - e^{-2h} of each step, in [0, 1]: the share of x_t's noise that x_s does not keep."""
-    half_log_snr = grid.sde.half_log_snr(grid.times)
-    return -torch.expm1(-2 * half_log_snr.diff())
+def _forgotten(sde: SDE, t: Tensor, s: Tensor) -> Tensor:
+    """1 - e^{-2h}, in [0, 1]: the share of x_t's noise that x_s does not keep."""
+    return -torch.expm1(2 * (sde.half_log_snr(t) - sde.half_log_snr(s)))
+
+
+def _marginal_preserving(sde: SDE, t: Tensor, s: Tensor, c2: Tensor) -> Rows:
+    """The step of the module's docstring with noise of variance c2."""
+    a = (sde.sigma(s) ** 2 - c2).sqrt() / sde.sigma(t)
+    return one_evaluation(sde, t, s, a, sde.alpha(s) - a * sde.alpha(t), c2.sqrt())
 
 
 @dataclass(frozen=True)
-class DDIM(Solver):
+class DDIM(SingleStep):
     """Denoising diffusion implicit model (Song, Meng and Ermon, 2021, eq. 12 and 16), on any SDE and any sub-sequence.
 
     x_s = alpha_s D + sqrt(sigma_s^2 - c^2) eps + c z,    c^2 = eta^2 sigma_s^2 (1 - e^{-2h})
@@ -50,25 +55,23 @@ class DDIM(Solver):
         if not 0 <= self.eta < math.inf:
             raise ValueError(f"eta={self.eta}: expected a finite number >= 0")
 
-    def tableau(self, grid: Grid) -> Tableau:
-        alpha_t, sigma_t, alpha_s, sigma_s = grid.pairs()
-        c2 = (self.eta * sigma_s) ** 2 * _forgotten(grid)
-        if bool((c2 > sigma_s**2).any()):
-            raise ValueError(f"eta={self.eta} asks for more noise than sigma_s on a step of {grid!r}: take eta <= 1")
-        a = (sigma_s**2 - c2).sqrt() / sigma_t
-        return one_step(grid, a, alpha_s - a * alpha_t, c2.sqrt())
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        c2 = (self.eta * sde.sigma(s)) ** 2 * _forgotten(sde, t, s)
+        if bool((c2 > sde.sigma(s) ** 2).any()):
+            raise ValueError(f"eta={self.eta} asks for more noise than sigma_s on a step of {sde!r}: take eta <= 1")
+        return _marginal_preserving(sde, t, s, c2)
 
 
 @dataclass(frozen=True)
-class DDPM(Solver):
+class DDPM(SingleStep):
     """Ancestral sampling of DDPM (Ho et al., 2020, algorithm 2), on any SDE and any sub-sequence.
 
     x_s = (alpha_s / alpha_t) e^{-2h} x_t + alpha_s (1 - e^{-2h}) D + c z,  e^{-h} = alpha_t sigma_s / (alpha_s sigma_t)
 
     Args:
         variance: "posterior" is c^2 = sigma_s^2 (1 - e^{-2h}), beta tilde of the paper, right for data that is a point;
-            "beta" is c^2 = sigma_t^2 (1 - e^{-2h}), right for data that is N(0, I) on a VP SDE. No noise is added on
-            the last step, to sigma_s = 0.
+            "beta" is c^2 = sigma_t^2 (1 - e^{-2h}), right for data that is N(0, I) on a VP SDE, and the sigma hat of
+            table 1 of DDIM (Song, Meng and Ermon, 2021). No noise is added on the last step, to sigma_s = 0.
 
     Raises:
         ValueError: on another variance.
@@ -80,16 +83,52 @@ class DDPM(Solver):
         if self.variance not in ("posterior", "beta"):
             raise ValueError(f"variance={self.variance!r}: expected 'posterior' or 'beta'")
 
-    def tableau(self, grid: Grid) -> Tableau:
-        alpha_t, sigma_t, alpha_s, sigma_s = grid.pairs()
-        forgotten = _forgotten(grid)
-        a = sigma_s * (1 - forgotten).sqrt() / sigma_t
-        c = (sigma_s if self.variance == "posterior" else sigma_t) * forgotten.sqrt()
-        return one_step(grid, a, alpha_s - a * alpha_t, c)
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        forgotten = _forgotten(sde, t, s)
+        a = sde.sigma(s) * (1 - forgotten).sqrt() / sde.sigma(t)
+        c = (sde.sigma(s) if self.variance == "posterior" else sde.sigma(t)) * forgotten.sqrt()
+        return one_evaluation(sde, t, s, a, sde.alpha(s) - a * sde.alpha(t), c)
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(Solver):
+class Ancestral(SingleStep):
+    """Ancestral sampling as Song et al. (2021, appendix F) and their code have it: DDPM's mean, with variance "beta"
+    where alpha falls (VP, sub-VP) and the posterior variance where it does not (VE, EDM: their eq. 47).
+    """
+
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        shrinks = bool((sde.alpha(t) < sde.alpha(s)).any())
+        return DDPM("beta" if shrinks else "posterior").rows(sde, t, s)
+
+
+@dataclass(frozen=True)
+class ExponentialSDE(SingleStep):
+    """The reverse SDE of noise level tau with D held fixed over the step, solved exactly: the first order of
+    SDE-DPM-Solver++ (Lu et al., 2022b, eq. 15) and of SA-Solver (Xue et al., 2023, proposition 4.2).
+
+    x_s = (sigma_s / sigma_t) e^{-tau^2 h} x_t + alpha_s (1 - e^{-(1 + tau^2) h}) D + sigma_s sqrt(1 - e^{-2 tau^2 h}) z
+
+    Args:
+        tau: 0 is the probability-flow ODE (DDIM), 1 the reverse SDE (DDPM with the posterior variance).
+
+    Raises:
+        ValueError: unless tau >= 0 is finite.
+    """
+
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau < math.inf:
+            raise ValueError(f"tau={self.tau}: expected a finite number >= 0")
+
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        h = sde.half_log_snr(s) - sde.half_log_snr(t)
+        c2 = -(sde.sigma(s) ** 2) * torch.expm1(-2 * self.tau**2 * h) if self.tau > 0 else torch.zeros_like(h)
+        return _marginal_preserving(sde, t, s, c2)
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(SingleStep):
     """Euler-Maruyama on the reverse SDE (Song et al., 2021, eq. 6), with h = t - s and coefficients at t:
 
     x_s = x_t - h (f x_t - g^2 score) + g sqrt(h) z
@@ -99,9 +138,27 @@ class EulerMaruyama(Solver):
     order in the step of t, so it wants many steps, and on `EDMSDE` (where g^2 = 2 t) more than any other solver.
     """
 
-    def tableau(self, grid: Grid) -> Tableau:
-        t, h = grid.times[:-1], -grid.times.diff()
-        alpha_t, sigma_t, _, _ = grid.pairs()
-        f, g = grid.sde.drift(t), grid.sde.diffusion(t)
-        pull = h * (g / sigma_t) ** 2  # h g^2 score = pull (alpha D - x)
-        return one_step(grid, 1 - h * f - pull, pull * alpha_t, g * h.sqrt())
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        h, f, g = t - s, sde.drift(t), sde.diffusion(t)
+        pull = h * (g / sde.sigma(t)) ** 2  # h g^2 score = pull (alpha D - x)
+        return one_evaluation(sde, t, s, 1 - h * f - pull, pull * sde.alpha(t), g * h.sqrt())
+
+
+@dataclass(frozen=True)
+class ReverseDiffusion(SingleStep):
+    """Reverse diffusion (Song et al., 2021, eq. 46 and appendix E): the forward process's own discretisation
+    x_t = A x_s + G z, exact here with A = alpha_t / alpha_s and G^2 = sigma_t^2 - A^2 sigma_s^2, turned round:
+
+    x_s = (2 - A) x_t + G^2 score + G z        (VP: A = sqrt(1 - beta), G^2 = beta;  VE: A = 1)
+
+    Args:
+        probability_flow: half the score term and no noise, their discretised probability-flow ODE.
+    """
+
+    probability_flow: bool = False
+
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        alpha_t, forgotten = sde.alpha(t), _forgotten(sde, t, s)  # G^2 = sigma_t^2 forgotten
+        pull = forgotten / 2 if self.probability_flow else forgotten
+        c = torch.zeros_like(pull) if self.probability_flow else sde.sigma(t) * forgotten.sqrt()
+        return one_evaluation(sde, t, s, 2 - alpha_t / sde.alpha(s) - pull, pull * alpha_t, c)

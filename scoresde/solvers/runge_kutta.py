@@ -1,81 +1,158 @@
-"""Runge-Kutta solvers of the probability-flow ODE (Song et al., 2021, eq. 13), in one of two variables:
+"""Runge-Kutta solvers of the probability-flow ODE (Song et al., 2021, eq. 13). In the variable psi and the scaled state
+y = x / m it reads dy/dpsi = F, and a Butcher tableau (A, c) with the weights in A's last line makes the step
 
-    "t":      dx/dt = velocity = f x - g^2 score / 2
-    "sigma":  dy/du = eps,  y = x / alpha,  u = sigma / alpha    (Karras et al., 2022: the linear part is exact)
+    y_j = y_0 + (psi_s - psi_t) sum_{l < j} A_{j,l} F_l,    F_l evaluated at psi_t + c_l (psi_s - psi_t)
 
-A step to sigma = 0 has no derivative at its end, and a step from alpha = 0 no u at its start: both are first order,
-x_0 = D and DDIM's step.
+    variable        psi               m               F
+    t               t                 1               velocity = f x - g^2 score / 2
+    sigma           sigma / alpha     alpha           eps                 (Karras et al., 2022)
+    half_log_snr    lambda            alpha           -(sigma / alpha) eps
+    angle           atan(sigma/alpha) r               v / r,   r = sqrt(alpha^2 + sigma^2)
+
+In all but t the linear part is exact. A step to sigma = 0 has no derivative at its end, and in sigma and half_log_snr
+one from alpha = 0 has no start: both are first order, x_0 = D and DDIM's step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from scoresde.grid import Grid
-from scoresde.solvers.base import Solver
-from scoresde.tableau import Tableau
-from scoresde.views import view_of_mean
+from scoresde.sde import SDE
+from scoresde.solvers.base import SingleStep
+from scoresde.solvers.first_order import DDIM
+from scoresde.solvers.rows import Rows, stage_rows
+from scoresde.views import Affine, view_of_mean
 
-__all__ = ["Euler", "Heun"]
+__all__ = ["METHODS", "VARIABLES", "Euler", "Heun", "RungeKutta"]
+
+Variable = Literal["sigma", "half_log_snr", "t", "angle"]
+Method = Literal["euler", "heun", "midpoint", "ralston", "kutta3", "rk4"]
+
+
+class _Coordinates(NamedTuple):
+    """psi(t), its inverse, m(t) and (p, q) of F, for an SDE."""
+
+    psi: Callable[[SDE, Tensor], Tensor]
+    time: Callable[[SDE, Tensor], Tensor]
+    m: Callable[[SDE, Tensor], Tensor]
+    F: Callable[[SDE, Tensor], Affine]
+
+
+def _radius(sde: SDE, t: Tensor) -> Tensor:
+    return torch.hypot(sde.alpha(t), sde.sigma(t))
+
+
+def _scaled(affine: Affine, factor: Tensor) -> Affine:
+    return affine[0] * factor, affine[1] * factor
+
+
+VARIABLES: dict[str, _Coordinates] = {
+    "t": _Coordinates(
+        psi=lambda sde, t: t,
+        time=lambda sde, psi: psi,
+        m=lambda sde, t: torch.ones_like(t),
+        F=lambda sde, t: view_of_mean("velocity", sde, t),
+    ),
+    "sigma": _Coordinates(
+        psi=lambda sde, t: sde.sigma(t) / sde.alpha(t),
+        time=lambda sde, psi: sde.time_at(-psi.log()),
+        m=lambda sde, t: sde.alpha(t),
+        F=lambda sde, t: view_of_mean("eps", sde, t),
+    ),
+    "half_log_snr": _Coordinates(
+        psi=lambda sde, t: sde.half_log_snr(t),
+        time=lambda sde, psi: sde.time_at(psi),
+        m=lambda sde, t: sde.alpha(t),
+        F=lambda sde, t: _scaled(view_of_mean("eps", sde, t), -sde.sigma(t) / sde.alpha(t)),
+    ),
+    "angle": _Coordinates(
+        psi=lambda sde, t: torch.atan2(sde.sigma(t), sde.alpha(t)),
+        time=lambda sde, psi: sde.time_at(-psi.tan().log()),
+        m=_radius,
+        F=lambda sde, t: _scaled(view_of_mean("v", sde, t), 1 / _radius(sde, t)),
+    ),
+}
+
+METHODS: dict[str, list[list[float]]] = {
+    "euler": [[1.0]],
+    "heun": [[1.0], [1 / 2, 1 / 2]],
+    "midpoint": [[1 / 2], [0.0, 1.0]],
+    "ralston": [[2 / 3], [1 / 4, 3 / 4]],
+    "kutta3": [[1 / 2], [-1.0, 2.0], [1 / 6, 2 / 3, 1 / 6]],
+    "rk4": [[1 / 2], [0.0, 1 / 2], [0.0, 0.0, 1.0], [1 / 6, 1 / 3, 1 / 3, 1 / 6]],
+}
+"""Lines j = 1..S of A for each method; the last are its weights, the sums of the others its c_j."""
 
 
 @dataclass(frozen=True)
-class _ProbabilityFlow(Solver):
-    """A Runge-Kutta method; `variable` as in the module's docstring.
+class RungeKutta(SingleStep):
+    """An explicit Runge-Kutta method of S stages, S evaluations a step and one on a step to sigma = 0.
+
+    Args:
+        method: "euler" (order 1), "heun", "midpoint" or "ralston" (2), "kutta3" (3) or "rk4" (4).
+        variable: as in the module's docstring.
 
     Raises:
-        ValueError: on another variable.
+        ValueError: on another method or variable.
     """
 
-    variable: Literal["sigma", "t"] = "sigma"
+    method: Method = "rk4"
+    variable: Variable = "sigma"
 
     def __post_init__(self) -> None:
-        if self.variable not in ("sigma", "t"):
-            raise ValueError(f"variable={self.variable!r}: expected 'sigma' or 't'")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r}: expected one of {', '.join(METHODS)}")
+        if self.variable not in VARIABLES:
+            raise ValueError(f"variable={self.variable!r}: expected one of {', '.join(VARIABLES)}")
 
-    def _table(self, grid: Grid, second_order: bool) -> Tableau:
-        alpha_t, sigma_t, alpha_s, sigma_s = grid.pairs()
-        if self.variable == "t":
-            view, A, B = "velocity", torch.ones_like(alpha_t), grid.times.diff()
-        else:
-            view, A, B = "eps", alpha_s / alpha_t, sigma_s - alpha_s * sigma_t / alpha_t
-        singular = sigma_s == 0
-        if self.variable == "sigma":  # Euler's step is DDIM's everywhere, and better written without 1 / alpha_t
-            singular |= (alpha_t == 0) | (not second_order)
-        stages = torch.where(singular | (not second_order), 1, 2)
-        step = torch.arange(grid.steps, device="cpu").repeat_interleave(stages)
-        second = torch.cat([step[:1] < 0, step.diff() == 0])
-        t = grid.times[step + second]
-        p, q = view_of_mean(view, grid.sde, t)
-        # First stage: x' = A x + B F. Second: A x + B (F + F') / 2 = x' + (B / 2) (F' - F).
-        a = torch.where(second, 1.0, A[step])
-        b0, b1 = torch.where(second, B[step] / 2, B[step]), torch.where(second, -B[step] / 2, 0.0)
-        # The exceptions, as steps of DDIM in x0: x_s = alpha_s D + sigma_s (x_t - alpha_t D) / sigma_t.
-        lone = singular[step]
-        ratio = (sigma_s / sigma_t)[step]
-        b0 = torch.where(lone, alpha_s[step] - ratio * alpha_t[step], b0)
-        a, p, q = (torch.where(lone, y, x) for x, y in ((a, ratio), (p, 0.0), (q, 1.0)))
-        b = torch.stack([b0, b1], 1) if second_order else b0
-        return Tableau(grid, a=a, b=b, view=(p, q), t=t, step=step)
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        x = VARIABLES[self.variable]
+        singular = sde.sigma(s) == 0
+        if self.variable in ("sigma", "half_log_snr"):
+            singular |= sde.alpha(t) == 0
+        move = torch.arange(len(t), device="cpu")
+        alone = DDIM().rows(sde, t[singular], s[singular]).numbered(move[singular])
+        if bool(singular.all()):
+            return alone
+        t, s = t[~singular], s[~singular]
+        S = len(METHODS[self.method])
+        A = torch.tensor(
+            [line + [0.0] * (S - len(line)) for line in METHODS[self.method]], dtype=torch.float64, device="cpu"
+        )
+        h = x.psi(sde, s) - x.psi(sde, t)
+        inner = [t if c == 0 else s if c == 1 else x.time(sde, x.psi(sde, t) + c * h) for c in [0, *A.sum(1).tolist()]]
+        times = torch.stack(inner, 1)
+        p, q = x.F(sde, times[:, :-1])
+        rows = stage_rows(times[:, :-1], x.m(sde, times), p, q, h[:, None, None] * A)
+        return Rows.merge([rows.numbered(move[~singular]), alone])
 
 
 @dataclass(frozen=True)
-class Euler(_ProbabilityFlow):
+class Euler(SingleStep):
     """Euler's method on the probability-flow ODE, first order, one evaluation a step.
 
     Args:
-        variable: "sigma", where it is DDIM's deterministic step, or "t".
+        variable: "sigma", where it is DDIM's deterministic step, or another of the module's docstring.
     """
 
-    def tableau(self, grid: Grid) -> Tableau:
-        return self._table(grid, second_order=False)
+    variable: Variable = "sigma"
+
+    def __post_init__(self) -> None:
+        RungeKutta("euler", self.variable)
+
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        return (
+            DDIM().rows(sde, t, s) if self.variable == "sigma" else RungeKutta("euler", self.variable).rows(sde, t, s)
+        )
 
 
 @dataclass(frozen=True)
-class Heun(_ProbabilityFlow):
+class Heun(SingleStep):
     """Heun's method on the probability-flow ODE (Karras et al., 2022, algorithm 1), second order, two evaluations a
     step and one on the last to sigma = 0: 2 N - 1 in all (and one on a first step from alpha = 0 in sigma: 2 N - 2).
 
@@ -84,8 +161,14 @@ class Heun(_ProbabilityFlow):
     or a chain begins with far larger ratios, worst on the cosine chain: take variable="t" there.
 
     Args:
-        variable: "sigma", the paper's choice, or "t", its algorithm for the SDE's own alpha(t) and sigma(t).
+        variable: "sigma", the paper's choice, "t", its algorithm for the SDE's own alpha(t) and sigma(t), or another of
+            the module's docstring.
     """
 
-    def tableau(self, grid: Grid) -> Tableau:
-        return self._table(grid, second_order=True)
+    variable: Variable = "sigma"
+
+    def __post_init__(self) -> None:
+        RungeKutta("heun", self.variable)
+
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        return RungeKutta("heun", self.variable).rows(sde, t, s)

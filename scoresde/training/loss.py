@@ -70,7 +70,7 @@ def dsm_loss(
         ratio = times.ratio(sde, t)
     else:
         t = as_time(t).double()
-        check_time(t, len(x0), sde)
+        check_time(t, len(x0), sde, sde.t_max)
         t = t.expand(len(x0))
         if known_any(t == 0):
             raise ValueError("t = 0: the data itself holds no noise to be learned, so its loss is undefined")
