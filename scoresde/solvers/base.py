@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -92,6 +92,13 @@ class SingleStep(Solver, ABC):
 
     def tableau(self, grid: Grid) -> Tableau:
         return self.rows(grid.sde, grid.times[:-1], grid.times[1:]).tableau(grid)
+
+
+def check_option(options: Collection[Any], **values: Any) -> None:
+    """Raises ValueError unless the named values are among the options."""
+    for name, value in values.items():
+        if value not in options:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, options))}")
 
 
 def check_count(**values: int) -> None:

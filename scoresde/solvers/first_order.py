@@ -30,7 +30,7 @@ def _forgotten(sde: SDE, t: Tensor, s: Tensor) -> Tensor:
     return -torch.expm1(2 * (sde.half_log_snr(t) - sde.half_log_snr(s)))
 
 
-def _marginal_preserving(sde: SDE, t: Tensor, s: Tensor, c2: Tensor) -> Rows:
+def marginal_preserving(sde: SDE, t: Tensor, s: Tensor, c2: Tensor) -> Rows:
     """The step of the module's docstring with noise of variance c2."""
     a = (sde.sigma(s) ** 2 - c2).sqrt() / sde.sigma(t)
     return one_evaluation(sde, t, s, a, sde.alpha(s) - a * sde.alpha(t), c2.sqrt())
@@ -59,7 +59,7 @@ class DDIM(SingleStep):
         c2 = (self.eta * sde.sigma(s)) ** 2 * _forgotten(sde, t, s)
         if bool((c2 > sde.sigma(s) ** 2).any()):
             raise ValueError(f"eta={self.eta} asks for more noise than sigma_s on a step of {sde!r}: take eta <= 1")
-        return _marginal_preserving(sde, t, s, c2)
+        return marginal_preserving(sde, t, s, c2)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ExponentialSDE(SingleStep):
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         h = sde.half_log_snr(s) - sde.half_log_snr(t)
         c2 = -(sde.sigma(s) ** 2) * torch.expm1(-2 * self.tau**2 * h) if self.tau > 0 else torch.zeros_like(h)
-        return _marginal_preserving(sde, t, s, c2)
+        return marginal_preserving(sde, t, s, c2)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 An exact step of a linear SDE or ODE is a known factor of the state plus an integral of F, over the half log-SNR lambda,
 with a known kernel. A method replaces F by the polynomial through the values it has, so that the weights are
 
-    w_j = int_{lambda_t}^{lambda_s} kernel(lambda) l_j(chi(lambda)) dlambda,    l_j the Lagrange basis on the nodes chi_j
+    w_j = int_{lambda_t}^{lambda_s} kernel(lambda) l_j(chi(lambda)) dlambda,    l_j the Lagrange basis on nodes chi_j
 
 in an interpolation variable chi: lambda itself (DPM-Solver++, UniPC, SA-Solver), sigma / alpha (rhoAB, ER-SDE), t (tAB)
 or the angle atan(sigma / alpha) (v). With the kernel k e^{k (lambda - lambda_s)}, whose integral is 1 - e^{-k h},
 
-    x_s = (sigma_s / sigma_t) e^{-tau^2 h} x_t + alpha_s sum_j w_j D_j + sigma_s sqrt(1 - e^{-2 tau^2 h}) z    k = 1 + tau^2
-    x_s = (alpha_s / alpha_t) x_t + (1 + tau^2) sigma_s sum_j w_j eps_j + tau sigma_s sqrt(e^{2h} - 1) z       k = -1
+    k = 1 + tau^2:  x_s = (sigma_s / sigma_t) e^{-tau^2 h} x_t + alpha_s sum_j w_j D_j + sigma_s sqrt(1 - e^{-2 tau^2 h}) z
+    k = -1:         x_s = (alpha_s / alpha_t) x_t + (1 + tau^2) sigma_s sum_j w_j eps_j + tau sigma_s sqrt(e^{2h} - 1) z
 
 (Lu et al., 2022b; Xue et al., 2023). The integral is taken by Gauss-Legendre quadrature, exact to rounding for these
 kernels over any step: no phi-function cancels at small h, and no Vandermonde system is solved.
@@ -30,8 +30,8 @@ _NODES, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss
 
 def interpolation_weights(
     nodes: Tensor,
-    lambda_t: Tensor,
-    lambda_s: Tensor,
+    start: Tensor,
+    end: Tensor,
     kernel: Callable[[Tensor], Tensor],
     chi: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -39,20 +39,19 @@ def interpolation_weights(
 
     Args:
         nodes: chi_j of the F values, shape (M, J), distinct in each line.
-        lambda_t, lambda_s: half log-SNR at the two ends of each step, finite, shape (M,).
-        kernel: of lambda, shape (M, Q).
-        chi: the interpolation variable as a function of lambda, shape (M, Q); by default lambda itself.
+        start, end: the integration variable (lambda) at the two ends of each step, finite, shape (M,).
+        kernel: of the integration variable, shape (M, Q).
+        chi: the interpolation variable as a function of the integration variable, shape (M, Q); by default itself.
     """
-    half = ((lambda_s - lambda_t) / 2)[:, None]
-    points = lambda_t[:, None] + half * (1 + _NODES)
+    half = ((end - start) / 2)[:, None]
+    points = start[:, None] + half * (1 + _NODES)
     values = half * _WEIGHTS * kernel(points)
     return torch.einsum("mq,mqj->mj", values, lagrange_basis(nodes, points if chi is None else chi(points)))
 
 
 def lagrange_basis(nodes: Tensor, at: Tensor) -> Tensor:
     """l_j(at), shape (M, Q, J), for nodes (M, J) and points (M, Q)."""
-    J = nodes.shape[1]
-    others = ~torch.eye(J, dtype=torch.bool, device="cpu")
+    others = ~torch.eye(nodes.shape[1], dtype=torch.bool, device="cpu")
     gap = torch.where(others, nodes[:, :, None] - nodes[:, None, :], 1.0)
     factor = torch.where(others, (at[:, :, None, None] - nodes[:, None, None, :]) / gap[:, None], 1.0)
     return factor.prod(-1)
