@@ -32,7 +32,7 @@ class Solution:
         grid: the grid that was stepped on.
         trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...).
         status: "complete", or "max_nfe" where an adaptive solver's budget ran out before the grid's end.
-        t: the time that x stands at: grid.times[-1] if complete (else, with a step size per sample, the least advanced).
+        t: the time that x stands at: grid.times[-1] if complete, else that of the least advanced sample.
     """
 
     x: Tensor

@@ -28,9 +28,12 @@ class Solver:
     Attributes:
         adaptive: whether it chooses its own times, so that `sample` needs no steps=, nfe= or grid=: the grid then only
             says where it starts, where it ends and at which times between a state is reported.
+        power: of the `Grid.power` that `sample(steps=...)` takes where no grid is given, chosen by measurement
+            (benchmarks/results/step_counts); None for the SDE's customary grid.
     """
 
     adaptive: ClassVar[bool] = False
+    power: ClassVar[float | None] = None
 
     def tableau(self, grid: Grid) -> Tableau:
         """The table of coefficients on that grid.
@@ -42,7 +45,7 @@ class Solver:
 
     def grid(self, sde: SDE, steps: int) -> Grid:
         """The grid that `sample(steps=...)` uses where none is given."""
-        return Grid.customary(sde, steps)
+        return Grid.customary(sde, steps) if self.power is None else Grid.power(sde, steps, power=self.power)
 
     def evaluations(self, grid: Grid) -> int | None:
         """Evaluations of the denoiser on that grid, or None where they are not known beforehand."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from scoresde.grid import Grid
 from scoresde.sde import SDE
 from scoresde.solvers.base import SingleStep
 from scoresde.solvers.rows import Rows, one_evaluation
@@ -48,6 +49,8 @@ class DDIM(SingleStep):
     Raises:
         ValueError: unless eta >= 0 is finite; by `tableau`, where eta > 1 would ask for more noise than sigma_s.
     """
+
+    power: ClassVar[float | None] = 3.0
 
     eta: float = 0.0
 
@@ -83,6 +86,9 @@ class DDPM(SingleStep):
         if self.variance not in ("posterior", "beta"):
             raise ValueError(f"variance={self.variance!r}: expected 'posterior' or 'beta'")
 
+    def grid(self, sde: SDE, steps: int) -> Grid:
+        return Grid.power(sde, steps, power=3.0) if self.variance == "posterior" else Grid.customary(sde, steps)
+
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         forgotten = _forgotten(sde, t, s)
         a = sde.sigma(s) * (1 - forgotten).sqrt() / sde.sigma(t)
@@ -114,6 +120,8 @@ class ExponentialSDE(SingleStep):
     Raises:
         ValueError: unless tau >= 0 is finite.
     """
+
+    power: ClassVar[float | None] = 3.0
 
     tau: float = 1.0
 

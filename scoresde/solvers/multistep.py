@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -196,6 +196,8 @@ class ExponentialAB(Solver):
         ValueError: on another order, view or variable, or a tau that is negative or given in v.
     """
 
+    power: ClassVar[float | None] = 4.0
+
     order: int = 3
     view: View = "x0"
     variable: Variable | None = None
@@ -230,6 +232,8 @@ class DPMSolverPP(Solver):
     Raises:
         ValueError: on another order or rule.
     """
+
+    power: ClassVar[float | None] = 4.0
 
     order: int = 2
     stochastic: bool = False
@@ -276,6 +280,8 @@ class DEIS(Solver):
         ValueError: on another order or variable.
     """
 
+    power: ClassVar[float | None] = 4.0
+
     order: int = 3
     variable: Literal["t", "sigma"] = "t"
 
@@ -299,6 +305,8 @@ class IPNDM(Solver):
     Raises:
         ValueError: on another order.
     """
+
+    power: ClassVar[float | None] = 4.0
 
     order: int = 4
 
@@ -330,6 +338,8 @@ class UniPC(Solver):
         ValueError: on another order, view or rule.
     """
 
+    power: ClassVar[float | None] = 4.0
+
     order: int = 3
     view: Literal["x0", "eps"] = "x0"
     rule: Rule = "B2"
@@ -360,6 +370,8 @@ class SASolver(Solver):
     Raises:
         ValueError: on other numbers, or a tau that is negative; by `tableau` if the function's values are.
     """
+
+    power: ClassVar[float | None] = 4.0
 
     predictor: int = 3
     corrector: int = 4
@@ -406,6 +418,8 @@ class ERSDE(Solver):
     Raises:
         ValueError: on another order or name; by `tableau`, unless phi(u) / u grows with u.
     """
+
+    power: ClassVar[float | None] = 2.0
 
     order: int = 3
     noise_scale: Literal["recommended", "ode", "sde"] | Callable[[Tensor], Tensor] = "recommended"

@@ -8,8 +8,10 @@ with a known kernel. A method replaces F by the polynomial through the values it
 in an interpolation variable chi: lambda itself (DPM-Solver++, UniPC, SA-Solver), sigma / alpha (rhoAB, ER-SDE), t (tAB)
 or the angle atan(sigma / alpha) (v). With the kernel k e^{k (lambda - lambda_s)}, whose integral is 1 - e^{-k h},
 
-    k = 1 + tau^2:  x_s = (sigma_s / sigma_t) e^{-tau^2 h} x_t + alpha_s sum_j w_j D_j + sigma_s sqrt(1 - e^{-2 tau^2 h}) z
-    k = -1:         x_s = (alpha_s / alpha_t) x_t + (1 + tau^2) sigma_s sum_j w_j eps_j + tau sigma_s sqrt(e^{2h} - 1) z
+    k = 1 + tau^2
+        x_s = (sigma_s / sigma_t) e^{-tau^2 h} x_t + alpha_s sum_j w_j D_j + sigma_s sqrt(1 - e^{-2 tau^2 h}) z
+    k = -1
+        x_s = (alpha_s / alpha_t) x_t + (1 + tau^2) sigma_s sum_j w_j eps_j + tau sigma_s sqrt(e^{2h} - 1) z
 
 (Lu et al., 2022b; Xue et al., 2023). The integral is taken by Gauss-Legendre quadrature, exact to rounding for these
 kernels over any step: no phi-function cancels at small h, and no Vandermonde system is solved.
