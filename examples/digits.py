@@ -31,7 +31,7 @@ from scoresde.info import environment
 from scoresde.metrics import RandomFeatures, frechet_distance
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
-from scoresde.solvers import DDIM, DDPM, EulerMaruyama, Heun, Solver
+from scoresde.solvers import DDIM, DDPM, DPMSolverPP, EulerMaruyama, Heun, Solver, UniPC
 from scoresde.training import CheckpointError, TrainConfig, Trainer, min_snr
 
 matplotlib.use("Agg")
@@ -42,6 +42,8 @@ RACE: dict[str, Solver] = {
     "Euler-Maruyama": EulerMaruyama(),
     "DDIM": DDIM(),
     "Heun": Heun(variable="t"),
+    "DPM-Solver++ 2M": DPMSolverPP(order=2),
+    "UniPC-3": UniPC(order=3),
 }
 
 
@@ -111,7 +113,7 @@ def race(denoiser: Denoiser, training: Tensor, held_out: Tensor, args: argparse.
         distance, std = bootstrap(features(drawn[name, budget]), reference, args.seed)
         row = {"solver": name, "budget": budget, "nfe": solution.nfe, "frechet_distance": distance, "std": std}
         rows.append(row)
-        print(f"  {name:15s}{solution.nfe:5d} evaluations   Frechet distance {distance:.3f} (std {std:.3f})")
+        print(f"  {name:16s}{solution.nfe:5d} evaluations   Frechet distance {distance:.3f} (std {std:.3f})")
     return {
         "metric": "Frechet distance to 500 held-out digits, 64 random ReLU features (scoresde.metrics.RandomFeatures)",
         "samples": args.samples,
@@ -195,10 +197,9 @@ def draw_samples(drawn: dict[tuple[str, int], Tensor], held_out: Tensor, results
     real = results["floor"]["mean"]
     picture = tile(drawn["DDPM", long][: (2 * side) ** 2], 2 * side)
     show(figure.add_subplot(axes[:2, -2:]), picture, "DDPM, " + title("DDPM", long))
-    show(
-        figure.add_subplot(axes[2, -2:]), tile(held_out[: 2 * side**2], 2 * side), f"real digits, held out: {real:.2f}"
-    )
-    axis = figure.add_subplot(axes[3, -2:])
+    real_digits = tile(held_out[: (2 * side) ** 2], 2 * side)
+    show(figure.add_subplot(axes[2:4, -2:]), real_digits, f"real digits, held out: {real:.2f}")
+    axis = figure.add_subplot(axes[4:, -2:])
     for name in RACE:
         points = [(row["nfe"], row["frechet_distance"]) for row in results["rows"] if row["solver"] == name]
         axis.loglog(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
