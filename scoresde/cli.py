@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from scoresde import __version__, sde, solvers
+from scoresde import __version__, sde
 from scoresde.chain import DDPMChain
 from scoresde.grid import Grid
 from scoresde.info import environment
+from scoresde.solvers import available
+from scoresde.solvers.catalogue import HEADER, markdown
 
 __all__ = ["main"]
 
@@ -25,14 +27,8 @@ SDES: dict[str, Callable[[], sde.SDE]] = {
     "ddpm": DDPMChain.linear,
     "ddpm-cosine": DDPMChain.cosine,
 }
-SOLVERS: dict[str, Callable[[], solvers.Solver]] = {
-    "ddpm": solvers.DDPM,
-    "ddim": solvers.DDIM,
-    "euler-maruyama": solvers.EulerMaruyama,
-    "euler": solvers.Euler,
-    "heun": solvers.Heun,
-}
-GRIDS = ("customary", "uniform", "quadratic", "log_snr", "karras", "strided")
+SOLVERS = {entry.name: entry for entry in available()}
+GRIDS = ("default", "uniform", "quadratic", "log_snr", "karras", "strided")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,18 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"scoresde {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("info", help="versions, devices, and what there is")
+    listing = commands.add_parser("solvers", help="every solver: order, evaluations, whether it draws noise, its paper")
+    listing.add_argument("--markdown", action="store_true", help="as the README has it")
     show = commands.add_parser("tableau", help="print the coefficients of a solver on a grid")
-    show.add_argument("solver", choices=SOLVERS)
+    show.add_argument("solver", choices=SOLVERS, metavar="solver", help="a name from `scoresde solvers`")
     show.add_argument("--sde", choices=SDES, default="vp", help="with its default parameters (vp)")
     show.add_argument("--steps", type=int, default=10, help="(10)")
-    show.add_argument("--grid", choices=GRIDS, default="customary", help="spacing (the SDE's customary one)")
+    show.add_argument("--grid", choices=GRIDS, default="default", help="spacing (the solver's own)")
     args = parser.parse_args(argv)
     try:
         if args.command == "info":
             info()
+        elif args.command == "solvers":
+            print(markdown(available()) if args.markdown else listed())
         else:
             tableau(args)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         print(f"scoresde: {error}", file=sys.stderr)
         return 2
     return 0
@@ -77,4 +77,15 @@ def info() -> None:
 def tableau(args: argparse.Namespace) -> None:
     """Print the table of args.solver on args.grid."""
     process = SDES[args.sde]()
-    print(SOLVERS[args.solver]().tableau(getattr(Grid, args.grid)(process, args.steps)))
+    solver = SOLVERS[args.solver].solver
+    grid = solver.grid if args.grid == "default" else getattr(Grid, args.grid)
+    print(solver.tableau(grid(process, args.steps)))
+
+
+def listed() -> str:
+    """The solvers as a table for a terminal."""
+    rows = [HEADER, *(entry.line() for entry in available())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

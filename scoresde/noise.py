@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scoresde.sde import SDE
 
-__all__ = ["GeneratorNoise", "NoiseSource", "SeededNoise", "sample_seeds"]
+__all__ = ["GeneratorNoise", "NoiseSource", "SeededNoise", "noise_source", "sample_seeds"]
 
 NoiseSource = Callable[[int, Tensor], Tensor]
 """noise(row, x): standard normal of the shape, dtype and device of x for that row of the tableau."""
@@ -57,14 +57,20 @@ class GeneratorNoise:
     def __call__(self, row: int, x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=self._generator, dtype=x.dtype, device=x.device)
 
+    def entropies(self, batch: int) -> list[int]:
+        """A number per sample, in [0, 2^62), to seed its Brownian path; call it before the first z_i."""
+        drawn = torch.randint(2**62, (batch,), generator=self._generator, device=self._generator.device)
+        numbers: list[int] = drawn.tolist()
+        return numbers
+
     def rewind(self) -> None:
         """Back to before the first z_i, to replay a run."""
         self._generator.set_state(self._start)
 
 
 class SeededNoise:
-    """A stream for each sample: one for its x_T, another for its z_i (so that a user who passes x_T drawn from the same
-    seed does not see it again as noise).
+    """Streams for each sample: one for its x_T, another for its z_i (so that a user who passes x_T drawn from the same
+    seed does not see it again as noise), a third for its Brownian path.
 
     Args:
         seeds: one per sample, each >= 0.
@@ -96,5 +102,60 @@ class SeededNoise:
         self._used += 1
         return self._block[:, self._used - 1]
 
+    def entropies(self, batch: int) -> list[int]:
+        """A number per sample, in [0, 2^63), to seed its Brownian path; nothing is drawn.
+
+        Raises:
+            ValueError: if there is not one seed per sample.
+        """
+        if len(self.seeds) != batch:
+            raise ValueError(f"{len(self.seeds)} seeds for {batch} samples: give one per sample")
+        return [derive_seed(s, 2) for s in self.seeds]
+
     def _streams(self, stream: int) -> list[torch.Generator]:
         return [torch.Generator(self.device).manual_seed(derive_seed(s, stream)) for s in self.seeds]
+
+
+def noise_source(
+    device: torch.device,
+    shape_or_x: Sequence[int] | Tensor,
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | None,
+    noise: NoiseSource | None,
+) -> NoiseSource:
+    """The source that these arguments of `sample` name; seeded by the operating system where none is given.
+
+    Raises:
+        TypeError, ValueError: if they contradict each other, or do not fit the shape.
+    """
+    given = [k for k, v in (("seed", seed), ("generator", generator), ("noise", noise)) if v is not None]
+    if len(given) > 1:
+        raise ValueError(f"give at most one of seed=, generator= and noise=; got {' and '.join(given)}")
+    is_tensor = isinstance(shape_or_x, Tensor)
+    if not is_tensor and not isinstance(shape_or_x, Sequence):
+        raise TypeError(f"shape_or_x is {shape_or_x!r}: expected a shape (B, ...), or x_T itself")
+    if not is_tensor and (
+        len(shape_or_x) == 0 or not all(isinstance(n, int | np.integer) and n > 0 for n in shape_or_x)
+    ):
+        raise ValueError(f"shape {tuple(shape_or_x)}: expected whole numbers > 0, (B, ...)")
+    batch = shape_or_x.shape[0] if isinstance(shape_or_x, Tensor) and shape_or_x.ndim else shape_or_x[0]
+    device = shape_or_x.device if isinstance(shape_or_x, Tensor) else device
+    if noise is not None:
+        if not is_tensor:
+            raise ValueError("with noise= give x_T itself, not a shape")
+        return noise
+    if generator is not None:
+        if generator.device.type != device.type:
+            raise ValueError(f"the generator is on {generator.device}, the samples on {device}: make it there")
+        return GeneratorNoise(generator)
+    if seed is None:
+        return GeneratorNoise.fresh(device)
+    listed = seed.tolist() if isinstance(seed, Tensor | np.ndarray | np.generic) else seed
+    seeds = [listed] if isinstance(listed, int) else list(listed)
+    if any(not isinstance(n, int | np.integer) or n < 0 for n in seeds):
+        raise ValueError(f"seed={seed!r}: expected whole numbers >= 0")
+    if isinstance(listed, int):
+        seeds = sample_seeds(listed, int(batch))
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} samples: give one integer, or one per sample")
+    return SeededNoise(seeds, device)

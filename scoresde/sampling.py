@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.brownian import BrownianNoise
 from scoresde.denoiser import Denoiser
+from scoresde.errors import NonFiniteError
 from scoresde.grid import Grid
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, sample_seeds
+from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
 from scoresde.tensors import check_batch, widen
@@ -43,20 +44,6 @@ class Solution:
     t: float = 0.0
 
 
-class NonFiniteError(ArithmeticError):
-    """A run met a NaN or an infinity.
-
-    Attributes:
-        step: the grid step, or None if the replay did not meet it again.
-        time: the time of the evaluation, or None.
-        samples: indices of the samples that were not finite.
-    """
-
-    def __init__(self, message: str, step: int | None, time: float | None, samples: list[int]) -> None:
-        super().__init__(message)
-        self.step, self.time, self.samples = step, time, samples
-
-
 def sample(
     denoiser: Denoiser,
     shape_or_x: Sequence[int] | Tensor,
@@ -73,6 +60,7 @@ def sample(
     progress: bool = False,
     differentiable: bool = False,
     device: torch.device | str | None = None,
+    path: bool = False,
 ) -> Solution:
     """Solve from t_max (or the grid's start) to the grid's end.
 
@@ -94,6 +82,9 @@ def sample(
         progress: show a progress bar.
         device: where x_T is drawn; by default where the network's parameters are (give it for a network without).
         differentiable: record gradients, with respect to x_T, cond and the network's parameters.
+        path: the noise of every step is an increment of one Brownian path per sample (`BrownianNoise`), so that another
+            number of steps sees the same path, and a sample keeps its look. For tables with a row a step; `ReverseSDE`
+            does so by itself.
 
     Raises:
         ValueError: before any evaluation, if arguments contradict each other, the denoiser's SDE is not the grid's, or
@@ -117,7 +108,7 @@ def sample(
         hint = f"{solver.__name__}()" if isinstance(solver, type) else "DDIM() say"
         raise TypeError(f"solver must be an instance of a solver ({hint}), not {solver!r}")
     solver, grid = _choose_grid(denoiser, solver, steps, nfe, grid)
-    source = _choose_noise(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
+    source = noise_source(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
     if isinstance(shape_or_x, Tensor):
         check_batch(shape_or_x, "x_T")
         out_dtype = shape_or_x.dtype
@@ -134,8 +125,14 @@ def sample(
             raise ValueError(f"cond[{key!r}] has {len(value)} entries for {len(x_T)} samples: expected 1 or as many")
     _warn_of_training_mode(denoiser)
 
+    draw = source
+    if path:
+        if not isinstance(source, GeneratorNoise | SeededNoise):
+            raise ValueError("path=True makes its own noise: give seed= or generator=, not noise=")
+        draw = BrownianNoise(solver.tableau(grid), source.entropies(len(x_T)))
+
     def run() -> Iterator[State]:
-        return solver.iterate(denoiser, x_T, grid, source, cond)
+        return solver.iterate(denoiser, x_T, grid, draw, cond)
 
     last, states = None, [x_T] if trajectory else []
     with torch.set_grad_enabled(differentiable):
@@ -149,12 +146,12 @@ def sample(
     x, complete = last.x, last.done and last.step == grid.steps - 1
     if not bool(x.detach().isfinite().all()):
         raise _locate(run, source, x)
-    path = torch.stack(states).to(out_dtype) if trajectory else None
+    kept = torch.stack(states).to(out_dtype) if trajectory else None
     return Solution(
         x.to(out_dtype),
         last.nfe,
         grid,
-        path,
+        kept,
         status="complete" if complete else "max_nfe",
         t=float(grid.times[-1]) if complete else last.t,
     )
@@ -195,46 +192,6 @@ def _choose_grid(
         assert nfe is not None
         return solver.within(denoiser.sde, nfe)
     return solver, solver.grid(denoiser.sde, steps)
-
-
-def _choose_noise(
-    device: torch.device,
-    shape_or_x: Sequence[int] | Tensor,
-    seed: int | Sequence[int] | None,
-    generator: torch.Generator | None,
-    noise: NoiseSource | None,
-) -> NoiseSource:
-    given = [k for k, v in (("seed", seed), ("generator", generator), ("noise", noise)) if v is not None]
-    if len(given) > 1:
-        raise ValueError(f"give at most one of seed=, generator= and noise=; got {' and '.join(given)}")
-    is_tensor = isinstance(shape_or_x, Tensor)
-    if not is_tensor and not isinstance(shape_or_x, Sequence):
-        raise TypeError(f"shape_or_x is {shape_or_x!r}: expected a shape (B, ...), or x_T itself")
-    if not is_tensor and (
-        len(shape_or_x) == 0 or not all(isinstance(n, int | np.integer) and n > 0 for n in shape_or_x)
-    ):
-        raise ValueError(f"shape {tuple(shape_or_x)}: expected whole numbers > 0, (B, ...)")
-    batch = shape_or_x.shape[0] if isinstance(shape_or_x, Tensor) and shape_or_x.ndim else shape_or_x[0]
-    device = shape_or_x.device if isinstance(shape_or_x, Tensor) else device
-    if noise is not None:
-        if not is_tensor:
-            raise ValueError("with noise= give x_T itself, not a shape")
-        return noise
-    if generator is not None:
-        if generator.device.type != device.type:
-            raise ValueError(f"the generator is on {generator.device}, the samples on {device}: make it there")
-        return GeneratorNoise(generator)
-    if seed is None:
-        return GeneratorNoise.fresh(device)
-    listed = seed.tolist() if isinstance(seed, Tensor | np.ndarray | np.generic) else seed
-    seeds = [listed] if isinstance(listed, int) else list(listed)
-    if any(not isinstance(n, int | np.integer) or n < 0 for n in seeds):
-        raise ValueError(f"seed={seed!r}: expected whole numbers >= 0")
-    if isinstance(listed, int):
-        seeds = sample_seeds(listed, int(batch))
-    if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds for {batch} samples: give one integer, or one per sample")
-    return SeededNoise(seeds, device)
 
 
 def _locate(run: Any, source: NoiseSource, end: Tensor) -> NonFiniteError:

@@ -169,4 +169,10 @@ class ReverseDiffusion(SingleStep):
         alpha_t, forgotten = sde.alpha(t), _forgotten(sde, t, s)  # G^2 = sigma_t^2 forgotten
         pull = forgotten / 2 if self.probability_flow else forgotten
         c = torch.zeros_like(pull) if self.probability_flow else sde.sigma(t) * forgotten.sqrt()
-        return one_evaluation(sde, t, s, 2 - alpha_t / sde.alpha(s) - pull, pull * alpha_t, c)
+        a, b = 2 - alpha_t / sde.alpha(s) - pull, pull * alpha_t
+        # From alpha = 0, A is 0 and tells nothing of how to go back: the exact step instead.
+        exact = DDIM(0.0 if self.probability_flow else 1.0).rows(sde, t, s)
+        lost = alpha_t == 0
+        return one_evaluation(
+            sde, t, s, torch.where(lost, exact.a, a), torch.where(lost, exact.b[:, 0], b), torch.where(lost, exact.c, c)
+        )

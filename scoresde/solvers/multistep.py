@@ -297,7 +297,7 @@ class DEIS(Solver):
 class IPNDM(Solver):
     """Improved pseudo-numerical method (Liu et al., 2022; Zhang and Chen, 2023): DDIM's step with eps replaced by the
     Adams-Bashforth combination of equal steps, whatever the steps are. Its order shows only on steps that are equal in
-    sigma / alpha, and is one elsewhere; at few evaluations it is often good nevertheless.
+    sigma / alpha, and is two where the ratio of neighbouring steps tends to one; at few evaluations it is often good.
 
     Args:
         order: 1 to 4.
@@ -386,8 +386,8 @@ class SASolver(Solver):
 
     def tableau(self, grid: Grid) -> Tableau:
         tau = self.tau(grid.times[:-1]) if callable(self.tau) else self.tau
-        if bool((torch.as_tensor(tau) < 0).any()):
-            raise ValueError(f"tau = {tau}: expected numbers >= 0")
+        if not bool(((t := torch.as_tensor(tau)) >= 0).all() and t.isfinite().all()):
+            raise ValueError(f"tau = {tau}: expected finite numbers >= 0")
         steps = _steps(grid, tau=tau)
         return steps.tableau(
             steps.weights(self.predictor), steps.weights(self.corrector, new=True) if self.corrector else None
@@ -436,13 +436,15 @@ class ERSDE(Solver):
         return {"recommended": recommended_noise_scale, "ode": lambda u: u, "sde": torch.square}[self.noise_scale](u)
 
     def tableau(self, grid: Grid) -> Tableau:
-        alpha_t, _, alpha_s, _ = grid.pairs()
-        u = (grid.sde.sigma(grid.times) / grid.sde.alpha(grid.times)).clamp(max=1e8)  # infinite where alpha = 0
-        u_t, u_s = u[:-1], u[1:]
-        phi_t, phi_s = self._phi(u_t), self._phi(u_s)
-        r = phi_s / phi_t
-        c2 = u_s**2 - (r * u_t) ** 2
-        if bool((c2 < -1e-12 * u_s**2).any()):
+        _, sigma_t, alpha_s, sigma_s = grid.pairs()
+        # Infinite where alpha = 0: phi / u then is at its limit, if it has one.
+        u = (grid.sde.sigma(grid.times) / grid.sde.alpha(grid.times)).clamp(max=1e30)
+        phi = self._phi(u)
+        growth = phi / u
+        phi_s, keep = phi[1:], torch.where(u[1:] > 0, growth[1:] / growth[:-1], 0.0)  # of the noise in x_t
+        forgotten = 1 - keep**2
+        forgotten = torch.where(forgotten.abs() < 1e-12, 0.0, forgotten)  # phi = u draws none
+        if bool((forgotten < 0).any()):
             raise ValueError("noise_scale: phi(u) / u must grow with u, or the noise would have a negative variance")
 
         def kernel(n: Tensor) -> Kernel:
@@ -453,8 +455,8 @@ class ERSDE(Solver):
 
             return at
 
-        c2 = alpha_s**2 * c2.clamp(min=0)
-        steps = _Steps(grid, "x0", "sigma", alpha_s / alpha_t * r, alpha_s, c2, kernel, slope=torch.zeros_like(r))
+        a, c2 = keep * sigma_s / sigma_t, sigma_s**2 * forgotten
+        steps = _Steps(grid, "x0", "sigma", a, alpha_s, c2, kernel, slope=torch.zeros_like(a))
         w = steps.weights(self.order)
         if self.order == 3 and self.as_published:
             n = (w[:, 2] != 0).nonzero().flatten()

@@ -1,0 +1,19 @@
+"""What a run is stopped by."""
+
+from __future__ import annotations
+
+__all__ = ["NonFiniteError"]
+
+
+class NonFiniteError(ArithmeticError):
+    """A run met a NaN or an infinity.
+
+    Attributes:
+        step: the grid step, or None if the replay did not meet it again.
+        time: the time of the evaluation, or None.
+        samples: indices of the samples that were not finite.
+    """
+
+    def __init__(self, message: str, step: int | None, time: float | None, samples: list[int]) -> None:
+        super().__init__(message)
+        self.step, self.time, self.samples = step, time, samples

@@ -1,0 +1,423 @@
+"""The probability-flow ODE by the integrators of torchdiffeq and scipy, which choose their own steps.
+
+In half log-SNR lambda, with r = sqrt(alpha^2 + sigma^2), a = alpha / r and D = E[x_0 | x], the state w = x / r follows
+
+    dw = [(1 + tau^2) a D - (tau^2 + a^2) w] dlambda + sqrt(2) tau (sigma / r) dW
+
+tau = 0 is the ODE, tau = 1 the reverse SDE (`ReverseSDE`). It is dy = -(1 + tau^2) u eps dlambda + sqrt(2) tau u dW for
+y = x / alpha, u = sigma / alpha, turned so that w is of order one at every noise level and changes slowly at both ends
+(for tau = 0 by a v / r of the angle atan u): tolerances mean the same everywhere, and the same on every SDE.
+
+Each sample's local error is held to its own tolerance: it is accepted if, for every sample b of B,
+
+    E_b = RMS over its elements of  error / (atol + rtol |w|)  <=  1
+
+torchdiffeq is given the norm max_b E_b. scipy has the RMS over the whole batch E = sqrt(sum_b E_b^2 / B), so its
+tolerances are divided by sqrt(B): E sqrt(B) = sqrt(sum_b E_b^2) <= 1 implies E_b <= 1. The step size is one for the
+batch, hence a sample depends on its neighbours, within its tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import scipy.integrate
+import scipy.sparse
+import torch
+import torchdiffeq
+from torch import Tensor
+
+from scoresde.denoiser import Denoiser
+from scoresde.grid import Grid
+from scoresde.noise import NoiseSource
+from scoresde.sde import SDE
+from scoresde.solvers.base import SingleStep, Solver, check_count
+from scoresde.solvers.first_order import ExponentialSDE
+from scoresde.tableau import State
+from scoresde.tensors import check_batch, widen
+
+if TYPE_CHECKING:
+    from scoresde.sampling import Solution
+
+__all__ = ["AdaptiveODE", "Leg", "Motion", "check_tolerances", "legs"]
+
+_TORCHDIFFEQ = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
+_SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
+_NO_GRADIENTS = "method={!r} of scipy records no gradients, which x or the network wants: use 'dopri5', or no_grad"
+_NEARLY_NOISE = -9.0  # lambda up to which a first step from alpha = 0 goes: D changes by about e^-9 on the way
+
+
+class Leg(NamedTuple):
+    """A part of a run, from t to s, in the grid's step `step`: by a single step if `jump`; its last if `done`."""
+
+    t: float
+    s: float
+    jump: bool
+    step: int
+    done: bool
+
+
+def legs(grid: Grid, free: bool) -> list[Leg]:
+    """The parts of a run on a grid: jumps where lambda is infinite, from alpha = 0 and to sigma = 0.
+
+    Args:
+        free: whether the solver may stand at times of its own. Then a jump from alpha = 0 goes to lambda = -9 at most,
+            and one to sigma = 0 starts at t_min at most.
+    """
+    sde, found = grid.sde, []
+    for step, (t, s) in enumerate(pairwise(grid.times.tolist())):
+        if float(sde.alpha(t)) == 0:
+            m = max(s, float(sde.time_at(_NEARLY_NOISE))) if free else s
+            found.append(Leg(t, m, True, step, m == s))
+            t = m
+        last = s if s > 0 else min(t, sde.t_min) if free else t
+        if last < t:
+            found.append(Leg(t, last, False, step, last == s))
+        if s == 0 and t > 0:
+            found.append(Leg(last, s, True, step, True))
+    return found
+
+
+class OutOfBudget(Exception):
+    """Raised by the evaluation that would exceed the budget."""
+
+
+class NonFinite(Exception):
+    """Raised by an evaluation that is not finite, at t; x is the state with NaN in the samples concerned."""
+
+    def __init__(self, t: float, x: Tensor) -> None:
+        self.t, self.x = t, x
+
+
+class Motion:
+    """The drift of the module's docstring over one run: it counts evaluations, stops at a NaN or at the end of the
+    budget, and remembers the last state that was accepted.
+
+    Args:
+        denoiser, cond: what is evaluated.
+        dtype: of the x that the denoiser sees.
+        times: of the run; no evaluation leaves their range.
+        tau: 0 or 1, as in the module's docstring.
+        budget: evaluations at most.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        cond: Mapping[str, Any] | None,
+        dtype: torch.dtype,
+        times: Tensor,
+        tau: float,
+        budget: float,
+    ) -> None:
+        self.denoiser, self.cond, self.dtype, self.tau, self.budget = denoiser, dict(cond or {}), dtype, tau, budget
+        self.sde, self.nfe = denoiser.sde, 0
+        self.reached: tuple[float, Tensor] | None = None
+        self._low, self._high = float(times.min()), float(times.max())
+        self.scales = lru_cache(maxsize=8)(self._scales)  # torchsde asks for the same many times
+        self._exact = dict(zip(self.sde.half_log_snr(times).tolist(), times.tolist(), strict=True))
+
+    def time(self, half_log_snr: float) -> Tensor:
+        """t, float64 of shape (); where half_log_snr is that of one of the run's times, that time to the last digit."""
+        if half_log_snr in self._exact:
+            return torch.tensor(self._exact[half_log_snr], dtype=torch.float64, device="cpu")
+        return self.sde.time_at(half_log_snr).clamp(self._low, self._high)  # the inverse may round to beyond the ends
+
+    def _scales(self, half_log_snr: float) -> tuple[Tensor, float, float, float]:
+        """t, alpha, sigma and r."""
+        t = self.time(half_log_snr)
+        alpha, sigma = float(self.sde.alpha(t)), float(self.sde.sigma(t))
+        return t, alpha, sigma, math.hypot(alpha, sigma)
+
+    def radius(self, t: Tensor | float) -> float:
+        """r = sqrt(alpha^2 + sigma^2)."""
+        return math.hypot(float(self.sde.alpha(t)), float(self.sde.sigma(t)))
+
+    def drift(self, half_log_snr: float, w: Tensor) -> Tensor:
+        """(1 + tau^2) a D - (tau^2 + a^2) w, in the dtype of w."""
+        t, alpha, _, r = self.scales(half_log_snr)
+        a, tau2 = alpha / r, self.tau**2
+        q = t.new_tensor((1 + tau2) * a)
+        u, v = self.denoiser.view_of_output(t.new_tensor(-(tau2 + a**2) / r), q, t)  # u x + v N
+        N = self._output(r * w, float(t))
+        return w * (float(u) * r) + N.to(w.dtype) * float(v)
+
+    def jump(self, x: Tensor, leg: Leg, solver: SingleStep, noise: NoiseSource | None = None) -> Tensor:
+        """One step of a solver that evaluates once, in either direction."""
+        t, s = (torch.tensor([time], dtype=torch.float64, device="cpu") for time in (leg.t, leg.s))
+        rows = solver.rows(self.sde, t, s)
+        self.reached = leg.t, x
+        u, v = self.denoiser.view_of_output(torch.zeros_like(t), torch.ones_like(t), t)  # D = u x + v N
+        a, b, c = float(rows.a), float(rows.b), float(rows.c)
+        x = x * (a + b * float(u)) + self._output(x, leg.t) * (b * float(v))
+        return x if c == 0 else x + c * noise(0, x)  # type: ignore[misc]
+
+    def accept(self, half_log_snr: float, w: Tensor) -> None:
+        """The state and its time are where the run stands."""
+        t, _, _, r = self.scales(half_log_snr)
+        self.reached = float(t), (r * w).to(self.dtype)
+
+    def _output(self, x: Tensor, t: float) -> Tensor:
+        if self.nfe >= self.budget:
+            raise OutOfBudget
+        N = self.denoiser.output(x.to(self.dtype), t, **self.cond)
+        self.nfe += 1
+        self.check(x, t, N)
+        return N
+
+    def check(self, x: Tensor, t: float, N: Tensor | None = None) -> None:
+        """Raises NonFinite unless x and N are finite. (Control of the step size looks at the device anyway.)"""
+        bad = ~(x.isfinite() if N is None else x.isfinite() & N.isfinite()).reshape(len(x), -1).all(1)
+        if bool(bad.any()):
+            x = x.to(self.dtype).clone()
+            x[bad] = math.nan
+            raise NonFinite(t, x)
+
+
+def check_tolerances(**values: float) -> None:
+    """Raises ValueError unless the named values are finite and > 0."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: expected a finite number > 0")
+
+
+@dataclass(frozen=True)
+class AdaptiveODE(Solver):
+    """The probability-flow ODE to a tolerance (Song et al., 2021, section 4.3, who use RK45 in t on x).
+
+    A grid says where it starts, where it ends and where to report between; `sample(denoiser, shape, AdaptiveODE())`
+    needs none. A grid to t = 0 is integrated to its last noisy time, t_min at the latest, from where x_0 = D; one from
+    alpha = 0 begins with a step of DDIM to half_log_snr = -9. The network is evaluated at any time between the ends,
+    not at a chain's nodes only. The state is in float64, the denoiser sees the dtype of x_T.
+
+    Args:
+        method: torchdiffeq's "dopri5", "dopri8", "bosh3" or "adaptive_heun", whose result has gradients; or
+            scipy's "RK45", "RK23", "DOP853", "Radau", "BDF" or "LSODA", on the CPU and without gradients. The implicit
+            ones, Radau, BDF and LSODA, take Jacobians by differences, one evaluation per element of a sample: for
+            small events. For LSODA, whose error norm is a maximum, and DOP853, which mixes two estimates, the bound of
+            the module's docstring is approximate.
+        rtol, atol: relative and absolute tolerance of the local error of w = x / sqrt(alpha^2 + sigma^2).
+        max_nfe: evaluations at most; where they run out the solution's status is "max_nfe", and it holds the last
+            accepted state and its time.
+        first_step: first step, in half log-SNR.
+
+    Raises:
+        ValueError: on an unknown method or options that are not positive; by `iterate`, if scipy's methods are
+            asked for gradients, or for tolerances that float64 does not have.
+        ArithmeticError: if the step size underflows, because the tolerances ask for more than the denoiser's precision
+            or the denoiser is not continuous.
+
+    >>> from scoresde import VPSDE, sample
+    >>> from scoresde.exact import Gaussian
+    >>> target = Gaussian(mean=[3.0, -1.0], std=0.5)
+    >>> x_T = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> solution = sample(target.denoiser(VPSDE()), x_T, AdaptiveODE(rtol=1e-6, atol=1e-6))
+    >>> bool((solution.x - target.flow(x_T, VPSDE(), 1.0, 1e-5)).abs().max() < 1e-4)
+    True
+    """
+
+    adaptive: ClassVar[bool] = True
+
+    method: str = "dopri5"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    max_nfe: int = 10_000
+    first_step: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.method not in _TORCHDIFFEQ + _SCIPY:
+            raise ValueError(
+                f"method={self.method!r}: expected one of torchdiffeq's {', '.join(_TORCHDIFFEQ)} or scipy's "
+                f"{', '.join(_SCIPY)}"
+            )
+        check_tolerances(rtol=self.rtol, atol=self.atol, first_step=self.first_step)
+        check_count(max_nfe=self.max_nfe)
+
+    def evaluations(self, grid: Grid) -> None:
+        return None
+
+    def within(self, sde: SDE, nfe: int) -> tuple[AdaptiveODE, Grid]:
+        check_count(nfe=nfe)
+        return replace(self, max_nfe=int(nfe)), self.grid(sde, 1)
+
+    def iterate(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        grid: Grid,
+        noise: NoiseSource | None = None,
+        cond: Mapping[str, Any] | None = None,
+    ) -> Iterator[State]:
+        return self._run(denoiser, x, grid, legs(grid, free=True), cond)
+
+    def encode(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        *,
+        grid: Grid | None = None,
+        cond: Mapping[str, Any] | None = None,
+        differentiable: bool = False,
+    ) -> Solution:
+        """The ODE from data to noise: x_T such that `sample(denoiser, x_T, solver, grid=grid)` is x, to the tolerance.
+
+        Args:
+            denoiser: the model.
+            x: taken as the state at the grid's end, shape (B, ...); at t_min where the grid ends at 0, so that decoding
+                returns D(x, t_min).
+            grid: its ends are used; by default from t_max to 0.
+            cond: as for `sample`.
+            differentiable: record gradients.
+
+        Returns:
+            the `Solution`, whose x is the latent at grid.times[0].
+
+        Raises:
+            ValueError: as `iterate` does.
+            NonFiniteError: if the denoiser's output is not finite.
+        """
+        from scoresde.sampling import NonFiniteError, Solution  # which imports the solvers
+
+        check_batch(x, "x")
+        grid = grid or self.grid(denoiser.sde, 1)
+        ends = Grid(grid.sde, grid.times[[0, -1]])
+        back = [Leg(leg.s, leg.t, leg.jump, 0, leg.done) for leg in reversed(legs(ends, free=True)) if leg.s > 0]
+        back[-1] = back[-1]._replace(done=True)
+        with torch.set_grad_enabled(differentiable):
+            *_, state = self._run(denoiser, widen(x), grid, back, cond)
+        bad = (~state.x.detach().isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise NonFiniteError(
+                f"samples {bad} became non-finite at the evaluation at t = {state.t:.6g}", 0, state.t, bad
+            )
+        complete = state.t == back[-1].s
+        return Solution(state.x.to(x.dtype), state.nfe, grid, status="complete" if complete else "max_nfe", t=state.t)
+
+    def _run(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, parts: list[Leg], cond: Mapping[str, Any] | None
+    ) -> Iterator[State]:
+        """The checks; then the loop."""
+        if denoiser.sde != grid.sde:
+            raise ValueError(f"the grid was made for {grid.sde!r}, the denoiser for {denoiser.sde!r}")
+        times = torch.tensor([time for leg in parts for time in (leg.t, leg.s)], dtype=torch.float64, device="cpu")
+        starts = [leg.t for leg in parts] + [leg.s for leg in parts if not leg.jump]
+        denoiser.check_times(torch.tensor(starts, dtype=torch.float64, device="cpu"))
+        if self.method in _SCIPY:
+            if torch.is_grad_enabled() and x.requires_grad:
+                raise ValueError(_NO_GRADIENTS.format(self.method))
+            if self.rtol / self._share(len(x)) < 100 * np.finfo(np.float64).eps:
+                raise ValueError(f"rtol={self.rtol} for {len(x)} samples: float64 does not have the digits, take more")
+        return self._loop(Motion(denoiser, cond, x.dtype, times, 0.0, self.max_nfe), x, parts)
+
+    def _loop(self, motion: Motion, x: Tensor, parts: list[Leg]) -> Iterator[State]:
+        first = self.first_step
+        for row, leg in enumerate(parts):
+            try:
+                if leg.jump:
+                    x = motion.jump(x, leg, ExponentialSDE(tau=0.0))  # DDIM, also up to alpha = 0
+                else:
+                    x, first = self._integrate(motion, x, leg, first)
+            except OutOfBudget:
+                assert motion.reached is not None
+                yield State(row, motion.nfe, leg.step, False, *motion.reached)
+                return
+            except NonFinite as stop:
+                yield State(row, motion.nfe, leg.step, False, stop.t, stop.x)
+                return
+            yield State(row, motion.nfe, leg.step, leg.done, leg.s, x)
+
+    def _integrate(self, motion: Motion, x: Tensor, leg: Leg, first: float) -> tuple[Tensor, float]:
+        """The state at the end of a leg and the first step to propose on the next."""
+        lambdas = motion.sde.half_log_snr(torch.tensor([leg.t, leg.s], dtype=torch.float64, device="cpu"))
+        motion.reached = leg.t, x
+        motion.check(x, leg.t)  # scipy has an error of its own
+        w = x.double() / motion.radius(leg.t)
+        w, first = (self._torchdiffeq if self.method in _TORCHDIFFEQ else self._scipy)(motion, w, lambdas, first)
+        return (motion.radius(leg.s) * w).to(x.dtype), first
+
+    def _torchdiffeq(self, motion: Motion, w: Tensor, lambdas: Tensor, first: float) -> tuple[Tensor, float]:
+        watched = _Watched(motion, first)
+        lambdas = lambdas.to(w.device)
+        # Without step_t torchdiffeq steps over the end and interpolates; without first_step it tries one of any length.
+        options = {"norm": _worst_sample, "step_t": lambdas[1:], "first_step": first}
+        path = torchdiffeq.odeint(
+            watched, w, lambdas, rtol=self.rtol, atol=self.atol, method=self.method, options=options
+        )
+        return path[-1], watched.step
+
+    def _scipy(self, motion: Motion, w: Tensor, lambdas: Tensor, first: float) -> tuple[Tensor, float]:
+        start, end = lambdas.tolist()
+        share, n = self._share(len(w)), w[0].numel()
+        options: dict[str, Any] = {"rtol": self.rtol / share, "atol": self.atol / share}
+        if len(w) > 1 and self.method in ("Radau", "BDF"):
+            options["jac_sparsity"] = scipy.sparse.kron(scipy.sparse.eye(len(w)), np.ones((n, n)))
+        if len(w) > 1 and self.method == "LSODA":
+            options["lband"] = options["uband"] = n - 1
+
+        def state(flat: np.ndarray) -> Tensor:
+            return torch.tensor(flat, dtype=torch.float64).reshape(w.shape).to(w.device)
+
+        stop: Exception | None = None
+
+        def drift(half_log_snr: float, flat: np.ndarray) -> np.ndarray:
+            nonlocal stop
+            try:
+                F = motion.drift(float(half_log_snr), state(flat))
+                if F.requires_grad:
+                    raise ValueError(_NO_GRADIENTS.format(self.method))
+            except Exception as exception:  # LSODA's own code does not pass them on reliably
+                stop = exception
+                raise
+            return F.cpu().numpy().ravel()
+
+        flat = w.detach().cpu().numpy().ravel()
+        solver = getattr(scipy.integrate, self.method)(
+            drift, start, flat, end, first_step=min(first, abs(end - start)), **options
+        )
+        while solver.status == "running":
+            message = solver.step()
+            if stop is not None:
+                raise stop
+            if solver.status == "failed":
+                raise _underflow(motion, float(solver.t), message)
+            motion.accept(float(solver.t), state(solver.y))
+            first = max(first, float(solver.step_size))
+        return state(solver.y), first
+
+    def _share(self, batch: int) -> float:
+        """What the tolerances of scipy are divided by; LSODA's norm is a maximum already."""
+        return 1.0 if self.method == "LSODA" else math.sqrt(batch)
+
+
+class _Watched:
+    """The drift as torchdiffeq calls it, which tells of each step that it is about to try."""
+
+    def __init__(self, motion: Motion, step: float) -> None:
+        self.motion, self.step = motion, step
+
+    def __call__(self, half_log_snr: Tensor, w: Tensor) -> Tensor:
+        return self.motion.drift(float(half_log_snr), w)
+
+    def callback_step(self, half_log_snr: Tensor, w: Tensor, step: Tensor) -> None:
+        at, self.step = float(half_log_snr), float(step)
+        if at + self.step == at:
+            raise _underflow(self.motion, at, "the step size underflows")
+        self.motion.accept(at, w)
+
+
+def _worst_sample(error: Tensor) -> Tensor:
+    """max_b E_b."""
+    return error.detach().reshape(len(error), -1).pow(2).mean(1).max().sqrt()
+
+
+def _underflow(motion: Motion, half_log_snr: float, message: str) -> ArithmeticError:
+    return ArithmeticError(
+        f"at t = {float(motion.time(half_log_snr)):.6g} after {motion.nfe} evaluations: {message}. The tolerances "
+        "ask for more than the denoiser's precision, or it is not continuous: raise them, or compute in float64"
+    )

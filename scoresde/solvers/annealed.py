@@ -1,0 +1,114 @@
+"""Langevin dynamics with step sizes known beforehand, and its annealing from noise to data (NCSN).
+
+    x <- x + tau score(x, t) + sqrt(2 tau) z
+
+leaves p_t unchanged in the limit of small tau. All published rules make tau a share of the level's variance,
+
+    tau = 2 (r sigma_t)^2
+
+    rule       step   tau on VE                              paper
+    "snr"      r      2 (r sigma_i)^2                        Song et al. (2021), annealed Langevin corrector
+    "ncsn"     eps    eps sigma_i^2 / (2 sigma_L^2)          Song and Ermon (2019), algorithm 1: alpha_i = 2 tau
+    "ncsnv2"   eps    eps sigma_i^2 / sigma_L^2              Song and Ermon (2020), algorithm 1: alpha_i = tau
+
+with sigma_L the smallest level; on another SDE sigma / alpha takes the place of sigma, and tau that of tau / alpha^2.
+Song's corrector sets tau = 2 (r |z| / |score|)^2 instead; for x ~ p_t the norm of the score is near |z| / sigma_t
+(exactly where the data is a point), which gives "snr" again, with nothing to measure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scoresde.grid import Grid
+from scoresde.sde import SDE
+from scoresde.solvers.base import Solver, check_count, check_option
+from scoresde.solvers.first_order import DDIM
+from scoresde.solvers.rows import Rows
+from scoresde.solvers.runge_kutta import has_no_stages
+from scoresde.tableau import Tableau
+from scoresde.views import view_of_mean
+
+__all__ = ["AnnealedLangevin", "langevin_rows"]
+
+Rule = Literal["snr", "ncsn", "ncsnv2"]
+
+
+def langevin_rows(sde: SDE, t: Tensor, r: Tensor | float) -> Rows:
+    """A step of Langevin dynamics at each of the times t, shape (M,), where sigma > 0, with tau = 2 (r sigma_t)^2.
+
+    Args:
+        r: signal-to-noise ratio of the step, a number or shape (M,): 0.16 to 0.22 in the papers. score_sde's corrector
+            multiplies its tau by alpha_i = 1 - beta_i on VP: give sqrt(alpha_i) r for that.
+    """
+    sigma = sde.sigma(t)
+    r = torch.as_tensor(r, dtype=torch.float64, device="cpu")
+    p, q = view_of_mean("eps", sde, t)
+    # tau score = -2 r^2 sigma eps, and sqrt(2 tau) = 2 r sigma
+    b = (-2 * r**2 * sigma)[:, None]
+    return Rows(torch.arange(len(t), device="cpu"), t, p, q, torch.ones_like(sigma), b, 2 * r * sigma)
+
+
+@dataclass(frozen=True)
+class AnnealedLangevin(Solver):
+    """Annealed Langevin dynamics, the sampler of NCSN (Song and Ermon, 2019, algorithm 1; 2020, algorithm 1).
+
+    All noisy times of the grid are levels, `steps_per_level` steps each; from one to the next x keeps x / alpha. A grid
+    to t = 0 ends with the denoiser's mean of the last level (NCSNv2's denoising step), a grid to a noisy time, as NCSN,
+    with the last Langevin step. The papers' levels are a geometric sequence: `Grid.log_snr`, or `Grid.uniform` on VE.
+    x at grid.times[i], i > 0, is the state after that level's steps. A level with alpha = 0 is the prior itself, and
+    DDIM's step takes x from it. Evaluations: `steps_per_level` for each level, and 1 for the step to t = 0.
+
+    Args:
+        steps_per_level: T of the papers: NCSN has 100 on 10 levels, NCSNv2 5 on 232 (CIFAR-10).
+        step: r or eps, as `step_rule` says. NCSNv2's 6.2e-6 for sigma_L = 0.01 is r = 0.176; NCSN's 2e-5 is r = 0.224
+            by its algorithm 1, and r = 0.316 by its code, which steps as "ncsnv2".
+        step_rule: "snr", "ncsn" or "ncsnv2", as in the module's docstring.
+
+    Raises:
+        ValueError: unless steps_per_level is a whole number >= 1, step > 0 and the rule one of these; by `tableau`,
+            where r >= 1, with which the dynamics would diverge.
+    """
+
+    steps_per_level: int = 5
+    step: float = 0.176
+    step_rule: Rule = "snr"
+
+    def __post_init__(self) -> None:
+        check_count(steps_per_level=self.steps_per_level)
+        check_option(("snr", "ncsn", "ncsnv2"), step_rule=self.step_rule)
+        if not 0 < self.step < math.inf:
+            raise ValueError(f"step={self.step}: expected a finite number > 0")
+
+    def tableau(self, grid: Grid) -> Tableau:
+        sde, times = grid.sde, grid.times
+        alpha, u = sde.alpha(times), (-sde.half_log_snr(times)).exp()
+        levels = ((u > 0) & (u < math.inf)).nonzero().flatten()
+        r = self._ratio(float(u[levels].min())) if len(levels) else 0.0
+        # Step i goes on to time i + 1 and stays there; the first stays at its start, too.
+        i = levels.repeat_interleave(self.steps_per_level)
+        stay = langevin_rows(sde, times[i], r).numbered((i - 1).clamp(min=0))
+        return Rows.merge([stay.take(i == 0), self._go_on(grid, alpha), stay.take(i > 0)]).tableau(grid)
+
+    def _go_on(self, grid: Grid, alpha: Tensor) -> Rows:
+        """From each level to the next: x / alpha unchanged, which takes no row on VE; at the ends DDIM's step."""
+        t, s = grid.times[:-1], grid.times[1:]
+        rows, ends = DDIM().rows(grid.sde, t, s), has_no_stages(grid.sde, t, s)
+        rows = rows._replace(
+            a=torch.where(ends, rows.a, alpha[1:] / alpha[:-1]), b=torch.where(ends[:, None], rows.b, 0.0)
+        )
+        return rows.take(ends | (rows.a != 1))
+
+    def _ratio(self, u_L: float) -> float:
+        r2 = {"snr": self.step**2, "ncsn": self.step / (4 * u_L**2), "ncsnv2": self.step / (2 * u_L**2)}[self.step_rule]
+        if r2 >= 1:
+            raise ValueError(
+                f"step={self.step} by the rule {self.step_rule!r} is r = {math.sqrt(r2):.3g} on these levels: expected "
+                "r < 1; take a smaller step, or a grid whose last noisy level is higher"
+            )
+        return math.sqrt(r2)

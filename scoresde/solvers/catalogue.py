@@ -1,0 +1,184 @@
+"""Every solver there is, with what a reader wants to know before choosing one. `scoresde solvers` prints the list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+
+from scoresde.solvers.adaptive_ode import AdaptiveODE
+from scoresde.solvers.adaptive_sde import AdaptiveSDE, DPMSolverAdaptive
+from scoresde.solvers.annealed import AnnealedLangevin
+from scoresde.solvers.base import Solver
+from scoresde.solvers.composite import EDMStochastic, Restart, TimeTravel
+from scoresde.solvers.first_order import DDIM, DDPM, Ancestral, EulerMaruyama, ExponentialSDE, ReverseDiffusion
+from scoresde.solvers.multistep import DEIS, ERSDE, IPNDM, DPMSolverPP, ExponentialAB, SASolver, UniPC
+from scoresde.solvers.predictor_corrector import PredictorCorrector
+from scoresde.solvers.reverse_sde import ReverseSDE
+from scoresde.solvers.runge_kutta import Euler, Heun, RungeKutta
+from scoresde.solvers.single_step import DPMSolver, ExponentialHeun
+
+__all__ = ["Entry", "available"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A solver with usual options.
+
+    Attributes:
+        name: a short name, as the command line takes it.
+        solver: the solver itself, ready to use.
+        family: "first order", "multistep", "Runge-Kutta", "Langevin" or "adaptive".
+        order: measured order of convergence, of the ODE's solution or, for a stochastic solver, of its law on Gaussian
+            data; None where there is none to measure (adaptive steps, Langevin dynamics).
+        evaluations: of the denoiser in N steps that end at t = 0, as a formula; empty where it depends on more.
+        deterministic: whether it draws no noise.
+        view: what it steps in.
+        source: paper.
+    """
+
+    name: str
+    solver: Solver
+    family: str
+    order: int | None
+    evaluations: str
+    deterministic: bool
+    view: str
+    source: str
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it chooses its own times."""
+        return self.solver.adaptive
+
+    @property
+    def call(self) -> str:
+        """How to make the solver, with the options that are not the defaults."""
+        assert is_dataclass(self.solver)
+        given = [(f.name, getattr(self.solver, f.name)) for f in fields(self.solver) if f.init]
+        defaults = {f.name: f.default for f in fields(self.solver)}
+        text = ", ".join(f"{name}={value!r}" for name, value in given if value != defaults[name])
+        return f"{type(self.solver).__name__}({text})"
+
+    def line(self) -> tuple[str, ...]:
+        """The entry as text, under `HEADER`."""
+        order = "" if self.order is None else str(self.order)
+        noise = "no" if self.deterministic else "yes"
+        return self.name, self.call, self.family, order, self.evaluations, noise, self.view, self.source
+
+
+HEADER = ("name", "solver", "family", "order", "evaluations", "stochastic", "view", "source")
+
+
+def available() -> list[Entry]:
+    """All solvers, each with usual options; `[e.solver for e in available() if e.deterministic]` is a race.
+
+    >>> [entry.name for entry in available() if entry.order == 4]
+    ['deis4', 'eab4-eps', 'eab4-v', 'eab4-v-lambda', 'unipc3', 'unipc3-eps', 'rk4', 'rk4-lambda', 'rk4-angle']
+    """
+    return list(_ENTRIES)
+
+
+def markdown(entries: Sequence[Entry]) -> str:
+    """The entries as a table for the README."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    for entry in entries:
+        name, solver, *rest = entry.line()
+        lines.append("| " + " | ".join([name, f"`{solver}`", *rest]) + " |")
+    return "\n".join(lines)
+
+
+_CUI = "Cui et al. (2023)"
+_DDIM = "Song, Meng and Ermon (2021)"
+_EDM = "Karras et al. (2022)"
+_GOTTA = "Jolicoeur-Martineau et al. (2021)"
+_LU = "Lu et al. (2022)"
+_LU_PP = "Lu et al. (2022b)"
+_NCSN = "Song and Ermon (2019, 2020)"
+_SONG = "Song et al. (2021)"
+_ZHANG = "Zhang and Chen (2023)"
+_ZHAO = "Zhao et al. (2023)"
+
+# (name, solver, order, evaluations, deterministic, view, source) of each, by family.
+_FAMILIES: dict[str, list[tuple[str, Solver, int | None, str, bool, str, str]]] = {
+    "first order": [
+        ("ddpm", DDPM(), 1, "N", False, "x0", "Ho et al. (2020)"),
+        ("ddpm-beta", DDPM("beta"), 1, "N", False, "x0", "Ho et al. (2020)"),
+        ("ddim", DDIM(), 1, "N", True, "x0", _DDIM),
+        ("ddim-0.5", DDIM(0.5), 1, "N", False, "x0", _DDIM),
+        ("ancestral", Ancestral(), 1, "N", False, "x0", _SONG),
+        ("reverse-diffusion", ReverseDiffusion(), 1, "N", False, "x0", _SONG),
+        ("reverse-diffusion-ode", ReverseDiffusion(probability_flow=True), 1, "N", True, "x0", _SONG),
+        ("euler-maruyama", EulerMaruyama(), 1, "N", False, "x0", _SONG),
+        ("euler", Euler("t"), 1, "N", True, "velocity", _SONG),
+        ("exponential-sde", ExponentialSDE(), 1, "N", False, "x0", _LU_PP),
+        ("er-sde1", ERSDE(1), 1, "N", False, "x0", _CUI),
+    ],
+    "multistep": [
+        ("dpm++2m", DPMSolverPP(2), 2, "N", True, "x0", _LU_PP),
+        ("dpm++3m", DPMSolverPP(3), 3, "N", True, "x0", _LU_PP),
+        ("dpm++3m-published", DPMSolverPP(3, as_published=True), 2, "N", True, "x0", _LU_PP),
+        ("deis2", DEIS(2), 2, "N", True, "eps", _ZHANG),
+        ("deis3", DEIS(3), 3, "N", True, "eps", _ZHANG),
+        ("deis4", DEIS(4), 4, "N", True, "eps", _ZHANG),
+        ("deis3-rho", DEIS(3, "sigma"), 3, "N", True, "eps", _ZHANG),
+        ("ipndm3", IPNDM(3), 2, "N", True, "eps", "Liu et al. (2022)"),
+        ("ipndm4", IPNDM(4), 2, "N", True, "eps", "Liu et al. (2022)"),
+        ("eab3-eps", ExponentialAB(3, "eps"), 3, "N", True, "eps", _ZHANG),
+        ("eab4-eps", ExponentialAB(4, "eps"), 4, "N", True, "eps", _ZHANG),
+        ("eab2-v", ExponentialAB(2, "v"), 2, "N", True, "v", "here"),
+        ("eab3-v", ExponentialAB(3, "v"), 3, "N", True, "v", "here"),
+        ("eab4-v", ExponentialAB(4, "v"), 4, "N", True, "v", "here"),
+        ("eab4-v-lambda", ExponentialAB(4, "v", "half_log_snr"), 4, "N", True, "v", "here"),
+        ("unip2", UniPC(2, corrector=False), 2, "N", True, "x0", _ZHAO),
+        ("unip3", UniPC(3, corrector=False), 3, "N", True, "x0", _ZHAO),
+        ("unipc2", UniPC(2), 3, "N", True, "x0", _ZHAO),
+        ("unipc3", UniPC(3), 4, "N", True, "x0", _ZHAO),
+        ("unipc4", UniPC(4), 5, "N", True, "x0", _ZHAO),
+        ("unipc3-eps", UniPC(3, "eps"), 4, "N", True, "eps", _ZHAO),
+        ("dpm++2m-sde", DPMSolverPP(2, stochastic=True), 2, "N", False, "x0", _LU_PP),
+        ("dpm++3m-sde", DPMSolverPP(3, stochastic=True), 2, "N", False, "x0", _LU_PP),
+        ("sa-solver", SASolver(), 2, "N", False, "x0", "Xue et al. (2023)"),
+        ("er-sde2", ERSDE(2), 2, "N", False, "x0", _CUI),
+        ("er-sde3", ERSDE(3), 3, "N", False, "x0", _CUI),
+        ("er-sde3-published", ERSDE(3, as_published=True), 2, "N", False, "x0", _CUI),
+    ],
+    "Runge-Kutta": [
+        ("heun", Heun(), 2, "2N - 1", True, "eps", _EDM),
+        ("heun-t", Heun("t"), 2, "2N - 1", True, "velocity", _EDM),
+        ("heun-angle", Heun("angle"), 2, "2N - 1", True, "v", "here"),
+        ("midpoint", RungeKutta("midpoint"), 2, "2N - 1", True, "eps", _EDM),
+        ("ralston", RungeKutta("ralston"), 2, "2N - 1", True, "eps", _EDM),
+        ("kutta3", RungeKutta("kutta3"), 3, "3N - 2", True, "eps", _ZHANG),
+        ("rk4", RungeKutta("rk4"), 4, "4N - 3", True, "eps", _ZHANG),
+        ("rk4-lambda", RungeKutta("rk4", "half_log_snr"), 4, "4N - 3", True, "eps", "here"),
+        ("rk4-angle", RungeKutta("rk4", "angle"), 4, "4N - 3", True, "v", "here"),
+        ("dpm-solver2", DPMSolver(2), 2, "2N - 1", True, "eps", _LU),
+        ("dpm-solver3", DPMSolver(3), 3, "3N - 2", True, "eps", _LU),
+        ("dpm-solver-fast", DPMSolver(3, fast=True), 3, "3N - 2", True, "eps", _LU),
+        ("dpm++2s", DPMSolver(2, "x0"), 2, "2N - 1", True, "x0", _LU_PP),
+        ("dpm++3s", DPMSolver(3, "x0"), 3, "3N - 2", True, "x0", _LU_PP),
+        ("exponential-heun", ExponentialHeun(), 2, "2N - 1", True, "x0", "Hochbruck and Ostermann (2010)"),
+        ("edm-stochastic", EDMStochastic(), 2, "2N - 1", False, "eps", _EDM),
+        ("restart", Restart([(3, 2, 0.06, 0.3)]), None, "2N - 1 + 8", False, "eps", "Xu et al. (2023)"),
+        ("time-travel", TimeTravel(jump=2, repeats=2), 1, "", False, "x0", "Lugmayr et al. (2022)"),
+    ],
+    "Langevin": [
+        ("annealed-langevin", AnnealedLangevin(), None, "5N + 1", False, "score", _NCSN),
+        ("pc", PredictorCorrector(), None, "2N - 1", False, "score", _SONG),
+        ("pc-ald", PredictorCorrector(corrector="ald"), None, "2N - 1", False, "score", _SONG),
+    ],
+    "adaptive": [
+        ("ode-dopri5", AdaptiveODE(), None, "", True, "eps", "torchdiffeq"),
+        ("ode-rk45", AdaptiveODE("RK45"), None, "", True, "eps", "scipy"),
+        ("dpm-solver23", DPMSolverAdaptive(3), None, "", True, "eps", _LU),
+        ("dpm-solver12", DPMSolverAdaptive(2), None, "", True, "eps", _LU),
+        ("adaptive-sde", AdaptiveSDE(), None, "", False, "score", _GOTTA),
+        ("reverse-sde", ReverseSDE(), None, "N", False, "eps", "torchsde"),
+    ],
+}
+
+_ENTRIES = [
+    Entry(name, solver, family, order, evaluations, deterministic, view, source)
+    for family, entries in _FAMILIES.items()
+    for name, solver, order, evaluations, deterministic, view, source in entries
+]

@@ -1,0 +1,230 @@
+"""Solvers made of moves: down t -> s < t by the steps of a single-step solver, up t -> s > t by the forward process,
+
+    x_s = (alpha_s / alpha_t) x_t + alpha_s sqrt(u_s^2 - u_t^2) S_noise z,    u = sigma / alpha,
+
+which evaluates nothing. EDM's churn goes up a little before each step, Restart goes up and down over an interval,
+time travel over blocks of steps. Levels are given in u, the sigma of a model with alpha = 1.
+
+Rows belong to the grid's steps so that the last row of step i (`State.done`) leaves x at grid.times[i + 1] for good:
+what a trajectory keeps are the states that the samples came from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scoresde.grid import Grid
+from scoresde.sde import SDE
+from scoresde.solvers.base import SingleStep, Solver, check_count
+from scoresde.solvers.first_order import DDPM
+from scoresde.solvers.rows import Rows, forward_rows
+from scoresde.solvers.runge_kutta import Heun
+from scoresde.tableau import Tableau
+
+__all__ = ["EDMStochastic", "Restart", "TimeTravel"]
+
+
+class _Move(NamedTuple):
+    t: float
+    s: float
+    step: int
+
+
+def _tableau(grid: Grid, moves: Sequence[_Move], solver: SingleStep, S_noise: float = 1.0) -> Tableau:
+    """The table of the moves, in their order: down by the solver, up by the forward process."""
+    t, s = torch.tensor([move[:2] for move in moves], dtype=torch.float64, device="cpu").T
+    step = torch.tensor([move.step for move in moves], device="cpu")
+    up, down = (s > t).nonzero().flatten(), (s < t).nonzero().flatten()
+    rows = Rows.merge(
+        [
+            forward_rows(grid.sde, t[up], s[up], S_noise).numbered(up),
+            solver.rows(grid.sde, t[down], s[down]).numbered(down),
+        ]
+    )
+    return rows.tableau(grid, step)
+
+
+def _level(sde: SDE, t: Tensor | float) -> Tensor:
+    """u = sigma / alpha."""
+    return (-sde.half_log_snr(t)).exp()
+
+
+class _Composite(Solver):
+    """A solver whose moves down are another's steps, on the grid that is its custom."""
+
+    solver: SingleStep
+
+    def grid(self, sde: SDE, steps: int) -> Grid:
+        return self.solver.grid(sde, steps)
+
+    def _check_solver(self) -> None:
+        if not isinstance(self.solver, SingleStep):
+            raise ValueError(f"solver={self.solver!r}: expected a solver of single steps, Heun() or DDPM() say")
+
+
+def _check_scale(S_noise: float) -> None:
+    if not 0 <= S_noise < math.inf:
+        raise ValueError(f"S_noise={S_noise}: expected a finite number >= 0")
+
+
+@dataclass(frozen=True)
+class EDMStochastic(_Composite):
+    """EDM's stochastic sampler (Karras et al., 2022, algorithm 2): before each step, noise is added,
+
+        t -> t^,    u_t^ = (1 + gamma) u_t,    gamma = min(S_churn / N, sqrt(2) - 1) where S_min <= u_t <= S_max, else 0
+
+    and the step goes from t^. On any SDE, in u = sigma / alpha. t^ stops at the SDE's t_limit: infinite on VE and EDM,
+    elsewhere t_max, so that a first step from there adds no noise. On a `DDPMChain` t^ lies between the nodes: the
+    network's time label must allow that. Evaluations are the solver's, 2 N - 1 with Heun.
+
+    Args:
+        S_churn: amount of noise, spread over the N steps: 0 is `solver` itself. The paper's ImageNet-64 setting is 40
+            with S_min = 0.05, S_max = 50, S_noise = 1.003.
+        S_min, S_max: levels u between which noise is added.
+        S_noise: factor of the noise, a little above 1 in the paper, against the smoothing of a trained denoiser; at 1
+            the marginals are exact in the limit of many steps.
+        solver: makes the steps.
+
+    Raises:
+        ValueError: unless S_churn >= 0, 0 <= S_min <= S_max, S_noise >= 0 and solver is a `SingleStep`.
+    """
+
+    S_churn: float = 40.0
+    S_min: float = 0.0
+    S_max: float = math.inf
+    S_noise: float = 1.0
+    solver: SingleStep = Heun()  # noqa: RUF009 (frozen)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.S_churn < math.inf:
+            raise ValueError(f"S_churn={self.S_churn}: expected a finite number >= 0")
+        if not 0 <= self.S_min <= self.S_max:
+            raise ValueError(f"S_min={self.S_min}, S_max={self.S_max}: expected 0 <= S_min <= S_max")
+        _check_scale(self.S_noise)
+        self._check_solver()
+
+    def tableau(self, grid: Grid) -> Tableau:
+        sde, t = grid.sde, grid.times[:-1]
+        gamma = min(self.S_churn / grid.steps, math.sqrt(2) - 1)
+        u = _level(sde, t)
+        churned = (gamma > 0) & (self.S_min <= u) & (u <= self.S_max) & (u < math.inf)
+        t_hat = sde.time_at(sde.half_log_snr(t) - math.log1p(gamma)).clamp(max=sde.t_limit)
+        t_hat = torch.where(churned, torch.maximum(t, t_hat), t)
+        moves = []
+        for i, (start, top, end) in enumerate(zip(t.tolist(), t_hat.tolist(), grid.times[1:].tolist(), strict=True)):
+            if top > start:
+                moves.append(_Move(start, top, i))
+            moves.append(_Move(top, end, i))
+        return _tableau(grid, moves, self.solver, self.S_noise)
+
+
+@dataclass(frozen=True)
+class Restart(_Composite):
+    """Restart sampling (Xu et al., 2023, algorithm 1): a deterministic solver goes down the grid and, at the grid time
+    nearest to the u_min of an interval, K times over goes up to u_max by the forward process and down again.
+
+    Evaluations with Heun on a grid of N steps to t = 0: 2 N - 1, and 2 K (n - 1) for each interval. The paper's CIFAR
+    example of 18 steps with [(3, 2, 0.06, 0.30)] has 35 + 8 = 43.
+
+    Args:
+        intervals: (n, K, u_min, u_max) each, as in the paper's tables: n points, both ends included, so n - 1 steps,
+            from u_max to the grid time, equally spaced in u^(1 / rho); K repetitions; u = sigma / alpha. Where two
+            share a grid time the first is first. A grid too coarse to have a noisy time below u_max, but for its start,
+            does not meet the interval, which then is left out.
+        solver: makes the steps.
+        rho: spacing of the n points.
+        S_noise: factor of the noise; at 1 the marginals are exact in the limit of many steps.
+
+    Raises:
+        ValueError: on an interval that is no (n >= 2, K >= 1, 0 < u_min < u_max), rho <= 0, S_noise < 0 or another kind
+            of solver; by `tableau`, if u_max lies above the SDE's t_max.
+    """
+
+    intervals: Sequence[tuple[int, int, float, float]]
+    solver: SingleStep = Heun()  # noqa: RUF009 (frozen)
+    rho: float = 7.0
+    S_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "intervals", tuple(tuple(interval) for interval in self.intervals))  # hashable
+        for interval in self.intervals:
+            if len(interval) != 4:
+                raise ValueError(f"interval {interval}: expected (n, K, u_min, u_max)")
+            n, K, u_min, u_max = interval
+            check_count(n=n, K=K)
+            if n < 2 or not 0 < u_min < u_max < math.inf:
+                raise ValueError(f"interval {interval}: expected n >= 2 points and 0 < u_min < u_max")
+        if not self.rho > 0:
+            raise ValueError(f"rho={self.rho}: expected a number > 0")
+        _check_scale(self.S_noise)
+        self._check_solver()
+
+    def tableau(self, grid: Grid) -> Tableau:
+        times, loops = grid.times.tolist(), self._loops(grid)
+        moves = []
+        for i in range(grid.steps):
+            path = [times[i], times[i + 1], *loops.get(i + 1, [])]
+            moves += [_Move(t, s, i) for t, s in pairwise(path)]
+        return _tableau(grid, moves, self.solver, self.S_noise)
+
+    def _loops(self, grid: Grid) -> dict[int, list[float]]:
+        """The times to visit after grid time i, up and down again, all intervals and repetitions in one list."""
+        sde, loops = grid.sde, dict[int, list[float]]()
+        u, u_limit = _level(sde, grid.times[1:]), float(_level(sde, sde.t_max))
+        for n, K, u_min, u_max in self.intervals:
+            if u_max > u_limit * (1 + 1e-9):
+                raise ValueError(f"the interval {(n, K, u_min, u_max)} leaves {sde!r}: u is {u_limit:.6g} at its t_max")
+            top = min(float(sde.time_at(-math.log(u_max))), sde.t_max)
+            near = torch.where((u > 0) & (u < u_max), (u - u_min).abs(), math.inf)
+            i = int(near.argmin()) + 1
+            if float(near.min()) < math.inf:
+                down = Grid.karras(sde, n - 1, rho=self.rho, start=top, end=float(grid.times[i])).times.tolist()
+                loops.setdefault(i, []).extend(down * K)
+        return loops
+
+
+@dataclass(frozen=True)
+class TimeTravel(_Composite):
+    """Time travel, the resampling of RePaint (Lugmayr et al., 2022, algorithm 1): after each `jump` steps down, the
+    forward process goes back up over them, `repeats` - 1 times, so that a state that a condition has pushed off the
+    model's distribution finds back to it.
+
+    The way up is one draw of x_s given x_t, which evaluates nothing; each block of `jump` steps costs `repeats` times
+    its evaluations. The paper's jump is 10, its repeats 10. As there, there is no way back from the data (t = 0): the
+    block that reaches it, like a last block of fewer steps, is made once.
+
+    Args:
+        solver: makes the steps.
+        jump: steps of a block.
+        repeats: how often each block is made: 1 is `solver` itself.
+
+    Raises:
+        ValueError: unless jump and repeats are whole numbers >= 1 and solver is a `SingleStep`.
+    """
+
+    solver: SingleStep = DDPM()  # noqa: RUF009 (frozen)
+    jump: int = 10
+    repeats: int = 10
+
+    def __post_init__(self) -> None:
+        check_count(jump=self.jump, repeats=self.repeats)
+        self._check_solver()
+
+    def tableau(self, grid: Grid) -> Tableau:
+        times, moves = grid.times.tolist(), list[_Move]()
+        noisy = (grid.sde.sigma(grid.times) > 0).tolist()
+        for i in range(grid.steps):
+            end = i + self.jump
+            if i % self.jump == 0 and end <= grid.steps and noisy[end]:
+                # All but the last pass belong to the block's first step, so that only the last leaves states for good.
+                round_trip = [*pairwise(times[i : end + 1]), (times[end], times[i])]
+                moves += [_Move(t, s, i) for t, s in round_trip] * (self.repeats - 1)
+            moves.append(_Move(times[i], times[i + 1], i))
+        return _tableau(grid, moves, self.solver)

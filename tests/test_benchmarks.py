@@ -1,0 +1,281 @@
+"""The harness of the benchmarks measures what it says: references, distances, budgets, bare loops, resumption."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import overhead
+import peers
+import problems
+import step_counts
+from common import Nonlinear, generator, normal
+
+from scoresde import EDMSDE, VESDE, VPSDE, EpsDenoiser, FlowSDE, Grid, SubVPSDE, sample
+from scoresde.exact import Gaussian, GaussianMixture
+from scoresde.solvers import DDIM, DDPM, DPMSolverPP, Heun, UniPC, available
+
+QUICK = ["--jobs", "1", "--nfe", "5", "8", "--grids", "log-SNR", "uniform"]
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE(), EDMSDE()], ids=repr)
+def test_the_fine_flow_is_the_exact_one(sde):
+    target = Gaussian(mean=[0.5, -1.0, 0.0], std=torch.tensor([0.05, 0.5, 2.0]))
+    x = sde.prior((4, 3), generator(), torch.float64)
+    end = float(sde.time_at(3.0))
+    flow, error = problems.fine_flow(target.denoiser(sde), x, sde.t_max, end, rtol=1e-10)
+    assert error < 1e-7
+    assert problems.rms(flow - target.flow(x, sde, sde.t_max, end)) < 1e-7
+
+
+def test_the_fast_mixture_is_the_exact_one():
+    means = normal(5, 2, 3, seed=1)
+    sde = VPSDE()
+    fast, exact = problems.IsotropicMixture(means, 0.1, sde), GaussianMixture(means, std=0.1).denoiser(sde)
+    x = normal(7, 2, 3)
+    for t in (1e-4, 1e-2, 0.3, 1.0):
+        torch.testing.assert_close(fast(x, t).mean, exact(x, t).mean, rtol=1e-9, atol=1e-9)
+
+
+def test_impulses_give_the_exact_law():
+    problem = problems.GaussianProblem(samples=2)
+    grid = Grid.log_snr(problem.sde, 6, last=1e-3)
+
+    def run(x, draws):
+        return sample(problem.denoiser, x, DDPM(), grid=grid, noise=draws).x
+
+    table, variance = DDPM().tableau(grid), torch.ones(64, dtype=torch.float64)
+    for t, a, b, c in zip(table.t, table.a, table.b[:, 0], table.c, strict=True):
+        alpha, sigma = problem.sde.alpha(t), problem.sde.sigma(t)
+        gain = alpha * problem.std**2 / ((alpha * problem.std) ** 2 + sigma**2)  # D = gain x
+        variance = (a + b * gain) ** 2 * variance + c**2
+    expected = (variance.sqrt() - problem.std).square().mean().sqrt()
+    assert problem.law_distance(run, 6) == pytest.approx(float(expected), rel=1e-9)
+    assert problem.law_distance(lambda x, draws: x * problem.std, 6) < 1e-15
+
+    def not_affine(x, draws):
+        return x * problem.std * (x.norm(dim=1, keepdim=True) / 8)  # a step size of the sample's own, say
+
+    assert problem.law_distance(not_affine, 6) < 5 * (1 / problem.draws) ** 0.5  # of the means and deviations together
+
+
+def test_sliced_w2_of_two_laws():
+    x = normal(500, 2)
+    there = problems.sorted_projections(x, 8)
+    turn = torch.tensor([[0.5, -0.5], [0.5, 0.5]], dtype=torch.float64) * math.sqrt(2)
+    for same in (x.flip(0), x @ turn, x * torch.tensor([1.0, -1.0])):  # symmetries of the ring
+        torch.testing.assert_close(problems.sorted_projections(same, 8), there, rtol=0, atol=1e-12)
+    # Projections of N(0, s^2 I) are N(0, s^2): W2 is the difference of the s, and projections scale with x.
+    expected = 0.1 * float(there.square().mean().sqrt())
+    assert problems.rms(problems.sorted_projections(1.1 * x, 8) - there) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_spacing_of_a_grid_is_found_again():
+    sde = VPSDE()
+    for name in problems.GRIDS:
+        assert problems.spacing_of(problems.make_grid(name, sde, 7, 0.0, sde.t_min)) == name
+        assert float(problems.make_grid(name, sde, 7, 1e-3, 1e-3).times[-1]) == 1e-3
+        assert float(problems.make_grid(name, sde, 7, 0.0, 1e-3).times[-1]) == 0
+    assert problems.spacing_of(Grid(sde, [1.0, 0.77, 0.0])) is None
+
+
+def test_a_budget_buys_as_many_steps_as_fit():
+    problem = problems.GaussianProblem(samples=2)
+    one_of_each = {type(contestant.solver): contestant for contestant in step_counts.ours()}
+    for contestant in one_of_each.values():
+        if contestant.solver.adaptive:
+            continue
+        cell = step_counts.Cell("gaussian", "endpoint", "scoresde", contestant.name, "log-SNR", 20)
+        fitted, grid = step_counts.fitted(contestant, problem, cell)
+        assert fitted.evaluations(grid) <= 20, contestant
+        if fitted.steps is None:
+            more = problems.make_grid("log-SNR", problem.sde, grid.steps + 1, problem.end, problem.last)
+            assert fitted.evaluations(more) > 20, contestant
+
+
+def test_names_are_those_of_the_options():
+    assert step_counts.Ours(UniPC(2, "eps"), True).name == "UniPC(order=2, view=eps)"
+    assert step_counts.Ours(Heun(), True).name == "Heun()"
+    names = [contestant.name for contestant in step_counts.ours()]
+    assert len(names) == len(set(names))
+
+
+def test_a_race_is_measured_once_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step_counts, "fingerprints", lambda args: {"scoresde": "the same code"})
+    argv = ["--problem", "gaussian", "--solvers", "DDIM()", "Heun()", "DDPM()", "--out", str(tmp_path), *QUICK]
+    step_counts.main(argv)
+    cells = tmp_path / "runs" / "cells.jsonl"
+    lines = cells.read_text().splitlines()
+    assert len(lines) == 3 * 2 * 2
+    cells.write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:20])  # killed in the middle of a line
+    step_counts.main(argv)
+    again = cells.read_text().splitlines()
+    assert again[: len(lines) - 2] == lines[:-2]
+    assert len(again) == len(lines) + 1  # the torn line, and two cells anew
+    step_counts.main(argv)
+    assert cells.read_text().splitlines() == again
+
+    record = json.loads((tmp_path / "results.json").read_text())
+    found = record["problems"]["gaussian"]["endpoint"]["scores"]["scoresde"]["DDIM()"]["log-SNR"]
+    problem = problems.GaussianProblem()
+    for nfe, value in zip((5, 8), found, strict=True):
+        x = sample(problem.denoiser, problem.x, DDIM(), grid=Grid.log_snr(problem.sde, nfe, end=1e-3)).x
+        assert value == pytest.approx(problems.rms(x - problem.endpoint()[0]), rel=1e-3)
+    assert set(record["environment"]) >= {"device", "dtype", "torch", "commit", "command"}
+    page = (tmp_path / "README.md").read_text()
+    assert "| 5 | **" in page
+    assert "DDPM()" in page
+    assert "DDIM()" in capsys.readouterr().out
+
+
+def test_cells_of_other_code_are_measured_anew(tmp_path):
+    cell = step_counts.Cell("gaussian", "endpoint", "scoresde", "DDIM()", "uniform", 5)
+    store = step_counts.Store(tmp_path / "cells.jsonl", {"scoresde": "a"})
+    store.write(cell, step_counts.Score(0.5, 5))
+    assert store.read() == {cell: step_counts.Score(0.5, 5)}
+    assert step_counts.Store(tmp_path / "cells.jsonl", {"scoresde": "b"}).read() == {}
+
+
+@pytest.fixture
+def own_model(tmp_path, monkeypatch):
+    """A module with a denoiser, data and features, as a user has them."""
+    (tmp_path / "own_model.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+            from scoresde import VPSDE
+            from scoresde.exact import Gaussian
+
+            target = Gaussian(mean=[1.0, -1.0], std=0.3)
+
+            def denoiser():
+                return target.denoiser(VPSDE())
+
+            data = target.sample(400, torch.Generator().manual_seed(0))
+
+            def features(x):
+                return torch.cat([x, x**2], 1)
+            """
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own_model", None)
+    sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
+
+
+def test_your_own_denoiser_with_data(own_model):
+    argv = ["--denoiser", "own_model:denoiser", "--shape", "2", "--data", "own_model:data", "--solvers", "DDIM()"]
+    argv += ["UniPC()", "DDPM()", "--features", "own_model:features", "--samples", "100", "--batch", "50"]
+    step_counts.main([*argv, "--out", "results", *QUICK])
+    law = json.loads(Path("results/results.json").read_text())["problems"]["user"]["law"]
+    assert 0 < law["floor"] < 0.2
+    assert law["scores"]["scoresde"]["UniPC()"]["log-SNR"][1] < 10 * law["floor"]
+    assert set(law["scores"]["scoresde"]) == {"DDIM()", "UniPC()", "DDPM()"}
+
+
+def test_your_own_denoiser_without_data(own_model):
+    argv = ["--denoiser", "own_model:denoiser", "--shape", "2", "--solvers", "DDIM()", "UniPC()", "DDPM()"]
+    step_counts.main([*argv, "--out", "results", *QUICK])
+    found = json.loads(Path("results/results.json").read_text())["problems"]["user"]
+    assert set(found) == {"title", "endpoint"}
+    assert set(found["endpoint"]["scores"]["scoresde"]) == {"DDIM()", "UniPC()"}
+    assert found["endpoint"]["scores"]["scoresde"]["UniPC()"]["log-SNR"][1] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--denoiser", "own_model:denoiser"], "needs --shape"),
+        (["--data", "x.npy"], "go with --denoiser"),
+    ],
+    ids=["shape", "data"],
+)
+def test_contradictory_arguments(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        step_counts.main(argv)
+    assert words in capsys.readouterr().err
+
+
+def test_a_pattern_that_matches_nothing():
+    with pytest.raises(ValueError, match="matches none"):
+        step_counts.entered(["NoSuchSolver*"], with_peers=False)
+
+
+needs_peers = pytest.mark.skipif(
+    not any(peers.installed(name) for name in peers.PACKAGES), reason="no peer is installed (extra: bench)"
+)
+
+
+@needs_peers
+def test_peers_make_the_evaluations_that_were_planned():
+    problem = problems.GaussianProblem(samples=2)
+    for peer in peers.peers():
+        cell = step_counts.Cell("gaussian", "endpoint" if peer.deterministic else "law", "", "", "log-SNR", 5)
+        _, grid = step_counts.fitted(peer, problem, cell)
+        x, used = peer.run(problem.denoiser, problem.x, grid, problems.Normals(0))
+        assert used == peer.evaluations(grid) <= 5, peer.name
+        assert bool(x.isfinite().all()), peer.name
+        assert x.dtype == problem.x.dtype
+
+
+@needs_peers
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE(), FlowSDE()], ids=repr)
+def test_peers_agree_on_any_sde(sde):
+    denoiser, start = Nonlinear(sde), min(sde.t_max, float(sde.time_at(-4.0)))
+    grid = Grid.log_snr(sde, 8, start=start, end=float(sde.time_at(3.0)))
+    x = normal(3, 4)
+    same = {"diffusers DDIM": DDIM(), "k-diffusion euler": DDIM(), "azula Euler": DDIM(), "azula Heun": Heun()}
+    same |= {"diffusers Heun": Heun(), "k-diffusion heun": Heun(), "k-diffusion dpmpp_2m": DPMSolverPP(2)}
+    same |= {"diffusers UniPC-3 bh2": UniPC(3), "azula xEAB2": DPMSolverPP(2, rule="exact")}
+    for peer in peers.peers():
+        if solver := same.get(peer.name):
+            theirs, _ = peer.run(denoiser, x, grid, problems.Normals(0))
+            torch.testing.assert_close(theirs, sample(denoiser, x, solver, grid=grid).x, rtol=1e-9, atol=1e-9)
+
+
+def test_bare_loops_are_the_tables(monkeypatch):
+    monkeypatch.setattr(overhead.Constant, "forward", lambda self, x, t: torch.tanh(x + t[:, None, None, None]))
+    x = normal(2, 1, 2, 2).float()
+    for method in overhead.methods(6, with_peers=False):
+        here, bare = (method.runners[name].make(x)() for name in ("here", "bare"))
+        torch.testing.assert_close(here, bare, rtol=1e-4, atol=1e-4, msg=method.name)
+
+
+def test_no_table_stalls_a_device_and_the_counter_sees_one_that_would():
+    for method in overhead.methods(4, with_peers=False):
+        assert overhead.syncs(method.runners["here"], (2, 1, 2, 2)) == (0, 0), method.name
+
+    def make(x):
+        def loop():
+            for _ in range(4):
+                if float(x.sum()) > 0:
+                    x.add_(torch.ones(x.shape).to("meta"))
+
+        return loop
+
+    assert overhead.syncs(overhead.Runner(make, 4), (2, 2)) == (1, 1)
+
+
+def test_the_overhead_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead, "available", lambda: available()[:2])
+    argv = ["--shape", "2", "1", "2", "2", "--steps", "4", "--seconds", "0", "--no-peers", "--out", str(tmp_path)]
+    overhead.main(argv)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert set(record["microseconds"]["DDIM"]) == {"here", "bare"}
+    assert "here / bare" in (tmp_path / "README.md").read_text()
+
+
+def test_the_constant_network_returns_one_tensor():
+    net = overhead.Constant()
+    x = normal(2, 3)
+    assert net(x, x) is net(x + 1, x)
+    assert bool(EpsDenoiser(net, VPSDE())(x, 0.5).mean.isfinite().all())
