@@ -4,7 +4,7 @@
 
 The data is a Gaussian with the spectrum of natural images: 32 x 32 x 3 numbers, power falling as 1 / f^2 of the spatial
 frequency f, most of it in luminance. On it the exact denoiser is affine, so `scoresde.analysis` knows the law of every
-solver's output: the curves have no noise. All solvers step on the same grid (uniform in half log-SNR), so that what is
+solver's output: the curves have no noise. All solvers step on the same grid (`Grid.power`), so that what is
 compared is the solver (--spacing own gives each its own default). Writes, into --out:
 
     convergence.png     left the ODE solvers, their error against the exact probability flow from the same x_T;
@@ -21,7 +21,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -31,17 +30,7 @@ from torch import Tensor
 from scoresde import VPSDE, Grid
 from scoresde.analysis import flow_error, gaussian_law, marginal, w2
 from scoresde.info import environment
-from scoresde.solvers import (
-    DDIM,
-    DDPM,
-    Ancestral,
-    EulerMaruyama,
-    ExponentialSDE,
-    Heun,
-    ReverseDiffusion,
-    RungeKutta,
-    Solver,
-)
+from scoresde.solvers import Entry, Solver, available
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -52,39 +41,6 @@ Lines = dict[str, tuple[list[int], list[float]]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito, less yellow
 MARKERS = "os^DvPX*<>"
 DASHES = ("-", "--", "-.", ":")
-
-
-class Entry(NamedTuple):
-    """A solver and what is known of it, as in `scoresde.solvers.available()`."""
-
-    name: str
-    solver: Solver
-    family: str
-    order: int | None
-    deterministic: bool
-    adaptive: bool = False
-
-
-def entries() -> list[Entry]:
-    """The solvers that are compared."""
-    return [
-        Entry("ddim", DDIM(), "first order", 1, True),
-        Entry("reverse-diffusion-ode", ReverseDiffusion(probability_flow=True), "first order", 1, True),
-        Entry("heun", Heun(), "Runge-Kutta", 2, True),
-        Entry("heun-t", Heun("t"), "Runge-Kutta", 2, True),
-        Entry("heun-angle", Heun("angle"), "Runge-Kutta", 2, True),
-        Entry("midpoint", RungeKutta("midpoint"), "Runge-Kutta", 2, True),
-        Entry("kutta3", RungeKutta("kutta3"), "Runge-Kutta", 3, True),
-        Entry("kutta3-angle", RungeKutta("kutta3", "angle"), "Runge-Kutta", 3, True),
-        Entry("rk4", RungeKutta("rk4"), "Runge-Kutta", 4, True),
-        Entry("rk4-angle", RungeKutta("rk4", "angle"), "Runge-Kutta", 4, True),
-        Entry("ddpm", DDPM(), "first order", 1, False),
-        Entry("ancestral (ddpm-beta)", Ancestral(), "first order", 1, False),
-        Entry("ddim-0.5", DDIM(eta=0.5), "first order", 1, False),
-        Entry("exponential-sde-0.5", ExponentialSDE(tau=0.5), "first order", 1, False),
-        Entry("euler-maruyama", EulerMaruyama(), "first order", 1, False),
-        Entry("reverse-diffusion", ReverseDiffusion(), "first order", 1, False),
-    ]
 
 
 def image_spectrum(side: int = 32, std: float = 0.5) -> Tensor:
@@ -104,8 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=default, help=f"folder of results ({default})")
     budgets = [4, 5, 6, 8, 10, 15, 20, 30, 50, 75, 100, 200, 500, 1000]
     parser.add_argument("--nfe", type=int, nargs="+", default=budgets, help="budgets of evaluations")
-    spacings = ["log_snr", "karras", "uniform", "quadratic", "own"]
-    parser.add_argument("--spacing", default="log_snr", choices=spacings, help="of the grids; own: as sample(steps=)")
+    spacings = ["power", "log_snr", "karras", "uniform", "quadratic", "own"]
+    parser.add_argument("--spacing", default="power", choices=spacings, help="of the grids; own: as sample(steps=)")
     parser.add_argument("--end", type=float, default=1e-3, help="time of the grids' end (1e-3), for all but own")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         made: Grid = getattr(Grid, args.spacing)(sde, steps, end=args.end)
         return made
 
-    rows, left_out = measure(entries(), variances, grid, sorted(args.nfe))
+    rows, left_out = measure(available(), variances, grid, sorted(args.nfe))
     seconds = round(time.perf_counter() - start, 1)
     spacing = "each solver's own" if args.spacing == "own" else f"{args.spacing} from {sde.t_max:g} to {args.end:g}"
     results = {

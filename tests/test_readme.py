@@ -8,6 +8,9 @@ import json
 import re
 from pathlib import Path
 
+from scoresde.solvers import available
+from scoresde.solvers.catalogue import markdown
+
 TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -41,3 +44,8 @@ def test_the_table_is_that_of_the_committed_results(monkeypatch):
     assert table(results) in TEXT
     assert results["environment"]["commit"] in TEXT
     assert "uncommitted" not in results["environment"]["commit"]
+
+
+def test_the_list_of_solvers_is_the_catalogue():
+    assert f"<!-- solvers -->\n{markdown(available())}\n<!-- /solvers -->" in TEXT
+    assert f"<!-- count -->{len(available())}<!-- /count -->" in TEXT
