@@ -109,7 +109,7 @@ class BrownianPath:
             raise ValueError(f"the Brownian path ends at half_log_snr = {_RANGE}, asked at {half_log_snr}")
         at = max(half_log_snr, -_RANGE)
         while not self._stack[-1].low <= at <= self._stack[-1].high:
-            self._stack.pop()
+            self._stack.pop().halves = None  # made again when asked for: a batch's worth of memory for each
         while self._stack[-1].level < _LEVELS:
             left, right = self._halves(self._stack[-1])
             self._stack.append(left if at <= left.high else right)

@@ -1,0 +1,520 @@
+"""What a solver's own loop costs: microseconds for each evaluation, with a network that costs nothing.
+
+    python benchmarks/overhead.py
+
+The network returns a tensor that it made beforehand, so all that is timed is the solver: the loop of a compiled
+`Tableau`, beside a bare loop of the same method written by hand, with the same buffers and its coefficients in lists of
+Python numbers, and beside the same method in diffusers, k-diffusion and azula, where they are installed. Peers are
+driven as their documentation does; their tables (`set_timesteps`) are made outside the clock, as ours are. All take
+turns in one run; medians are shown, of times, and of ratios within a turn.
+
+Syncs are counted by running each loop on the meta device, where a tensor has no values: every value that the loop asks
+for (`_local_scalar_dense`: float(), item(), a branch) would stall a GPU, and so would every copy from the host.
+Written into --out: README.md, results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, from wherever it is run
+from peers import PACKAGES, installed, k_diffusion_sampling
+
+from scoresde import VPSDE, EpsDenoiser, Grid, Tableau
+from scoresde.info import environment
+from scoresde.noise import GeneratorNoise
+from scoresde.solvers import DDIM, DDPM, DPMSolverPP, ExponentialAB, Heun, Solver, UniPC, available
+
+SDE = VPSDE()
+aten = torch.ops.aten
+
+
+class Constant(torch.nn.Module):
+    """A network that returns one tensor, made for the first x that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out: Tensor | None = None
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.out is None:
+            self.out = torch.empty_like(x) if x.is_meta else 0.1 * x
+        return self.out
+
+
+Loop = Callable[[], Any]
+"""One whole run of a solver."""
+
+
+class Runner(NamedTuple):
+    """A solver ready to run: `make` prepares a run outside the clock, x_T in hand."""
+
+    make: Callable[[Tensor], Loop]
+    evaluations: int
+
+
+@dataclass
+class Method:
+    """A method in several hands: name -> runner. The first is ours, the second the bare loop."""
+
+    name: str
+    solver: Solver
+    runners: dict[str, Runner] = field(default_factory=dict)
+
+
+def spaced(steps: int) -> Grid:
+    return Grid.log_snr(SDE, steps, last=1e-3)
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def compiled(solver: Solver, steps: int) -> tuple[Tableau, Runner]:
+    """The loop of the table alone."""
+    table = solver.tableau(spaced(steps))
+
+    def make(x: Tensor) -> Loop:
+        denoiser, noise = EpsDenoiser(Constant().eval(), SDE), draws(x)
+
+        def loop() -> Tensor:
+            with torch.no_grad():
+                for state in table.iterate(denoiser, x, noise):  # noqa: B007
+                    pass
+            return state.x
+
+        return loop
+
+    return table, Runner(make, table.nfe)
+
+
+def draws(x: Tensor) -> Callable[[int, Tensor], Tensor]:
+    """Noise from one generator; on the meta device there is none."""
+    if x.is_meta:
+        return lambda row, x: torch.empty_like(x)
+    return GeneratorNoise(torch.Generator(x.device).manual_seed(0))
+
+
+# --- bare loops: what somebody writes who needs one method only ------------------------------------------------------
+
+
+def labels(t: Tensor, x: Tensor) -> Tensor:
+    """The network's time labels, (N, B), made once."""
+    return t.to(x.dtype)[:, None].expand(-1, len(x)).to(x.device)
+
+
+def bare_one_step(table: Tableau, x: Tensor) -> Loop:
+    """DDIM and DDPM: x <- a x + b eps + c z."""
+    net, times, noise = Constant(), labels(table.t, x), draws(x)
+    rows = table._rows(EpsDenoiser(net, SDE))
+    a, b, c = [row.x for row in rows], [row.n for row in rows], [row.c for row in rows]
+
+    def loop() -> Tensor:
+        with torch.no_grad():
+            y = x
+            for i in range(len(a)):
+                y = (y * a[i]).add_(net(y, times[i]), alpha=b[i])
+                if c[i] != 0:
+                    y.add_(noise(i, y), alpha=c[i])
+        return y
+
+    return loop
+
+
+def bare_2m(table: Tableau, x: Tensor) -> Loop:
+    """DPM-Solver++ 2M with an eps network: x <- a x + b eps + d D', D = u x + w eps, D' that of the step before."""
+    net, times = Constant(), labels(table.t, x)
+    rows = table._rows(EpsDenoiser(net, SDE))
+    a, b = [row.x for row in rows], [row.n for row in rows]
+    d = [sum(weight for _, weight in row.past) for row in rows]
+    u, w = zip(*(row.keep or (0.0, 0.0) for row in rows), strict=True)
+
+    def loop() -> Tensor:
+        with torch.no_grad():
+            y, before = x, None
+            for i in range(len(a)):
+                eps = net(y, times[i])
+                D = (y * u[i]).add_(eps, alpha=w[i])
+                y = (y * a[i]).add_(eps, alpha=b[i])
+                if before is not None:
+                    y.add_(before, alpha=d[i])
+                before = D
+        return y
+
+    return loop
+
+
+def bare_window(table: Tableau, x: Tensor) -> Loop:
+    """Any table: x <- a x + b eps + sum_k b_k F_k + c z, with the F that later rows need in a list."""
+    net, times, noise = Constant(), labels(table.t, x), draws(x)
+    made = table._rows(EpsDenoiser(net, SDE))
+    rows = [(i, row.x, row.n, row.past, row.c, row.keep) for i, row in enumerate(made)]
+
+    def loop() -> Tensor:
+        with torch.no_grad():
+            y: Tensor = x
+            F: list[Tensor | None] = [None] * len(rows)
+            for i, a, b, past, c, keep in rows:
+                if b is None:
+                    y = y * a
+                else:
+                    eps = net(y, times[i])
+                    if keep is not None:
+                        F[i] = (y * keep[0]).add_(eps, alpha=keep[1]) if keep[0] else eps * keep[1]
+                    y = (y * a).add_(eps, alpha=b)
+                for j, weight in past:
+                    y.add_(F[j], alpha=weight)  # type: ignore[arg-type]
+                if c != 0:
+                    y.add_(noise(i, y), alpha=c)
+        return y
+
+    return loop
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def diffusers_loop(name: str, steps: int, **options: Any) -> Callable[[Tensor], Loop]:
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+
+    def make(x: Tensor) -> Loop:
+        scheduler, net = getattr(diffusers, name)(**options), Constant()
+        scheduler.set_timesteps(steps, device=None if x.is_meta else x.device)
+        timesteps = scheduler.timesteps if x.is_meta else scheduler.timesteps.to(x.device)
+        scheduler.set_begin_index(0) if hasattr(scheduler, "set_begin_index") else None
+        sampled = sys.modules[type(scheduler).__module__]
+        unseen = None
+        if x.is_meta and hasattr(sampled, "randn_tensor"):
+            unseen = mock.patch.object(sampled, "randn_tensor", lambda shape, **_: torch.empty(shape, device="meta"))
+
+        def loop() -> Tensor:
+            with torch.no_grad(), unseen or nullcontext():
+                y = x
+                for t in timesteps:
+                    eps = net(scheduler.scale_model_input(y, t), t)
+                    y = scheduler.step(eps, t, y).prev_sample
+            return y
+
+        return loop
+
+    return make
+
+
+def k_diffusion_loop(name: str, steps: int, **options: Any) -> Callable[[Tensor], Loop]:
+    sampler = getattr(k_diffusion_sampling(), f"sample_{name}")
+
+    def make(x: Tensor) -> Loop:
+        grid, net = spaced(steps), Constant()
+        sigmas = (SDE.sigma(grid.times) / SDE.alpha(grid.times)).to(x.device, torch.float32)
+        return lambda: sampler(net, x, sigmas, disable=True, **options)
+
+    return make
+
+
+def azula_loop(name: str, steps: int, **options: Any) -> Callable[[Tensor], Loop]:
+    import azula.denoise
+    import azula.noise
+    import azula.sample
+
+    class Net(azula.denoise.Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.schedule, self.net = azula.noise.VPSchedule(), Constant()
+
+        def forward(self, x: Tensor, t: Tensor, **_: Any) -> Any:
+            return azula.denoise.DiracPosterior(self.net(x, t))
+
+    def make(x: Tensor) -> Loop:
+        sampler = getattr(azula.sample, f"{name}Sampler")(Net(), steps=steps, silent=True, **options)
+        return lambda: sampler(x)
+
+    return make
+
+
+def methods(steps: int, with_peers: bool) -> list[Method]:
+    """The methods that have a bare loop of their own and peers, and then every table of `available()`."""
+    heun = (steps + 1) // 2
+    named: list[tuple[str, Solver, int, Callable[[Tableau, Tensor], Loop], dict[str, tuple[Any, ...]]]] = [
+        (
+            "DDIM",
+            DDIM(),
+            steps,
+            bare_one_step,
+            {
+                "diffusers DDIM": (diffusers_loop, "DDIMScheduler", {"clip_sample": False}),
+                "diffusers Euler": (diffusers_loop, "EulerDiscreteScheduler", {}),
+                "k-diffusion euler": (k_diffusion_loop, "euler", {}),
+                "azula Euler": (azula_loop, "Euler", {}),
+            },
+        ),
+        (
+            "DDPM",
+            DDPM(),
+            steps,
+            bare_one_step,
+            {
+                "diffusers DDPM": (diffusers_loop, "DDPMScheduler", {"clip_sample": False}),
+                "k-diffusion euler_ancestral": (k_diffusion_loop, "euler_ancestral", {}),
+                "azula DDPM": (azula_loop, "DDPM", {}),
+            },
+        ),
+        (
+            "Heun",
+            Heun(),
+            heun,
+            bare_window,
+            {
+                "diffusers Heun": (diffusers_loop, "HeunDiscreteScheduler", {}),
+                "k-diffusion heun": (k_diffusion_loop, "heun", {}),
+                "azula Heun": (azula_loop, "Heun", {}),
+            },
+        ),
+        (
+            "DPM-Solver++ 2M",
+            DPMSolverPP(2),
+            steps,
+            bare_2m,
+            {
+                "diffusers DPM++2M": (diffusers_loop, "DPMSolverMultistepScheduler", {}),
+                "k-diffusion dpmpp_2m": (k_diffusion_loop, "dpmpp_2m", {}),
+                "azula xEAB2": (azula_loop, "xEAB", {"order": 2}),
+            },
+        ),
+        (
+            "DEIS-3 (log rho)",
+            ExponentialAB(3, "eps"),
+            steps,
+            bare_window,
+            {
+                "diffusers DEIS3": (diffusers_loop, "DEISMultistepScheduler", {"solver_order": 3}),
+                "azula zEAB3": (azula_loop, "zEAB", {"order": 3}),
+            },
+        ),
+        (
+            "UniPC-3",
+            UniPC(3),
+            steps,
+            bare_window,
+            {"diffusers UniPC3": (diffusers_loop, "UniPCMultistepScheduler", {"solver_order": 3})},
+        ),
+    ]
+    found = []
+    for name, solver, n, bare, peers in named:
+        table, runner = compiled(solver, n)
+        method = Method(name, solver, {"here": runner, "bare": Runner(partial(bare, table), table.nfe)})
+        for label, (make, cls, options) in peers.items():
+            if with_peers and installed(label.split()[0]):
+                nfe = 2 * n - (0 if "azula" in label else 1) if name == "Heun" else n
+                method.runners[label] = Runner(make(cls, n, **options), nfe)
+        found.append(method)
+    for entry in available():
+        try:
+            table, runner = compiled(entry.solver, steps)
+        except TypeError:  # a loop without a table
+            continue
+        method = Method(entry.name, entry.solver, {"here": runner})
+        method.runners["bare"] = Runner(partial(bare_window, table), table.nfe)
+        found.append(method)
+    return found
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what would stall a device: values read from it, and copies between it and the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = self.copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            self.reads += 1
+            return 0.5
+        if func is aten._to_copy.default and "device" in kwargs:
+            self.copies += torch.device(kwargs["device"]).type != args[0].device.type
+        if func is aten.copy_.default:
+            self.copies += args[0].device.type != args[1].device.type
+        return func(*args, **kwargs)
+
+
+def syncs(runner: Runner, shape: Sequence[int]) -> tuple[float, float] | None:
+    """(values read, copies) of the device for each evaluation; None where the loop does not run without values."""
+    x = torch.empty(*shape, device="meta")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loop = runner.make(x)
+            with Syncs() as counted:
+                loop()
+    except Exception:
+        return None
+    return counted.reads / runner.evaluations, counted.copies / runner.evaluations
+
+
+def timed(loop: Loop, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    loop()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(found: Sequence[Method], x: Tensor, seconds: float) -> dict[str, dict[str, list[float]]]:
+    """Microseconds for each evaluation, in turns: method -> runner -> times, until the seconds are over, five turns at
+    least.
+    """
+    times: dict[str, dict[str, list[float]]] = {m.name: {name: [] for name in m.runners} for m in found}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start, turn = time.perf_counter(), 0
+        bar = tqdm(total=seconds, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s")
+        while turn < 6 or time.perf_counter() - start < seconds:
+            for method in found:
+                for name, runner in method.runners.items():
+                    loop = runner.make(x)
+                    if turn == 0:  # to warm up
+                        loop()
+                        continue
+                    times[method.name][name].append(timed(loop, x.device) / runner.evaluations * 1e6)
+            turn += 1
+            bar.n = min(seconds, time.perf_counter() - start)
+            bar.refresh()
+        bar.close()
+    return times
+
+
+def once(action: Callable[[], Any], repeats: int = 2000) -> float:
+    """Median microseconds of an action."""
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found) * 1e6
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def report(found: Sequence[Method], times: Any, shape: Sequence[int], args: argparse.Namespace) -> str:
+    middle = {m: {name: statistics.median(t) for name, t in row.items()} for m, row in times.items()}
+    env = environment(args.device, torch.float32)
+    versions = {name: installed(name) for name in PACKAGES if installed(name)}
+    net, x, y = Constant(), torch.randn(*shape, device=args.device), torch.randn(*shape, device=args.device)
+    costs = {
+        "network": once(lambda: net(x, x)),
+        "x * a": once(lambda: x * 0.5),
+        "x.add_(y, alpha=b)": once(lambda: y.add_(x, alpha=0.5)),
+        "normal draw": once(lambda: x.clone().normal_(), 50),
+    }
+    peered = [m for m in found if len(m.runners) > 2]
+
+    def ratio(method: str, other: str) -> float:
+        """Here to the other: the median over turns, in each of which both ran."""
+        row = times[method]
+        return statistics.median(a / b for a, b in zip(row["here"], row[other], strict=True))
+
+    turns = len(next(iter(times[found[0].name].values())))
+    lines = ["# Overhead of the loop", "", f"`python {env['command']}`: {env['device']}, {env['threads']} thread(s),"]
+    lines[-1] += f" float32, x of shape {tuple(shape)}, {args.steps} evaluations a run, medians of {turns} turns."
+    lines += [
+        "torch " + env["torch"] + "".join(f", {k} {v}" for k, v in versions.items()) + f"; commit {env['commit']}."
+    ]
+    lines += ["For scale, in microseconds: " + ", ".join(f"{k} {v:.1f}" for k, v in costs.items()) + "."]
+    lines += ["", "## Microseconds for each evaluation, the network's included", ""]
+    lines += [
+        "| method | here | bare loop | here / bare | leanest peer | here / peer | all peers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in peered:
+        row = dict(middle[method.name])
+        here, bare = row.pop("here"), row.pop("bare")
+        leanest = min(row, key=lambda name: row[name])
+        shown = ", ".join(f"{name} {value:.0f}" for name, value in row.items())
+        to_bare, to_peer = ratio(method.name, "bare"), ratio(method.name, leanest)
+        lines.append(
+            f"| {method.name} | **{here:.0f}** | {bare:.0f} | {to_bare:.2f} | {leanest} {row[leanest]:.0f} "
+            f"| {to_peer:.2f} | {shown} |"
+        )
+    lines += ["", "## Every table, beside a bare loop with as many buffers, and what it costs to make", ""]
+    lines += ["| solver | here | bare loop | here / bare | making the table |", "|---|---|---|---|---|"]
+    grid = spaced(args.steps)
+    for method in found:
+        row = middle[method.name]
+        made = once(partial(method.solver.tableau, grid), 10) / args.steps
+        share = f"{ratio(method.name, 'bare'):.2f}"
+        lines.append(f"| {method.name} | {row['here']:.0f} | {row['bare']:.0f} | {share} | {made:.0f} |")
+    lines += ["", "## Stalls of the device for each evaluation: values read, copies from or to the host", ""]
+    lines += ["| loop | values read | copies |", "|---|---|---|"]
+    counted = {}
+    for method in found:
+        for name, runner in method.runners.items():
+            if name == "bare":
+                continue
+            label = name if name != "here" else f"here, {method.name}"
+            counted[label] = syncs(runner, shape)
+    ours = {k: v for k, v in counted.items() if k.startswith("here")}
+    total = [sum(v[i] for v in ours.values() if v) for i in (0, 1)]
+    lines.append(f"| here, all {len(ours)} tables | {total[0]:g} | {total[1]:g} |")
+    for label, value in counted.items():
+        if label not in ours:
+            lines.append(
+                f"| {label} | "
+                + ("not run without values | |" if value is None else f"{value[0]:.1f} | {value[1]:.1f} |")
+            )
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    (args.out / "README.md").write_text(text)
+    record = {
+        "environment": env,
+        "peers": versions,
+        "shape": list(shape),
+        "microseconds": {m: {k: round(v, 2) for k, v in row.items()} for m, row in middle.items()},
+        "costs": {k: round(v, 2) for k, v in costs.items()},
+        "stalls": {k: None if v is None else {"reads": v[0], "copies": v[1]} for k, v in counted.items()},
+    }
+    (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs="+", default=[64, 3, 32, 32], help="of x (64 3 32 32)")
+    parser.add_argument("--steps", type=int, default=50, help="evaluations of a run (50)")
+    parser.add_argument("--seconds", type=float, default=100.0, help="for the timing (100)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-peers", action="store_true", help="ours and the bare loops alone")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overhead"), help="folder of results")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    found = methods(args.steps, not args.no_peers)
+    x = torch.randn(*args.shape, generator=torch.Generator().manual_seed(0)).to(args.device)
+    print(report(found, measure(found, x, args.seconds), args.shape, args))
+
+
+if __name__ == "__main__":
+    main()
