@@ -43,6 +43,13 @@ GRIDS: dict[str, Callable[..., Grid]] = {
     "quadratic": Grid.quadratic,
     "log-SNR": Grid.log_snr,
     "Karras 7": Grid.karras,
+    "power 4": Grid.power,
+    "power 5": partial(Grid.power, power=5.0),
+    # Solvers' own, and not raced by default:
+    "power 1.5": partial(Grid.power, power=1.5),
+    "power 2": partial(Grid.power, power=2.0),
+    "power 2.5": partial(Grid.power, power=2.5),
+    "power 3": partial(Grid.power, power=3.0),
     "Karras 3": partial(Grid.karras, rho=3.0),
 }
 
@@ -58,12 +65,13 @@ def make_grid(name: str, sde: SDE, steps: int, end: float, last: float) -> Grid:
 def spacing_of(grid: Grid) -> str | None:
     """The name of the spacing whose grid to t = 0 this is: how a solver's own choice carries over to another end."""
     for name in GRIDS:
-        try:
-            same = make_grid(name, grid.sde, grid.steps, 0.0, grid.sde.t_min)
-        except ValueError:
-            continue
-        if torch.allclose(same.times, grid.times, rtol=1e-9, atol=0):
-            return name
+        for make in (GRIDS[name], lambda sde, steps, name=name: make_grid(name, sde, steps, 0.0, sde.t_min)):
+            try:
+                same = make(grid.sde, grid.steps)
+            except ValueError:
+                continue
+            if torch.allclose(same.times, grid.times, rtol=1e-9, atol=0):
+                return name
     return None
 
 

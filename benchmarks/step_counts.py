@@ -60,6 +60,7 @@ from scoresde.solvers import (
     DEIS,
     IPNDM,
     DPMSolverPP,
+    EulerMaruyama,
     ExponentialAB,
     RungeKutta,
     SASolver,
@@ -69,17 +70,14 @@ from scoresde.solvers import (
 )
 
 NFE = [5, 8, 10, 15, 20, 50]
+RACED = ["uniform", "quadratic", "power 4", "power 5", "log-SNR", "Karras 7"]
 HERE = "scoresde"
 Race = Literal["endpoint", "law"]
 
 PEER_REMARKS = {
     "azula REAB*": "A bug: sigma_t where its formula has sigma_s, in its last line: first order at any order asked for",
-    "azula vAB*": "Adams-Bashforth in sigma / (alpha + sigma); no counterpart here",
-    "azula Ito": "Euler-Maruyama in sigma / alpha, which keeps no marginal; no counterpart here",
     "diffusers sde-dpmsolver++-3M*": "A bug: the term of the second difference has -1/2 for +1/2",
-    "*lower order final": "The same with lower orders in the last steps; no counterpart here",
     "diffusers PNDM*": "Repeats its second evaluation (an averaged first step); no counterpart here",
-    "*dpmsolver-3M": "Half of the second difference, so second order, in eps; no counterpart here",
     "k-diffusion dpmpp_3m_sde*": "Its second step takes the exact weight, where diffusers takes the midpoint's",
     "diffusers SA-Solver*": "Adds a term of its own at order 2, in the start of the others too; no counterpart here",
     "diffusers dpmsolver*S": "Its stages are the grid's times: the same where the grid is even in lambda",
@@ -152,7 +150,14 @@ def ours() -> tuple[Ours, ...]:
     listed = [Ours(e.solver, e.deterministic) for e in available() if type(e.solver).__name__ != "ReverseSDE"]
     views: list[tuple[Any, Any]] = [(view, chi) for view in _VIEWS for chi in ("half_log_snr", "sigma", "t")]
     views += [("v", chi) for chi in ("angle", "half_log_snr", "t")]
+    views += [("flow", chi) for chi in ("flow", "half_log_snr", "t")]
     more: list[Solver] = [ExponentialAB(k, view, chi) for k in (2, 3, 4) for view, chi in views]
+    final = {"lower_final": True}
+    more += [ExponentialAB(k, view, **final) for k in (2, 3, 4) for view in ("eps", "v", "flow")]
+    more += [UniPC(k, view, rule, **final) for k in (2, 3, 4) for view in _VIEWS for rule in ("B1", "B2")]
+    more += [DPMSolverPP(k, view=view, **final) for k in (2, 3) for view in _VIEWS]
+    more += [DPMSolverPP(3, view=view, as_published=True, **final) for view in _VIEWS]
+    more += [DPMSolverPP(2, view="eps"), DPMSolverPP(3, view="eps", as_published=True)]
     for k, view in itertools.product((1, 2, 3, 4), _VIEWS):
         more += [UniPC(k, view, rule) for rule in ("B1", "B2", "exact")]
     more += [UniPC(k, view, corrector=False) for k in (2, 3, 4) for view in _VIEWS]
@@ -162,7 +167,7 @@ def ours() -> tuple[Ours, ...]:
     more += [
         RungeKutta(method, variable)
         for method in ("heun", "midpoint", "kutta3", "rk4")
-        for variable in ("sigma", "half_log_snr", "t", "angle")
+        for variable in ("sigma", "half_log_snr", "t", "angle", "flow")
     ]
     if make := getattr(scoresde.solvers, "DPMSolver", None):
         more += [make(k, view) for k in (2, 3) for view in _VIEWS]
@@ -170,6 +175,8 @@ def ours() -> tuple[Ours, ...]:
     noisy: list[Solver] = [ExponentialAB(k, view, tau=1.0) for k in (2, 3) for view in _VIEWS]
     noisy += [SASolver(p, c, tau=tau) for p, c in ((2, 2), (3, 3), (3, 4)) for tau in (0.4, 1.0)]
     noisy += [DPMSolverPP(2, stochastic=True, rule="exact"), DPMSolverPP(3, stochastic=True, as_published=True)]
+    noisy += [DPMSolverPP(k, stochastic=True, view="eps") for k in (1, 2)] + [EulerMaruyama("sigma")]
+    noisy += [DPMSolverPP(k, stochastic=True, lower_final=True) for k in (2, 3)]
     listed += [Ours(solver, False) for solver in noisy]
     return tuple({contestant.name: contestant for contestant in reversed(listed)}.values())[::-1]
 
@@ -296,8 +303,9 @@ def cells(names: Iterable[str], work: Work, field: Sequence[Contestant]) -> list
         user = name not in EXACT
         for contestant in field:
             races: list[Race] = ["law"] if user and problem.law else ["endpoint" if contestant.deterministic else "law"]
-            for race, grid, nfe in itertools.product(races, work.args.grids, work.args.nfe):
-                if (race == "endpoint" or problem.law) and grid in (contestant.grids or work.args.grids):
+            own = [contestant.spacing] if contestant.spacing and contestant.spacing not in work.args.grids else []
+            for race, grid, nfe in itertools.product(races, [*work.args.grids, *own], work.args.nfe):
+                if (race == "endpoint" or problem.law) and grid in (contestant.grids or [*work.args.grids, *own]):
                     found.append(Cell(name, race, contestant.package, contestant.name, grid, nfe))
     return found
 
@@ -397,7 +405,7 @@ def agreements(field: Sequence[Contestant], nfe: int = 10) -> list[Agreement]:
     def states(contestant: Contestant) -> list[Tensor] | None:
         found = []
         for grid in ("log-SNR", "uniform"):
-            if grid not in (contestant.grids or GRIDS):
+            if grid not in (contestant.grids or RACED):
                 continue
             race: Race = "endpoint" if contestant.deterministic else "law"
             problem = ring if contestant.deterministic else gaussian
@@ -613,7 +621,7 @@ def report(work: Work, names: Sequence[str], scores: Scores, found: Sequence[Agr
         page += ["", *table_of_agreements(found)]
         record["agreement"] = [a._asdict() | {"difference": _finite(a.difference)} for a in found]
         page += ["", "Not in the race: " + "; ".join(f"{k} ({v})" for k, v in NOT_DRIVEN.items()) + "."]
-    page += ["", "## Every solver", "", "Best grid, and after the stroke the error on the solver's customary grid."]
+    page += ["", "## Every solver", "", "Best grid, and after the stroke the error on the solver's own grid."]
     text = "\n".join([*page, *details]) + "\n"
     (out / "README.md").write_text(text)
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -684,7 +692,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="race the peers that are installed too")
     parser.add_argument("--solvers", nargs="+", default=["*"], help="patterns of names, 'UniPC*' 'azula *' say (all)")
     parser.add_argument("--nfe", type=int, nargs="+", default=NFE, help="budgets of evaluations (5 8 10 15 20 50)")
-    parser.add_argument("--grids", nargs="+", choices=[*GRIDS], default=[*GRIDS], help="spacings (all)")
+    parser.add_argument("--grids", nargs="+", choices=[*GRIDS], default=RACED, help=f"spacings ({', '.join(RACED)})")
     parser.add_argument("--denoiser", help="your own instead of --problem: module:attribute")
     parser.add_argument("--shape", type=int, nargs="+", help="of one sample, with --denoiser")
     parser.add_argument("--data", help="samples of the truth: a .npy or .npz file, or module:attribute")

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     (args.out / "convergence.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(rows, spacing, args.out / "convergence.png")
     print(table(rows))
-    print(f"\n{len(rows)} solvers in {seconds} s" + (f"; no table: {', '.join(left_out)}" if left_out else ""))
+    print(f"\n{len(rows)} solvers in {seconds} s" + (f"; left out: {', '.join(left_out)}" if left_out else ""))
     print(f"wrote {args.out}/convergence.json and convergence.png")
 
 
@@ -120,6 +120,9 @@ def measure(
                     truth = marginal(target, run.grid.sde, run.grid.times[-1])
                     points[run.nfe] = w2(gaussian_law(run, target, x_T="exact"), truth)
         except TypeError:  # coefficients that depend on the states it meets
+            left_out.append(entry.name)
+            continue
+        if not points:  # too few evaluations for a single step
             left_out.append(entry.name)
             continue
         rows.append(

@@ -24,6 +24,8 @@ Oberhauser, 2020, "An optimal polynomial approximation of Brownian motion".) The
 fixed interval of lambda, down to cells of 2^-11, each with its own random numbers: nothing depends on the times or the
 order of questions. Inside a cell the path is a curve on which each point has the law that it should have. Hence the law
 at any times is exact where no two of them share a cell; nearer ones are too alike.
+
+Solvers whose samples have times of their own, in a clock of their own, take `BridgeNoise`, which is fed with draws.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ from torch import Tensor
 
 from scoresde.sde import SDE
 from scoresde.tableau import Tableau
+from scoresde.tensors import expand_like
 
-__all__ = ["BrownianNoise", "BrownianPath", "snr"]
+__all__ = ["BridgeNoise", "BrownianNoise", "BrownianPath", "FreshNoise", "snr", "where_sample"]
 
 _RANGE = 64.0  # lambda runs over [-64, 64]
 _LEVELS = 18  # cells of 2^-11
@@ -211,3 +214,65 @@ class BrownianNoise:
 def _lambdas(sde: SDE, t: Tensor) -> list[float]:
     numbers: list[float] = sde.half_log_snr(t).tolist()
     return numbers
+
+
+def where_sample(chosen: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Samples of x where chosen, shape (B,), holds, else of y."""
+    return torch.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+
+class FreshNoise:
+    """Brownian increments drawn anew at every attempt, sqrt(h) z.
+
+    Args:
+        clock: where each sample starts, shape (B,).
+        x: what the increments are shaped like, (B, ...).
+    """
+
+    def __init__(self, clock: Tensor, x: Tensor) -> None:
+        self.full = torch.zeros((), dtype=torch.bool, device=x.device)
+
+    def increment(self, clock: Tensor, h: Tensor, z: Tensor) -> Tensor:
+        """From clock to clock + h, each of shape (B,), made of z ~ N(0, I)."""
+        return expand_like(h.sqrt(), z) * z
+
+    def move(self, accept: Tensor, clock: Tensor) -> None:
+        """After an attempt: which samples accepted it, and where the clock now is."""
+
+    def grow(self) -> None:
+        """Make room, if `full` said so."""
+
+
+class BridgeNoise(FreshNoise):
+    """A Brownian path for each sample that remembers where it was seen, at the ends s of attempts. Between two such
+    points, l and r, it is a bridge, W(s) = W_l + (s - l) / (r - l) (W_r - W_l) + sqrt((s - l) (r - s) / (r - l)) z.
+
+    Slots hold the points seen, in any order, shape (S, B); one that the sample has passed, or -inf, is free.
+    """
+
+    def __init__(self, clock: Tensor, x: Tensor) -> None:
+        super().__init__(clock, x)
+        self.at, self.seen = clock.new_full((1, len(clock)), -math.inf), torch.zeros_like(x)[None]
+        self.here = self.end = torch.zeros_like(x)
+
+    def increment(self, clock: Tensor, h: Tensor, z: Tensor) -> Tensor:
+        s, sample = clock + h, torch.arange(len(clock), device=clock.device)
+        l, i = torch.where(self.at <= s, self.at, -math.inf).max(0)  # noqa: E741
+        r, j = torch.where(self.at > s, self.at, math.inf).min(0)
+        W_l = where_sample(l > clock, self.seen[i, sample], self.here)
+        l = torch.maximum(l, clock)  # noqa: E741
+        share = (s - l) / (r - l)  # 0 where nothing was seen beyond
+        bridge = expand_like(share, z) * (self.seen[j, sample] - W_l)
+        W = W_l + bridge + expand_like(((s - l) * (1 - share)).sqrt(), z) * z
+        free = self.at.argmin(0)
+        self.at[free, sample], self.seen[free, sample] = s, W
+        self.end = W
+        return W - self.here
+
+    def move(self, accept: Tensor, clock: Tensor) -> None:
+        self.here = where_sample(accept, self.end, self.here)
+        self.full = (self.at > clock).all(0).any()
+
+    def grow(self) -> None:
+        self.at = torch.cat([self.at, torch.full_like(self.at[:1], -math.inf)])
+        self.seen = torch.cat([self.seen, torch.zeros_like(self.seen[:1])])

@@ -28,7 +28,7 @@ SDES: dict[str, Callable[[], sde.SDE]] = {
     "ddpm-cosine": DDPMChain.cosine,
 }
 SOLVERS = {entry.name: entry for entry in available()}
-GRIDS = ("default", "uniform", "quadratic", "log_snr", "karras", "strided")
+GRIDS = ("default", "uniform", "quadratic", "log_snr", "karras", "power", "strided")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,9 @@ A wrapper (`scoresde.wrappers`; clipping, thresholding, guidance, ...) takes a d
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "VDenoiser",
     "VelocityDenoiser",
     "X0Denoiser",
+    "check_call",
 ]
 
 
@@ -99,6 +101,13 @@ class Denoiser(ABC):
     def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         """N, what the network itself predicts, in the dtype of x. x and t are not checked again."""
         return self.posterior(x, t, **cond).mean
+
+    def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
+        """`output` at times on the host that are known beforehand, shape (R,): a function of (i, x, cond). What depends
+        on the times alone is done once.
+        """
+        numbers = times.tolist()
+        return lambda i, x, cond: self.output(x, numbers[i], **cond)
 
     def affine(self, t: Time) -> Affine:
         """(r, s) of D = r x + s N, float64, of the shape of t."""
@@ -187,21 +196,46 @@ class NetworkDenoiser(Denoiser):
         """The network's time label of t, float64 of shape (B,)."""
         return t if self.time is None else self.time(t)
 
-    def scale_input(self, x: Tensor, t: Time) -> Tensor:
-        """What the network sees of x."""
-        return x
+    def input_scale(self, t: Tensor) -> Tensor | None:
+        """Factor of x in what the network sees, float64 of the shape of t; None for 1."""
+        return None
 
     def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
+        if not isinstance(t, Tensor):
+            return self.outputs(as_time(t).reshape(1))(0, x, cond)
+        times = precise(t).reshape(-1)
+        scale = self.input_scale(times)
+        dtype = self._dtype(x)
+        label = self.label(times)
+        time = label.to(device=x.device, dtype=_label_dtype(label, dtype)).expand(len(x), *label.shape[1:])
+        return self._evaluate(x, x if scale is None else expand_like(scale, x) * x, time, dtype, cond)
+
+    def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
+        label, scale = self.label(precise(times)), self.input_scale(precise(times))
+        label = label.expand(len(times), *label.shape[1:])
+        # Numbers, not tensors: a copy to a GPU would stall it.
+        labels = label.tolist() if label.ndim == 1 else None
+        scales = None if scale is None else scale.tolist()
+
+        def at(i: int, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
+            dtype = self._dtype(x)
+            label_dtype = _label_dtype(label, dtype)
+            if labels is not None:
+                time = torch.full((len(x),), labels[i], dtype=label_dtype, device=x.device)
+            else:
+                time = label[i : i + 1].to(device=x.device, dtype=label_dtype).expand(len(x), *label.shape[1:])
+            return self._evaluate(x, x if scales is None else x * scales[i], time, dtype, cond)
+
+        return at
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """What the network computes in."""
         parameter = self._parameter()
-        dtype = x.dtype if parameter is None else parameter.dtype
-        label = self.label(precise(t).reshape(-1))
-        label_dtype = torch.promote_types(dtype, torch.float32) if label.is_floating_point() else label.dtype
-        if not isinstance(t, Tensor) and label.shape == (1,) and label.device.type == "cpu":
-            # From a number: a copy to a GPU would stall it.
-            time = torch.full((len(x),), label.item(), dtype=label_dtype, device=x.device)
-        else:
-            time = label.to(device=x.device, dtype=label_dtype).expand(len(x), *label.shape[1:])
-        seen = self.scale_input(x, t).to(dtype)
+        return x.dtype if parameter is None else parameter.dtype
+
+    def _evaluate(self, x: Tensor, seen: Tensor, time: Tensor, dtype: torch.dtype, cond: Mapping[str, Any]) -> Tensor:
+        """The network on what it sees of x, checked, in the dtype of x."""
+        seen = seen.to(dtype)
         version = None if seen.is_inference() else seen._version
         out = self.net(seen, time, **cond)
         if not isinstance(out, Tensor) or out.shape != x.shape:
@@ -299,6 +333,42 @@ class EDMDenoiser(NetworkDenoiser):
         total = self._total_std(t)
         return self.sigma_data**2 * self.sde.alpha(t) / total**2, self.sde.sigma(t) * self.sigma_data / total
 
-    def scale_input(self, x: Tensor, t: Time) -> Tensor:
-        wide = widen(x)
-        return wide / expand_like(self._total_std(precise(t)), wide)
+    def input_scale(self, t: Tensor) -> Tensor:
+        return 1 / self._total_std(t)
+
+
+def _label_dtype(label: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Floating-point labels reach the network in float32 at least."""
+    return torch.promote_types(dtype, torch.float32) if label.is_floating_point() else label.dtype
+
+
+def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) -> None:
+    """What every run checks before its first evaluation.
+
+    Raises:
+        TypeError: if the denoiser is none, or cond is no mapping.
+        ValueError: if a condition is a tensor with neither one entry nor one per sample, or the batch is empty.
+    """
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"expected a Denoiser, not {type(denoiser).__name__}: wrap the network, EpsDenoiser(net, sde, time=...)"
+        )
+    if x.numel() == 0:
+        raise ValueError(f"the batch has shape {tuple(x.shape)}: it is empty")
+    if cond is not None and not isinstance(cond, Mapping):
+        raise TypeError(f"cond is {type(cond).__name__}: expected a mapping, {{'label': labels}} say")
+    for key, value in (cond or {}).items():
+        if isinstance(value, Tensor) and value.ndim and len(value) not in (1, len(x)):
+            raise ValueError(f"cond[{key!r}] has {len(value)} entries for {len(x)} samples: expected 1 or as many")
+    _warn_of_training_mode(denoiser)
+
+
+def _warn_of_training_mode(denoiser: Denoiser) -> None:
+    """Dropout draws from the global generator, and batch norm mixes the samples: seeds would mean nothing."""
+    while isinstance(inner := getattr(denoiser, "denoiser", None), Denoiser):
+        denoiser = inner
+    net = getattr(denoiser, "net", None)
+    kinds = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
+    layers = net.modules() if isinstance(net, torch.nn.Module) else ()
+    if any(layer.training and isinstance(layer, kinds) and getattr(layer, "p", 1.0) > 0 for layer in layers):
+        warnings.warn("the network has dropout or batch norm in training mode: call net.eval() first", stacklevel=4)

@@ -151,8 +151,8 @@ class Grid:
     ) -> Grid:
         """tau^(1 / power) uniform, tau being the time at which the standard `VPSDE` has the same SNR: what VP calls
         quadratic (power 2) and beyond, at the same noise levels on every SDE. Measured to be the best of the spacings
-        here, or near it, for most solvers on every SDE (benchmarks/results/step_counts), with power 3 for first order
-        and 4 to 5 for high order.
+        here, or near it, for most solvers on every SDE, with power 3 for first order and 4 to 5 for high order. It is
+        for data of about unit scale; elsewhere take `Grid.karras`.
 
         Without `last` the last noisy time has tau = 0.01 / steps, or t_min if that is larger: with more steps there is
         more to gain from going closer to the data. On a `DDPMChain` the times are nodes, rounded and all different.
@@ -160,36 +160,27 @@ class Grid:
         Raises:
             ValueError: as for the others, unless power > 0, or if a chain has fewer nodes than steps.
         """
-        steps = _check_steps(steps)
         if not power > 0:
             raise ValueError(f"power={power}: expected a number > 0")
         standard = VPSDE()
-
-        def tau(t: float) -> Tensor:  # noise beyond the standard's, alpha = 0 say, is all the same
-            half_log_snr = sde.half_log_snr(torch.tensor(t, dtype=torch.float64, device="cpu"))
-            return standard.time_at(torch.maximum(half_log_snr, standard.half_log_snr(1.0)))
-
-        start = sde.t_max if start is None else float(start)
-        if end == 0:
-            if last is None:
-                near = standard.half_log_snr(torch.tensor(0.01 / steps, dtype=torch.float64, device="cpu"))
-                last = max(float(sde.time_at(near)), sde.t_min)
-            low, points = last, steps
-        else:
-            low, points = end, steps + 1
-            if last is not None:
-                _last(sde, end, last)
-        if not 0 < low < start <= sde.t_max:
-            raise ValueError(f"a grid of {sde!r} from {start} to {low}: expected 0 < end < start <= {sde.t_max}")
-        u = torch.linspace(0, 1, points, dtype=torch.float64, device="cpu")
-        taus = torch.lerp(tau(start) ** (1 / power), tau(low) ** (1 / power), u) ** power
-        times = sde.time_at(standard.half_log_snr(taus))
-        times[0] = start
-        if points > 1:
-            times[-1] = low
-        if isinstance(sde, DDPMChain):
-            times = _nodes(sde, times)
-        return cls(sde, torch.cat([times, times.new_zeros(1)]) if end == 0 else times)
+        floor = float(standard.half_log_snr(1.0))  # noise beyond the standard's, alpha = 0 say, is all the same
+        if end == 0 and last is None:
+            near = standard.half_log_snr(torch.tensor(0.01 / _check_steps(steps), dtype=torch.float64, device="cpu"))
+            high = sde.t_max if start is None else start
+            last = min(max(float(sde.time_at(near)), sde.t_min), high if steps == 1 else high / 2)
+        grid = cls._spaced(
+            sde,
+            steps,
+            start,
+            end,
+            _last(sde, end, last),
+            forward=lambda t: standard.time_at(sde.half_log_snr(t).clamp(min=floor)) ** (1 / power),
+            inverse=lambda u: sde.time_at(standard.half_log_snr(u**power)),
+        )
+        if not isinstance(sde, DDPMChain):
+            return grid
+        nodes = _nodes(sde, grid.times[:-1] if end == 0 else grid.times)
+        return cls(sde, torch.cat([nodes, nodes.new_zeros(1)]) if end == 0 else nodes)
 
     @classmethod
     def strided(
@@ -246,7 +237,7 @@ class Grid:
         to_zero = last is not None and end == 0
         low, points = (last, steps) if to_zero else (end, steps + 1)
         assert low is not None
-        if not 0 <= low < start <= sde.t_max:
+        if not (0 <= low <= start <= sde.t_max and (low < start or points == 1)):
             raise ValueError(f"a grid of {sde!r} from {start} to {low}: expected 0 <= end < start <= {sde.t_max}")
         bounds = forward(torch.tensor([start, low], dtype=torch.float64, device="cpu"))
         if not bool(bounds.isfinite().all()) or (to_zero and low == 0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.brownian import BrownianNoise
-from scoresde.denoiser import Denoiser
+from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError
 from scoresde.grid import Grid
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
@@ -31,9 +30,10 @@ class Solution:
         x: the samples, shape (B, ...), at grid.times[-1].
         nfe: evaluations of the denoiser that were made, each on the whole batch.
         grid: the grid that was stepped on.
-        trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...).
+        trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...); fewer if not complete.
         status: "complete", or "max_nfe" where an adaptive solver's budget ran out before the grid's end.
-        t: the time that x stands at: grid.times[-1] if complete, else that of the least advanced sample.
+        t: the time that x stands at: grid.times[-1] if complete; else, where samples have steps of their own, that of
+            the least advanced.
     """
 
     x: Tensor
@@ -118,17 +118,14 @@ def sample(
         out_dtype = torch.float32
         x_T = source.prior(denoiser.sde, shape_or_x, out_dtype, float(grid.times[0]))
 
-    if cond is not None and not isinstance(cond, Mapping):
-        raise TypeError(f"cond is {type(cond).__name__}: expected a mapping, {{'label': labels}} say")
-    for key, value in (cond or {}).items():
-        if isinstance(value, Tensor) and value.ndim and len(value) not in (1, len(x_T)):
-            raise ValueError(f"cond[{key!r}] has {len(value)} entries for {len(x_T)} samples: expected 1 or as many")
-    _warn_of_training_mode(denoiser)
+    check_call(denoiser, x_T, cond)
 
     draw = source
     if path:
         if not isinstance(source, GeneratorNoise | SeededNoise):
             raise ValueError("path=True makes its own noise: give seed= or generator=, not noise=")
+        if type(solver).tableau is Solver.tableau:
+            raise ValueError(f"path=True is for solvers with a table, not {solver!r}; ReverseSDE has a path of its own")
         draw = BrownianNoise(solver.tableau(grid), source.entropies(len(x_T)))
 
     def run() -> Iterator[State]:
@@ -138,10 +135,12 @@ def sample(
     with torch.set_grad_enabled(differentiable):
         total = solver.evaluations(grid) if progress else None
         name = type(solver).__name__
-        for state in tqdm(run(), desc=name, total=total, unit="nfe", disable=not progress, leave=False):
-            last = state
-            if trajectory and state.done:
-                states.append(state.x)
+        with tqdm(desc=name, total=total, unit="nfe", disable=not progress, leave=False) as bar:
+            for state in run():
+                bar.update(state.nfe - (last.nfe if last else 0))
+                last = state
+                if trajectory and state.done:
+                    states.append(state.x)
     assert last is not None
     x, complete = last.x, last.done and last.step == grid.steps - 1
     if not bool(x.detach().isfinite().all()):
@@ -157,25 +156,16 @@ def sample(
     )
 
 
-def _warn_of_training_mode(denoiser: Denoiser) -> None:
-    """Dropout draws from the global generator, and batch norm mixes the samples: seeds would mean nothing."""
-    while isinstance(inner := getattr(denoiser, "denoiser", None), Denoiser):
-        denoiser = inner
-    net = getattr(denoiser, "net", None)
-    kinds = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
-    layers = net.modules() if isinstance(net, torch.nn.Module) else ()
-    if any(layer.training and isinstance(layer, kinds) and getattr(layer, "p", 1.0) > 0 for layer in layers):
-        warnings.warn("the network has dropout or batch norm in training mode: call net.eval() first", stacklevel=3)
-
-
 def _choose_grid(
     denoiser: Denoiser, solver: Solver, steps: int | None, nfe: int | None, grid: Grid | None
 ) -> tuple[Solver, Grid]:
     given = [name for name, value in (("steps", steps), ("nfe", nfe), ("grid", grid)) if value is not None]
     if solver.adaptive:
-        if nfe is not None and steps is None:  # a budget; with or without times to report at
+        if steps is not None and grid is not None:
+            raise ValueError("give at most one of steps= and grid=; an adaptive solver takes nfe= beside either")
+        if nfe is not None:  # a budget; with or without times to report at
             solver, whole = solver.within(denoiser.sde, nfe)
-            grid = grid or whole
+            grid = grid or (whole if steps is None else solver.grid(denoiser.sde, steps))
         elif not given:
             steps = 1
     elif len(given) != 1:

@@ -183,12 +183,13 @@ class Tableau:
     def _loop(
         self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
+        output = denoiser.outputs(self.t)
         steps, kept, nfe = [*self.step.tolist(), -1], {}, 0
         for i, row in enumerate(rows):
             if row.n is None:
                 x = x * row.x
             else:
-                n, nfe = denoiser.output(x, row.t, **cond), nfe + 1
+                n, nfe = output(i, x, cond), nfe + 1
                 if row.keep is not None:
                     u, w = row.keep
                     # n * w even where w is 1: the network may reuse the memory of its output.

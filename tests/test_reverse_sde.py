@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
 from common import SDES, Counting, end_of, normal, start_of
 
 from scoresde import VESDE, VPSDE, FlowSDE, Grid, NonFiniteError, Posterior, Tableau, sample
-from scoresde.brownian import BrownianNoise, BrownianPath, snr
+from scoresde.brownian import _LEVELS, BrownianNoise, BrownianPath, snr
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.noise import GeneratorNoise, SeededNoise
 from scoresde.solvers import DDPM, EulerMaruyama, Heun
@@ -70,6 +72,19 @@ def test_a_path_is_one_whatever_is_asked_of_it_and_with_whom(area):
         together.at(65.0)
 
 
+def test_a_path_holds_one_question_s_intervals():
+    """Two halves on each level and the whole, however much was asked before: the rest is made again."""
+    path = BrownianPath([1], (2,), area=True)
+    times = torch.empty(300, dtype=torch.float64).uniform_(-60, 60, generator=torch.Generator().manual_seed(0))
+    for t in [*times.tolist(), *times.sort().values.tolist()]:
+        path.at(t)
+    alive, unseen = 0, [path._stack[0]]
+    while unseen:
+        unseen += unseen.pop().halves or ()
+        alive += 1
+    assert alive <= 2 * _LEVELS + 1
+
+
 def test_entropies_are_a_stream_of_their_own():
     x = torch.zeros(3, 4)
     seeded = SeededNoise([5, 6, 7], torch.device("cpu"))
@@ -96,6 +111,11 @@ def on_a_path(solver, grid, x, target=MIXTURE):
     return sample(target.denoiser(grid.sde), x, solver, grid=grid, noise=noise).x
 
 
+@functools.cache
+def limit_on_a_path(sde):
+    return on_a_path(DDPM(), noisy_grid(sde, 512), normal(8, 3) * sde.sigma(start_of(sde)))
+
+
 @pytest.mark.parametrize("solver", [DDPM(), DDPM(variance="beta"), EulerMaruyama()], ids=repr)
 @pytest.mark.parametrize("sde", [VPSDE(), FlowSDE()], ids=["vp", "flow"])
 def test_tables_converge_strongly_on_a_path(solver, sde):
@@ -103,7 +123,7 @@ def test_tables_converge_strongly_on_a_path(solver, sde):
     over 8 samples.
     """
     x = normal(8, 3) * sde.sigma(start_of(sde))
-    limit = on_a_path(DDPM(), noisy_grid(sde, 512), x)
+    limit = limit_on_a_path(sde)
     errors = [distance(on_a_path(solver, noisy_grid(sde, N), x), limit) for N in (16, 32, 64, 128)]
     assert 4 < errors[0] / errors[-1] < 16
     assert errors[-1] < 0.1
@@ -136,7 +156,7 @@ def test_brownian_noise_refuses_rows_that_are_no_steps():
 # The SDE.
 
 
-@pytest.mark.parametrize("sde", [SDES[n] for n in ("vp", "edm", "flow", "chain")], ids=["vp", "edm", "flow", "chain"])
+@pytest.mark.parametrize("sde", [SDES[n] for n in ("edm", "flow", "chain")], ids=["edm", "flow", "chain"])
 @pytest.mark.parametrize("method", METHODS)
 def test_finite_and_counted(method, sde):
     solver = ReverseSDE(method)
@@ -152,7 +172,7 @@ def test_finite_and_counted(method, sde):
     assert sample(counting, (2, 3), solver, nfe=17, seed=0).nfe == len(counting.times) <= 17
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["euler", "srk", "reversible_heun"])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_same_seed_gives_the_same_sample_in_any_batch(method, adaptive):
     if adaptive and method == "reversible_heun":
@@ -160,7 +180,7 @@ def test_the_same_seed_gives_the_same_sample_in_any_batch(method, adaptive):
             ReverseSDE(method, adaptive_steps=True)
         return
     sde, solver = VPSDE(), ReverseSDE(method, adaptive_steps=adaptive, rtol=0.1, atol=0.1)
-    grid = Grid.log_snr(sde, 1 if adaptive else 20)
+    grid = Grid.log_snr(sde, 1 if adaptive else 20, start=0.6, end=0.05)
     seeds = [11, 12, 13]
     together = sample(MIXTURE.denoiser(sde), (3, 3), solver, grid=grid, seed=seeds).x
     again = sample(MIXTURE.denoiser(sde), (3, 3), solver, grid=grid, seed=seeds).x
@@ -174,10 +194,10 @@ def test_the_same_seed_gives_the_same_sample_in_any_batch(method, adaptive):
     assert torch.equal(*draws)
 
 
-@pytest.mark.parametrize("sde", [VPSDE(), VESDE()], ids=["vp", "ve"])
-def test_strong_orders(sde):
+def test_strong_orders():
     """On one path, to the limit of srk: order 1 (Euler, Heun), and srk 1.5 at least (its drift error has order 2)."""
-    x = normal(8, 3) * sde.sigma(start_of(sde))
+    sde = VPSDE()
+    x = normal(4, 3) * sde.sigma(start_of(sde))
 
     def run(method, N):
         return sample(MIXTURE.denoiser(sde), x, ReverseSDE(method), grid=noisy_grid(sde, N), seed=3).x
@@ -191,7 +211,7 @@ def test_strong_orders(sde):
     assert errors["srk"][-1] < errors["reversible_heun"][-1] < errors["euler"][-1] < 0.1
 
 
-@pytest.mark.parametrize("sde", [VPSDE(), VESDE(), FlowSDE(t_max=0.999)], ids=["vp", "ve", "flow"])
+@pytest.mark.parametrize("sde", [VESDE(), FlowSDE(t_max=0.999)], ids=["ve", "flow"])
 def test_the_marginal_law_on_gaussian_data(sde):
     """Mean and variance of 20,000 numbers to 5 sigma, and 0.005 for the method's own error at 30 steps."""
     n, mean, std = 20_000, 0.7, 0.5
@@ -208,7 +228,7 @@ def test_the_marginal_law_on_gaussian_data(sde):
 @pytest.mark.parametrize("method", ["euler", "srk"])
 def test_adaptive_steps_converge_to_the_same_samples(method):
     sde, x = VPSDE(), normal(2, 3)
-    limit = sample(MIXTURE.denoiser(sde), x, ReverseSDE("srk"), grid=Grid.log_snr(sde, 200), seed=3).x
+    limit = sample(MIXTURE.denoiser(sde), x, ReverseSDE("srk"), grid=Grid.log_snr(sde, 120), seed=3).x
     errors, counts = [], []
     for tolerance in (0.3, 0.03):
         counting = Counting(MIXTURE.denoiser(sde))
@@ -220,6 +240,22 @@ def test_adaptive_steps_converge_to_the_same_samples(method):
         counts.append(solution.nfe)
     assert errors[1] < 0.05
     assert counts[1] > counts[0]
+
+
+@pytest.mark.parametrize("method", ["euler", "milstein"])
+def test_the_shortest_step_is_told_of_once(method):
+    """In our words; torchsde says so at every step, and how it is met is ours."""
+    denoiser, x, grid = MIXTURE.denoiser(VPSDE()), normal(1, 3), Grid(VPSDE(), [0.5, 0.495, 0.49])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sample(denoiser, x, ReverseSDE(method, adaptive_steps=True, rtol=1e-9, atol=1e-9), grid=grid, seed=0)
+    assert [w.category for w in caught] == [UserWarning]
+    assert "raise rtol" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sample(denoiser, x, ReverseSDE(method, adaptive_steps=True, rtol=0.1, atol=0.1), grid=grid, seed=0)
+    assert not caught
 
 
 def test_an_adaptive_budget_ends_with_a_state_on_the_way():

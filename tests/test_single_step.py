@@ -14,15 +14,29 @@ from textbook_steps import (
     dpm_solver,
     dpm_solver_pp_single,
     edm_stochastic,
+    euler_maruyama_sigma,
     exponential_heun,
     repaint,
     restart,
     runge_kutta,
 )
 
-from scoresde import EDMSDE, SDE, VESDE, VPSDE, DDPMChain, Denoiser, FlowSDE, Grid, Posterior, X0Denoiser, sample
+from scoresde import (
+    EDMSDE,
+    SDE,
+    VESDE,
+    VPSDE,
+    CosineVPSDE,
+    DDPMChain,
+    Denoiser,
+    FlowSDE,
+    Grid,
+    Posterior,
+    X0Denoiser,
+    sample,
+)
 from scoresde.exact import Gaussian, GaussianMixture
-from scoresde.solvers import DDIM, Euler, Heun, RungeKutta
+from scoresde.solvers import DDIM, DDPM, Euler, EulerMaruyama, ExponentialSDE, Heun, RungeKutta
 from scoresde.solvers.annealed import AnnealedLangevin, langevin_rows
 from scoresde.solvers.composite import EDMStochastic, Restart, TimeTravel
 from scoresde.solvers.runge_kutta import METHODS, VARIABLES
@@ -35,6 +49,7 @@ SINGLE = {
     **{f"exponential heun {view}": ExponentialHeun(view) for view in ("x0", "eps")},
 }
 COMPOSITE = {
+    "euler-maruyama sigma": EulerMaruyama("sigma"),
     "churn": EDMStochastic(S_churn=3.0, S_min=0.05, S_max=50.0, S_noise=1.003),
     "restart": Restart(INTERVALS),
     "restart dpm": Restart(INTERVALS, DPMSolver(2)),
@@ -74,6 +89,8 @@ def textbook(name, denoiser, x, times):
         return algorithm(denoiser, x, times, order)
     if first == "exponential":
         return exponential_heun(denoiser, x, times, rest.split()[1])
+    if first == "euler-maruyama":
+        return euler_maruyama_sigma(denoiser, x, times, draw)
     if first == "churn":
         return edm_stochastic(denoiser, x, times, draw, 3.0, 0.05, 50.0, 1.003)
     if first == "restart":
@@ -269,6 +286,62 @@ def test_limits():
         )
 
 
+def test_restart_runs_every_interval_or_refuses():
+    """A grid that no interval meets has a table, for the search of a budget, and no samples."""
+    sde, solver = VPSDE(), Restart([(3, 2, 0.06, 0.30)])
+    denoiser, x = Linear(sde, torch.ones(1, dtype=torch.float64)), normal(2, 1)
+    coarse = Grid.uniform(sde, 3)
+    assert solver.evaluations(coarse) == Heun().evaluations(coarse)
+    with pytest.raises(ValueError, match=r"no noisy time below u_max=0\.3 .* take more steps"):
+        solver.iterate(denoiser, x, coarse)
+    assert sample(denoiser, x, solver, grid=Grid.power(sde, 6), seed=0).nfe == 11 + 8
+    for steps in range(2, 12):  # its own grid is one that does
+        assert solver.evaluations(solver.grid(sde, steps)) == 2 * steps - 1 + 8
+
+
+def test_default_grids():
+    for sde in SDES.values():
+        for steps in (4, 9, 10, 30):
+            paper = steps < 10 or isinstance(sde, EDMSDE)
+            expected = Grid.customary(sde, steps) if paper else Grid.power(sde, steps, power=2.0)
+            assert Heun().grid(sde, steps) == expected
+            assert RungeKutta("heun", "flow").grid(sde, steps) == Grid.power(sde, steps, power=4.0)
+    assert AnnealedLangevin().grid(VPSDE(), 8) == Grid.log_snr(VPSDE(), 8)
+    assert AnnealedLangevin().grid(FlowSDE(), 8) == Grid.uniform(FlowSDE(), 8)  # alpha = 0 at its start
+
+
+def test_euler_maruyama_in_sigma():
+    """On EDM, where u = t and alpha = 1, the two variables are the same table; a start at alpha = 0 is exact."""
+    grid = Grid.karras(EDMSDE(), 9)
+    in_t, in_sigma = EulerMaruyama().tableau(grid), EulerMaruyama("sigma").tableau(grid)
+    for column in "abc":
+        torch.testing.assert_close(getattr(in_sigma, column), getattr(in_t, column), rtol=1e-12, atol=1e-12)
+    first = EulerMaruyama("sigma").tableau(Grid.uniform(FlowSDE(), 4))
+    assert (float(first.a[0]), float(first.b[0, 0]), float(first.c[0])) == (0.0, 0.25, 0.75)
+
+
+def test_flow_needs_no_special_start():
+    """Flow coordinates are finite at alpha = 0, so that all S stages are there; on `FlowSDE` they are those of t."""
+    grid, denoiser, x = Grid.uniform(FlowSDE(), 5), Nonlinear(FlowSDE()), normal(2, 3)
+    assert RungeKutta("rk4", "flow").evaluations(grid) == 4 * 4 + 1
+    for method in METHODS:
+        torch.testing.assert_close(
+            run(denoiser, x, RungeKutta(method, "flow"), grid), run(denoiser, x, RungeKutta(method, "t"), grid)
+        )
+
+
+@pytest.mark.parametrize("sde", [CosineVPSDE(t_max=1.0), FlowSDE()], ids=["cosine-1", "flow"])
+def test_ddim_goes_up_to_alpha_zero(sde):
+    """A deterministic move up ends in noise alone: x_1 = sigma_1 eps."""
+    t, s = torch.tensor([0.5], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
+    assert float(sde.alpha(s)) == 0
+    for solver in (DDIM(), ExponentialSDE(0.0)):
+        rows = solver.rows(sde, t, s)
+        torch.testing.assert_close(rows.a, sde.sigma(s) / sde.sigma(t))
+        torch.testing.assert_close(rows.b[:, 0], -sde.alpha(t) / sde.sigma(t) * sde.sigma(s))
+        assert float(rows.c) == 0
+
+
 def test_churn_stops_at_the_largest_time():
     """gamma is at most sqrt(2) - 1, and VP has no level above t_max, EDM has."""
     grid = Grid.uniform(VPSDE(), 5)
@@ -319,7 +392,7 @@ def test_order_on_the_exact_flow(name, sde):
         exact = Gaussian(mean=[0.0] * 3, std=std).flow(x, sde, grid.times[0], grid.times[-1])
         errors.append(float((run(Linear(sde, std), x, EVERY[name], grid) - exact).square().mean().sqrt()))
     order = ORDERS[name]
-    if name == "midpoint sigma" or (name == "midpoint t" and isinstance(sde, EDMSDE | FlowSDE)):
+    if name in ("midpoint sigma", "midpoint flow") or (name == "midpoint t" and isinstance(sde, EDMSDE | FlowSDE)):
         # y = sqrt(std^2 + u^2) makes a''/24 + a a'/4 + a^3/6, the midpoint rule's h^3 error on y' = a y, vanish; so it
         # does in t where x is linear in alpha and sigma, and these in t.
         order = 3
@@ -359,6 +432,7 @@ def output_law(solver, grid, std):
 
 
 CONVERGENT = {
+    "euler-maruyama sigma": (EulerMaruyama("sigma"), 1),
     "churn": (EDMStochastic(S_churn=20.0), 2),
     "churn euler": (EDMStochastic(S_churn=20.0, solver=Euler()), 1),
     "restart": (Restart(INTERVALS), 2),
@@ -420,14 +494,27 @@ def test_langevin_rows_make_songs_step_with_the_expected_norms():
         (lambda: DPMSolver(4), "order=4"),
         (lambda: DPMSolver(view="v"), "view='v'"),
         (lambda: DPMSolver(orders=(3, 0)), "order=0"),
+        (lambda: DPMSolver(2.0), "order=2.0"),
+        (lambda: DPMSolver(True), "order=True"),
+        (lambda: DPMSolver(orders=()), "orders=.*: expected the order of each step"),
+        (lambda: DPMSolver(orders=(3, 1), fast=True), "give one of them"),
+        (lambda: DPMSolver(orders=(3, 1)).within(VPSDE(), 4), "give steps= or grid=, not nfe="),
         (lambda: DPMSolver(orders=(3, 1)).tableau(Grid.uniform(VPSDE(), 3)), "grid of 3 steps"),
         (lambda: DPMSolver(fast=True).within(VPSDE(), 0), "nfe=0"),
         (lambda: ExponentialHeun("score"), "view='score'"),
         (lambda: EDMStochastic(S_churn=-1.0), "S_churn=-1"),
         (lambda: EDMStochastic(S_min=2.0, S_max=1.0), "S_min <= S_max"),
         (lambda: EDMStochastic(S_noise=math.nan), "S_noise=nan"),
+        (lambda: EDMStochastic(S_noise="1"), "S_noise='1'"),
+        (lambda: DDIM("0"), "eta='0'"),
+        (lambda: ExponentialSDE(-1.0), "tau=-1.0"),
+        (lambda: DDPM("gamma"), "variance='gamma': expected one of 'posterior', 'beta'"),
+        (lambda: EulerMaruyama("u"), "variable='u'"),
+        (lambda: RungeKutta("rk5"), "method='rk5'"),
+        (lambda: RungeKutta("rk4", "u"), "variable='u'"),
         (lambda: EDMStochastic(solver="heun"), "solver='heun'"),
         (lambda: Restart([(3, 2, 0.06)]), "expected .n, K, u_min, u_max"),
+        (lambda: Restart((3, 2, 0.06, 0.3)), "expected a list of .n, K, u_min, u_max"),
         (lambda: Restart([(1, 2, 0.06, 0.3)]), "n >= 2"),
         (lambda: Restart([(3, 0, 0.06, 0.3)]), "K=0"),
         (lambda: Restart([(3, 2, 0.3, 0.06)]), "u_min < u_max"),
@@ -440,7 +527,7 @@ def test_langevin_rows_make_songs_step_with_the_expected_norms():
         (lambda: AnnealedLangevin(5, 0.1, "song"), "step_rule='song'"),
         (lambda: AnnealedLangevin(5, 1.5).tableau(Grid.uniform(VPSDE(), 3)), "expected r < 1"),
     ],
-    ids=[str(i) for i in range(22)],
+    ids=[str(i) for i in range(35)],
 )
 def test_bad_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import threading
@@ -16,7 +17,7 @@ from scoresde import analysis as exact_analysis
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.noise import sample_seeds
 from scoresde.sde import SubVPSDE
-from scoresde.solvers import DDPM, ExponentialAB, UniPC, available
+from scoresde.solvers import DDPM, DPMSolverPP, ExponentialAB, UniPC, available
 
 ENTRIES = {entry.name: entry for entry in available()}
 TABLES = {name: e for name, e in ENTRIES.items() if e.family != "adaptive" and name != "pc"}
@@ -55,7 +56,7 @@ def test_the_call_makes_the_solver(name):
 def test_evaluations_are_those_of_the_formula(name):
     entry = TABLES[name]
     formula = re.sub(r"(\d)N", r"\1 * N", entry.evaluations)
-    for N in (3, 7, 20) if name != "restart" else (20, 40):  # coarser grids have no time within its interval
+    for N in (3, 7, 20):
         grid = entry.solver.grid(VPSDE(), N)
         assert entry.solver.tableau(grid).nfe == entry.solver.evaluations(grid) == eval(formula, {"N": N})
 
@@ -85,10 +86,13 @@ def test_measured_order(name):
         target = GaussianMixture(means=[[-1.0, 0.5], [1.5, -0.3]], weights=[0.4, 0.6], std=[[0.5, 0.6], [0.7, 0.4]])
         measured = exact_analysis.order(entry.solver, VPSDE(), target=target, steps=(80, 160))
     else:
-        steps = (320, 640) if entry.order == 2 else (80, 160)
+        steps = (320, 640) if entry.order == 2 and name != "er-sde3" else (80, 160)
+        if name == "er-sde3":  # its error changes sign near 500 steps: seems of order 3 before, is of order 2 after
+            steps = (1280, 2560)
         measured = exact_analysis.order(entry.solver, VPSDE(), steps=steps)
-    # Er-sde3's error changes sign near 500 steps, so that it seems better before.
-    assert measured.order == pytest.approx(entry.order, abs={"er-sde3": 0.5, "eab4-v-lambda": 0.4}.get(name, 0.25))
+    assert measured.order == pytest.approx(
+        entry.order, abs={"eab4-v-lambda": 0.4, "eab4-flow": 0.4, "er-sde3": 0.3}.get(name, 0.25)
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in TABLES if n not in ("annealed-langevin", "pc-ald")])
@@ -119,6 +123,8 @@ def test_finite_and_counted(name, sde):
             start = min(sde.t_max, float(sde.time_at(-6.0)))
             grids.append(Grid.uniform(sde, steps, start=start, end=sde.t_min))
         for grid in grids:
+            if name == "restart" and entry.solver.evaluations(grid) < 2 * steps:  # no noisy time within its interval
+                continue
             counting = Counting(MIXTURE.denoiser(sde)) if entry.family != "adaptive" else _CountingCalls(sde)
             solution = sample(counting, (2, 3), entry.solver, grid=grid, seed=0)
             assert bool(solution.x.isfinite().all())
@@ -287,6 +293,32 @@ def test_the_corrector_costs_nothing_and_helps():
     assert float((with_corrector.x - fine).norm()) < 0.5 * float((without.x - fine).norm())
 
 
+def test_lower_orders_for_the_last_steps():
+    """With `lower_final` the last step reads one value, the one before two, ...; without, as many as it may."""
+    grid = Grid.uniform(VPSDE(), 8, end=0.1)
+    for solver in (DPMSolverPP(3), ExponentialAB(3, "eps"), UniPC(3, corrector=False)):
+        read = [
+            (dataclasses.replace(solver, lower_final=final).tableau(grid).b != 0).sum(1).tolist()
+            for final in (False, True)
+        ]
+        assert read == [[1, 2, 3, 3, 3, 3, 3, 3], [1, 2, 3, 3, 3, 3, 2, 1]]
+    # With a corrector a row also reads what the correction of the step before does.
+    assert (UniPC(3, lower_final=True).tableau(grid).b[-1] != 0).sum() == 3
+
+
+def test_the_straight_line_of_flow_matching_is_plain_adams_bashforth():
+    """In the view flow on `FlowSDE`, m = 1 and the variable is t: x' = eps - x0 by the textbook's weights."""
+    denoiser, times = Nonlinear(FlowSDE()), torch.linspace(1, 0.1, 7, dtype=torch.float64)
+    x = start = normal(2, 3)
+    h, F = float(times[1] - times[0]), []
+    for n in range(6):
+        F.append(denoiser.velocity(x, times[n]))
+        weights = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12]][min(n, 2)]
+        x = x + h * sum(w * F[n - j] for j, w in enumerate(weights))
+    ours = sample(denoiser, start, ExponentialAB(3, "flow"), grid=Grid(FlowSDE(), times)).x
+    torch.testing.assert_close(ours, x, rtol=1e-10, atol=1e-10)
+
+
 def test_a_v_view_starts_from_alpha_zero_at_full_order():
     """At t = 1 of a flow, lambda is infinite and the angle is not: the v view needs no first-order first step."""
     target = Gaussian(mean=[1.0, -2.0, 0.5], std=[0.3, 1.0, 2.0])
@@ -308,6 +340,8 @@ def test_a_v_view_starts_from_alpha_zero_at_full_order():
         lambda: ExponentialAB(variable="lambda"),
         lambda: ExponentialAB(tau=-1.0),
         lambda: ExponentialAB(view="v", tau=1.0),
+        lambda: DPMSolverPP(2, as_published=True),
+        lambda: DPMSolverPP(view="v"),
         lambda: UniPC(0),
         lambda: UniPC(view="v"),
         lambda: UniPC(rule="B3"),
@@ -321,7 +355,7 @@ def test_a_v_view_starts_from_alpha_zero_at_full_order():
     ],
 )
 def test_bad_options_are_refused(make):
-    with pytest.raises(ValueError, match=r"expected|view|noise_scale"):
+    with pytest.raises(ValueError, match=r"expected|view|noise_scale|as_published"):
         make()
 
 

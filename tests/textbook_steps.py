@@ -146,7 +146,7 @@ def rk_step(method: str, f: Callable[[Tensor, Tensor], Tensor], y: Tensor, psi: 
 
 
 def runge_kutta(denoiser: Denoiser, x: Tensor, times: Tensor, method: str, variable: str) -> Tensor:
-    """A step of the method on the probability-flow ODE, written in one of four variables psi."""
+    """A step of the method on the probability-flow ODE, written in one of five variables psi."""
     sde = denoiser.sde
 
     def radius(t: Tensor) -> Tensor:
@@ -167,17 +167,41 @@ def runge_kutta(denoiser: Denoiser, x: Tensor, times: Tensor, method: str, varia
         x = radius(t) * y
         return -angle.sin() * denoiser(x, t).mean + angle.cos() * denoiser.eps(x, t)
 
+    def field_flow(y: Tensor, psi: Tensor) -> Tensor:  # y = (1 - psi) x0 + psi eps: its derivative
+        t = sde.time_at(torch.log(1 / psi - 1))
+        x = (sde.alpha(t) + sde.sigma(t)) * y
+        return denoiser.eps(x, t) - denoiser(x, t).mean
+
     variables: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Scale, Scale]] = {
         "t": (field_t, lambda t: t, torch.ones_like),
         "sigma": (field_u, lambda t: sde.sigma(t) / sde.alpha(t), sde.alpha),
         "half_log_snr": (field_lambda, sde.half_log_snr, sde.alpha),
         "angle": (field_angle, lambda t: torch.atan(sde.sigma(t) / sde.alpha(t)), radius),
+        "flow": (
+            field_flow,
+            lambda t: sde.sigma(t) / (sde.alpha(t) + sde.sigma(t)),
+            lambda t: sde.alpha(t) + sde.sigma(t),
+        ),
     }
     f, psi, m = variables[variable]
     for t, s in pairwise(times):
         if s == 0:
             return denoiser(x, t).mean
         x = m(s) * rk_step(method, f, x / m(t), psi(t), psi(s) - psi(t))
+    return x
+
+
+def euler_maruyama_sigma(denoiser: Denoiser, x: Tensor, times: Tensor, draw: Draw) -> Tensor:
+    """Euler-Maruyama on the reverse SDE of y = x / alpha in u = sigma / alpha, dy = -2 u score du + sqrt(2 u) dw with
+    u score = -eps: Song et al. (2021), eq. 6, for f = 0, g^2 = 2 u.
+    """
+    sde = denoiser.sde
+    for t, s in pairwise(times):
+        u_t, u_s = sde.sigma(t) / sde.alpha(t), sde.sigma(s) / sde.alpha(s)
+        if s == 0:
+            return denoiser(x, t).mean
+        y = x / sde.alpha(t) - 2 * (u_t - u_s) * denoiser.eps(x, t) + (2 * u_t * (u_t - u_s)).sqrt() * draw()
+        x = sde.alpha(s) * y
     return x
 
 

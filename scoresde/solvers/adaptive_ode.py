@@ -1,12 +1,10 @@
 """The probability-flow ODE by the integrators of torchdiffeq and scipy, which choose their own steps.
 
-In half log-SNR lambda, with r = sqrt(alpha^2 + sigma^2), a = alpha / r and D = E[x_0 | x], the state w = x / r follows
+With r = sqrt(alpha^2 + sigma^2), a = alpha / r, D = E[x_0 | x], the state w = x / r follows in half log-SNR lambda
 
-    dw = [(1 + tau^2) a D - (tau^2 + a^2) w] dlambda + sqrt(2) tau (sigma / r) dW
+    dw = a (D - a w) dlambda
 
-tau = 0 is the ODE, tau = 1 the reverse SDE (`ReverseSDE`). It is dy = -(1 + tau^2) u eps dlambda + sqrt(2) tau u dW for
-y = x / alpha, u = sigma / alpha, turned so that w is of order one at every noise level and changes slowly at both ends
-(for tau = 0 by a v / r of the angle atan u): tolerances mean the same everywhere, and the same on every SDE.
+(`scoresde.solvers.motion`, tau = 0), with w of order one at every noise level: tolerances mean the same everywhere.
 
 Each sample's local error is held to its own tolerance: it is accepted if, for every sample b of B,
 
@@ -21,10 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.integrate
@@ -33,168 +29,36 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser
+from scoresde.denoiser import Denoiser, check_call
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
-from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_count
+from scoresde.solvers.base import check_count
 from scoresde.solvers.first_order import ExponentialSDE
+from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, check_tolerances, legs
 from scoresde.tableau import State
 from scoresde.tensors import check_batch, widen
 
 if TYPE_CHECKING:
     from scoresde.sampling import Solution
 
-__all__ = ["AdaptiveODE", "Leg", "Motion", "check_tolerances", "legs"]
+__all__ = ["AdaptiveODE"]
 
 _TORCHDIFFEQ = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _NO_GRADIENTS = "method={!r} of scipy records no gradients, which x or the network wants: use 'dopri5', or no_grad"
-_NEARLY_NOISE = -9.0  # lambda up to which a first step from alpha = 0 goes: D changes by about e^-9 on the way
-
-
-class Leg(NamedTuple):
-    """A part of a run, from t to s, in the grid's step `step`: by a single step if `jump`; its last if `done`."""
-
-    t: float
-    s: float
-    jump: bool
-    step: int
-    done: bool
-
-
-def legs(grid: Grid, free: bool) -> list[Leg]:
-    """The parts of a run on a grid: jumps where lambda is infinite, from alpha = 0 and to sigma = 0.
-
-    Args:
-        free: whether the solver may stand at times of its own. Then a jump from alpha = 0 goes to lambda = -9 at most,
-            and one to sigma = 0 starts at t_min at most.
-    """
-    sde, found = grid.sde, []
-    for step, (t, s) in enumerate(pairwise(grid.times.tolist())):
-        if float(sde.alpha(t)) == 0:
-            m = max(s, float(sde.time_at(_NEARLY_NOISE))) if free else s
-            found.append(Leg(t, m, True, step, m == s))
-            t = m
-        last = s if s > 0 else min(t, sde.t_min) if free else t
-        if last < t:
-            found.append(Leg(t, last, False, step, last == s))
-        if s == 0 and t > 0:
-            found.append(Leg(last, s, True, step, True))
-    return found
-
-
-class OutOfBudget(Exception):
-    """Raised by the evaluation that would exceed the budget."""
-
-
-class NonFinite(Exception):
-    """Raised by an evaluation that is not finite, at t; x is the state with NaN in the samples concerned."""
-
-    def __init__(self, t: float, x: Tensor) -> None:
-        self.t, self.x = t, x
-
-
-class Motion:
-    """The drift of the module's docstring over one run: it counts evaluations, stops at a NaN or at the end of the
-    budget, and remembers the last state that was accepted.
-
-    Args:
-        denoiser, cond: what is evaluated.
-        dtype: of the x that the denoiser sees.
-        times: of the run; no evaluation leaves their range.
-        tau: 0 or 1, as in the module's docstring.
-        budget: evaluations at most.
-    """
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        cond: Mapping[str, Any] | None,
-        dtype: torch.dtype,
-        times: Tensor,
-        tau: float,
-        budget: float,
-    ) -> None:
-        self.denoiser, self.cond, self.dtype, self.tau, self.budget = denoiser, dict(cond or {}), dtype, tau, budget
-        self.sde, self.nfe = denoiser.sde, 0
-        self.reached: tuple[float, Tensor] | None = None
-        self._low, self._high = float(times.min()), float(times.max())
-        self.scales = lru_cache(maxsize=8)(self._scales)  # torchsde asks for the same many times
-        self._exact = dict(zip(self.sde.half_log_snr(times).tolist(), times.tolist(), strict=True))
-
-    def time(self, half_log_snr: float) -> Tensor:
-        """t, float64 of shape (); where half_log_snr is that of one of the run's times, that time to the last digit."""
-        if half_log_snr in self._exact:
-            return torch.tensor(self._exact[half_log_snr], dtype=torch.float64, device="cpu")
-        return self.sde.time_at(half_log_snr).clamp(self._low, self._high)  # the inverse may round to beyond the ends
-
-    def _scales(self, half_log_snr: float) -> tuple[Tensor, float, float, float]:
-        """t, alpha, sigma and r."""
-        t = self.time(half_log_snr)
-        alpha, sigma = float(self.sde.alpha(t)), float(self.sde.sigma(t))
-        return t, alpha, sigma, math.hypot(alpha, sigma)
-
-    def radius(self, t: Tensor | float) -> float:
-        """r = sqrt(alpha^2 + sigma^2)."""
-        return math.hypot(float(self.sde.alpha(t)), float(self.sde.sigma(t)))
-
-    def drift(self, half_log_snr: float, w: Tensor) -> Tensor:
-        """(1 + tau^2) a D - (tau^2 + a^2) w, in the dtype of w."""
-        t, alpha, _, r = self.scales(half_log_snr)
-        a, tau2 = alpha / r, self.tau**2
-        q = t.new_tensor((1 + tau2) * a)
-        u, v = self.denoiser.view_of_output(t.new_tensor(-(tau2 + a**2) / r), q, t)  # u x + v N
-        N = self._output(r * w, float(t))
-        return w * (float(u) * r) + N.to(w.dtype) * float(v)
-
-    def jump(self, x: Tensor, leg: Leg, solver: SingleStep, noise: NoiseSource | None = None) -> Tensor:
-        """One step of a solver that evaluates once, in either direction."""
-        t, s = (torch.tensor([time], dtype=torch.float64, device="cpu") for time in (leg.t, leg.s))
-        rows = solver.rows(self.sde, t, s)
-        self.reached = leg.t, x
-        u, v = self.denoiser.view_of_output(torch.zeros_like(t), torch.ones_like(t), t)  # D = u x + v N
-        a, b, c = float(rows.a), float(rows.b), float(rows.c)
-        x = x * (a + b * float(u)) + self._output(x, leg.t) * (b * float(v))
-        return x if c == 0 else x + c * noise(0, x)  # type: ignore[misc]
-
-    def accept(self, half_log_snr: float, w: Tensor) -> None:
-        """The state and its time are where the run stands."""
-        t, _, _, r = self.scales(half_log_snr)
-        self.reached = float(t), (r * w).to(self.dtype)
-
-    def _output(self, x: Tensor, t: float) -> Tensor:
-        if self.nfe >= self.budget:
-            raise OutOfBudget
-        N = self.denoiser.output(x.to(self.dtype), t, **self.cond)
-        self.nfe += 1
-        self.check(x, t, N)
-        return N
-
-    def check(self, x: Tensor, t: float, N: Tensor | None = None) -> None:
-        """Raises NonFinite unless x and N are finite. (Control of the step size looks at the device anyway.)"""
-        bad = ~(x.isfinite() if N is None else x.isfinite() & N.isfinite()).reshape(len(x), -1).all(1)
-        if bool(bad.any()):
-            x = x.to(self.dtype).clone()
-            x[bad] = math.nan
-            raise NonFinite(t, x)
-
-
-def check_tolerances(**values: float) -> None:
-    """Raises ValueError unless the named values are finite and > 0."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value}: expected a finite number > 0")
+_DIGITS = 1e-13  # the least rtol at which float64, and scipy, can tell the error from rounding
 
 
 @dataclass(frozen=True)
-class AdaptiveODE(Solver):
+class AdaptiveODE(Budgeted):
     """The probability-flow ODE to a tolerance (Song et al., 2021, section 4.3, who use RK45 in t on x).
 
     A grid says where it starts, where it ends and where to report between; `sample(denoiser, shape, AdaptiveODE())`
     needs none. A grid to t = 0 is integrated to its last noisy time, t_min at the latest, from where x_0 = D; one from
     alpha = 0 begins with a step of DDIM to half_log_snr = -9. The network is evaluated at any time between the ends,
-    not at a chain's nodes only. The state is in float64, the denoiser sees the dtype of x_T.
+    not at a chain's nodes only. The state is in float64 (hence not on MPS, which has none), the denoiser sees the dtype
+    of x_T. To the estimate of the error, rounding in the network is noise: one in float32 can be solved to 1e-6 or so,
+    one in half precision has no 1e-9, and hardly 1e-3. Every time of the grid ends a step.
 
     Args:
         method: torchdiffeq's "dopri5", "dopri8", "bosh3" or "adaptive_heun", whose result has gradients; or
@@ -209,7 +73,7 @@ class AdaptiveODE(Solver):
 
     Raises:
         ValueError: on an unknown method or options that are not positive; by `iterate`, if scipy's methods are
-            asked for gradients, or for tolerances that float64 does not have.
+            asked for gradients, or if rtol is below 1e-13 (for scipy's times sqrt(B)), digits that float64 lacks.
         ArithmeticError: if the step size underflows, because the tolerances ask for more than the denoiser's precision
             or the denoiser is not continuous.
 
@@ -221,8 +85,6 @@ class AdaptiveODE(Solver):
     >>> bool((solution.x - target.flow(x_T, VPSDE(), 1.0, 1e-5)).abs().max() < 1e-4)
     True
     """
-
-    adaptive: ClassVar[bool] = True
 
     method: str = "dopri5"
     rtol: float = 1e-5
@@ -238,13 +100,6 @@ class AdaptiveODE(Solver):
             )
         check_tolerances(rtol=self.rtol, atol=self.atol, first_step=self.first_step)
         check_count(max_nfe=self.max_nfe)
-
-    def evaluations(self, grid: Grid) -> None:
-        return None
-
-    def within(self, sde: SDE, nfe: int) -> tuple[AdaptiveODE, Grid]:
-        check_count(nfe=nfe)
-        return replace(self, max_nfe=int(nfe)), self.grid(sde, 1)
 
     def iterate(
         self,
@@ -279,13 +134,17 @@ class AdaptiveODE(Solver):
             the `Solution`, whose x is the latent at grid.times[0].
 
         Raises:
-            ValueError: as `iterate` does.
+            TypeError: if the denoiser or the grid is none.
+            ValueError: as `iterate` does, or if a condition is a tensor with neither one entry nor one per sample.
             NonFiniteError: if the denoiser's output is not finite.
         """
         from scoresde.sampling import NonFiniteError, Solution  # which imports the solvers
 
         check_batch(x, "x")
-        grid = grid or self.grid(denoiser.sde, 1)
+        check_call(denoiser, x, cond)
+        grid = self.grid(denoiser.sde, 1) if grid is None else grid
+        if not isinstance(grid, Grid):
+            raise TypeError(f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times)")
         ends = Grid(grid.sde, grid.times[[0, -1]])
         back = [Leg(leg.s, leg.t, leg.jump, 0, leg.done) for leg in reversed(legs(ends, free=True)) if leg.s > 0]
         back[-1] = back[-1]._replace(done=True)
@@ -308,11 +167,13 @@ class AdaptiveODE(Solver):
         times = torch.tensor([time for leg in parts for time in (leg.t, leg.s)], dtype=torch.float64, device="cpu")
         starts = [leg.t for leg in parts] + [leg.s for leg in parts if not leg.jump]
         denoiser.check_times(torch.tensor(starts, dtype=torch.float64, device="cpu"))
-        if self.method in _SCIPY:
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise ValueError(_NO_GRADIENTS.format(self.method))
-            if self.rtol / self._share(len(x)) < 100 * np.finfo(np.float64).eps:
-                raise ValueError(f"rtol={self.rtol} for {len(x)} samples: float64 does not have the digits, take more")
+        if self.method in _SCIPY and torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(_NO_GRADIENTS.format(self.method))
+        share = self._share(len(x))
+        if self.rtol / share < _DIGITS:
+            raise ValueError(
+                f"rtol={self.rtol} for {len(x)} samples: float64 does not have the digits, take {_DIGITS * share:.1g}"
+            )
         return self._loop(Motion(denoiser, cond, x.dtype, times, 0.0, self.max_nfe), x, parts)
 
     def _loop(self, motion: Motion, x: Tensor, parts: list[Leg]) -> Iterator[State]:
@@ -361,7 +222,7 @@ class AdaptiveODE(Solver):
             options["lband"] = options["uband"] = n - 1
 
         def state(flat: np.ndarray) -> Tensor:
-            return torch.tensor(flat, dtype=torch.float64).reshape(w.shape).to(w.device)
+            return torch.from_numpy(flat.copy()).reshape(w.shape).to(w.device)
 
         stop: Exception | None = None
 
@@ -391,8 +252,8 @@ class AdaptiveODE(Solver):
         return state(solver.y), first
 
     def _share(self, batch: int) -> float:
-        """What the tolerances of scipy are divided by; LSODA's norm is a maximum already."""
-        return 1.0 if self.method == "LSODA" else math.sqrt(batch)
+        """What the tolerances are divided by: scipy's, save LSODA's, whose norm is a maximum already."""
+        return math.sqrt(batch) if self.method in _SCIPY and self.method != "LSODA" else 1.0
 
 
 class _Watched:

@@ -14,6 +14,9 @@ reaches the steep end near t = 0, the rule alone can swing between attempts far 
 The whole batch makes its attempts in lockstep, each sample at its own time, so that attempt k of a sample always has
 its k-th noise, whatever the others do. A sample that has arrived waits unchanged; it costs its share of the evaluations
 until the slowest is there. The loop asks the device once an attempt whether to go on.
+
+Every time of the grid ends a step, so each time to report at may cost an attempt; the step size is taken up again after
+it. A batch of states is held for each such time that the furthest sample has passed and the slowest has not.
 """
 
 from __future__ import annotations
@@ -21,90 +24,35 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from scoresde.brownian import BridgeNoise, FreshNoise, where_sample
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_count
+from scoresde.solvers.base import check_count
+from scoresde.solvers.motion import Budgeted, check_tolerances
 from scoresde.tableau import State
 from scoresde.tensors import expand_like
 
 __all__ = ["AdaptiveSDE", "DPMSolverAdaptive"]
 
-_FIRST = -math.log(1000)  # half log-SNR to which the one step from alpha = 0 goes: its error is of order 1e-6
+_FIRST = -math.log(1000)  # half log-SNR to which one step goes from below, or alpha = 0: its error is of order 1e-6
 
 
 class _View(Protocol):
     def __call__(self, name: str, x: Tensor, t: Tensor, /) -> Tensor: ...
 
 
-def _where(chosen: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Samples of x where chosen, shape (B,), holds, else of y."""
-    return torch.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-
-
-class _FreshNoise:
-    """Brownian increments drawn anew at every attempt, sqrt(h) z."""
-
-    def __init__(self, clock: Tensor, x: Tensor) -> None:
-        self.full = torch.zeros((), dtype=torch.bool, device=x.device)
-
-    def increment(self, clock: Tensor, h: Tensor, z: Tensor) -> Tensor:
-        return expand_like(h.sqrt(), z) * z
-
-    def move(self, accept: Tensor, clock: Tensor) -> None:
-        """After an attempt: which samples accepted it, and where the clock now is."""
-
-    def grow(self) -> None:
-        """Make room, if `full` said so."""
-
-
-class _BrownianPath(_FreshNoise):
-    """A Brownian path for each sample that remembers where it was seen, at the ends s of attempts. Between two such
-    points, l and r, it is a bridge, W(s) = W_l + (s - l) / (r - l) (W_r - W_l) + sqrt((s - l) (r - s) / (r - l)) z.
-
-    Slots hold the points seen, in any order, shape (S, B); one that the sample has passed, or -inf, is free.
-    """
-
-    def __init__(self, clock: Tensor, x: Tensor) -> None:
-        super().__init__(clock, x)
-        self.at, self.seen = clock.new_full((1, len(clock)), -math.inf), torch.zeros_like(x)[None]
-        self.here = self.end = torch.zeros_like(x)
-
-    def increment(self, clock: Tensor, h: Tensor, z: Tensor) -> Tensor:
-        s, sample = clock + h, torch.arange(len(clock), device=clock.device)
-        l, i = torch.where(self.at <= s, self.at, -math.inf).max(0)  # noqa: E741
-        r, j = torch.where(self.at > s, self.at, math.inf).min(0)
-        W_l = _where(l > clock, self.seen[i, sample], self.here)
-        l = torch.maximum(l, clock)  # noqa: E741
-        share = (s - l) / (r - l)  # 0 where nothing was seen beyond
-        bridge = expand_like(share, z) * (self.seen[j, sample] - W_l)
-        W = W_l + bridge + expand_like(((s - l) * (1 - share)).sqrt(), z) * z
-        free = self.at.argmin(0)
-        self.at[free, sample], self.seen[free, sample] = s, W
-        self.end = W
-        return W - self.here
-
-    def move(self, accept: Tensor, clock: Tensor) -> None:
-        self.here = _where(accept, self.end, self.here)
-        self.full = (self.at > clock).all(0).any()
-
-    def grow(self) -> None:
-        self.at = torch.cat([self.at, torch.full_like(self.at[:1], -math.inf)])
-        self.seen = torch.cat([self.seen, torch.zeros_like(self.seen[:1])])
-
-
-class _Adaptive(Solver):
+class _Adaptive(Budgeted):
     """The loop of the module's docstring; a subclass gives the clock and the attempt."""
 
-    adaptive: ClassVar[bool] = True
     draws: ClassVar[bool]
 
     rtol: float
@@ -112,7 +60,6 @@ class _Adaptive(Solver):
     h_init: float
     safety: float
     growth: float
-    max_nfe: int
 
     @property
     @abstractmethod
@@ -146,25 +93,15 @@ class _Adaptive(Solver):
         """(x_low, x_high) at clock + h, each of shape (B,); dw is the Brownian increment, if the solver draws."""
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol", "h_init"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name}={value!r}: expected a finite number > 0")
+        check_tolerances(rtol=self.rtol, atol=self.atol, h_init=self.h_init)
         if not 0 < self.safety < 1:
             raise ValueError(f"safety={self.safety}: expected a number between 0 and 1")
         if not self.growth > 1:
             raise ValueError(f"growth={self.growth}: expected a number > 1, math.inf for no limit")
         check_count(max_nfe=self.max_nfe)
 
-    def _path(self, clock: Tensor, x: Tensor) -> _FreshNoise:
-        return _FreshNoise(clock, x)
-
-    def evaluations(self, grid: Grid) -> None:
-        return None
-
-    def within(self, sde: SDE, nfe: int) -> tuple[Solver, Grid]:
-        """The same solver with max_nfe = `nfe`, on the grid from t_max to 0."""
-        check_count(nfe=nfe)
-        return replace(self, max_nfe=int(nfe)), self.grid(sde, 1)  # type: ignore[type-var]
+    def _path(self, clock: Tensor, x: Tensor) -> FreshNoise:
+        return FreshNoise(clock, x)
 
     def iterate(
         self,
@@ -190,11 +127,11 @@ class _Adaptive(Solver):
         if lands and times[-2] > sde.t_min:
             stops.append(sde.t_min)  # x_0 is D there, or at the last time of the grid before 0
         budget, row, nfe, t = self.max_nfe - lands, 0, 0, times[0]
-        if float(sde.alpha(t)) == 0 and stops and budget >= 1:
-            # x is noise that says nothing of x_0, and lambda is -inf: a step of DDIM, in which eps = x / sigma_t.
+        if float(sde.half_log_snr(t)) < _FIRST - 1e-9 and stops and budget >= 1:
+            # x says next to nothing of x_0, and lambda is -inf or its steps are many: a step of DDIM.
             s = max(stops[0], float(sde.time_at(_FIRST)))
-            D = denoiser(x, t, **cond).mean
-            x = float(sde.alpha(s)) * D + float(sde.sigma(s) / sde.sigma(t)) * x
+            a = float(sde.sigma(s) / sde.sigma(t))
+            x = a * x + (float(sde.alpha(s)) - a * float(sde.alpha(t))) * denoiser(x, t, **cond).mean
             yield State(0, 1, 0, s == times[1], t, x)
             row, nfe, t = 1, 1, s
 
@@ -206,7 +143,7 @@ class _Adaptive(Solver):
         passed = sum(s >= t for s in stops)  # stops that all samples have passed
         k = torch.full((B,), passed, device=x.device)  # and those that each has
         sample = torch.arange(B, device=x.device)
-        at_stop = x.expand(L, *x.shape).clone()
+        at_stop = x[None].clone()  # states at the stops from `passed` on to the furthest sample's next
         previous = x / expand_like(self._unit(sde, clock), x)
         path = self._path(clock, x)
         while passed < L:
@@ -220,18 +157,21 @@ class _Adaptive(Solver):
             low, high = self._attempt(sde, view, x, clock, step, dw)
             unit = expand_like(self._unit(sde, clock + step), x)
             delta = (self.rtol * torch.maximum((low / unit).abs(), previous.abs())).clamp(min=self.atol)
-            E = ((high - low) / unit / delta).to(h.dtype).reshape(B, -1).norm(dim=1) / math.sqrt(n)
+            # The choice of steps is no part of the solution's gradient, and that of E^-r at E = 0 is infinite.
+            E = ((high - low) / unit / delta).detach().to(h.dtype).reshape(B, -1).norm(dim=1) / math.sqrt(n)
             bad, accept = active & ~E.isfinite(), active & (E <= 1)
             arrive = accept & (clock + step >= marks[here])
-            x = _where(bad, high - low, _where(accept, high, x))
-            previous = _where(accept, low / unit, previous)
+            x = where_sample(bad, high - low, where_sample(accept, high, x))
+            previous = where_sample(accept, low / unit, previous)
             clock = torch.where(arrive, marks[here], torch.where(accept, clock + step, clock))
             factor = (self.safety * E**-self._exponent).clamp(1 / self.growth, self.growth)
-            h = torch.where(active, factor * step, h)
+            # A step that a stop has cut short says nothing against the longer one that was proposed.
+            h = torch.where(active, torch.where(arrive, torch.maximum(h, factor * step), factor * step), h)
             path.move(accept, clock)
-            at_stop[here, sample] = _where(arrive, x, at_stop[here, sample])
+            at_stop[here - passed, sample] = where_sample(arrive, x, at_stop[here - passed, sample])
             k = k + arrive
-            failed, slowest, latest, full = torch.stack([bad.any(), k.min(), clock.min(), path.full]).tolist()
+            look = torch.stack([bad.any(), k.min(), k.max(), clock.min(), path.full])
+            failed, slowest, furthest, latest, full = look.tolist()
             if full:
                 path.grow()
             row, nfe = row + 1, nfe + self._cost
@@ -242,8 +182,10 @@ class _Adaptive(Solver):
                     return
             else:
                 t = stops[passed]
-                yield State(row - 1, nfe, passed, t in times, t, at_stop[passed].clone())
-                passed += 1
+                yield State(row - 1, nfe, passed, t in times, t, at_stop[0].clone())
+                passed, at_stop = passed + 1, at_stop[1:]
+            if min(int(furthest), L - 1) >= passed + len(at_stop):
+                at_stop = torch.cat([at_stop, x[None]])
         if lands:
             yield State(row, nfe + 1, grid.steps - 1, True, t, denoiser(x, t, **cond).mean)
 
@@ -300,8 +242,8 @@ class AdaptiveSDE(_Adaptive):
     def _exponent(self) -> float:
         return self.exponent
 
-    def _path(self, clock: Tensor, x: Tensor) -> _FreshNoise:
-        return _BrownianPath(clock, x) if self.memory else _FreshNoise(clock, x)
+    def _path(self, clock: Tensor, x: Tensor) -> FreshNoise:
+        return BridgeNoise(clock, x) if self.memory else FreshNoise(clock, x)
 
     def _first_step(self, sde: SDE) -> float:
         return self.h_init * sde.t_max

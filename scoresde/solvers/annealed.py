@@ -64,6 +64,10 @@ class AnnealedLangevin(Solver):
     x at grid.times[i], i > 0, is the state after that level's steps. A level with alpha = 0 is the prior itself, and
     DDIM's step takes x from it. Evaluations: `steps_per_level` for each level, and 1 for the step to t = 0.
 
+    The noise that x brings from a higher level falls by (1 - 2 r^2)^T at each, T being `steps_per_level`. Where that is
+    more than the levels fall by themselves, it stays in x to the end: take T >= log(ratio) / (2 r^2), ratio > 1 being
+    that of u from a level to the next, so more levels or more steps at each (at r = 0.176 and T = 5, ratio < 1.36).
+
     Args:
         steps_per_level: T of the papers: NCSN has 100 on 10 levels, NCSNv2 5 on 232 (CIFAR-10).
         step: r or eps, as `step_rule` says. NCSNv2's 6.2e-6 for sigma_L = 0.01 is r = 0.176; NCSN's 2e-5 is r = 0.224
@@ -84,6 +88,9 @@ class AnnealedLangevin(Solver):
         check_option(("snr", "ncsn", "ncsnv2"), step_rule=self.step_rule)
         if not 0 < self.step < math.inf:
             raise ValueError(f"step={self.step}: expected a finite number > 0")
+
+    def grid(self, sde: SDE, steps: int) -> Grid:
+        return Grid.log_snr(sde, steps) if float(sde.alpha(sde.t_max)) > 0 else Grid.customary(sde, steps)
 
     def tableau(self, grid: Grid) -> Tableau:
         sde, times = grid.sde, grid.times

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -100,7 +101,7 @@ class SingleStep(Solver, ABC):
 def check_option(options: Collection[Any], **values: Any) -> None:
     """Raises ValueError unless the named values are among the options."""
     for name, value in values.items():
-        if value not in options:
+        if value not in tuple(options):
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, options))}")
 
 
@@ -109,3 +110,17 @@ def check_count(**values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
+
+
+def check_order(highest: int, **values: int) -> None:
+    """Raises ValueError unless the named values are whole numbers from 1 to highest."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= highest:
+            raise ValueError(f"{name}={value!r}: expected a whole number from 1 to {highest}")
+
+
+def check_nonnegative(**values: float) -> None:
+    """Raises ValueError unless the named values are finite numbers >= 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r}: expected a finite number >= 0")

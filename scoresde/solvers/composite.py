@@ -12,21 +12,23 @@ what a trajectory keeps are the states that the samples came from.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
+from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_count
+from scoresde.solvers.base import SingleStep, Solver, check_count, check_nonnegative
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows, forward_rows
 from scoresde.solvers.runge_kutta import Heun
-from scoresde.tableau import Tableau
+from scoresde.tableau import State, Tableau
 
 __all__ = ["EDMStochastic", "Restart", "TimeTravel"]
 
@@ -69,11 +71,6 @@ class _Composite(Solver):
             raise ValueError(f"solver={self.solver!r}: expected a solver of single steps, Heun() or DDPM() say")
 
 
-def _check_scale(S_noise: float) -> None:
-    if not 0 <= S_noise < math.inf:
-        raise ValueError(f"S_noise={S_noise}: expected a finite number >= 0")
-
-
 @dataclass(frozen=True)
 class EDMStochastic(_Composite):
     """EDM's stochastic sampler (Karras et al., 2022, algorithm 2): before each step, noise is added,
@@ -103,11 +100,9 @@ class EDMStochastic(_Composite):
     solver: SingleStep = Heun()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.S_churn < math.inf:
-            raise ValueError(f"S_churn={self.S_churn}: expected a finite number >= 0")
+        check_nonnegative(S_churn=self.S_churn, S_noise=self.S_noise)
         if not 0 <= self.S_min <= self.S_max:
             raise ValueError(f"S_min={self.S_min}, S_max={self.S_max}: expected 0 <= S_min <= S_max")
-        _check_scale(self.S_noise)
         self._check_solver()
 
     def tableau(self, grid: Grid) -> Tableau:
@@ -137,14 +132,17 @@ class Restart(_Composite):
         intervals: (n, K, u_min, u_max) each, as in the paper's tables: n points, both ends included, so n - 1 steps,
             from u_max to the grid time, equally spaced in u^(1 / rho); K repetitions; u = sigma / alpha. Where two
             share a grid time the first is first. A grid too coarse to have a noisy time below u_max, but for its start,
-            does not meet the interval, which then is left out.
+            does not meet the interval: `tableau` then leaves it out, and `iterate`, so `sample`, refuses. The n points
+            lie between the times of the grid, on a `DDPMChain` between its nodes: a network whose label is
+            the number of a node sees it rounded.
         solver: makes the steps.
         rho: spacing of the n points.
         S_noise: factor of the noise; at 1 the marginals are exact in the limit of many steps.
 
     Raises:
         ValueError: on an interval that is no (n >= 2, K >= 1, 0 < u_min < u_max), rho <= 0, S_noise < 0 or another kind
-            of solver; by `tableau`, if u_max lies above the SDE's t_max.
+            of solver; by `tableau`, if u_max lies above the SDE's t_max; by `iterate`, before any evaluation, if the
+            grid does not meet an interval.
     """
 
     intervals: Sequence[tuple[int, int, float, float]]
@@ -153,6 +151,10 @@ class Restart(_Composite):
     S_noise: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.intervals, Sequence) or not all(isinstance(v, Sequence) for v in self.intervals):
+            raise ValueError(
+                f"intervals={self.intervals!r}: expected a list of (n, K, u_min, u_max), [(3, 2, 0.06, 0.3)] say"
+            )
         object.__setattr__(self, "intervals", tuple(tuple(interval) for interval in self.intervals))  # hashable
         for interval in self.intervals:
             if len(interval) != 4:
@@ -163,8 +165,13 @@ class Restart(_Composite):
                 raise ValueError(f"interval {interval}: expected n >= 2 points and 0 < u_min < u_max")
         if not self.rho > 0:
             raise ValueError(f"rho={self.rho}: expected a number > 0")
-        _check_scale(self.S_noise)
+        check_nonnegative(S_noise=self.S_noise)
         self._check_solver()
+
+    def grid(self, sde: SDE, steps: int) -> Grid:
+        """The solver's own, or `Grid.power` where that does not meet an interval."""
+        grid = super().grid(sde, steps)
+        return Grid.power(sde, steps, power=2.0) if self._unmet(grid) else grid
 
     def tableau(self, grid: Grid) -> Tableau:
         times, loops = grid.times.tolist(), self._loops(grid)
@@ -174,20 +181,45 @@ class Restart(_Composite):
             moves += [_Move(t, s, i) for t, s in pairwise(path)]
         return _tableau(grid, moves, self.solver, self.S_noise)
 
+    def iterate(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        grid: Grid,
+        noise: NoiseSource | None = None,
+        cond: Mapping[str, Any] | None = None,
+    ) -> Iterator[State]:
+        for interval in self._unmet(grid):
+            raise ValueError(
+                f"{grid!r} has no noisy time below u_max={interval[3]} after its start, so the interval {interval} "
+                "would not run: take more steps, or a grid with more times near the data, Grid.power say"
+            )
+        return super().iterate(denoiser, x, grid, noise, cond)
+
+    def _unmet(self, grid: Grid) -> list[tuple[int, int, float, float]]:
+        return [interval for interval in self.intervals if _nearest(grid, interval) is None]
+
     def _loops(self, grid: Grid) -> dict[int, list[float]]:
         """The times to visit after grid time i, up and down again, all intervals and repetitions in one list."""
         sde, loops = grid.sde, dict[int, list[float]]()
-        u, u_limit = _level(sde, grid.times[1:]), float(_level(sde, sde.t_max))
+        u_limit = float(_level(sde, sde.t_max))
         for n, K, u_min, u_max in self.intervals:
             if u_max > u_limit * (1 + 1e-9):
                 raise ValueError(f"the interval {(n, K, u_min, u_max)} leaves {sde!r}: u is {u_limit:.6g} at its t_max")
             top = min(float(sde.time_at(-math.log(u_max))), sde.t_max)
-            near = torch.where((u > 0) & (u < u_max), (u - u_min).abs(), math.inf)
-            i = int(near.argmin()) + 1
-            if float(near.min()) < math.inf:
+            i = _nearest(grid, (n, K, u_min, u_max))
+            if i is not None:
                 down = Grid.karras(sde, n - 1, rho=self.rho, start=top, end=float(grid.times[i])).times.tolist()
                 loops.setdefault(i, []).extend(down * K)
         return loops
+
+
+def _nearest(grid: Grid, interval: tuple[int, int, float, float]) -> int | None:
+    """i > 0 of the noisy grid time below u_max that is nearest to u_min, if there is one."""
+    _, _, u_min, u_max = interval
+    u = _level(grid.sde, grid.times[1:])
+    distance = torch.where((u > 0) & (u < u_max), (u - u_min).abs(), math.inf)
+    return int(distance.argmin()) + 1 if float(distance.min()) < math.inf else None
 
 
 @dataclass(frozen=True)

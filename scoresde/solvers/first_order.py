@@ -11,7 +11,6 @@ sigma_t^2 (1 - e^{-2h}) ("beta").
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,15 +19,10 @@ from torch import Tensor
 
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep
-from scoresde.solvers.rows import Rows, one_evaluation
+from scoresde.solvers.base import SingleStep, check_nonnegative, check_option
+from scoresde.solvers.rows import Rows, forgotten, one_evaluation
 
 __all__ = ["DDIM", "DDPM", "Ancestral", "EulerMaruyama", "ExponentialSDE", "ReverseDiffusion"]
-
-
-def _forgotten(sde: SDE, t: Tensor, s: Tensor) -> Tensor:
-    """1 - e^{-2h}, in [0, 1]: the share of x_t's noise that x_s does not keep."""
-    return -torch.expm1(2 * (sde.half_log_snr(t) - sde.half_log_snr(s)))
 
 
 def marginal_preserving(sde: SDE, t: Tensor, s: Tensor, c2: Tensor) -> Rows:
@@ -55,11 +49,11 @@ class DDIM(SingleStep):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta={self.eta}: expected a finite number >= 0")
+        check_nonnegative(eta=self.eta)
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
-        c2 = (self.eta * sde.sigma(s)) ** 2 * _forgotten(sde, t, s)
+        # eta = 0 also moves up, to alpha = 0 even, where the share is infinite.
+        c2 = (self.eta * sde.sigma(s)) ** 2 * forgotten(sde, t, s, tau=float(self.eta > 0))
         if bool((c2 > sde.sigma(s) ** 2).any()):
             raise ValueError(f"eta={self.eta} asks for more noise than sigma_s on a step of {sde!r}: take eta <= 1")
         return marginal_preserving(sde, t, s, c2)
@@ -83,17 +77,17 @@ class DDPM(SingleStep):
     variance: Literal["posterior", "beta"] = "posterior"
 
     def __post_init__(self) -> None:
-        if self.variance not in ("posterior", "beta"):
-            raise ValueError(f"variance={self.variance!r}: expected 'posterior' or 'beta'")
+        check_option(("posterior", "beta"), variance=self.variance)
 
     def grid(self, sde: SDE, steps: int) -> Grid:
         return Grid.power(sde, steps, power=3.0) if self.variance == "posterior" else Grid.customary(sde, steps)
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
-        forgotten = _forgotten(sde, t, s)
-        a = sde.sigma(s) * (1 - forgotten).sqrt() / sde.sigma(t)
-        c = (sde.sigma(s) if self.variance == "posterior" else sde.sigma(t)) * forgotten.sqrt()
-        return one_evaluation(sde, t, s, a, sde.alpha(s) - a * sde.alpha(t), c)
+        share = forgotten(sde, t, s)
+        rows = marginal_preserving(sde, t, s, sde.sigma(s) ** 2 * share)
+        if self.variance == "posterior":
+            return rows
+        return rows._replace(c=torch.where(sde.sigma(s) == 0, 0.0, sde.sigma(t) * share.sqrt()))
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ class Ancestral(SingleStep):
 @dataclass(frozen=True)
 class ExponentialSDE(SingleStep):
     """The reverse SDE of noise level tau with D held fixed over the step, solved exactly: the first order of
-    SDE-DPM-Solver++ (Lu et al., 2022b, eq. 15) and of SA-Solver (Xue et al., 2023, proposition 4.2).
+    SDE-DPM-Solver++ (Lu et al., 2022b) and of SA-Solver (Xue et al., 2023).
 
     x_s = (sigma_s / sigma_t) e^{-tau^2 h} x_t + alpha_s (1 - e^{-(1 + tau^2) h}) D + sigma_s sqrt(1 - e^{-2 tau^2 h}) z
 
@@ -126,27 +120,44 @@ class ExponentialSDE(SingleStep):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau < math.inf:
-            raise ValueError(f"tau={self.tau}: expected a finite number >= 0")
+        check_nonnegative(tau=self.tau)
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
-        h = sde.half_log_snr(s) - sde.half_log_snr(t)
-        c2 = -(sde.sigma(s) ** 2) * torch.expm1(-2 * self.tau**2 * h) if self.tau > 0 else torch.zeros_like(h)
-        return marginal_preserving(sde, t, s, c2)
+        return marginal_preserving(sde, t, s, sde.sigma(s) ** 2 * forgotten(sde, t, s, self.tau))
 
 
 @dataclass(frozen=True)
 class EulerMaruyama(SingleStep):
-    """Euler-Maruyama on the reverse SDE (Song et al., 2021, eq. 6), with h = t - s and coefficients at t:
+    """Euler-Maruyama on the reverse SDE (Song et al., 2021, eq. 6), with coefficients at t:
 
-    x_s = x_t - h (f x_t - g^2 score) + g sqrt(h) z
+    variable
+    t         x_s = x_t - h (f x_t - g^2 score) + g sqrt(h) z,              h = t - s
+    sigma     y_s = y_t - 2 (u_t - u_s) eps + sqrt(2 u_t (u_t - u_s)) z,    y = x / alpha,  u = sigma / alpha
 
-    The last step, to sigma = 0, is the denoiser's mean: the SDE's own drift is infinite there. Likewise the first from
-    alpha = 0 (`FlowSDE`), where f and g are infinite, is the exact draw N(alpha_s D, sigma_s^2). The method is first
-    order in the step of t, so it wants many steps, and on `EDMSDE` (where g^2 = 2 t) more than any other solver.
+    "sigma" is on every SDE what "t" is on `EDMSDE`, where u = t. The last step, to sigma = 0, is the denoiser's mean:
+    the SDE's own drift is infinite there. Likewise the first from alpha = 0 (`FlowSDE`), where f, g and u are infinite,
+    is the exact draw N(alpha_s D, sigma_s^2). The method is first order in the step of its variable, so it wants many
+    steps, in sigma more than any other solver.
+
+    Args:
+        variable: "t" or "sigma".
+
+    Raises:
+        ValueError: on another variable.
     """
 
+    variable: Literal["t", "sigma"] = "t"
+
+    def __post_init__(self) -> None:
+        check_option(("t", "sigma"), variable=self.variable)
+
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        if self.variable == "sigma":
+            ratio = sde.alpha(s) / sde.alpha(t)
+            pull = -2 * torch.expm1(sde.half_log_snr(t) - sde.half_log_snr(s))  # 2 (1 - u_s / u_t)
+            return one_evaluation(
+                sde, t, s, ratio * (1 - pull), sde.alpha(s) * pull, ratio * sde.sigma(t) * pull.sqrt()
+            )
         h, f, g = t - s, sde.drift(t), sde.diffusion(t)
         pull = h * (g / sde.sigma(t)) ** 2  # h g^2 score = pull (alpha D - x)
         return one_evaluation(sde, t, s, 1 - h * f - pull, pull * sde.alpha(t), g * h.sqrt())
@@ -159,6 +170,8 @@ class ReverseDiffusion(SingleStep):
 
     x_s = (2 - A) x_t + G^2 score + G z        (VP: A = sqrt(1 - beta), G^2 = beta;  VE: A = 1)
 
+    The last step, to sigma = 0, is D; the authors' code has (2 - A) x_t + G^2 score there.
+
     Args:
         probability_flow: half the score term and no noise, their discretised probability-flow ODE.
     """
@@ -166,9 +179,9 @@ class ReverseDiffusion(SingleStep):
     probability_flow: bool = False
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
-        alpha_t, forgotten = sde.alpha(t), _forgotten(sde, t, s)  # G^2 = sigma_t^2 forgotten
-        pull = forgotten / 2 if self.probability_flow else forgotten
-        c = torch.zeros_like(pull) if self.probability_flow else sde.sigma(t) * forgotten.sqrt()
+        alpha_t, share = sde.alpha(t), forgotten(sde, t, s)  # G^2 = sigma_t^2 share
+        pull = share / 2 if self.probability_flow else share
+        c = torch.zeros_like(pull) if self.probability_flow else sde.sigma(t) * share.sqrt()
         a, b = 2 - alpha_t / sde.alpha(s) - pull, pull * alpha_t
         # From alpha = 0, A is 0 and tells nothing of how to go back: the exact step instead.
         exact = DDIM(0.0 if self.probability_flow else 1.0).rows(sde, t, s)

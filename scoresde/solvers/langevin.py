@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser
+from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError
 from scoresde.noise import NoiseSource, noise_source
 from scoresde.solvers.base import check_count
@@ -42,7 +42,7 @@ def langevin(
     Args:
         denoiser: the model; its score at t is the chain's drift.
         x: where the chains start, shape (B, ...).
-        t: the time, 0 < t <= t_max.
+        t: the time, one for all chains, 0 < t <= t_max.
         step_size: step of the module's docstring (Song and Ermon's epsilon), in squared units of x; well below
             sigma_t^2, or at the least below 4 times the smallest variance of p_t, where the chain diverges.
         steps: number of steps.
@@ -53,6 +53,7 @@ def langevin(
         The last state, shape (B, ...), or the states from the start on, shape (steps + 1, B, ...), in the dtype of x.
 
     Raises:
+        TypeError: if the denoiser is none.
         ValueError: on bad arguments, before any evaluation.
         NonFiniteError: if the result is not finite.
 
@@ -64,9 +65,13 @@ def langevin(
     True
     """
     check_batch(x, "x")
+    check_call(denoiser, x, cond)
     check_count(steps=steps)
     if not 0 < step_size < math.inf:
         raise ValueError(f"step_size={step_size}: expected a finite number > 0")
+    if isinstance(t, Tensor) and t.ndim > 0:
+        raise ValueError(f"t has shape {tuple(t.shape)}: expected one time for all chains")
+    t = float(t)
     if not 0 < t <= denoiser.sde.t_limit:
         raise ValueError(f"t={t}: expected a time in (0, {denoiser.sde.t_limit}] of {denoiser.sde!r}")
     denoiser.check_times(precise(t).reshape(1))
@@ -81,10 +86,10 @@ def langevin(
     if not bool(state.isfinite().all()):
         bad = (~state.isfinite().reshape(len(state), -1).all(1)).nonzero().flatten().tolist()
         raise NonFiniteError(
-            f"{len(bad)} of {len(state)} chains are not finite at t = {float(t):.6g}: the network is, or step_size="
+            f"{len(bad)} of {len(state)} chains are not finite at t = {t:.6g}: the network is, or step_size="
             f"{step_size} is too large",
             None,
-            float(t),
+            t,
             bad,
         )
     return torch.stack(states) if trajectory else state.to(x.dtype)

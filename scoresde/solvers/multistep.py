@@ -9,23 +9,28 @@ views (the weights w_j are those of `scoresde.solvers.weights`):
     x0     D      (sigma_s / sigma_t) e^{-tau^2 h}   alpha_s               sigma_s^2 (1 - e^{-2 tau^2 h})  lambda
     eps    eps    alpha_s / alpha_t                  (1 + tau^2) sigma_s   tau^2 sigma_s^2 (e^{2h} - 1)    lambda
     v      v / r  r_s / r_t                          r_s                   0                               theta
+    flow   eps-D  m_s / m_t                          m_s                   0                               sigma / m
 
-with theta = atan(sigma / alpha), r^2 = alpha^2 + sigma^2. tau = 0 is the probability-flow ODE, tau = 1 the reverse SDE.
+with theta = atan(sigma / alpha), r^2 = alpha^2 + sigma^2 and m = alpha + sigma: along the circle that a VP SDE follows,
+and along the straight line of flow matching. Both are finite at alpha = 0. tau = 0 is the probability-flow ODE, tau = 1
+the reverse SDE.
 
 A predictor reads F_n, F_{n-1}, ... A corrector repeats the step with F_{n+1}, evaluated at the predicted state, among
 its values, at no further evaluation (PEC): both start from the same state with the same noise, so that they differ by F
 terms alone, and these are added to the next row. The states between rows are therefore the predicted ones. The first
 steps use the orders that the history allows. A step to sigma = 0 is D, and one from alpha = 0, in x0 and eps, is first
 order and leaves no value behind.
+
+A method that starts with a first-order step has an error of order 2 from it, or 3 with a corrector. It is small where
+the start is nearly pure noise, and shows at some 100 to 500 steps: higher orders are those measured before that.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,16 +38,17 @@ from torch.nn.functional import pad
 
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_option
+from scoresde.solvers.base import Solver, check_nonnegative, check_option, check_order
 from scoresde.solvers.first_order import marginal_preserving
+from scoresde.solvers.rows import forgotten
 from scoresde.solvers.weights import exponential_kernel, interpolation_weights
 from scoresde.tableau import Tableau
 from scoresde.views import view_of_mean
 
 __all__ = ["DEIS", "ERSDE", "IPNDM", "DPMSolverPP", "ExponentialAB", "SASolver", "UniPC"]
 
-View = Literal["x0", "eps", "v"]
-Variable = Literal["half_log_snr", "sigma", "t", "angle"]
+View = Literal["x0", "eps", "v", "flow"]
+Variable = Literal["half_log_snr", "sigma", "t", "angle", "flow"]
 Rule = Literal["exact", "B1", "B2"]
 Kernel = Callable[[Tensor], Tensor]
 
@@ -51,8 +57,25 @@ CHI: dict[str, Callable[[SDE, Tensor], Tensor]] = {
     "sigma": lambda sde, t: sde.sigma(t) / sde.alpha(t),
     "t": lambda sde, t: t,
     "angle": lambda sde, t: torch.atan2(sde.sigma(t), sde.alpha(t)),
+    "flow": lambda sde, t: sde.sigma(t) / (sde.alpha(t) + sde.sigma(t)),
 }
 """Interpolation variable -> chi(t)."""
+
+
+class _Curve(NamedTuple):
+    """A view whose flow is the integral of F alone: the variable it is over, m of alpha and sigma, and lambda of the
+    variable.
+    """
+
+    variable: Variable
+    m: Callable[[Tensor, Tensor], Tensor]
+    half_log_snr: Callable[[Tensor], Tensor]
+
+
+_CURVES: dict[str, _Curve] = {
+    "v": _Curve("angle", torch.hypot, lambda theta: -theta.tan().log()),
+    "flow": _Curve("flow", torch.add, lambda share: -torch.logit(share)),
+}
 
 
 @dataclass(frozen=True)
@@ -75,12 +98,16 @@ class _Steps:
     def regular(self) -> Tensor:
         """Whether the view can take a step."""
         alpha_t, _, _, sigma_s = self.grid.pairs()
-        return (sigma_s > 0) & self.chi[:-1].isfinite() & ((alpha_t > 0) | (self.view == "v"))
+        return (sigma_s > 0) & self.chi[:-1].isfinite() & ((alpha_t > 0) | (self.view in _CURVES))
 
     @cached_property
     def omega(self) -> Tensor:
         """The variable of integration at all times, (N + 1,)."""
-        return CHI["angle" if self.view == "v" else "half_log_snr"](self.grid.sde, self.grid.times)
+        return CHI[self._integrated](self.grid.sde, self.grid.times)
+
+    @property
+    def _integrated(self) -> str:
+        return _CURVES[self.view].variable if self.view in _CURVES else "half_log_snr"
 
     @cached_property
     def chi(self) -> Tensor:
@@ -88,18 +115,20 @@ class _Steps:
         return CHI[self.variable](self.grid.sde, self.grid.times)
 
     def _chi_at(self, omega: Tensor) -> Tensor:
-        if self.variable == ("angle" if self.view == "v" else "half_log_snr"):
+        if self.variable == self._integrated:
             return omega
-        sde = self.grid.sde
-        return CHI[self.variable](sde, sde.time_at(-omega.tan().log() if self.view == "v" else omega))
+        half_log_snr = _CURVES[self.view].half_log_snr(omega) if self.view in _CURVES else omega
+        return CHI[self.variable](self.grid.sde, self.grid.sde.time_at(half_log_snr))
 
-    def weights(self, order: int, new: bool = False, rule: Rule = "exact") -> Tensor:
+    def weights(self, order: int, new: bool = False, rule: Rule = "exact", lower_final: bool = False) -> Tensor:
         """w_j through the last `order` values of F, or as many as there are, shape (N, order). Lag 0 is the step's own
-        F or, with `new`, that at its end. On two values B1 and B2 are UniPC's short cuts.
+        F or, with `new`, that at its end. On two values B1 and B2 are UniPC's short cuts. With `lower_final` no step
+        takes more values than there are steps left, its own included.
         """
         N = self.grid.steps
         n = torch.arange(N, device="cpu")
-        values = (torch.cumsum(self.regular, 0) + new).clamp(max=order)
+        values = torch.cumsum(self.regular, 0)
+        values = (torch.minimum(values, N - n) if lower_final else values).add(new).clamp(max=order)
         w = torch.zeros(N, order, dtype=torch.float64, device="cpu")
         for J in range(1, order + 1):
             at = n[self.regular & (values == J)]
@@ -133,10 +162,12 @@ class _Steps:
         first_order = marginal_preserving(sde, t, s, self.c2)
         p, q, a, c = torch.zeros_like(t), torch.ones_like(t), first_order.a, first_order.c
         on = self.regular
-        p[on], q[on] = view_of_mean(self.view, sde, t[on])
+        p[on], q[on] = view_of_mean("eps" if self.view == "flow" else self.view, sde, t[on])
         if self.view == "v":
             r = torch.hypot(sde.alpha(t), sde.sigma(t))
             p, q = torch.where(on, p / r, p), torch.where(on, q / r, q)
+        elif self.view == "flow":
+            q[on] -= 1
         b[~on] = pad(first_order.b, (0, b.shape[1] - 1))[~on]
         return Tableau(self.grid, a=torch.where(on, self.a, a), b=b, c=torch.where(on, self.c2.sqrt(), c), view=(p, q))
 
@@ -145,13 +176,14 @@ def _steps(grid: Grid, view: View = "x0", variable: Variable | None = None, tau:
     """The steps of the module's docstring; tau is a number or shape (N,)."""
     alpha_t, sigma_t, alpha_s, sigma_s = grid.pairs()
     tau = torch.as_tensor(tau, dtype=torch.float64, device="cpu").expand(grid.steps)
-    if view == "v":
-        r_t, r_s = torch.hypot(alpha_t, sigma_t), torch.hypot(alpha_s, sigma_s)
-        slope = CHI["angle"](grid.sde, grid.times).diff()
-        return _Steps(grid, view, variable or "angle", r_s / r_t, r_s, 0 * tau, lambda n: torch.ones_like, slope)
+    if view in _CURVES:
+        curve = _CURVES[view]
+        m_t, m_s = curve.m(alpha_t, sigma_t), curve.m(alpha_s, sigma_s)
+        slope = CHI[curve.variable](grid.sde, grid.times).diff()
+        return _Steps(grid, view, variable or curve.variable, m_s / m_t, m_s, 0 * tau, lambda n: torch.ones_like, slope)
     lambda_ = grid.sde.half_log_snr(grid.times)
     h = lambda_.diff()
-    c2 = torch.where(tau > 0, -(sigma_s**2) * torch.expm1(-2 * tau**2 * h), 0.0)
+    c2 = sigma_s**2 * forgotten(grid.sde, grid.times[:-1], grid.times[1:], tau)
     if view == "x0":
         k, a, scale = 1 + tau**2, sigma_s / sigma_t * (-(tau**2) * h).exp(), alpha_s
     else:
@@ -169,31 +201,28 @@ def _steps(grid: Grid, view: View = "x0", variable: Variable | None = None, tau:
     )
 
 
-def _check_order(order: int, highest: int, name: str = "order") -> None:
-    if isinstance(order, bool) or order not in range(1, highest + 1):
-        raise ValueError(f"{name}={order!r}: expected a whole number from 1 to {highest}")
-
-
-def _check_tau(tau: float) -> None:
-    if not 0 <= tau < math.inf:
-        raise ValueError(f"tau={tau}: expected a finite number >= 0")
+def _check_published(order: int, as_published: bool) -> None:
+    if as_published and order != 3:
+        raise ValueError(f"as_published is a variant of order 3, not of order {order}")
 
 
 @dataclass(frozen=True)
 class ExponentialAB(Solver):
     """Exponential Adams-Bashforth: the polynomial through the last `order` values of F, integrated exactly. In x0 and
-    lambda it is UniP (Zhao et al., 2023), in eps and t DEIS-tAB (Zhang and Chen, 2023), in v and theta plain
+    lambda it is UniP (Zhao et al., 2023), in eps and t DEIS-tAB (Zhang and Chen, 2023), in v and flow plain
     Adams-Bashforth on a curve without a linear part.
 
     Args:
         order: 1 to 4.
-        view: "x0", "eps" or "v".
-        variable: of interpolation, "half_log_snr" (the default in x0 and eps), "sigma" for sigma / alpha, "t", or
-            "angle" (the default in v).
-        tau: noise level, 0 for the ODE; not in v.
+        view: "x0", "eps", "v" or "flow".
+        variable: of interpolation, "half_log_snr" (the default in x0 and eps), "sigma" for sigma / alpha, "t", "angle"
+            (the default in v) or "flow" for sigma / (alpha + sigma) (the default in flow).
+        tau: noise level, 0 for the ODE; only in x0 and eps. In eps c^2 exceeds sigma_s^2 where h > 0.35, so that it
+            wants 20 steps or more; x0 does not.
+        lower_final: lower orders for the last steps, as many values as there are steps left.
 
     Raises:
-        ValueError: on another order, view or variable, or a tau that is negative or given in v.
+        ValueError: on another order, view or variable, or a tau that is negative or given in v or flow.
     """
 
     power: ClassVar[float | None] = 4.0
@@ -202,18 +231,19 @@ class ExponentialAB(Solver):
     view: View = "x0"
     variable: Variable | None = None
     tau: float = 0.0
+    lower_final: bool = False
 
     def __post_init__(self) -> None:
-        _check_order(self.order, 4)
-        check_option(("x0", "eps", "v"), view=self.view)
+        check_order(4, order=self.order)
+        check_option(("x0", "eps", *_CURVES), view=self.view)
         check_option((None, *CHI), variable=self.variable)
-        _check_tau(self.tau)
-        if self.view == "v" and self.tau > 0:
-            raise ValueError(f"tau={self.tau} in the view v: take view='x0' or 'eps', or tau=0")
+        check_nonnegative(tau=self.tau)
+        if self.view in _CURVES and self.tau > 0:
+            raise ValueError(f"tau={self.tau} in the view {self.view}: take view='x0' or 'eps', or tau=0")
 
     def tableau(self, grid: Grid) -> Tableau:
         steps = _steps(grid, self.view, self.variable, self.tau)
-        return steps.tableau(steps.weights(self.order))
+        return steps.tableau(steps.weights(self.order, lower_final=self.lower_final))
 
 
 @dataclass(frozen=True)
@@ -226,11 +256,14 @@ class DPMSolverPP(Solver):
     Args:
         order: 1, 2 (2M) or 3 (3M).
         stochastic: the reverse SDE (SDE-DPM-Solver++) in place of the ODE.
-        rule: of order 2: "midpoint", phi_2 replaced by phi_1 / 2 as published, or "exact" (the "heun" of k-diffusion).
+        rule: of steps with two values, all but the first of order 2 and the second of order 3: "midpoint", phi_2
+            replaced by phi_1 / 2 as published, or "exact" (the "heun" of k-diffusion, whose 3M takes it too).
         as_published: order 3 with half of the second difference, as in the official code.
+        view: "x0", or "eps" for the multistep form of DPM-Solver (Lu et al., 2022).
+        lower_final: lower orders for the last steps, as the official code has it where steps are few.
 
     Raises:
-        ValueError: on another order or rule.
+        ValueError: on another order, rule or view, or as_published without order 3.
     """
 
     power: ClassVar[float | None] = 4.0
@@ -239,14 +272,19 @@ class DPMSolverPP(Solver):
     stochastic: bool = False
     rule: Literal["midpoint", "exact"] = "midpoint"
     as_published: bool = False
+    view: Literal["x0", "eps"] = "x0"
+    lower_final: bool = False
 
     def __post_init__(self) -> None:
-        _check_order(self.order, 3)
+        check_order(3, order=self.order)
         check_option(("midpoint", "exact"), rule=self.rule)
+        check_option(("x0", "eps"), view=self.view)
+        _check_published(self.order, self.as_published)
 
     def tableau(self, grid: Grid) -> Tableau:
-        steps = _steps(grid, tau=float(self.stochastic))
-        w = steps.weights(self.order, rule="B2" if self.rule == "midpoint" else "exact")
+        steps = _steps(grid, self.view, tau=float(self.stochastic))
+        rule: Rule = "B2" if self.rule == "midpoint" else "exact"
+        w = steps.weights(self.order, rule=rule, lower_final=self.lower_final)
         if self.order == 3 and self.as_published:
             w = _without_half_of_the_second_difference(steps, w)
         return steps.tableau(w)
@@ -286,7 +324,7 @@ class DEIS(Solver):
     variable: Literal["t", "sigma"] = "t"
 
     def __post_init__(self) -> None:
-        _check_order(self.order, 4)
+        check_order(4, order=self.order)
         check_option(("t", "sigma"), variable=self.variable)
 
     def tableau(self, grid: Grid) -> Tableau:
@@ -311,7 +349,7 @@ class IPNDM(Solver):
     order: int = 4
 
     def __post_init__(self) -> None:
-        _check_order(self.order, 4)
+        check_order(4, order=self.order)
 
     def tableau(self, grid: Grid) -> Tableau:
         steps = _steps(grid, "eps")
@@ -333,6 +371,7 @@ class UniPC(Solver):
         rule: the paper's B(h), which matters only for two values (UniP-2 and UniC-1, where it takes rho = 1/2): "B2",
             e^h - 1, "B1", h, or "exact", the exact weight.
         corrector: False for UniP alone.
+        lower_final: lower orders for the last steps, as the official code has it.
 
     Raises:
         ValueError: on another order, view or rule.
@@ -344,16 +383,18 @@ class UniPC(Solver):
     view: Literal["x0", "eps"] = "x0"
     rule: Rule = "B2"
     corrector: bool = True
+    lower_final: bool = False
 
     def __post_init__(self) -> None:
-        _check_order(self.order, 4)
+        check_order(4, order=self.order)
         check_option(("x0", "eps"), view=self.view)
         check_option(("exact", "B1", "B2"), rule=self.rule)
 
     def tableau(self, grid: Grid) -> Tableau:
         steps = _steps(grid, self.view)
-        corrector = steps.weights(self.order + 1, new=True, rule=self.rule) if self.corrector else None
-        return steps.tableau(steps.weights(self.order, rule=self.rule), corrector)
+        predictor = steps.weights(self.order, False, self.rule, self.lower_final)
+        corrector = steps.weights(self.order + 1, True, self.rule, self.lower_final) if self.corrector else None
+        return steps.tableau(predictor, corrector)
 
 
 @dataclass(frozen=True)
@@ -365,7 +406,8 @@ class SASolver(Solver):
         predictor: number of values of the predictor, 1 to 4.
         corrector: number of values of the corrector, the newest among them, 0 for none, up to 5.
         tau: noise level, a number, or a function of the time at which a step starts, float64 of shape (N,) -> (N,).
-            The paper's choice is 1 on the middle of the trajectory and 0 at its ends.
+            The paper's choice is 1 on the middle of the trajectory and 0 at its ends, which on `VPSDE` is
+            `lambda t: ((0.2 <= t) & (t <= 0.8)).double()`.
 
     Raises:
         ValueError: on other numbers, or a tau that is negative; by `tableau` if the function's values are.
@@ -378,15 +420,22 @@ class SASolver(Solver):
     tau: float | Callable[[Tensor], Tensor] = 1.0
 
     def __post_init__(self) -> None:
-        _check_order(self.predictor, 4, "predictor")
+        check_order(4, predictor=self.predictor)
         if self.corrector != 0:
-            _check_order(self.corrector, 5, "corrector")
+            check_order(5, corrector=self.corrector)
         if not callable(self.tau):
-            _check_tau(self.tau)
+            check_nonnegative(tau=self.tau)
 
     def tableau(self, grid: Grid) -> Tableau:
-        tau = self.tau(grid.times[:-1]) if callable(self.tau) else self.tau
-        if not bool(((t := torch.as_tensor(tau)) >= 0).all() and t.isfinite().all()):
+        tau = (
+            self.tau(grid.times[:-1])
+            if callable(self.tau)
+            else torch.tensor(self.tau, dtype=torch.float64, device="cpu")
+        )
+        if not isinstance(tau, Tensor) or tau.shape not in ((), (grid.steps,)):
+            found = tuple(tau.shape) if isinstance(tau, Tensor) else type(tau).__name__
+            raise ValueError(f"tau(t) returned {found} for t of shape {(grid.steps,)}: expected a tensor of that shape")
+        if not bool((tau >= 0).all() and tau.isfinite().all()):
             raise ValueError(f"tau = {tau}: expected finite numbers >= 0")
         steps = _steps(grid, tau=tau)
         return steps.tableau(
@@ -408,7 +457,8 @@ class ERSDE(Solver):
         w_j = int_{u_s}^{u_t} phi(u_s) phi'(u) / phi(u)^2 l_j(u) du
 
     The published third order takes the backward difference for D' beside a D'': measured, it is second order. The
-    default here is the polynomial through three values, which is third.
+    default here is the polynomial through three values, which is third for noise_scale="ode"; the law of the stochastic
+    ones is of order 2 in the end, as with every method of this kind, if from a smaller error.
 
     Args:
         order: 1, 2 or 3.
@@ -426,7 +476,8 @@ class ERSDE(Solver):
     as_published: bool = False
 
     def __post_init__(self) -> None:
-        _check_order(self.order, 3)
+        check_order(3, order=self.order)
+        _check_published(self.order, self.as_published)
         if not callable(self.noise_scale):
             check_option(("recommended", "ode", "sde"), noise_scale=self.noise_scale)
 
@@ -442,20 +493,23 @@ class ERSDE(Solver):
         phi = self._phi(u)
         growth = phi / u
         phi_s, keep = phi[1:], torch.where(u[1:] > 0, growth[1:] / growth[:-1], 0.0)  # of the noise in x_t
-        forgotten = 1 - keep**2
-        forgotten = torch.where(forgotten.abs() < 1e-12, 0.0, forgotten)  # phi = u draws none
-        if bool((forgotten < 0).any()):
+        lost = 1 - keep**2
+        lost = torch.where(lost.abs() < 1e-12, 0.0, lost)  # phi = u draws none
+        if bool((lost < 0).any()):
             raise ValueError("noise_scale: phi(u) / u must grow with u, or the noise would have a negative variance")
 
         def kernel(n: Tensor) -> Kernel:
             def at(half_log_snr: Tensor) -> Tensor:
                 u = (-half_log_snr).exp()
-                phi, rate = torch.func.jvp(self._phi, (u,), (torch.ones_like(u),))[:2]
-                return phi_s[n, None] * rate / phi**2 * u  # du = -u dlambda
+                with torch.enable_grad():
+                    leaf = u.detach().requires_grad_()
+                    phi = self._phi(leaf)
+                    (rate,) = torch.autograd.grad(phi.sum(), leaf)
+                return phi_s[n, None] * rate / phi.detach() ** 2 * u  # du = -u dlambda
 
             return at
 
-        a, c2 = keep * sigma_s / sigma_t, sigma_s**2 * forgotten
+        a, c2 = keep * sigma_s / sigma_t, sigma_s**2 * lost
         steps = _Steps(grid, "x0", "sigma", a, alpha_s, c2, kernel, slope=torch.zeros_like(a))
         w = steps.weights(self.order)
         if self.order == 3 and self.as_published:

@@ -17,7 +17,7 @@ from scoresde.grid import Grid
 from scoresde.sde import SDE
 from scoresde.tableau import Tableau
 
-__all__ = ["Rows", "forward_rows", "one_evaluation", "stage_rows"]
+__all__ = ["Rows", "forgotten", "forward_rows", "one_evaluation", "stage_rows"]
 
 
 class Rows(NamedTuple):
@@ -66,6 +66,15 @@ class Rows(NamedTuple):
         )
 
 
+def forgotten(sde: SDE, t: Tensor, s: Tensor, tau: Tensor | float = 1.0) -> Tensor:
+    """1 - e^{-2 tau^2 h}, h = lambda_s - lambda_t: the share of x_t's noise that x_s does not keep in the forward
+    process (tau = 1), or in the reverse SDE of noise level tau.
+    """
+    tau = torch.as_tensor(tau, dtype=torch.float64, device="cpu")
+    h = sde.half_log_snr(s) - sde.half_log_snr(t)
+    return torch.where(tau == 0, 0.0, -torch.expm1(-2 * tau**2 * h))  # not 0 times an infinite h
+
+
 def one_evaluation(sde: SDE, t: Tensor, s: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Rows:
     """The moves x_s = a x_t + b D + c z, with their two ends made exact.
 
@@ -93,8 +102,7 @@ def forward_rows(sde: SDE, t: Tensor, s: Tensor, scale: float = 1.0) -> Rows:
     """
     ratio = sde.alpha(s) / sde.alpha(t)
     # sigma_s^2 - ratio^2 sigma_t^2, without the difference of near numbers
-    forgotten = -torch.expm1(2 * (sde.half_log_snr(s) - sde.half_log_snr(t)))
-    c = scale * sde.sigma(s) * forgotten.clamp(min=0).sqrt()
+    c = scale * sde.sigma(s) * forgotten(sde, s, t).clamp(min=0).sqrt()
     zero = torch.zeros_like(c)
     return Rows(torch.arange(len(t), device="cpu"), t, zero, zero, ratio, zero[:, None], c)
 

@@ -15,6 +15,7 @@ A step to sigma = 0, or from alpha = 0, where h is infinite, is DDIM's single ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from scoresde.chain import DDPMChain
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_count, check_option
+from scoresde.solvers.base import SingleStep, Solver, check_count, check_option, check_order
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.rows import Rows, stage_rows
 from scoresde.solvers.runge_kutta import has_no_stages, rows_by_kind
@@ -81,7 +82,8 @@ class DPMSolver(SingleStep):
             whatever is written.
 
     Raises:
-        ValueError: on another order or view; by `tableau`, if `orders` has not one number for each step.
+        ValueError: on another order or view, no order in `orders`, or `orders` and `fast` at once; by `tableau`, if
+            `orders` has not one number for each step; by `within`, if `orders` is given.
 
     >>> from scoresde import VPSDE
     >>> solver, grid = DPMSolver(fast=True).within(VPSDE(), 10)
@@ -97,8 +99,16 @@ class DPMSolver(SingleStep):
 
     def __post_init__(self) -> None:
         check_option(("eps", "x0"), view=self.view)
-        for order in (self.order, *(self.orders or ())):
-            check_option((1, *DPM_SOLVER), order=order)
+        check_order(3, order=self.order)
+        if self.orders is None:
+            return
+        if not isinstance(self.orders, Sequence) or len(self.orders) == 0:
+            raise ValueError(f"orders={self.orders!r}: expected the order of each step, (3, 3, 2, 1) say, or None")
+        object.__setattr__(self, "orders", tuple(self.orders))  # hashable
+        for order in self.orders:
+            check_order(3, order=order)
+        if self.fast:
+            raise ValueError("orders= fixes the steps that fast=True would choose: give one of them")
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         orders = self.orders or (self.order,) * len(t)
@@ -112,6 +122,8 @@ class DPMSolver(SingleStep):
         return DDIM().rows(sde, t, s) if order == 1 else exponential_rows(sde, t, s, self.view, DPM_SOLVER[order])
 
     def within(self, sde: SDE, nfe: int) -> tuple[Solver, Grid]:
+        if self.orders is not None:
+            raise ValueError("orders= fixes the steps: give steps= or grid=, not nfe=")
         if not self.fast:
             return super().within(sde, nfe)
         check_count(nfe=nfe)
@@ -122,7 +134,7 @@ class DPMSolver(SingleStep):
         orders = [*first, *_fast(nfe - len(first + last), self.order), *last][:nfe]
         if isinstance(sde, DDPMChain) and len(orders) > sde.steps:
             return super().within(sde, nfe)
-        return replace(self, orders=tuple(orders)), self.grid(sde, len(orders))
+        return replace(self, fast=False, orders=tuple(orders)), self.grid(sde, len(orders))
 
 
 def _fast(nfe: int, order: int) -> list[int]:
