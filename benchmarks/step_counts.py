@@ -162,7 +162,9 @@ def ours() -> tuple[Ours, ...]:
         more += [UniPC(k, view, rule) for rule in ("B1", "B2", "exact")]
     more += [UniPC(k, view, corrector=False) for k in (2, 3, 4) for view in _VIEWS]
     more += [DEIS(k, chi) for k in (2, 3, 4) for chi in ("t", "sigma")]
-    more += [SASolver(p, c, tau=0.0) for p, c in ((2, 2), (3, 3), (3, 4), (4, 5))]
+    more += [
+        SASolver(p, c, tau=0.0, lower_final=last) for p, c in ((2, 2), (3, 3), (3, 4), (4, 5)) for last in (False, True)
+    ]
     more += [IPNDM(k) for k in (2, 3, 4)] + [DPMSolverPP(2, rule="exact")]
     more += [
         RungeKutta(method, variable)
@@ -173,7 +175,8 @@ def ours() -> tuple[Ours, ...]:
         more += [make(k, view) for k in (2, 3) for view in _VIEWS]
     listed += [Ours(solver, True) for solver in more]
     noisy: list[Solver] = [ExponentialAB(k, view, tau=1.0) for k in (2, 3) for view in _VIEWS]
-    noisy += [SASolver(p, c, tau=tau) for p, c in ((2, 2), (3, 3), (3, 4)) for tau in (0.4, 1.0)]
+    noisy += [ExponentialAB(k, tau=tau) for k in (2, 3) for tau in (0.2, 0.4)]
+    noisy += [SASolver(p, c, tau=tau) for p, c in ((2, 2), (2, 3), (3, 3), (3, 4)) for tau in (0.2, 0.4, 1.0)]
     noisy += [DPMSolverPP(2, stochastic=True, rule="exact"), DPMSolverPP(3, stochastic=True, as_published=True)]
     noisy += [DPMSolverPP(k, stochastic=True, view="eps") for k in (1, 2)] + [EulerMaruyama("sigma")]
     noisy += [DPMSolverPP(k, stochastic=True, lower_final=True) for k in (2, 3)]

@@ -88,6 +88,8 @@ def markdown(entries: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
+_ANGLE = "Salimans and Ho (2022), for the angle"
+_FLOW = "Lipman et al. (2023), for the line"
 _CUI = "Cui et al. (2023)"
 _DDIM = "Song, Meng and Ermon (2021)"
 _EDM = "Karras et al. (2022)"
@@ -127,12 +129,12 @@ _FAMILIES: dict[str, list[tuple[str, Solver, int | None, str, bool, str, str]]] 
         ("ipndm4", IPNDM(4), 2, "N", True, "eps", "Liu et al. (2022)"),
         ("eab3-eps", ExponentialAB(3, "eps"), 3, "N", True, "eps", _ZHANG),
         ("eab4-eps", ExponentialAB(4, "eps"), 4, "N", True, "eps", _ZHANG),
-        ("eab2-v", ExponentialAB(2, "v"), 2, "N", True, "v", "here"),
-        ("eab3-v", ExponentialAB(3, "v"), 3, "N", True, "v", "here"),
-        ("eab4-v", ExponentialAB(4, "v"), 4, "N", True, "v", "here"),
-        ("eab4-v-lambda", ExponentialAB(4, "v", "half_log_snr"), 4, "N", True, "v", "here"),
-        ("eab3-flow", ExponentialAB(3, "flow"), 3, "N", True, "flow", "here"),
-        ("eab4-flow", ExponentialAB(4, "flow"), 4, "N", True, "flow", "here"),
+        ("eab2-v", ExponentialAB(2, "v"), 2, "N", True, "v", _ANGLE),
+        ("eab3-v", ExponentialAB(3, "v"), 3, "N", True, "v", _ANGLE),
+        ("eab4-v", ExponentialAB(4, "v"), 4, "N", True, "v", _ANGLE),
+        ("eab4-v-lambda", ExponentialAB(4, "v", "half_log_snr"), 4, "N", True, "v", _ANGLE),
+        ("eab3-flow", ExponentialAB(3, "flow"), 3, "N", True, "flow", _FLOW),
+        ("eab4-flow", ExponentialAB(4, "flow"), 4, "N", True, "flow", _FLOW),
         ("unip2", UniPC(2, corrector=False), 2, "N", True, "x0", _ZHAO),
         ("unip3", UniPC(3, corrector=False), 3, "N", True, "x0", _ZHAO),
         ("unipc2", UniPC(2), 3, "N", True, "x0", _ZHAO),
@@ -149,14 +151,14 @@ _FAMILIES: dict[str, list[tuple[str, Solver, int | None, str, bool, str, str]]] 
     "Runge-Kutta": [
         ("heun", Heun(), 2, "2N - 1", True, "eps", _EDM),
         ("heun-t", Heun("t"), 2, "2N - 1", True, "velocity", _EDM),
-        ("heun-angle", Heun("angle"), 2, "2N - 1", True, "v", "here"),
+        ("heun-angle", Heun("angle"), 2, "2N - 1", True, "v", _ANGLE),
         ("midpoint", RungeKutta("midpoint"), 2, "2N - 1", True, "eps", _EDM),
         ("ralston", RungeKutta("ralston"), 2, "2N - 1", True, "eps", _EDM),
         ("kutta3", RungeKutta("kutta3"), 3, "3N - 2", True, "eps", _ZHANG),
         ("rk4", RungeKutta("rk4"), 4, "4N - 3", True, "eps", _ZHANG),
-        ("rk4-lambda", RungeKutta("rk4", "half_log_snr"), 4, "4N - 3", True, "eps", "here"),
-        ("rk4-angle", RungeKutta("rk4", "angle"), 4, "4N - 3", True, "v", "here"),
-        ("rk4-flow", RungeKutta("rk4", "flow"), 4, "4N - 3", True, "flow", "here"),
+        ("rk4-lambda", RungeKutta("rk4", "half_log_snr"), 4, "4N - 3", True, "eps", _EDM),
+        ("rk4-angle", RungeKutta("rk4", "angle"), 4, "4N - 3", True, "v", _ANGLE),
+        ("rk4-flow", RungeKutta("rk4", "flow"), 4, "4N - 3", True, "flow", _FLOW),
         ("dpm-solver2", DPMSolver(2), 2, "2N - 1", True, "eps", _LU),
         ("dpm-solver3", DPMSolver(3), 3, "3N - 2", True, "eps", _LU),
         ("dpm-solver-fast", DPMSolver(3, fast=True), 3, "3N - 2", True, "eps", _LU),

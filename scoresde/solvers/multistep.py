@@ -408,6 +408,7 @@ class SASolver(Solver):
         tau: noise level, a number, or a function of the time at which a step starts, float64 of shape (N,) -> (N,).
             The paper's choice is 1 on the middle of the trajectory and 0 at its ends, which on `VPSDE` is
             `lambda t: ((0.2 <= t) & (t <= 0.8)).double()`.
+        lower_final: lower orders for the last steps, as many values as there are steps left.
 
     Raises:
         ValueError: on other numbers, or a tau that is negative; by `tableau` if the function's values are.
@@ -418,6 +419,7 @@ class SASolver(Solver):
     predictor: int = 3
     corrector: int = 4
     tau: float | Callable[[Tensor], Tensor] = 1.0
+    lower_final: bool = False
 
     def __post_init__(self) -> None:
         check_order(4, predictor=self.predictor)
@@ -437,10 +439,9 @@ class SASolver(Solver):
             raise ValueError(f"tau(t) returned {found} for t of shape {(grid.steps,)}: expected a tensor of that shape")
         if not bool((tau >= 0).all() and tau.isfinite().all()):
             raise ValueError(f"tau = {tau}: expected finite numbers >= 0")
-        steps = _steps(grid, tau=tau)
-        return steps.tableau(
-            steps.weights(self.predictor), steps.weights(self.corrector, new=True) if self.corrector else None
-        )
+        steps, final = _steps(grid, tau=tau), self.lower_final
+        corrector = steps.weights(self.corrector, new=True, lower_final=final) if self.corrector else None
+        return steps.tableau(steps.weights(self.predictor, lower_final=final), corrector)
 
 
 def recommended_noise_scale(u: Tensor) -> Tensor:
