@@ -82,6 +82,10 @@ PEER_REMARKS = {
     "diffusers SA-Solver*": "Adds a term of its own at order 2, in the start of the others too; no counterpart here",
     "diffusers dpmsolver*S": "Its stages are the grid's times: the same where the grid is even in lambda",
     "k-diffusion dpm_fast": "On its own grid, even in lambda",
+    "azula Ito": "DPMSolverPP(order=1, stochastic=True, view=eps), but for noise on the step to t = 0 too",
+    "k-diffusion dpm_2_ancestral": "Takes ancestral steps between its stages; no counterpart here",
+    "k-diffusion dpmpp_2s_ancestral": "Takes ancestral steps between its stages; no counterpart here",
+    "k-diffusion dpmpp_sde": "Takes ancestral steps between its stages; no counterpart here",
     "azula PC": "Its corrector shortens x_t - alpha D before it adds noise; no counterpart here",
 }
 """What is known of a peer's sampler: printed beside it where it agrees with none here."""
@@ -157,6 +161,7 @@ def ours() -> tuple[Ours, ...]:
     more += [UniPC(k, view, rule, **final) for k in (2, 3, 4) for view in _VIEWS for rule in ("B1", "B2")]
     more += [DPMSolverPP(k, view=view, **final) for k in (2, 3) for view in _VIEWS]
     more += [DPMSolverPP(3, view=view, as_published=True, **final) for view in _VIEWS]
+    more += [DPMSolverPP(2, rule="exact", **final)]
     more += [DPMSolverPP(2, view="eps"), DPMSolverPP(3, view="eps", as_published=True)]
     for k, view in itertools.product((1, 2, 3, 4), _VIEWS):
         more += [UniPC(k, view, rule) for rule in ("B1", "B2", "exact")]
@@ -401,7 +406,8 @@ class Agreement(NamedTuple):
 
 def agreements(field: Sequence[Contestant], nfe: int = 10) -> list[Agreement]:
     """For every peer the nearest solver here: largest difference of the end states on the ring, over grids, for the
-    deterministic; of the exact law on the Gaussian, its mean and standard deviation, for the others.
+    deterministic; of the exact law on the Gaussian, its mean and standard deviation, for the others. Relative to the
+    largest entry where that is above 1.
     """
     ring, gaussian = EXACT["ring"](), EXACT["gaussian"]()
 
@@ -430,7 +436,7 @@ def agreements(field: Sequence[Contestant], nfe: int = 10) -> list[Agreement]:
     def distance(a: list[Tensor], b: list[Tensor]) -> float:
         if len(a) < len(b):
             b = b[: len(a)]
-        return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+        return max(float((x - y).abs().max() / x.abs().max().clamp(min=1)) for x, y in zip(a, b, strict=True))
 
     here = [(c, s) for c in field if c.package == HERE and (s := states(c))]
     found = []
