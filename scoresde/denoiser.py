@@ -216,9 +216,10 @@ class NetworkDenoiser(Denoiser):
         # Numbers, not tensors: a copy to a GPU would stall it.
         labels = label.tolist() if label.ndim == 1 else None
         scales = None if scale is None else scale.tolist()
+        parameter = self._parameter()
 
         def at(i: int, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
-            dtype = self._dtype(x)
+            dtype = x.dtype if parameter is None else parameter.dtype
             label_dtype = _label_dtype(label, dtype)
             if labels is not None:
                 time = torch.full((len(x),), labels[i], dtype=label_dtype, device=x.device)

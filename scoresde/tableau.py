@@ -210,23 +210,17 @@ class Tableau:
             denoiser.check_times(self.t[on])
             u[on], w[on] = denoiser.view_of_output(self.p[on], self.q[on], self.t[on])  # F = u x + w N
         x, n = self.a + self.b[:, 0] * u, self.b[:, 0] * w
-        R, K = self.b.shape
-        past = [[(i - k, float(self.b[i, k])) for k in range(1, min(K, i + 1)) if self.b[i, k] != 0] for i in range(R)]
+        past: list[tuple[tuple[int, float], ...]] = [
+            tuple((i - k, b) for k, b in enumerate(line) if k and b != 0) for i, line in enumerate(self.b.tolist())
+        ]
         readers = {j: i for i, reads in enumerate(past) for j, _ in reads}  # the last row to read each F
-        drop: list[list[int]] = [[] for _ in range(R)]
+        drop: list[list[int]] = [[] for _ in past]
         for j, last in readers.items():
             drop[last].append(j)
+        columns = zip(*(column.tolist() for column in (self.t, x, n, self.c, u, w, on)), strict=True)
         return [
-            _Row(
-                float(self.t[i]),
-                float(x[i]),
-                float(n[i]) if on[i] else None,
-                tuple(past[i]),
-                float(self.c[i]),
-                (float(u[i]), float(w[i])) if i in readers else None,
-                tuple(drop[i]),
-            )
-            for i in range(R)
+            _Row(t, x_i, n_i if on_i else None, past[i], c, (u_i, w_i) if i in readers else None, tuple(drop[i]))
+            for i, (t, x_i, n_i, c, u_i, w_i, on_i) in enumerate(columns)
         ]
 
     def __repr__(self) -> str:
