@@ -73,8 +73,8 @@ HEADER = ("name", "solver", "family", "order", "evaluations", "stochastic", "vie
 def available() -> list[Entry]:
     """All solvers, each with usual options; `[e.solver for e in available() if e.deterministic]` is a race.
 
-    >>> [entry.name for entry in available() if entry.order == 4]
-    ['deis4', 'eab4-eps', 'eab4-v', 'eab4-v-lambda', 'unipc3', 'unipc3-eps', 'rk4', 'rk4-lambda', 'rk4-angle']
+    >>> [entry.name for entry in available() if entry.order == 5]
+    ['unipc4']
     """
     return list(_ENTRIES)
 
