@@ -83,8 +83,8 @@ PEER_REMARKS = {
     "diffusers dpmsolver*S": "Its stages are the grid's times: the same where the grid is even in lambda",
     "k-diffusion dpm_fast": "On its own grid, even in lambda",
     "azula Ito": "DPMSolverPP(order=1, stochastic=True, view=eps), but for noise on the step to t = 0 too",
-    "diffusers sde-dpmsolver-2M": "DPMSolverPP(stochastic=True, view=eps, lower_final=True) to 2e-7 where the grid ends "
-    "at noise, as measured apart; it takes another last step to t = 0",
+    "diffusers sde-dpmsolver-2M": "DPMSolverPP(stochastic=True, view=eps, lower_final=True) to 2e-7 where the grid "
+    "ends at noise, as measured apart; it takes another last step to t = 0",
     "k-diffusion dpm_2_ancestral": "Takes ancestral steps between its stages; no counterpart here",
     "k-diffusion dpmpp_2s_ancestral": "Takes ancestral steps between its stages; no counterpart here",
     "k-diffusion dpmpp_sde": "Takes ancestral steps between its stages; no counterpart here",
