@@ -37,7 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, from wherever it is run
 from peers import PACKAGES, installed, k_diffusion_sampling
 
-from scoresde import VPSDE, EpsDenoiser, Grid, Tableau
+from scoresde import VPSDE, EpsDenoiser, Grid, NetworkDenoiser, Tableau, X0Denoiser
 from scoresde.info import environment
 from scoresde.noise import GeneratorNoise
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP, ExponentialAB, Heun, Solver, UniPC, available
@@ -86,12 +86,12 @@ def spaced(steps: int) -> Grid:
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-def compiled(solver: Solver, steps: int) -> tuple[Tableau, Runner]:
-    """The loop of the table alone."""
+def compiled(solver: Solver, steps: int, kind: type[NetworkDenoiser] = EpsDenoiser) -> tuple[Tableau, Runner]:
+    """The loop of the table alone, on a network that predicts eps or D."""
     table = solver.tableau(spaced(steps))
 
     def make(x: Tensor) -> Loop:
-        denoiser, noise = EpsDenoiser(Constant().eval(), SDE), draws(x)
+        denoiser, noise = kind(Constant().eval(), SDE), draws(x)
 
         def loop() -> Tensor:
             with torch.no_grad():
@@ -119,10 +119,10 @@ def labels(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.dtype)[:, None].expand(-1, len(x)).to(x.device)
 
 
-def bare_one_step(table: Tableau, x: Tensor) -> Loop:
+def bare_one_step(table: Tableau, x: Tensor, kind: type[NetworkDenoiser] = EpsDenoiser) -> Loop:
     """DDIM and DDPM: x <- a x + b eps + c z."""
     net, times, noise = Constant(), labels(table.t, x), draws(x)
-    rows = table._rows(EpsDenoiser(net, SDE))
+    rows = table._rows(kind(net, SDE))
     a, b, c = [row.x for row in rows], [row.n for row in rows], [row.c for row in rows]
 
     def loop() -> Tensor:
@@ -160,10 +160,10 @@ def bare_2m(table: Tableau, x: Tensor) -> Loop:
     return loop
 
 
-def bare_window(table: Tableau, x: Tensor) -> Loop:
+def bare_window(table: Tableau, x: Tensor, kind: type[NetworkDenoiser] = EpsDenoiser) -> Loop:
     """Any table: x <- a x + b eps + sum_k b_k F_k + c z, with the F that later rows need in a list."""
     net, times, noise = Constant(), labels(table.t, x), draws(x)
-    made = table._rows(EpsDenoiser(net, SDE))
+    made = table._rows(kind(net, SDE))
     rows = [(i, row.x, row.n, row.past, row.c, row.keep) for i, row in enumerate(made)]
 
     def loop() -> Tensor:
@@ -317,14 +317,20 @@ def methods(steps: int, with_peers: bool) -> list[Method]:
         ),
     ]
     found = []
+    # diffusers is fed eps, k-diffusion and azula D: each beside ours on the same.
     for name, solver, n, bare, peers in named:
-        table, runner = compiled(solver, n)
-        method = Method(name, solver, {"here": runner, "bare": Runner(partial(bare, table), table.nfe)})
-        for label, (make, cls, options) in peers.items():
-            if with_peers and installed(label.split()[0]):
-                nfe = 2 * n - (0 if "azula" in label else 1) if name == "Heun" else n
-                method.runners[label] = Runner(make(cls, n, **options), nfe)
-        found.append(method)
+        for fed, kind, packages in (("eps", EpsDenoiser, ("diffusers",)), ("D", X0Denoiser, ("k-diffusion", "azula"))):
+            rivals = {label: how for label, how in peers.items() if label.split()[0] in packages}
+            if not rivals:
+                continue
+            table, runner = compiled(solver, n, kind)
+            by_hand = partial(bare, table) if fed == "eps" else partial(_fed_D(bare), table, kind=kind)
+            method = Method(f"{name}, fed {fed}", solver, {"here": runner, "bare": Runner(by_hand, table.nfe)})
+            for label, (make, cls, options) in rivals.items():
+                if with_peers and installed(label.split()[0]):
+                    nfe = 2 * n - (0 if "azula" in label else 1) if name == "Heun" else n
+                    method.runners[label] = Runner(make(cls, n, **options), nfe)
+            found.append(method)
     for entry in available():
         try:
             table, runner = compiled(entry.solver, steps)
@@ -334,6 +340,11 @@ def methods(steps: int, with_peers: bool) -> list[Method]:
         method.runners["bare"] = Runner(partial(bare_window, table), table.nfe)
         found.append(method)
     return found
+
+
+def _fed_D(bare: Callable[..., Loop]) -> Callable[..., Loop]:
+    """The bare loop of a method that is given D: DPM-Solver++ 2M then needs no conversion, the general loop does."""
+    return bare_window if bare is bare_2m else bare
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
