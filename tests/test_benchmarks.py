@@ -270,7 +270,7 @@ def test_the_overhead_page(tmp_path, monkeypatch):
     argv = ["--shape", "2", "1", "2", "2", "--steps", "4", "--seconds", "0", "--no-peers", "--out", str(tmp_path)]
     overhead.main(argv)
     record = json.loads((tmp_path / "results.json").read_text())
-    assert set(record["microseconds"]["DDIM"]) == {"here", "bare"}
+    assert set(record["microseconds"]["DDIM, fed eps"]) == {"here", "bare"}
     assert "here / bare" in (tmp_path / "README.md").read_text()
 
 
