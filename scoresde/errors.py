@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["NonFiniteError"]
+from torch import Tensor
+
+__all__ = ["NonFiniteError", "not_finite"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -17,3 +19,9 @@ class NonFiniteError(ArithmeticError):
     def __init__(self, message: str, step: int | None, time: float | None, samples: list[int]) -> None:
         super().__init__(message)
         self.step, self.time, self.samples = step, time, samples
+
+
+def not_finite(x: Tensor) -> list[int]:
+    """The samples of x, shape (B, ...), that are not finite: a look at the device."""
+    bad: list[int] = (~x.detach().isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
+    return bad

@@ -75,6 +75,11 @@ class Grid:
         alpha, sigma = self.sde.alpha(self.times), self.sde.sigma(self.times)
         return alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
 
+    def check_sde(self, sde: SDE) -> None:
+        """Raises ValueError unless the grid was made for that SDE, a denoiser's."""
+        if self.sde != sde:
+            raise ValueError(f"the grid was made for {self.sde!r}, the denoiser for {sde!r}")
+
     def __len__(self) -> int:
         return len(self.times)
 

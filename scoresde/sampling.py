@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from scoresde.brownian import BrownianNoise
 from scoresde.denoiser import Denoiser, check_call
-from scoresde.errors import NonFiniteError
+from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
 from scoresde.solvers.base import Solver
@@ -175,8 +175,7 @@ def _choose_grid(
             raise TypeError(
                 f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times) for your own times"
             )
-        if grid.sde != denoiser.sde:
-            raise ValueError(f"the grid was made for {grid.sde!r}, the denoiser for {denoiser.sde!r}")
+        grid.check_sde(denoiser.sde)
         return solver, grid
     if steps is None:
         assert nfe is not None
@@ -187,20 +186,17 @@ def _choose_grid(
 def _locate(run: Any, source: NoiseSource, end: Tensor) -> NonFiniteError:
     """Replay a run that ended non-finite, with checks, to say where it went wrong."""
 
-    def bad(x: Tensor) -> list[int]:
-        return (~x.isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
-
     if isinstance(source, GeneratorNoise | SeededNoise):
         source.rewind()
     with torch.no_grad():
         for state in run():
-            if samples := bad(state.x):
+            if samples := not_finite(state.x):
                 message = (
                     f"sample{'s' * (len(samples) > 1)} {_some(samples)} became non-finite in step {state.step}, at the "
                     f"evaluation at t = {state.t:.6g} (row {state.row})"
                 )
                 return NonFiniteError(message, state.step, state.t, samples)
-    samples = bad(end.detach())
+    samples = not_finite(end)
     return NonFiniteError(
         f"samples {_some(samples)} are not finite, but a replay with the same noise was: the network is random",
         None,

@@ -172,8 +172,7 @@ class Tableau:
                 denoiser cannot be evaluated at the table's times (an eps network at alpha = 0). All before any
                 evaluation.
         """
-        if denoiser.sde != self.grid.sde:
-            raise ValueError(f"the grid was made for {self.grid.sde!r}, the denoiser for {denoiser.sde!r}")
+        self.grid.check_sde(denoiser.sde)
         if noise is None and bool((self.c > 0).any()):
             raise ValueError(
                 "this tableau draws noise (c > 0): pass noise=, a function (row, x) such as scoresde.noise.SeededNoise"

@@ -30,6 +30,7 @@ import torchdiffeq
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser, check_call
+from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.solvers.base import check_count
@@ -138,7 +139,7 @@ class AdaptiveODE(Budgeted):
             ValueError: as `iterate` does, or if a condition is a tensor with neither one entry nor one per sample.
             NonFiniteError: if the denoiser's output is not finite.
         """
-        from scoresde.sampling import NonFiniteError, Solution  # which imports the solvers
+        from scoresde.sampling import Solution  # which imports the solvers
 
         check_batch(x, "x")
         check_call(denoiser, x, cond)
@@ -150,8 +151,7 @@ class AdaptiveODE(Budgeted):
         back[-1] = back[-1]._replace(done=True)
         with torch.set_grad_enabled(differentiable):
             *_, state = self._run(denoiser, widen(x), grid, back, cond)
-        bad = (~state.x.detach().isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
-        if bad:
+        if bad := not_finite(state.x):
             raise NonFiniteError(
                 f"samples {bad} became non-finite at the evaluation at t = {state.t:.6g}", 0, state.t, bad
             )
@@ -162,8 +162,7 @@ class AdaptiveODE(Budgeted):
         self, denoiser: Denoiser, x: Tensor, grid: Grid, parts: list[Leg], cond: Mapping[str, Any] | None
     ) -> Iterator[State]:
         """The checks; then the loop."""
-        if denoiser.sde != grid.sde:
-            raise ValueError(f"the grid was made for {grid.sde!r}, the denoiser for {denoiser.sde!r}")
+        grid.check_sde(denoiser.sde)
         times = torch.tensor([time for leg in parts for time in (leg.t, leg.s)], dtype=torch.float64, device="cpu")
         starts = [leg.t for leg in parts] + [leg.s for leg in parts if not leg.jump]
         denoiser.check_times(torch.tensor(starts, dtype=torch.float64, device="cpu"))

@@ -111,8 +111,7 @@ class _Adaptive(Budgeted):
         noise: NoiseSource | None = None,
         cond: Mapping[str, Any] | None = None,
     ) -> Iterator[State]:
-        if denoiser.sde != grid.sde:
-            raise ValueError(f"the grid was made for {grid.sde!r}, the denoiser for {denoiser.sde!r}")
+        grid.check_sde(denoiser.sde)
         if noise is None and self.draws:
             raise ValueError(f"{type(self).__name__} draws noise: pass noise=, a function (row, x)")
         denoiser.check_times(grid.times[grid.times > 0])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser, check_call
-from scoresde.errors import NonFiniteError
+from scoresde.errors import NonFiniteError, not_finite
 from scoresde.noise import NoiseSource, noise_source
 from scoresde.solvers.base import check_count
 from scoresde.tensors import check_batch, precise, widen
@@ -84,7 +84,7 @@ def langevin(
             if trajectory:
                 states.append(state.to(x.dtype))
     if not bool(state.isfinite().all()):
-        bad = (~state.isfinite().reshape(len(state), -1).all(1)).nonzero().flatten().tolist()
+        bad = not_finite(state)
         raise NonFiniteError(
             f"{len(bad)} of {len(state)} chains are not finite at t = {t:.6g}: the network is, or step_size="
             f"{step_size} is too large",

@@ -30,17 +30,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from scoresde.grid import Grid
-from scoresde.sde import SDE
 from scoresde.solvers.base import Solver, check_nonnegative, check_option, check_order
 from scoresde.solvers.first_order import marginal_preserving
 from scoresde.solvers.rows import forgotten
+from scoresde.solvers.runge_kutta import VARIABLES
 from scoresde.solvers.weights import exponential_kernel, interpolation_weights
 from scoresde.tableau import Tableau
 from scoresde.views import view_of_mean
@@ -52,30 +52,8 @@ Variable = Literal["half_log_snr", "sigma", "t", "angle", "flow"]
 Rule = Literal["exact", "B1", "B2"]
 Kernel = Callable[[Tensor], Tensor]
 
-CHI: dict[str, Callable[[SDE, Tensor], Tensor]] = {
-    "half_log_snr": lambda sde, t: sde.half_log_snr(t),
-    "sigma": lambda sde, t: sde.sigma(t) / sde.alpha(t),
-    "t": lambda sde, t: t,
-    "angle": lambda sde, t: torch.atan2(sde.sigma(t), sde.alpha(t)),
-    "flow": lambda sde, t: sde.sigma(t) / (sde.alpha(t) + sde.sigma(t)),
-}
-"""Interpolation variable -> chi(t)."""
-
-
-class _Curve(NamedTuple):
-    """A view whose flow is the integral of F alone: the variable it is over, m of alpha and sigma, and lambda of the
-    variable.
-    """
-
-    variable: Variable
-    m: Callable[[Tensor, Tensor], Tensor]
-    half_log_snr: Callable[[Tensor], Tensor]
-
-
-_CURVES: dict[str, _Curve] = {
-    "v": _Curve("angle", torch.hypot, lambda theta: -theta.tan().log()),
-    "flow": _Curve("flow", torch.add, lambda share: -torch.logit(share)),
-}
+_CURVES: dict[str, Variable] = {"v": "angle", "flow": "flow"}
+"""Views whose flow is the integral of F alone, and the variable it is over: a key of `runge_kutta.VARIABLES`."""
 
 
 @dataclass(frozen=True)
@@ -103,22 +81,22 @@ class _Steps:
     @cached_property
     def omega(self) -> Tensor:
         """The variable of integration at all times, (N + 1,)."""
-        return CHI[self._integrated](self.grid.sde, self.grid.times)
+        return VARIABLES[self._integrated].psi(self.grid.sde, self.grid.times)
 
     @property
     def _integrated(self) -> str:
-        return _CURVES[self.view].variable if self.view in _CURVES else "half_log_snr"
+        return _CURVES.get(self.view, "half_log_snr")
 
     @cached_property
     def chi(self) -> Tensor:
         """The variable of interpolation at all times, (N + 1,)."""
-        return CHI[self.variable](self.grid.sde, self.grid.times)
+        return VARIABLES[self.variable].psi(self.grid.sde, self.grid.times)
 
     def _chi_at(self, omega: Tensor) -> Tensor:
         if self.variable == self._integrated:
             return omega
-        half_log_snr = _CURVES[self.view].half_log_snr(omega) if self.view in _CURVES else omega
-        return CHI[self.variable](self.grid.sde, self.grid.sde.time_at(half_log_snr))
+        sde = self.grid.sde
+        return VARIABLES[self.variable].psi(sde, VARIABLES[self._integrated].time(sde, omega))
 
     def weights(self, order: int, new: bool = False, rule: Rule = "exact", lower_final: bool = False) -> Tensor:
         """w_j through the last `order` values of F, or as many as there are, shape (N, order). Lag 0 is the step's own
@@ -162,12 +140,8 @@ class _Steps:
         first_order = marginal_preserving(sde, t, s, self.c2)
         p, q, a, c = torch.zeros_like(t), torch.ones_like(t), first_order.a, first_order.c
         on = self.regular
-        p[on], q[on] = view_of_mean("eps" if self.view == "flow" else self.view, sde, t[on])
-        if self.view == "v":
-            r = torch.hypot(sde.alpha(t), sde.sigma(t))
-            p, q = torch.where(on, p / r, p), torch.where(on, q / r, q)
-        elif self.view == "flow":
-            q[on] -= 1
+        curve = _CURVES.get(self.view)
+        p[on], q[on] = VARIABLES[curve].F(sde, t[on]) if curve else view_of_mean(self.view, sde, t[on])
         b[~on] = pad(first_order.b, (0, b.shape[1] - 1))[~on]
         return Tableau(self.grid, a=torch.where(on, self.a, a), b=b, c=torch.where(on, self.c2.sqrt(), c), view=(p, q))
 
@@ -178,9 +152,9 @@ def _steps(grid: Grid, view: View = "x0", variable: Variable | None = None, tau:
     tau = torch.as_tensor(tau, dtype=torch.float64, device="cpu").expand(grid.steps)
     if view in _CURVES:
         curve = _CURVES[view]
-        m_t, m_s = curve.m(alpha_t, sigma_t), curve.m(alpha_s, sigma_s)
-        slope = CHI[curve.variable](grid.sde, grid.times).diff()
-        return _Steps(grid, view, variable or curve.variable, m_s / m_t, m_s, 0 * tau, lambda n: torch.ones_like, slope)
+        m, slope = VARIABLES[curve].m(grid.sde, grid.times), VARIABLES[curve].psi(grid.sde, grid.times).diff()
+        m_t, m_s = m[:-1], m[1:]
+        return _Steps(grid, view, variable or curve, m_s / m_t, m_s, 0 * tau, lambda n: torch.ones_like, slope)
     lambda_ = grid.sde.half_log_snr(grid.times)
     h = lambda_.diff()
     c2 = sigma_s**2 * forgotten(grid.sde, grid.times[:-1], grid.times[1:], tau)
@@ -236,7 +210,7 @@ class ExponentialAB(Solver):
     def __post_init__(self) -> None:
         check_order(4, order=self.order)
         check_option(("x0", "eps", *_CURVES), view=self.view)
-        check_option((None, *CHI), variable=self.variable)
+        check_option((None, *VARIABLES), variable=self.variable)
         check_nonnegative(tau=self.tau)
         if self.view in _CURVES and self.tau > 0:
             raise ValueError(f"tau={self.tau} in the view {self.view}: take view='x0' or 'eps', or tau=0")

@@ -123,8 +123,7 @@ class PredictorCorrector(Solver):
     ) -> Iterator[State]:
         if self.corrector in ("ald", None):
             return super().iterate(denoiser, x, grid, noise, cond)
-        if denoiser.sde != grid.sde:
-            raise ValueError(f"the grid was made for {grid.sde!r}, the denoiser for {denoiser.sde!r}")
+        grid.check_sde(denoiser.sde)
         if noise is None:
             raise ValueError("the corrector draws noise: pass noise=, a function (row, x)")
         at, _, corrected = self._corrects(grid)

@@ -113,8 +113,7 @@ class ReverseSDE(Budgeted):
         noise: NoiseSource | None = None,
         cond: Mapping[str, Any] | None = None,
     ) -> Iterator[State]:
-        if denoiser.sde != grid.sde:
-            raise ValueError(f"the grid was made for {grid.sde!r}, the denoiser for {denoiser.sde!r}")
+        grid.check_sde(denoiser.sde)
         if not isinstance(noise, GeneratorNoise | SeededNoise):
             raise ValueError("ReverseSDE needs a Brownian path for each sample: give seed= or generator=, not noise=")
         parts = legs(grid, free=self.adaptive_steps)
