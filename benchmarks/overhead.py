@@ -137,12 +137,17 @@ def bare_one_step(table: Tableau, x: Tensor, kind: type[NetworkDenoiser] = EpsDe
     return loop
 
 
+def earlier(row: Any) -> tuple[tuple[int, float], ...]:
+    """(row, coefficient) of all the earlier F that a row of the loop reads."""
+    return row.past if row.onto is None else ((row.onto, 1.0), *row.past)
+
+
 def bare_2m(table: Tableau, x: Tensor) -> Loop:
     """DPM-Solver++ 2M with an eps network: x <- a x + b eps + d D', D = u x + w eps, D' that of the step before."""
     net, times = Constant(), labels(table.t, x)
     rows = table._rows(EpsDenoiser(net, SDE))
     a, b = [row.x for row in rows], [row.n for row in rows]
-    d = [sum(weight for _, weight in row.past) for row in rows]
+    d = [sum(weight for _, weight in earlier(row)) for row in rows]
     u, w = zip(*(row.keep or (0.0, 0.0) for row in rows), strict=True)
 
     def loop() -> Tensor:
@@ -164,7 +169,7 @@ def bare_window(table: Tableau, x: Tensor, kind: type[NetworkDenoiser] = EpsDeno
     """Any table: x <- a x + b eps + sum_k b_k F_k + c z, with the F that later rows need in a list."""
     net, times, noise = Constant(), labels(table.t, x), draws(x)
     made = table._rows(kind(net, SDE))
-    rows = [(i, row.x, row.n, row.past, row.c, row.keep) for i, row in enumerate(made)]
+    rows = [(i, row.x, row.n, earlier(row), row.c, row.keep) for i, row in enumerate(made)]
 
     def loop() -> Tensor:
         with torch.no_grad():

@@ -29,6 +29,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import textwrap
 import time
@@ -147,6 +148,7 @@ Contestant = Ours | Peer
 
 
 _VIEWS: tuple[Any, ...] = ("x0", "eps")
+_CURVED: tuple[Any, ...] = ("v", "flow")
 
 
 @cache
@@ -183,6 +185,7 @@ def ours() -> tuple[Ours, ...]:
     listed += [Ours(solver, True) for solver in more]
     noisy: list[Solver] = [ExponentialAB(k, view, tau=1.0) for k in (2, 3) for view in _VIEWS]
     noisy += [ExponentialAB(k, tau=tau) for k in (2, 3) for tau in (0.2, 0.4)]
+    noisy += [ExponentialAB(k, view, tau=tau) for k in (2, 3) for view in _CURVED for tau in (0.2, 0.4, 1.0)]
     noisy += [SASolver(p, c, tau=tau) for p, c in ((2, 2), (2, 3), (3, 3), (3, 4)) for tau in (0.2, 0.4, 1.0)]
     noisy += [DPMSolverPP(2, stochastic=True, rule="exact"), DPMSolverPP(3, stochastic=True, as_published=True)]
     noisy += [DPMSolverPP(k, stochastic=True, view="eps") for k in (1, 2)] + [EulerMaruyama("sigma")]
@@ -257,7 +260,7 @@ def fitted(contestant: Contestant, problem: Problem, cell: Cell) -> tuple[Contes
     return contestant, grid(steps)
 
 
-def measure(contestant: Contestant, problem: Problem, cell: Cell) -> Score:
+def measure(contestant: Contestant, problem: Problem, cell: Cell, seed: int = 2) -> Score:
     """Run a cell."""
     start, used = time.perf_counter(), 0
     try:
@@ -268,7 +271,7 @@ def measure(contestant: Contestant, problem: Problem, cell: Cell) -> Score:
             end, used = contestant.run(problem.denoiser, x, grid, draws)
             return end
 
-        value = problem.error(run) if cell.race == "endpoint" else problem.law_distance(run, cell.nfe)
+        value = problem.error(run) if cell.race == "endpoint" else problem.law_distance(run, cell.nfe, seed)
     except NonFiniteError:
         return Score(math.inf, used, time.perf_counter() - start, "not finite")
     except (ValueError, ArithmeticError, TypeError, RuntimeError, IndexError) as error:
@@ -476,9 +479,19 @@ def best(scores: Scores, nfe: int, here: bool) -> tuple[Cell, Score] | None:
     return min(rivals, key=lambda pair: pair[1].value, default=None)
 
 
-def table_of_bests(scores: Scores, budgets: Sequence[int], with_peers: bool) -> list[str]:
+def again(problem: Problem, cell: Cell, contestant: Contestant) -> str:
+    """A winner of the law race on draws that did not choose it: mean and standard error."""
+    values = [measure(contestant, problem, cell, 100 + 2 * i).value for i in range(problem.repeats)]
+    return f"{number(statistics.mean(values))} +- {number(statistics.stdev(values) / math.sqrt(len(values)))}"
+
+
+def table_of_bests(
+    scores: Scores, budgets: Sequence[int], with_peers: bool, again: Callable[[Cell], str] | None = None
+) -> list[str]:
+    """The best here and of the peers at every budget; `again` says what a winner makes of fresh draws."""
     head = ["NFE", "best here", "", "on grid"]
     head += ["best of the peers", "", "on grid", "peers / here"] if with_peers else []
+    head += ["again, here", *(["again, peers"] if with_peers else [])] if again else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for nfe in budgets:
         row, pair = [str(nfe)], [best(scores, nfe, here) for here in ((True, False) if with_peers else (True,))]
@@ -490,6 +503,7 @@ def table_of_bests(scores: Scores, budgets: Sequence[int], with_peers: bool) -> 
                 row += [f"**{number(score.value)}**", cell.solver, cell.grid]
         if with_peers:
             row.append(f"{pair[1][1].value / pair[0][1].value:.2f}" if pair[0] and pair[1] else "-")
+        row += [again(found[0]) if found else "-" for found in pair] if again else []
         lines.append("| " + " | ".join(row) + " |")
     return lines
 
@@ -584,7 +598,8 @@ def report(work: Work, names: Sequence[str], scores: Scores, found: Sequence[Agr
     """Write the tables, the plots and the JSON; return the page."""
     args, out = work.args, work.args.out
     field = entered(args.solvers, args.peers)
-    spacings = {(c.package, c.name): c.spacing for c in field}
+    runners = {(c.package, c.name): c for c in field}
+    spacings = {key: c.spacing for key, c in runners.items()}
     env = environment(args.device, torch.float64 if names[0] in EXACT else torch.float32)
     versions = {name: installed(name) for name in PACKAGES if args.peers and installed(name)}
     page = ["# Error against evaluations", "", f"`python {env['command']}`", ""]
@@ -608,8 +623,15 @@ def report(work: Work, names: Sequence[str], scores: Scores, found: Sequence[Agr
                 floor, label = problem.law_floor(), str(problem.law)
                 kinds = "All solvers" if name not in EXACT else "Solvers that draw noise"
                 text = f"{kinds}, to t = 0: {label}. Exact samples score {number(floor)}."
+            repeat = None
+            if kind == "law" and problem.repeats:
+                text += f" Again: the two winners on {problem.repeats} other draws, mean and its standard error."
+
+                def repeat(cell: Cell, problem: Problem = problem) -> str:
+                    return again(problem, cell, runners[cell.package, cell.solver])
+
             page += ["", text, ""]
-            page += table_of_bests(part, args.nfe, bool(versions))
+            page += table_of_bests(part, args.nfe, bool(versions), repeat)
             picture = f"{name}-{kind}.png"
             if plot(out / picture, problem.title, label, part, args.nfe, floor):
                 page += ["", f"![{name} {kind}]({picture})"]

@@ -35,13 +35,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torchsde
 from torch import Tensor
 
 from scoresde.sde import SDE
 from scoresde.tableau import Tableau
 from scoresde.tensors import expand_like
 
-__all__ = ["BridgeNoise", "BrownianNoise", "BrownianPath", "FreshNoise", "snr", "where_sample"]
+__all__ = ["BridgeNoise", "BrownianNoise", "BrownianPath", "FreshNoise", "TorchsdePath", "snr", "where_sample"]
 
 _RANGE = 64.0  # lambda runs over [-64, 64]
 _LEVELS = 18  # cells of 2^-11
@@ -123,6 +124,15 @@ class BrownianPath:
             W, A = self._end(left)
         return W.reshape(self.shape), None if A is None else A.reshape(self.shape)
 
+    def between(self, start: float, end: float) -> _Point:
+        """The increment over [start, end] of lambda, and with `area` the integral of the path over it less its value at
+        the start, (B, *event) each.
+        """
+        (W_a, A_a), (W_b, A_b) = self.at(start), self.at(end)
+        if A_a is None or A_b is None:
+            return W_b - W_a, None
+        return W_b - W_a, A_b - A_a - W_a * (self._clock(end) - self._clock(start))
+
     def _end(self, i: _Interval) -> _Point:
         """The path and its integral at an interval's right end."""
         W, A = i.start
@@ -168,6 +178,38 @@ class BrownianPath:
             for x in X:
                 self._generator.standard_normal(out=x[sample])
         return torch.from_numpy(X)
+
+
+class TorchsdePath:
+    """`BrownianPath.between` by torchsde's BrownianInterval (Li et al., 2020), one for each sample, with its tree of
+    halves, without which the path would depend on what was asked before.
+
+    Args:
+        entropies: one number per sample: all that its path depends on.
+        event: shape of a sample.
+    """
+
+    def __init__(self, entropies: Sequence[int], event: Sequence[int]) -> None:
+        self.shape = (len(entropies), *event)
+        self._paths = [
+            torchsde.BrownianInterval(
+                -_RANGE,
+                _RANGE,
+                size=(1, math.prod(event)),
+                dtype=torch.float64,
+                device="cpu",
+                entropy=entropy,
+                halfway_tree=True,
+                tol=2 * _RANGE / 2**_LEVELS,
+                levy_area_approximation="space-time",
+            )
+            for entropy in entropies
+        ]
+
+    def between(self, start: float, end: float) -> _Point:
+        pairs = [path(start, end, return_U=True) for path in self._paths]
+        W, U = (torch.cat(parts).reshape(self.shape) for parts in zip(*pairs, strict=True))
+        return W, U
 
 
 class BrownianNoise:

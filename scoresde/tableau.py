@@ -58,9 +58,10 @@ class _Row(NamedTuple):
     t: float
     x: float  # x_{i+1} = x * x_i + n * N_i + sum past * F_{i-k} + c z
     n: float | None  # None where nothing is evaluated
-    past: tuple[tuple[int, float], ...]  # (row, coefficient) of earlier F
+    onto: int | None  # row of an earlier F, read for the last time, that becomes the new state: its coefficient is one
+    past: tuple[tuple[int, float], ...]  # (row, coefficient) of the other earlier F
     c: float
-    keep: tuple[float, float] | None  # F_i = keep[0] x_i + keep[1] N_i, if a later row reads it
+    keep: tuple[float, float] | None  # keep[0] x_i + keep[1] N_i, a multiple of F_i, if a later row reads it
     drop: tuple[int, ...]  # rows whose F no later row reads
 
 
@@ -185,15 +186,17 @@ class Tableau:
         output = denoiser.outputs(self.t)
         steps, kept, nfe = [*self.step.tolist(), -1], {}, 0
         for i, row in enumerate(rows):
-            if row.n is None:
-                x = x * row.x
-            else:
+            before = x
+            if row.n is not None:
                 n, nfe = output(i, x, cond), nfe + 1
                 if row.keep is not None:
                     u, w = row.keep
                     # n * w even where w is 1: the network may reuse the memory of its output.
                     kept[i] = n * w if u == 0.0 else (x * u).add_(n, alpha=w)
-                x = (x * row.x).add_(n, alpha=row.n)  # also where row.x is 0: a NaN in x must reach the end
+            # The multiples of x and n also where they are 0: a NaN must reach the end.
+            x = before * row.x if row.onto is None else kept.pop(row.onto).add_(before, alpha=row.x)
+            if row.n is not None:
+                x = x.add_(n, alpha=row.n)
             for j, b in row.past:
                 x = x.add_(kept[j], alpha=b)
             if row.c != 0.0:
@@ -212,13 +215,28 @@ class Tableau:
         past: list[tuple[tuple[int, float], ...]] = [
             tuple((i - k, b) for k, b in enumerate(line) if k and b != 0) for i, line in enumerate(self.b.tolist())
         ]
-        readers = {j: i for i, reads in enumerate(past) for j, _ in reads}  # the last row to read each F
-        drop: list[list[int]] = [[] for _ in past]
-        for j, last in readers.items():
-            drop[last].append(j)
+        readers: dict[int, list[tuple[int, float]]] = {}  # of each F, the rows that read it and their coefficients
+        for i, reads in enumerate(past):
+            for j, weight in reads:
+                readers.setdefault(j, []).append((i, weight))
+        onto: dict[int, int] = {}
+        scale = dict.fromkeys(readers, 1.0)
+        for j, by in readers.items():
+            last, weight = by[-1]
+            if last not in onto and all(abs(other) <= 1e3 * abs(weight) for _, other in by):
+                onto[last], scale[j] = j, weight
         columns = zip(*(column.tolist() for column in (self.t, x, n, self.c, u, w, on)), strict=True)
         return [
-            _Row(t, x_i, n_i if on_i else None, past[i], c, (u_i, w_i) if i in readers else None, tuple(drop[i]))
+            _Row(
+                t,
+                x_i,
+                n_i if on_i else None,
+                onto.get(i),
+                tuple((j, weight / scale[j]) for j, weight in past[i] if onto.get(i) != j),
+                c,
+                (u_i * scale[i], w_i * scale[i]) if i in readers else None,
+                tuple(j for j, _ in past[i] if readers[j][-1][0] == i and onto.get(i) != j),
+            )
             for i, (t, x_i, n_i, c, u_i, w_i, on_i) in enumerate(columns)
         ]
 

@@ -17,6 +17,7 @@ from scipy.integrate import solve_ivp
 from scoresde import EDMSDE, VPSDE, CosineVPSDE, DDPMChain, Denoiser, FlowSDE, Grid, Posterior, sample
 from scoresde.exact import Gaussian
 from scoresde.solvers import DDIM, DEIS, ERSDE, IPNDM, DPMSolverPP, ExponentialAB, ExponentialSDE, SASolver, UniPC
+from scoresde.solvers.runge_kutta import VARIABLES
 
 
 class Case(NamedTuple):
@@ -327,6 +328,36 @@ def test_small_tau_is_the_ode(name):
     large, small = (float((solve(denoiser, x, solver, grid, z) - ode).abs().max()) for solver in near)
     assert large < 0.1
     assert small == pytest.approx(large / 100, rel=0.1)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("view", ["v", "flow"])
+@pytest.mark.parametrize("name", ["vp", "subvp", "edm", "flow"])
+def test_noise_in_v_and_flow_solves_the_reverse_sde(name, view, tau):
+    """dx = (f x - (1 + tau^2) / 2 g^2 score) dt + tau g dw, the score written in x and F, integrated in t step by step:
+    a from the part linear in x, the weights from that in F, c^2 from the noise.
+    """
+    sde = SDES[name]
+    grid = Grid(sde, [0.9 * sde.t_max, 0.5 * sde.t_max, 0.2 * sde.t_max])
+    table = ExponentialAB(2, view, tau=tau).tableau(grid)
+    psi = VARIABLES["angle" if view == "v" else "flow"].psi
+    nodes = [float(psi(sde, t)) for t in grid.times]
+
+    def rates(t, y):
+        t = torch.tensor(t, dtype=torch.float64)
+        alpha, sigma, g2 = float(sde.alpha(t)), float(sde.sigma(t)), float(sde.diffusion(t)) ** 2
+        r2, m = alpha**2 + sigma**2, alpha + sigma
+        of_x, of_F = (sigma / r2, alpha / r2**0.5) if view == "v" else (1 / m, alpha / m)  # eps = of_x x + of_F F
+        of_eps = (1 + tau**2) / 2 * g2 / sigma  # score = -eps / sigma
+        linear = float(sde.drift(t)) + of_eps * of_x
+        last = (float(psi(sde, t)) - nodes[1]) / (nodes[0] - nodes[1])  # the Lagrange basis on the nodes of row 1
+        forced = linear * y[1:3] + of_eps * of_F * np.array([1 - last, last])
+        return [linear * y[0], *forced, 2 * linear * y[3] - tau**2 * g2]
+
+    step = solve_ivp(rates, grid.times[1:].tolist(), [1.0, 0.0, 0.0, 0.0], rtol=1e-11, atol=1e-13)
+    a, b0, b1, c2 = step.y[:, -1]
+    found = [float(table.a[1]), float(table.b[1, 0]), float(table.b[1, 1]), float(table.c[1]) ** 2]
+    assert found == pytest.approx([a, b0, b1, c2], rel=1e-8, abs=1e-10)
 
 
 def test_in_v_only_the_angle_is_left():

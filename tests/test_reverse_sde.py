@@ -12,7 +12,7 @@ import torch
 from common import SDES, Counting, end_of, normal, start_of
 
 from scoresde import VESDE, VPSDE, FlowSDE, Grid, NonFiniteError, Posterior, Tableau, sample
-from scoresde.brownian import _LEVELS, BrownianNoise, BrownianPath, snr
+from scoresde.brownian import _LEVELS, BrownianNoise, BrownianPath, TorchsdePath, snr
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.noise import GeneratorNoise, SeededNoise
 from scoresde.solvers import DDPM, EulerMaruyama, Heun
@@ -57,6 +57,32 @@ def test_increments_have_the_law_of_brownian_motion(clock, area):
     tolerance = 5 * (1 + torch.eye(len(found))).sqrt() / math.sqrt(n)
     assert bool(((product - torch.eye(len(found))).abs() < tolerance).all())
     assert float(found.mean(1).abs().max()) < 5 / math.sqrt(n)
+
+
+def test_torchsde_s_paths_have_the_law_of_brownian_motion():
+    """Increments and areas as above."""
+    n, times = 12_000, [-4.0, -3.7, -3.0, -0.9, 0.31, 2.0, 4.123]
+    path = TorchsdePath(range(60), (200,))
+    found = []
+    for start, end in itertools.pairwise(times):
+        (W, U), h = path.between(start, end), end - start
+        found += [W.flatten() / math.sqrt(h), (U / h - W / 2).flatten() * math.sqrt(12 / h)]
+    product = (found := torch.stack(found)) @ found.T / n
+    tolerance = 5 * (1 + torch.eye(len(found))).sqrt() / math.sqrt(n)
+    assert bool(((product - torch.eye(len(found))).abs() < tolerance).all())
+
+
+@pytest.mark.parametrize("make", [TorchsdePath, functools.partial(BrownianPath, area=True)], ids=["torchsde", "tree"])
+def test_increments_add_up_whatever_was_asked_before(make):
+    """W over two intervals is the sum, U that of both and of the first W over the second. A sample alone is the same."""
+    path = make([3, 2**100, 7], (4,))
+    W, U = path.between(-1.0, 2.0)
+    parts = [path.between(*ends) for ends in ((0.3, 2.0), (-1.0, 0.3))]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], W, rtol=0, atol=1e-12)
+    torch.testing.assert_close(parts[0][1] + parts[1][1] + parts[1][0] * 1.7, U, rtol=0, atol=1e-12)
+    alone = make([2**100], (4,)).between(-1.0, 2.0)
+    assert torch.equal(alone[0][0], W[1])
+    assert torch.equal(alone[1][0], U[1])
 
 
 @pytest.mark.parametrize("area", [False, True])
@@ -194,13 +220,14 @@ def test_the_same_seed_gives_the_same_sample_in_any_batch(method, adaptive):
     assert torch.equal(*draws)
 
 
-def test_strong_orders():
+@pytest.mark.parametrize("path", ["tree", "interval"])
+def test_strong_orders(path):
     """On one path, to the limit of srk: order 1 (Euler, Heun), and srk 1.5 at least (its drift error has order 2)."""
     sde = VPSDE()
     x = normal(4, 3) * sde.sigma(start_of(sde))
 
     def run(method, N):
-        return sample(MIXTURE.denoiser(sde), x, ReverseSDE(method), grid=noisy_grid(sde, N), seed=3).x
+        return sample(MIXTURE.denoiser(sde), x, ReverseSDE(method, path=path), grid=noisy_grid(sde, N), seed=3).x
 
     limit = run("srk", 160)
     errors = {m: [distance(run(m, N), limit) for N in (20, 40, 80)] for m in METHODS if m != "milstein"}

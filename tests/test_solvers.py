@@ -339,7 +339,6 @@ def test_a_v_view_starts_from_alpha_zero_at_full_order():
         lambda: ExponentialAB(view="score"),
         lambda: ExponentialAB(variable="lambda"),
         lambda: ExponentialAB(tau=-1.0),
-        lambda: ExponentialAB(view="v", tau=1.0),
         lambda: DPMSolverPP(2, as_published=True),
         lambda: DPMSolverPP(view="v"),
         lambda: UniPC(0),

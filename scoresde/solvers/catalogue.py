@@ -135,6 +135,8 @@ _FAMILIES: dict[str, list[tuple[str, Solver, int | None, str, bool, str, str]]] 
         ("eab4-v-lambda", ExponentialAB(4, "v", "half_log_snr"), 4, "N", True, "v", _ANGLE),
         ("eab3-flow", ExponentialAB(3, "flow"), 3, "N", True, "flow", _FLOW),
         ("eab4-flow", ExponentialAB(4, "flow"), 4, "N", True, "flow", _FLOW),
+        ("eab2-v-sde", ExponentialAB(2, "v", tau=1.0), 2, "N", False, "v", _ANGLE),
+        ("eab2-flow-sde", ExponentialAB(2, "flow", tau=1.0), 2, "N", False, "flow", _FLOW),
         ("unip2", UniPC(2, corrector=False), 2, "N", True, "x0", _ZHAO),
         ("unip3", UniPC(3, corrector=False), 3, "N", True, "x0", _ZHAO),
         ("unipc2", UniPC(2), 3, "N", True, "x0", _ZHAO),

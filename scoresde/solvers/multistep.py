@@ -8,12 +8,13 @@ views (the weights w_j are those of `scoresde.solvers.weights`):
     view   F      a                                  scale                 c^2                             integral over
     x0     D      (sigma_s / sigma_t) e^{-tau^2 h}   alpha_s               sigma_s^2 (1 - e^{-2 tau^2 h})  lambda
     eps    eps    alpha_s / alpha_t                  (1 + tau^2) sigma_s   tau^2 sigma_s^2 (e^{2h} - 1)    lambda
-    v      v / r  r_s / r_t                          r_s                   0                               theta
-    flow   eps-D  m_s / m_t                          m_s                   0                               sigma / m
+    v      v / m  (m_s / m_t) k_t                    m_s                   m_s^2 (1 - k_t^2)               theta
+    flow   eps-D  (m_s / m_t) k_t                    m_s                   m_s^2 (1 - k_t^2 - g)           sigma / m
 
-with theta = atan(sigma / alpha), r^2 = alpha^2 + sigma^2 and m = alpha + sigma: along the circle that a VP SDE follows,
-and along the straight line of flow matching. Both are finite at alpha = 0. tau = 0 is the probability-flow ODE, tau = 1
-the reverse SDE.
+In v theta = atan(sigma / alpha) and m^2 = alpha^2 + sigma^2, along the circle that a VP SDE follows; in flow
+m = alpha + sigma, along the straight line of flow matching. k_t = (m_s alpha_t / (m_t alpha_s))^{tau^2}, the kernel of
+their integral is (1 + tau^2) k, and g = 2 tau^2 / (2 tau^2 + 1) (alpha_s / m_s - k_t^2 alpha_t / m_t). Both are finite
+at alpha = 0. tau = 0 is the probability-flow ODE, tau = 1 the reverse SDE.
 
 A predictor reads F_n, F_{n-1}, ... A corrector repeats the step with F_{n+1}, evaluated at the predicted state, among
 its values, at no further evaluation (PEC): both start from the same state with the same noise, so that they differ by F
@@ -152,9 +153,19 @@ def _steps(grid: Grid, view: View = "x0", variable: Variable | None = None, tau:
     tau = torch.as_tensor(tau, dtype=torch.float64, device="cpu").expand(grid.steps)
     if view in _CURVES:
         curve = _CURVES[view]
-        m, slope = VARIABLES[curve].m(grid.sde, grid.times), VARIABLES[curve].psi(grid.sde, grid.times).diff()
-        m_t, m_s = m[:-1], m[1:]
-        return _Steps(grid, view, variable or curve, m_s / m_t, m_s, 0 * tau, lambda n: torch.ones_like, slope)
+        m_t, m_s = (m := VARIABLES[curve].m(grid.sde, grid.times))[:-1], m[1:]
+        part = alpha_s / m_s  # cos(theta_s), 1 - sigma_s / m_s
+        keep = (alpha_t / m_t / part) ** tau**2
+        lost = 1 - keep**2
+        if view == "flow":
+            lost = lost - 2 * tau**2 / (2 * tau**2 + 1) * (part - keep**2 * alpha_t / m_t)
+
+        def kernel(n: Tensor) -> Kernel:
+            gain, level, at_s = (1 + tau[n, None] ** 2), tau[n, None] ** 2, part[n, None]
+            return lambda at: gain * ((at.cos() if view == "v" else 1 - at) / at_s) ** level
+
+        slope = (1 + tau**2) * VARIABLES[curve].psi(grid.sde, grid.times).diff()
+        return _Steps(grid, view, variable or curve, m_s / m_t * keep, m_s, m_s**2 * lost.clamp(min=0), kernel, slope)
     lambda_ = grid.sde.half_log_snr(grid.times)
     h = lambda_.diff()
     c2 = sigma_s**2 * forgotten(grid.sde, grid.times[:-1], grid.times[1:], tau)
@@ -191,12 +202,12 @@ class ExponentialAB(Solver):
         view: "x0", "eps", "v" or "flow".
         variable: of interpolation, "half_log_snr" (the default in x0 and eps), "sigma" for sigma / alpha, "t", "angle"
             (the default in v) or "flow" for sigma / (alpha + sigma) (the default in flow).
-        tau: noise level, 0 for the ODE; only in x0 and eps. In eps c^2 exceeds sigma_s^2 where h > 0.35, so that it
-            wants 20 steps or more; x0 does not.
+        tau: noise level, 0 for the ODE. Outside x0 c^2 exceeds sigma_s^2 on long steps (in eps where h > 0.35), so that
+            it wants 20 steps or more.
         lower_final: lower orders for the last steps, as many values as there are steps left.
 
     Raises:
-        ValueError: on another order, view or variable, or a tau that is negative or given in v or flow.
+        ValueError: on another order, view or variable, or a tau that is negative.
     """
 
     power: ClassVar[float | None] = 4.0
@@ -212,8 +223,6 @@ class ExponentialAB(Solver):
         check_option(("x0", "eps", *_CURVES), view=self.view)
         check_option((None, *VARIABLES), variable=self.variable)
         check_nonnegative(tau=self.tau)
-        if self.view in _CURVES and self.tau > 0:
-            raise ValueError(f"tau={self.tau} in the view {self.view}: take view='x0' or 'eps', or tau=0")
 
     def tableau(self, grid: Grid) -> Tableau:
         steps = _steps(grid, self.view, self.variable, self.tau)
