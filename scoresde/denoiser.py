@@ -217,14 +217,17 @@ class NetworkDenoiser(Denoiser):
         labels = label.tolist() if label.ndim == 1 else None
         scales = None if scale is None else scale.tolist()
         parameter = self._parameter()
+        label_dtypes: dict[torch.dtype, torch.dtype] = {}
 
         def at(i: int, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
-            dtype = x.dtype if parameter is None else parameter.dtype
-            label_dtype = _label_dtype(label, dtype)
+            B, dtype = x.shape[0], x.dtype if parameter is None else parameter.dtype
+            if dtype not in label_dtypes:
+                label_dtypes[dtype] = _label_dtype(label, dtype)
+            label_dtype = label_dtypes[dtype]
             if labels is not None:
-                time = torch.full((len(x),), labels[i], dtype=label_dtype, device=x.device)
+                time = torch.full((B,), labels[i], dtype=label_dtype, device=x.device)
             else:
-                time = label[i : i + 1].to(device=x.device, dtype=label_dtype).expand(len(x), *label.shape[1:])
+                time = label[i : i + 1].to(device=x.device, dtype=label_dtype).expand(B, *label.shape[1:])
             return self._evaluate(x, x if scales is None else x * scales[i], time, dtype, cond)
 
         return at
@@ -236,7 +239,7 @@ class NetworkDenoiser(Denoiser):
 
     def _evaluate(self, x: Tensor, seen: Tensor, time: Tensor, dtype: torch.dtype, cond: Mapping[str, Any]) -> Tensor:
         """The network on what it sees of x, checked, in the dtype of x."""
-        seen = seen.to(dtype)
+        seen = seen if seen.dtype == dtype else seen.to(dtype)
         version = None if seen.is_inference() else seen._version
         out = self.net(seen, time, **cond)
         if not isinstance(out, Tensor) or out.shape != x.shape:
@@ -247,7 +250,7 @@ class NetworkDenoiser(Denoiser):
             )
         if version is not None and seen._version != version:
             raise ValueError("the network changed its input in place: let it start with x = x.clone()")
-        return out.to(x.dtype)
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         r, s = self.affine(t)

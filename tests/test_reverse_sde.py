@@ -74,7 +74,7 @@ def test_torchsde_s_paths_have_the_law_of_brownian_motion():
 
 @pytest.mark.parametrize("make", [TorchsdePath, functools.partial(BrownianPath, area=True)], ids=["torchsde", "tree"])
 def test_increments_add_up_whatever_was_asked_before(make):
-    """W over two intervals is the sum, U that of both and of the first W over the second. A sample alone is the same."""
+    """W over two intervals is the sum, U that of both and of the first W over the second. Alone, a sample is it too."""
     path = make([3, 2**100, 7], (4,))
     W, U = path.between(-1.0, 2.0)
     parts = [path.between(*ends) for ends in ((0.3, 2.0), (-1.0, 0.3))]
