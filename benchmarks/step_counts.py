@@ -170,6 +170,7 @@ def ours() -> tuple[Ours, ...]:
     for k, view in itertools.product((1, 2, 3, 4), _VIEWS):
         more += [UniPC(k, view, rule) for rule in ("B1", "B2", "exact")]
     more += [UniPC(k, view, corrector=False) for k in (2, 3, 4) for view in _VIEWS]
+    more += [UniPC(k, view, lower_final=last) for k in (2, 3, 4) for view in _CURVED for last in (False, True)]
     more += [DEIS(k, chi) for k in (2, 3, 4) for chi in ("t", "sigma")]
     more += [
         SASolver(p, c, tau=0.0, lower_final=last) for p, c in ((2, 2), (3, 3), (3, 4), (4, 5)) for last in (False, True)

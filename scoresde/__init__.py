@@ -23,6 +23,7 @@ from scoresde.denoiser import (
 )
 from scoresde.diagnose import diagnose
 from scoresde.grid import Grid
+from scoresde.likelihood import bits_per_dim, decode, elbo, encode, log_prob
 from scoresde.noise import sample_seeds
 from scoresde.sampling import NonFiniteError, Solution, sample
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
@@ -57,7 +58,12 @@ __all__ = [
     "VelocityDenoiser",
     "X0Denoiser",
     "__version__",
+    "bits_per_dim",
+    "decode",
     "diagnose",
+    "elbo",
+    "encode",
+    "log_prob",
     "sample",
     "sample_seeds",
 ]

@@ -12,8 +12,10 @@ from scoresde import __version__, sde
 from scoresde.chain import DDPMChain
 from scoresde.grid import Grid
 from scoresde.info import environment
+from scoresde.likelihood import command
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import HEADER, markdown
+from scoresde.training.checkpoint import CheckpointError
 
 __all__ = ["main"]
 
@@ -32,12 +34,15 @@ GRIDS = ("default", "uniform", "quadratic", "log_snr", "karras", "power", "strid
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, or 2 where the arguments ask for something that does not exist."""
+    """Run the command; returns its exit status: 0, 2 where an argument or a file is wrong, or 1 where numbers are not
+    finite or a budget ran out.
+    """
     parser = argparse.ArgumentParser(
         prog="scoresde",
         description="Score-based generative models: SDEs, denoisers and solvers.",
         epilog="examples:\n  scoresde info\n  scoresde tableau heun --sde edm --steps 5\n"
-        "  scoresde tableau ddim --sde ddpm --steps 10 --grid strided",
+        "  scoresde tableau ddim --sde ddpm --steps 10 --grid strided\n"
+        "  scoresde likelihood images.npy --denoiser my_model:load --checkpoint model.pt --out bits.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"scoresde {__version__}")
@@ -50,17 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     show.add_argument("--sde", choices=SDES, default="vp", help="with its default parameters (vp)")
     show.add_argument("--steps", type=int, default=10, help="(10)")
     show.add_argument("--grid", choices=GRIDS, default="default", help="spacing (the solver's own)")
+    density = "bits/dim of images, or log p of other data, from a model and a file; goes on where it was killed"
+    command.add_arguments(commands.add_parser("likelihood", help=density, description=density))
     args = parser.parse_args(argv)
     try:
         if args.command == "info":
             info()
         elif args.command == "solvers":
             print(markdown(available()) if args.markdown else listed())
+        elif args.command == "likelihood":
+            command.likelihood(args)
         else:
             tableau(args)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError, OSError, CheckpointError, ArithmeticError) as error:
         print(f"scoresde: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, ArithmeticError) else 2
     return 0
 
 

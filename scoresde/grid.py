@@ -5,10 +5,13 @@ stepped on. All constructors take `steps`, the number N of transitions, `start` 
 t = 0 by default: the last step then lands on the data itself, where sigma = 0. Spacings that cannot reach t = 0
 (log-SNR, Karras) put their N noisy times between `start` and `last` (default the SDE's t_min) and add t = 0 as the
 final step. `Grid.power` does the same for every SDE.
+
+Sampling goes down a grid, from noise to data; encoding goes up it, on `grid.reversed()`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
@@ -35,6 +38,7 @@ class Grid:
         sde: the SDE.
         times: float64 tensor on the CPU, shape (N + 1,).
         steps: N.
+        increasing: whether the times go up, from data to noise, as only `reversed` makes them.
 
     Raises:
         ValueError: if the times are fewer than two, not finite, not strictly decreasing, or outside the SDE.
@@ -59,7 +63,7 @@ class Grid:
             i = int(stalls[0])
             raise ValueError(
                 f"times must strictly decrease, but t_{i} = {float(t[i])!r} is followed by t_{i + 1} = "
-                f"{float(t[i + 1])!r}; use fewer steps, or unrounded times"
+                f"{float(t[i + 1])!r}; use fewer steps, or unrounded times; a grid to encode on is grid.reversed()"
             )
         if float(t[0]) > sde.t_max or float(t[-1]) < 0:
             raise ValueError(f"times run from {float(t[0])!r} to {float(t[-1])!r}, outside [0, {sde.t_max}] of {sde!r}")
@@ -69,6 +73,30 @@ class Grid:
     @property
     def steps(self) -> int:
         return len(self.times) - 1
+
+    @property
+    def increasing(self) -> bool:
+        return bool(self.times[0] < self.times[-1])
+
+    def reversed(self) -> Grid:
+        """The same times the other way: up from data to noise, where a deterministic solver encodes. Twice is the grid.
+
+        Raises:
+            ValueError: if the grid ends at sigma = 0. The last step down is D, which cannot be undone.
+
+        >>> from scoresde import VPSDE
+        >>> Grid.uniform(VPSDE(), 2, end=1e-5).reversed()
+        Grid(VPSDE(beta_min=0.1, beta_max=20.0, t_min=1e-05, t_max=1.0), 2 steps: 1e-05, 0.50001, 1)
+        """
+        end = float(self.times.min())
+        if float(self.sde.sigma(end)) == 0:
+            raise ValueError(
+                f"the grid ends at t = {end}, where sigma = 0: a step to x_0 = D has no way back. End it at noise to "
+                f"encode, end=sde.t_min ({self.sde.t_min:g}) say"
+            )
+        grid = copy.copy(self)
+        grid.times = self.times.flip(0)
+        return grid
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(alpha_t, sigma_t, alpha_s, sigma_s) of the N steps t -> s, float64, each of shape (N,)."""
@@ -95,9 +123,13 @@ class Grid:
         return f"Grid({self.sde!r}, {self.steps} step{'s' * (self.steps > 1)}: {', '.join(shown)})"
 
     @classmethod
-    def customary(cls, sde: SDE, steps: int) -> Grid:
-        """The spacing customary for the SDE: uniform in t, Karras for `EDMSDE`, strided nodes for `DDPMChain`."""
-        grid: Grid = getattr(cls, sde.customary_grid)(sde, steps)
+    def customary(cls, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        """The spacing customary for the SDE: uniform in t, Karras for `EDMSDE`, strided nodes for `DDPMChain`. With
+        another end than 0, a chain's are the nodes nearest to uniform times.
+        """
+        if end != 0 and isinstance(sde, DDPMChain):
+            return cls(sde, _nodes(sde, cls.uniform(sde, steps, end=end).times))
+        grid: Grid = getattr(cls, sde.customary_grid)(sde, steps, **({} if end == 0 else {"end": end}))
         return grid
 
     @classmethod

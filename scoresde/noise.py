@@ -75,10 +75,11 @@ class SeededNoise:
     Args:
         seeds: one per sample, each >= 0.
         device: where to draw; CPU and GPU streams of the same seed differ.
+        stream: of the z_i: 1 for a solver's, 3 for the probes of a likelihood.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.seeds, self.device = list(seeds), device
+    def __init__(self, seeds: Sequence[int], device: torch.device, stream: int = 1) -> None:
+        self.seeds, self.device, self.stream = list(seeds), device, stream
         self.rewind()
 
     def rewind(self) -> None:
@@ -92,7 +93,7 @@ class SeededNoise:
 
     def __call__(self, row: int, x: Tensor) -> Tensor:
         if not self._generators:
-            self._generators = self._streams(1)
+            self._generators = self._streams(self.stream)
         # The block's length depends on the event alone: a stream must not depend on the batch or the number of rows.
         if self._block is None or self._used == self._block.shape[1]:
             length = max(1, _BLOCK // max(1, x[0].numel()))

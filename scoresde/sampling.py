@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,9 @@ from scoresde.brownian import BrownianNoise
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
+from scoresde.likelihood.divergence import Divergence
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
+from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
 from scoresde.tensors import check_batch, widen
@@ -34,6 +37,8 @@ class Solution:
         status: "complete", or "max_nfe" where an adaptive solver's budget ran out before the grid's end.
         t: the time that x stands at: grid.times[-1] if complete; else, where samples have steps of their own, that of
             the least advanced.
+        log_prob: if asked for, log p_t(x) in nats, shape (B,), NaN if not complete.
+        log_prob_stderr: its standard error from the probes, shape (B,).
     """
 
     x: Tensor
@@ -42,6 +47,8 @@ class Solution:
     trajectory: Tensor | None = None
     status: Literal["complete", "max_nfe"] = "complete"
     t: float = 0.0
+    log_prob: Tensor | None = None
+    log_prob_stderr: Tensor | None = None
 
 
 def sample(
@@ -61,8 +68,9 @@ def sample(
     differentiable: bool = False,
     device: torch.device | str | None = None,
     path: bool = False,
+    log_prob: bool | str | Divergence = False,
 ) -> Solution:
-    """Solve from t_max (or the grid's start) to the grid's end.
+    """Solve from t_max (or the grid's start) to the grid's end: up from data to noise on a `Grid.reversed`.
 
     Args:
         denoiser: the model.
@@ -72,7 +80,8 @@ def sample(
         steps: number of steps on the solver's own grid. An adaptive solver needs none of steps, nfe and grid; its grid
             holds the times to report at, and nfe may be given beside it.
         nfe: instead of steps, a budget of evaluations; as many steps as fit are taken.
-        grid: instead of steps, the grid itself.
+        grid: instead of steps, the grid itself. An increasing one encodes x, by a deterministic solver (see
+            `scoresde.likelihood.coding`).
         seed: one integer, or one for each sample. Sample i then is the same in any batch. Without seed, generator and
             noise, the run is seeded by the operating system.
         generator: instead of a seed, one generator that draws for the whole batch.
@@ -85,6 +94,9 @@ def sample(
         path: the noise of every step is an increment of one Brownian path per sample (`BrownianNoise`), so that another
             number of steps sees the same path, and a sample keeps its look. For tables with a row a step; `ReverseSDE`
             does so by itself.
+        log_prob: of the samples too, in the same pass: True or "hutchinson", with one probe an evaluation, "exact", or
+            a `scoresde.likelihood.Divergence`. For deterministic solvers, tables and `AdaptiveODE`; the run ends at
+            t_min (or the end of your grid, which must have noise), where the density is that of the solution's x.
 
     Raises:
         ValueError: before any evaluation, if arguments contradict each other, the denoiser's SDE is not the grid's, or
@@ -107,18 +119,26 @@ def sample(
     if not isinstance(solver, Solver):
         hint = f"{solver.__name__}()" if isinstance(solver, type) else "DDIM() say"
         raise TypeError(f"solver must be an instance of a solver ({hint}), not {solver!r}")
-    solver, grid = _choose_grid(denoiser, solver, steps, nfe, grid)
+    end = denoiser.sde.t_min if log_prob else 0.0
+    solver, grid = _choose_grid(denoiser, solver, steps, nfe, grid, end)
     source = noise_source(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
     if isinstance(shape_or_x, Tensor):
         check_batch(shape_or_x, "x_T")
         out_dtype = shape_or_x.dtype
         x_T = widen(shape_or_x)
     else:
+        if grid.increasing:
+            raise ValueError("an increasing grid encodes data: give x, not a shape")
         assert isinstance(source, GeneratorNoise | SeededNoise)
         out_dtype = torch.float32
         x_T = source.prior(denoiser.sde, shape_or_x, out_dtype, float(grid.times[0]))
 
     check_call(denoiser, x_T, cond)
+    if log_prob:
+        if trajectory or path or noise is not None:
+            raise ValueError("log_prob= does not go with trajectory=, path= or noise=: give seed= or generator=")
+        kind: Any = "hutchinson" if log_prob is True else log_prob
+        return _with_density(denoiser, x_T, out_dtype, solver, grid, kind, source, cond, differentiable, progress)
 
     draw = source
     if path:
@@ -156,8 +176,39 @@ def sample(
     )
 
 
+def _with_density(
+    denoiser: Denoiser,
+    x_T: Tensor,
+    out_dtype: torch.dtype,
+    solver: Solver,
+    grid: Grid,
+    kind: Any,
+    source: NoiseSource,
+    cond: Mapping[str, Any] | None,
+    differentiable: bool,
+    progress: bool,
+) -> Solution:
+    """The solution with its log-density, log p(x_T) - log |det dx / dx_T|."""
+    from scoresde.likelihood.flow import density_run, probe_source  # which imports this module
+
+    trace = kind if isinstance(kind, Divergence) else Divergence(kind)
+    noise = probe_source(source, x_T)
+    volume = density_run(denoiser, x_T, solver, grid, trace, noise, cond, differentiable)
+    with torch.set_grad_enabled(differentiable):
+        with tqdm(desc=type(solver).__name__, disable=not progress, leave=False) as bar:
+            x, log_det = volume.solve(x_T, bar.update)
+        value = denoiser.sde.prior_log_prob(x_T.double()) - log_det
+    if bad := not_finite(value + x.flatten(1).sum(1)):
+        raise volume.locate(x_T, bad)
+    stderr = volume.variance.clamp(min=0).sqrt()
+    if volume.status != "complete":
+        value, stderr = torch.full_like(value, math.nan), torch.full_like(stderr, math.nan)
+    wide = x_T.dtype
+    return Solution(x.to(out_dtype), volume.nfe, grid, None, volume.status, volume.t, value.to(wide), stderr.to(wide))
+
+
 def _choose_grid(
-    denoiser: Denoiser, solver: Solver, steps: int | None, nfe: int | None, grid: Grid | None
+    denoiser: Denoiser, solver: Solver, steps: int | None, nfe: int | None, grid: Grid | None, end: float
 ) -> tuple[Solver, Grid]:
     given = [name for name, value in (("steps", steps), ("nfe", nfe), ("grid", grid)) if value is not None]
     if solver.adaptive:
@@ -165,7 +216,7 @@ def _choose_grid(
             raise ValueError("give at most one of steps= and grid=; an adaptive solver takes nfe= beside either")
         if nfe is not None:  # a budget; with or without times to report at
             solver, whole = solver.within(denoiser.sde, nfe)
-            grid = grid or (whole if steps is None else solver.grid(denoiser.sde, steps))
+            grid = grid or (whole if steps is None and not end else _grid(solver, denoiser.sde, steps or 1, end))
         elif not given:
             steps = 1
     elif len(given) != 1:
@@ -179,8 +230,15 @@ def _choose_grid(
         return solver, grid
     if steps is None:
         assert nfe is not None
-        return solver.within(denoiser.sde, nfe)
-    return solver, solver.grid(denoiser.sde, steps)
+        if not end:
+            return solver.within(denoiser.sde, nfe)
+        steps = solver.steps_within(denoiser.sde, nfe, end=end)
+    return solver, _grid(solver, denoiser.sde, steps, end)
+
+
+def _grid(solver: Solver, sde: SDE, steps: int, end: float) -> Grid:
+    """The solver's own grid; one that ends with noise if end > 0."""
+    return solver.grid(sde, steps, end=end) if end else solver.grid(sde, steps)
 
 
 def _locate(run: Any, source: NoiseSource, end: Tensor) -> NonFiniteError:

@@ -82,8 +82,8 @@ class Tableau:
 
     Raises:
         ValueError: if shapes do not fit, a coefficient is not finite, a row reads an F from before the first, an
-            evaluation lies outside (0, sde.t_limit], c is negative, or the rows do not pass through the grid's steps
-            in order.
+            evaluation lies outside (0, sde.t_limit], c is negative, the rows do not pass through the grid's steps in
+            order, or there is noise on an increasing grid.
 
     >>> from scoresde import VPSDE
     >>> from scoresde.solvers import DDIM
@@ -131,6 +131,11 @@ class Tableau:
             )
         p, q = view_of_mean(view, grid.sde, self.t) if isinstance(view, str) else view
         self.p, self.q = _column(p, "p", R), _column(q, "q", R)
+        if grid.increasing and not bool((self.c == 0).all()):  # no number, even: the reverse SDE has no way up
+            raise ValueError(
+                "an increasing grid, from data to noise, is for deterministic solvers, and this one draws noise: take "
+                "another, DDIM() or UniPC() say, or the grid's reversed()"
+            )
         for name in ("a", "b", "c", "p", "q"):
             finite = getattr(self, name).isfinite().reshape(R, -1).all(1)
             if not bool(finite.all()):

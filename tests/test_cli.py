@@ -112,3 +112,16 @@ def test_the_demo_runs_and_goes_on(tmp_path, capsys, monkeypatch):
         digits.main([*arguments, "--steps", "3"])
     for name in ("samples.png", "process.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_likelihood_explains_itself(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["likelihood", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for word in ("digits", "--denoiser MODULE:NAME", "--checkpoint", "--dequantize", "--bound", "--fresh", "--probes"):
+        assert word in out
+    with pytest.raises(SystemExit) as stop:
+        main(["likelihood", "digits", "--out", "a.json"])
+    assert stop.value.code == 2
+    assert "--denoiser" in capsys.readouterr().err

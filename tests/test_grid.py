@@ -361,3 +361,53 @@ def test_an_end_and_a_last_time_at_once_are_refused(spacing: str) -> None:
     """`last` is where the noisy times stop before end = 0; with another end it would be ignored."""
     with pytest.raises(ValueError, match="last"):
         make("vp", spacing, 4, end=1e-2, last=1e-3)
+
+
+# The way up
+
+
+def test_only_reversed_makes_a_grid_that_increases() -> None:
+    grid = Grid(VPSDE(), [1.0, 0.5, 0.25, 1e-5])
+    up = grid.reversed()
+    assert (grid.increasing, up.increasing) == (False, True)
+    assert up.times.tolist() == [1e-5, 0.25, 0.5, 1.0]
+    assert up.steps == grid.steps == 3
+    assert up != grid
+    assert up == grid.reversed()
+    assert up.reversed() == grid
+    assert repr(up) == f"Grid({VPSDE()!r}, 3 steps: 1e-05, 0.25, 0.5, 1)"
+    assert grid.times.tolist() == [1.0, 0.5, 0.25, 1e-5]
+    up.times[0] = 0.1  # no memory is shared
+    assert float(grid.times[-1]) == 1e-5
+    with pytest.raises(ValueError, match=r"strictly decrease.*reversed\(\)"):
+        Grid(VPSDE(), [1e-5, 0.25, 0.5, 1.0])
+
+
+@all_sdes
+def test_pairs_of_the_way_up_are_those_of_the_way_down(name: str) -> None:
+    grid = make(name, "uniform", 5, end=SDES[name].t_min)
+    alpha_t, sigma_t, alpha_s, sigma_s = (column.flip(0) for column in grid.pairs())
+    for found, expected in zip(grid.reversed().pairs(), (alpha_s, sigma_s, alpha_t, sigma_t), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_grid_to_the_data_has_no_way_up() -> None:
+    for sde in SDES.values():
+        with pytest.raises(ValueError, match=r"end=sde.t_min \("):
+            Grid.uniform(sde, 3).reversed()
+
+
+@all_sdes
+@pytest.mark.parametrize("steps", [1, 3])
+def test_customary_grid_to_noise(name: str, steps: int) -> None:
+    sde = SDES[name]
+    grid = Grid.customary(sde, steps, end=sde.t_min)
+    assert grid.times[[0, -1]].tolist() == [sde.t_max, sde.t_min]
+    assert grid.steps == steps
+    if isinstance(sde, DDPMChain):
+        assert torch.equal(grid.times, grid.times.round())
+        assert Grid(sde, [*grid.times.tolist(), 0.0]) == Grid.strided(sde, steps + 1, "linspace")
+    elif isinstance(sde, EDMSDE):
+        assert grid == Grid.karras(sde, steps, end=sde.t_min)
+    else:
+        assert grid == Grid.uniform(sde, steps, end=sde.t_min)

@@ -635,7 +635,7 @@ def test_deterministic_solvers_have_no_noise(name):
         (lambda: DEIS(variable="lambda"), "variable='lambda'"),
         (lambda: IPNDM(order=5), "order=5"),
         (lambda: UniPC(order=0), "order=0"),
-        (lambda: UniPC(view="v"), "view='v'"),
+        (lambda: UniPC(view="score"), "view='score'"),
         (lambda: UniPC(rule="bh2"), "rule='bh2'"),
         (lambda: SASolver(predictor=0), "predictor=0"),
         (lambda: SASolver(corrector=-1), "corrector=-1"),

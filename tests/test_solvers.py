@@ -342,7 +342,7 @@ def test_a_v_view_starts_from_alpha_zero_at_full_order():
         lambda: DPMSolverPP(2, as_published=True),
         lambda: DPMSolverPP(view="v"),
         lambda: UniPC(0),
-        lambda: UniPC(view="v"),
+        lambda: UniPC(view="score"),
         lambda: UniPC(rule="B3"),
         lambda: scoresde.solvers.DEIS(variable="half_log_snr"),
         lambda: scoresde.solvers.DPMSolverPP(4),

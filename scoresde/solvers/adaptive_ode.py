@@ -56,10 +56,11 @@ class AdaptiveODE(Budgeted):
 
     A grid says where it starts, where it ends and where to report between; `sample(denoiser, shape, AdaptiveODE())`
     needs none. A grid to t = 0 is integrated to its last noisy time, t_min at the latest, from where x_0 = D; one from
-    alpha = 0 begins with a step of DDIM to half_log_snr = -9. The network is evaluated at any time between the ends,
-    not at a chain's nodes only. The state is in float64 (hence not on MPS, which has none), the denoiser sees the dtype
-    of x_T. To the estimate of the error, rounding in the network is noise: one in float32 can be solved to 1e-6 or so,
-    one in half precision has no 1e-9, and hardly 1e-3. Every time of the grid ends a step.
+    alpha = 0 begins with a step of DDIM to half_log_snr = -9, and one up to it, `Grid.reversed`, ends with it. The
+    network is evaluated at any time between the ends, not at a chain's nodes only. The state is in float64 (hence not
+    on MPS, which has none), the denoiser sees the dtype of x_T. To the estimate of the error, rounding in the network
+    is noise: one in float32 can be solved to 1e-6 or so, one in half precision has no 1e-9, and hardly 1e-3. Every time
+    of the grid ends a step.
 
     Args:
         method: torchdiffeq's "dopri5", "dopri8", "bosh3" or "adaptive_heun", whose result has gradients; or
@@ -146,9 +147,8 @@ class AdaptiveODE(Budgeted):
         grid = self.grid(denoiser.sde, 1) if grid is None else grid
         if not isinstance(grid, Grid):
             raise TypeError(f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times)")
-        ends = Grid(grid.sde, grid.times[[0, -1]])
-        back = [Leg(leg.s, leg.t, leg.jump, 0, leg.done) for leg in reversed(legs(ends, free=True)) if leg.s > 0]
-        back[-1] = back[-1]._replace(done=True)
+        start, end = grid.times[[0, -1]].tolist()
+        back = legs(Grid(grid.sde, [start, end or grid.sde.t_min]).reversed(), free=True)
         with torch.set_grad_enabled(differentiable):
             *_, state = self._run(denoiser, widen(x), grid, back, cond)
         if bad := not_finite(state.x):

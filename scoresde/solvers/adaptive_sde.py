@@ -36,7 +36,7 @@ from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import check_count
+from scoresde.solvers.base import check_count, check_decreasing
 from scoresde.solvers.motion import Budgeted, check_tolerances
 from scoresde.tableau import State
 from scoresde.tensors import expand_like
@@ -112,6 +112,7 @@ class _Adaptive(Budgeted):
         cond: Mapping[str, Any] | None = None,
     ) -> Iterator[State]:
         grid.check_sde(denoiser.sde)
+        check_decreasing(grid, self)
         if noise is None and self.draws:
             raise ValueError(f"{type(self).__name__} draws noise: pass noise=, a function (row, x)")
         denoiser.check_times(grid.times[grid.times > 0])

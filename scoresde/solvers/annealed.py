@@ -89,8 +89,9 @@ class AnnealedLangevin(Solver):
         if not 0 < self.step < math.inf:
             raise ValueError(f"step={self.step}: expected a finite number > 0")
 
-    def grid(self, sde: SDE, steps: int) -> Grid:
-        return Grid.log_snr(sde, steps) if float(sde.alpha(sde.t_max)) > 0 else Grid.customary(sde, steps)
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        make = Grid.log_snr if float(sde.alpha(sde.t_max)) > 0 else Grid.customary
+        return make(sde, steps, end=end)
 
     def tableau(self, grid: Grid) -> Tableau:
         sde, times = grid.sde, grid.times

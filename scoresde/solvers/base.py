@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -44,9 +45,13 @@ class Solver:
         """
         raise TypeError(f"{type(self).__name__} has no table: its coefficients depend on the states it meets")
 
-    def grid(self, sde: SDE, steps: int) -> Grid:
-        """The grid that `sample(steps=...)` uses where none is given."""
-        return Grid.customary(sde, steps) if self.power is None else Grid.power(sde, steps, power=self.power)
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        """The grid that `sample(steps=...)` uses where none is given. For encoding, which cannot start from the data
+        itself, its `end` is t_min.
+        """
+        if self.power is None:
+            return Grid.customary(sde, steps, end=end)
+        return Grid.power(sde, steps, power=self.power, end=end)
 
     def evaluations(self, grid: Grid) -> int | None:
         """Evaluations of the denoiser on that grid, or None where they are not known beforehand."""
@@ -60,15 +65,16 @@ class Solver:
         """
         return self, self.grid(sde, self.steps_within(sde, nfe))
 
-    def steps_within(self, sde: SDE, nfe: int) -> int:
-        """The largest number of steps whose evaluations fit the budget `nfe`.
+    def steps_within(self, sde: SDE, nfe: int, *, end: float = 0.0) -> int:
+        """The largest number of steps, on the grid to `end`, whose evaluations fit the budget `nfe`.
 
         Raises:
             ValueError: if not even one step fits.
         """
         check_count(nfe=nfe)
-        most = min(int(nfe), sde.steps) if isinstance(sde, DDPMChain) else int(nfe)
-        steps = bisect_right(range(1, most + 1), nfe, key=lambda n: self.evaluations(self.grid(sde, n)) or 0)
+        most = min(int(nfe), sde.steps - math.ceil(end)) if isinstance(sde, DDPMChain) else int(nfe)
+        grid = partial(self.grid, end=end) if end else self.grid
+        steps = bisect_right(range(1, most + 1), nfe, key=lambda n: self.evaluations(grid(sde, n)) or 0)
         if steps == 0:
             raise ValueError(f"{self!r} needs more than nfe={nfe} evaluations for a single step")
         return steps
@@ -92,10 +98,23 @@ class SingleStep(Solver, ABC):
 
     @abstractmethod
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
-        """The rows of the moves t -> s, each of shape (M,), s < t."""
+        """The rows of the moves t -> s, each of shape (M,), s < t. Where nothing is drawn, s > t is right as well, up
+        to alpha_s = 0 even.
+        """
 
     def tableau(self, grid: Grid) -> Tableau:
         return self.rows(grid.sde, grid.times[:-1], grid.times[1:]).tableau(grid)
+
+
+def check_decreasing(grid: Grid, solver: Solver) -> None:
+    """Raises ValueError on an increasing grid: for loops that go from noise to data only. (Of tables that draw noise
+    `Tableau` says so.)
+    """
+    if grid.increasing:
+        raise ValueError(
+            f"an increasing grid, from data to noise, is for deterministic solvers with a table and for AdaptiveODE, "
+            f"not for {solver!r}"
+        )
 
 
 def check_option(options: Collection[Any], **values: Any) -> None:

@@ -74,7 +74,7 @@ def available() -> list[Entry]:
     """All solvers, each with usual options; `[e.solver for e in available() if e.deterministic]` is a race.
 
     >>> [entry.name for entry in available() if entry.order == 5]
-    ['unipc4']
+    ['unipc4', 'unipc4-v']
     """
     return list(_ENTRIES)
 
@@ -142,6 +142,7 @@ _FAMILIES: dict[str, list[tuple[str, Solver, int | None, str, bool, str, str]]] 
         ("unipc2", UniPC(2), 3, "N", True, "x0", _ZHAO),
         ("unipc3", UniPC(3), 4, "N", True, "x0", _ZHAO),
         ("unipc4", UniPC(4), 5, "N", True, "x0", _ZHAO),
+        ("unipc4-v", UniPC(4, "v"), 5, "N", True, "v", _ZHAO),
         ("unipc3-eps", UniPC(3, "eps"), 4, "N", True, "eps", _ZHAO),
         ("dpm++2m-sde", DPMSolverPP(2, stochastic=True), 2, "N", False, "x0", _LU_PP),
         ("dpm++3m-sde", DPMSolverPP(3, stochastic=True), 2, "N", False, "x0", _LU_PP),

@@ -24,7 +24,7 @@ from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_count, check_nonnegative
+from scoresde.solvers.base import SingleStep, Solver, check_count, check_decreasing, check_nonnegative
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows, forward_rows
 from scoresde.solvers.runge_kutta import Heun
@@ -39,20 +39,6 @@ class _Move(NamedTuple):
     step: int
 
 
-def _tableau(grid: Grid, moves: Sequence[_Move], solver: SingleStep, S_noise: float = 1.0) -> Tableau:
-    """The table of the moves, in their order: down by the solver, up by the forward process."""
-    t, s = torch.tensor([move[:2] for move in moves], dtype=torch.float64, device="cpu").T
-    step = torch.tensor([move.step for move in moves], device="cpu")
-    up, down = (s > t).nonzero().flatten(), (s < t).nonzero().flatten()
-    rows = Rows.merge(
-        [
-            forward_rows(grid.sde, t[up], s[up], S_noise).numbered(up),
-            solver.rows(grid.sde, t[down], s[down]).numbered(down),
-        ]
-    )
-    return rows.tableau(grid, step)
-
-
 def _level(sde: SDE, t: Tensor | float) -> Tensor:
     """u = sigma / alpha."""
     return (-sde.half_log_snr(t)).exp()
@@ -63,8 +49,22 @@ class _Composite(Solver):
 
     solver: SingleStep
 
-    def grid(self, sde: SDE, steps: int) -> Grid:
-        return self.solver.grid(sde, steps)
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        return self.solver.grid(sde, steps, end=end)
+
+    def _tableau(self, grid: Grid, moves: Sequence[_Move], S_noise: float = 1.0) -> Tableau:
+        """The table of the moves, in their order: down by the solver, up by the forward process."""
+        check_decreasing(grid, self)
+        t, s = torch.tensor([move[:2] for move in moves], dtype=torch.float64, device="cpu").T
+        step = torch.tensor([move.step for move in moves], device="cpu")
+        up, down = (s > t).nonzero().flatten(), (s < t).nonzero().flatten()
+        rows = Rows.merge(
+            [
+                forward_rows(grid.sde, t[up], s[up], S_noise).numbered(up),
+                self.solver.rows(grid.sde, t[down], s[down]).numbered(down),
+            ]
+        )
+        return rows.tableau(grid, step)
 
     def _check_solver(self) -> None:
         if not isinstance(self.solver, SingleStep):
@@ -117,7 +117,7 @@ class EDMStochastic(_Composite):
             if top > start:
                 moves.append(_Move(start, top, i))
             moves.append(_Move(top, end, i))
-        return _tableau(grid, moves, self.solver, self.S_noise)
+        return self._tableau(grid, moves, self.S_noise)
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,10 @@ class Restart(_Composite):
         check_nonnegative(S_noise=self.S_noise)
         self._check_solver()
 
-    def grid(self, sde: SDE, steps: int) -> Grid:
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
         """The solver's own, or `Grid.power` where that does not meet an interval."""
-        grid = super().grid(sde, steps)
-        return Grid.power(sde, steps, power=2.0) if self._unmet(grid) else grid
+        grid = super().grid(sde, steps, end=end)
+        return Grid.power(sde, steps, power=2.0, end=end) if self._unmet(grid) else grid
 
     def tableau(self, grid: Grid) -> Tableau:
         times, loops = grid.times.tolist(), self._loops(grid)
@@ -179,7 +179,7 @@ class Restart(_Composite):
         for i in range(grid.steps):
             path = [times[i], times[i + 1], *loops.get(i + 1, [])]
             moves += [_Move(t, s, i) for t, s in pairwise(path)]
-        return _tableau(grid, moves, self.solver, self.S_noise)
+        return self._tableau(grid, moves, self.S_noise)
 
     def iterate(
         self,
@@ -189,6 +189,7 @@ class Restart(_Composite):
         noise: NoiseSource | None = None,
         cond: Mapping[str, Any] | None = None,
     ) -> Iterator[State]:
+        check_decreasing(grid, self)
         for interval in self._unmet(grid):
             raise ValueError(
                 f"{grid!r} has no noisy time below u_max={interval[3]} after its start, so the interval {interval} "
@@ -259,4 +260,4 @@ class TimeTravel(_Composite):
                 round_trip = [*pairwise(times[i : end + 1]), (times[end], times[i])]
                 moves += [_Move(t, s, i) for t, s in round_trip] * (self.repeats - 1)
             moves.append(_Move(times[i], times[i + 1], i))
-        return _tableau(grid, moves, self.solver)
+        return self._tableau(grid, moves)

@@ -79,8 +79,10 @@ class DDPM(SingleStep):
     def __post_init__(self) -> None:
         check_option(("posterior", "beta"), variance=self.variance)
 
-    def grid(self, sde: SDE, steps: int) -> Grid:
-        return Grid.power(sde, steps, power=3.0) if self.variance == "posterior" else Grid.customary(sde, steps)
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        if self.variance == "beta":
+            return Grid.customary(sde, steps, end=end)
+        return Grid.power(sde, steps, power=3.0, end=end)
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         share = forgotten(sde, t, s)
@@ -183,9 +185,9 @@ class ReverseDiffusion(SingleStep):
         pull = share / 2 if self.probability_flow else share
         c = torch.zeros_like(pull) if self.probability_flow else sde.sigma(t) * share.sqrt()
         a, b = 2 - alpha_t / sde.alpha(s) - pull, pull * alpha_t
-        # From alpha = 0, A is 0 and tells nothing of how to go back: the exact step instead.
+        # From alpha = 0, A is 0 and tells nothing of how to go back, and up to it infinite: the exact step instead.
         exact = DDIM(0.0 if self.probability_flow else 1.0).rows(sde, t, s)
-        lost = alpha_t == 0
+        lost = (alpha_t == 0) | (sde.alpha(s) == 0)
         return one_evaluation(
             sde, t, s, torch.where(lost, exact.a, a), torch.where(lost, exact.b[:, 0], b), torch.where(lost, exact.c, c)
         )

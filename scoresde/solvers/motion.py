@@ -64,7 +64,16 @@ def legs(grid: Grid, free: bool) -> list[Leg]:
     Args:
         free: whether the solver may stand at times of its own. Then a jump from alpha = 0 goes to lambda = -9 at most,
             and one to sigma = 0 starts at t_min at most.
+
+    On an increasing grid they are those of its `reversed`, each the other way.
     """
+    if grid.increasing:
+        down = legs(grid.reversed(), free)[::-1]
+        ends = [part.step for part in down[1:]] + [-1]
+        return [
+            Leg(leg.s, leg.t, leg.jump, grid.steps - 1 - leg.step, leg.step != after)
+            for leg, after in zip(down, ends, strict=True)
+        ]
     sde, found = grid.sde, []
     for step, (t, s) in enumerate(pairwise(grid.times.tolist())):
         if float(sde.alpha(t)) == 0:
@@ -116,6 +125,7 @@ class Motion:
         self.reached: tuple[float, Tensor] | None = None
         self._low, self._high = float(times.min()), float(times.max())
         self.scales = lru_cache(maxsize=8)(self._scales)  # torchsde asks for the same many times
+        self.affine = lru_cache(maxsize=8)(self._affine)
         self._exact = dict(zip(self.sde.half_log_snr(times).tolist(), times.tolist(), strict=True))
 
     def time(self, half_log_snr: float) -> Tensor:
@@ -130,18 +140,22 @@ class Motion:
         alpha, sigma = float(self.sde.alpha(t)), float(self.sde.sigma(t))
         return t, alpha, sigma, math.hypot(alpha, sigma)
 
+    def _affine(self, half_log_snr: float) -> tuple[float, float]:
+        """(u, v) of the drift u w + v N, N the output of the denoiser at x = r w."""
+        t, alpha, _, r = self.scales(half_log_snr)
+        a, tau2 = alpha / r, self.tau**2
+        q = t.new_tensor((1 + tau2) * a)
+        u, v = self.denoiser.view_of_output(t.new_tensor(-(tau2 + a**2) / r), q, t)
+        return float(u) * r, float(v)
+
     def radius(self, t: Tensor | float) -> float:
         """r = sqrt(alpha^2 + sigma^2)."""
         return math.hypot(float(self.sde.alpha(t)), float(self.sde.sigma(t)))
 
     def drift(self, half_log_snr: float, w: Tensor) -> Tensor:
         """(1 + tau^2) a D - (tau^2 + a^2) w, in the dtype of w."""
-        t, alpha, _, r = self.scales(half_log_snr)
-        a, tau2 = alpha / r, self.tau**2
-        q = t.new_tensor((1 + tau2) * a)
-        u, v = self.denoiser.view_of_output(t.new_tensor(-(tau2 + a**2) / r), q, t)  # u x + v N
-        N = self._output(r * w, float(t))
-        return w * (float(u) * r) + N.to(w.dtype) * float(v)
+        (t, _, _, r), (u, v) = self.scales(half_log_snr), self.affine(half_log_snr)
+        return w * u + self._output(r * w, float(t)).to(w.dtype) * v
 
     def jump(self, x: Tensor, leg: Leg, solver: SingleStep, noise: NoiseSource | None = None) -> Tensor:
         """One step of a solver that evaluates once, in either direction."""

@@ -20,7 +20,7 @@ A predictor reads F_n, F_{n-1}, ... A corrector repeats the step with F_{n+1}, e
 its values, at no further evaluation (PEC): both start from the same state with the same noise, so that they differ by F
 terms alone, and these are added to the next row. The states between rows are therefore the predicted ones. The first
 steps use the orders that the history allows. A step to sigma = 0 is D, and one from alpha = 0, in x0 and eps, is first
-order and leaves no value behind.
+order and leaves no value behind. One up to alpha = 0 is first order, too, and the step before it then has no corrector.
 
 A method that starts with a first-order step has an error of order 2 from it, or 3 with a corrector. It is small where
 the start is nearly pure noise, and shows at some 100 to 500 steps: higher orders are those measured before that.
@@ -76,8 +76,9 @@ class _Steps:
     @cached_property
     def regular(self) -> Tensor:
         """Whether the view can take a step."""
-        alpha_t, _, _, sigma_s = self.grid.pairs()
-        return (sigma_s > 0) & self.chi[:-1].isfinite() & ((alpha_t > 0) | (self.view in _CURVES))
+        alpha_t, _, alpha_s, sigma_s = self.grid.pairs()
+        reach = (alpha_t > 0) & (alpha_s > 0)  # up to alpha = 0, too, half log-SNR is infinite
+        return (sigma_s > 0) & self.chi[:-1].isfinite() & (reach | (self.view in _CURVES))
 
     @cached_property
     def omega(self) -> Tensor:
@@ -164,8 +165,10 @@ def _steps(grid: Grid, view: View = "x0", variable: Variable | None = None, tau:
             gain, level, at_s = (1 + tau[n, None] ** 2), tau[n, None] ** 2, part[n, None]
             return lambda at: gain * ((at.cos() if view == "v" else 1 - at) / at_s) ** level
 
+        if not grid.increasing:  # there noise would have a negative variance, of which `Tableau` is to hear
+            lost = lost.clamp(min=0)
         slope = (1 + tau**2) * VARIABLES[curve].psi(grid.sde, grid.times).diff()
-        return _Steps(grid, view, variable or curve, m_s / m_t * keep, m_s, m_s**2 * lost.clamp(min=0), kernel, slope)
+        return _Steps(grid, view, variable or curve, m_s / m_t * keep, m_s, m_s**2 * lost, kernel, slope)
     lambda_ = grid.sde.half_log_snr(grid.times)
     h = lambda_.diff()
     c2 = sigma_s**2 * forgotten(grid.sde, grid.times[:-1], grid.times[1:], tau)
@@ -350,7 +353,7 @@ class UniPC(Solver):
 
     Args:
         order: p, 1 to 4.
-        view: "x0" or "eps".
+        view: "x0" or "eps", the paper's; "v" or "flow", Adams-Bashforth-Moulton along the curves of `ExponentialAB`.
         rule: the paper's B(h), which matters only for two values (UniP-2 and UniC-1, where it takes rho = 1/2): "B2",
             e^h - 1, "B1", h, or "exact", the exact weight.
         corrector: False for UniP alone.
@@ -363,14 +366,14 @@ class UniPC(Solver):
     power: ClassVar[float | None] = 4.0
 
     order: int = 3
-    view: Literal["x0", "eps"] = "x0"
+    view: View = "x0"
     rule: Rule = "B2"
     corrector: bool = True
     lower_final: bool = False
 
     def __post_init__(self) -> None:
         check_order(4, order=self.order)
-        check_option(("x0", "eps"), view=self.view)
+        check_option(("x0", "eps", *_CURVES), view=self.view)
         check_option(("exact", "B1", "B2"), rule=self.rule)
 
     def tableau(self, grid: Grid) -> Tableau:
@@ -479,7 +482,7 @@ class ERSDE(Solver):
         phi_s, keep = phi[1:], torch.where(u[1:] > 0, growth[1:] / growth[:-1], 0.0)  # of the noise in x_t
         lost = 1 - keep**2
         lost = torch.where(lost.abs() < 1e-12, 0.0, lost)  # phi = u draws none
-        if bool((lost < 0).any()):
+        if bool((lost < 0).any()) and not grid.increasing:
             raise ValueError("noise_scale: phi(u) / u must grow with u, or the noise would have a negative variance")
 
         def kernel(n: Tensor) -> Kernel:

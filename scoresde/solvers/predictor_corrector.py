@@ -31,7 +31,7 @@ from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
 from scoresde.solvers.annealed import langevin_rows
-from scoresde.solvers.base import SingleStep, Solver, check_count
+from scoresde.solvers.base import SingleStep, Solver, check_count, check_decreasing
 from scoresde.solvers.first_order import ReverseDiffusion
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State, Tableau
@@ -89,8 +89,8 @@ class PredictorCorrector(Solver):
                 f"order={self.order!r}: expected 'predictor' (the paper) or 'corrector' (the authors' code)"
             )
 
-    def grid(self, sde: SDE, steps: int) -> Grid:
-        return self.predictor.grid(sde, steps)
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        return self.predictor.grid(sde, steps, end=end)
 
     def evaluations(self, grid: Grid) -> int:
         return self.predictor.tableau(grid).nfe + self.corrector_steps * int(self._corrects(grid)[2].sum())
@@ -124,6 +124,7 @@ class PredictorCorrector(Solver):
         if self.corrector in ("ald", None):
             return super().iterate(denoiser, x, grid, noise, cond)
         grid.check_sde(denoiser.sde)
+        check_decreasing(grid, self)
         if noise is None:
             raise ValueError("the corrector draws noise: pass noise=, a function (row, x)")
         at, _, corrected = self._corrects(grid)

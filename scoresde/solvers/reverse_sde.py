@@ -27,7 +27,7 @@ from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_count, check_option
+from scoresde.solvers.base import Solver, check_count, check_decreasing, check_option
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, check_tolerances, legs
 from scoresde.tableau import State
@@ -118,6 +118,7 @@ class ReverseSDE(Budgeted):
         cond: Mapping[str, Any] | None = None,
     ) -> Iterator[State]:
         grid.check_sde(denoiser.sde)
+        check_decreasing(grid, self)
         if not isinstance(noise, GeneratorNoise | SeededNoise):
             raise ValueError("ReverseSDE needs a Brownian path for each sample: give seed= or generator=, not noise=")
         parts = legs(grid, free=self.adaptive_steps)

@@ -11,8 +11,8 @@ y = x / m it reads dy/dpsi = F, and a Butcher tableau (A, c) with the weights in
     flow            sigma / m         alpha + sigma   eps - x0, flow matching's straight line from data to noise
 
 In all but t the linear part is exact. A step to sigma = 0 has no derivative at its end, and in sigma and half_log_snr
-one from alpha = 0 has no start: both are first order, x_0 = D and DDIM's step. On a `DDPMChain`, whose beta(t) jumps at
-the nodes, a method in t keeps no order; the other four do.
+one from alpha = 0 has no start, one up to it no end: all are first order, x_0 = D and DDIM's step. On a `DDPMChain`,
+whose beta(t) jumps at the nodes, a method in t keeps no order; the other four do.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ METHODS: dict[str, list[list[float]]] = {
 
 
 def has_no_stages(sde: SDE, t: Tensor, s: Tensor) -> Tensor:
-    """Whether a move t -> s ends at sigma = 0 or starts at alpha = 0, where half log-SNR is infinite: a method with
-    stages takes DDIM's single row there.
+    """Whether a move t -> s ends at sigma = 0, or has alpha = 0 at an end, where half log-SNR is infinite: a method
+    with stages takes DDIM's single row there.
     """
-    return (sde.sigma(s) == 0) | (sde.alpha(t) == 0)
+    return (sde.sigma(s) == 0) | (sde.alpha(t) == 0) | (sde.alpha(s) == 0)
 
 
 def rows_by_kind(t: Tensor, s: Tensor, kind: Tensor, make: Callable[[Any, Tensor, Tensor], Rows]) -> Rows:
@@ -137,9 +137,9 @@ class RungeKutta(SingleStep):
         check_option(METHODS, method=self.method)
         check_option(VARIABLES, variable=self.variable)
 
-    def grid(self, sde: SDE, steps: int) -> Grid:
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
         power = {"sigma": 2.0, "t": 2.5, "half_log_snr": 1.5}.get(self.variable, 4.0)  # measured
-        return Grid.power(sde, steps, power=power)
+        return Grid.power(sde, steps, power=power, end=end)
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         singular = sde.sigma(s) == 0
@@ -179,8 +179,8 @@ class Euler(SingleStep):
     def _method(self) -> SingleStep:
         return DDIM() if self.variable == "sigma" else RungeKutta("euler", self.variable)
 
-    def grid(self, sde: SDE, steps: int) -> Grid:
-        return self._method.grid(sde, steps)
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        return self._method.grid(sde, steps, end=end)
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         return self._method.rows(sde, t, s)
@@ -208,10 +208,10 @@ class Heun(SingleStep):
     def __post_init__(self) -> None:
         RungeKutta("heun", self.variable)
 
-    def grid(self, sde: SDE, steps: int) -> Grid:
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
         if self.variable == "sigma" and (steps < 10 or isinstance(sde, EDMSDE)):
-            return Grid.customary(sde, steps)
-        return RungeKutta("heun", self.variable).grid(sde, steps)
+            return Grid.customary(sde, steps, end=end)
+        return RungeKutta("heun", self.variable).grid(sde, steps, end=end)
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         return RungeKutta("heun", self.variable).rows(sde, t, s)

@@ -10,7 +10,7 @@ and stage j, like the result, takes for F the polynomial in lambda through chose
 
     y_j = y_t + e^{k lambda_j} sum_l w_{j,l} F_l,    lambda_j = lambda_t + r_j h,    w of `scoresde.solvers.weights`
 
-A step to sigma = 0, or from alpha = 0, where h is infinite, is DDIM's single row.
+A step to sigma = 0, or with alpha = 0 at an end, where h is infinite, is DDIM's single row.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ EXPONENTIAL_HEUN: Stages = [(1.0, [0]), (1.0, [0, 1])]
 
 
 def exponential_rows(sde: SDE, t: Tensor, s: Tensor, view: View, stages: Stages) -> Rows:
-    """The moves t -> s by the stages of the module's docstring; 0 < sigma_s and 0 < alpha_t."""
+    """The moves t -> s by the stages of the module's docstring, with half log-SNR finite at both ends."""
     m, k = (sde.alpha, -1) if view == "eps" else (sde.sigma, 1)
     lambda_t, h = sde.half_log_snr(t), sde.half_log_snr(s) - sde.half_log_snr(t)
     r = [0.0, *(r_j for r_j, _ in stages)]

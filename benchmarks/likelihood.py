@@ -1,0 +1,777 @@
+"""Log-densities by the ODE against exact ones: error, network calls and wall time, beside the classical procedure.
+
+    python benchmarks/likelihood.py
+    python benchmarks/likelihood.py --problems ring --fast --out runs/likelihood
+
+The data are known, and with them everything that the ODE meets. With alpha, sigma at the time where it starts, t_min,
+
+    truth            log p_t(alpha x) + dim log alpha, p_t the exact marginal
+    tr dD/dx         (alpha / sigma^2) sum Var[x_0 | x_t], the variance elementwise
+    fine run         the ODE and the integral of that trace by DOP853 in lambda: neither probes nor steps
+
+from which the error of a result has three parts:
+
+    gap              fine run - truth: the prior is not the marginal at t_max. The same for all methods
+    discretisation   the same method, given the exact trace, - fine run
+    probes           result - the same method, given the exact trace
+
+To give a method the exact trace, its denoiser is replaced by one of the same values whose derivative is (tr dD/dx / n)
+times the identity: one Rademacher probe then is exact (`ExactTrace`).
+
+The classical procedure, from the description in Song et al. (2021): the state of the whole batch and its log-densities
+as one vector on the host, scipy's RK45 in t from t_min to t_max, rtol = atol = 1e-5, a call of the network for the
+drift and another for its divergence, by one probe that is kept all along. All in float64, the network too.
+
+Written into --out: README.md, results.json, error.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from problems import EXACT, MixtureProblem
+from scipy.integrate import DOP853, solve_ivp
+from torch import Tensor
+from tqdm import tqdm
+
+from scoresde import VPSDE, Denoiser, Posterior
+from scoresde.exact import Gaussian, GaussianMixture
+from scoresde.info import environment
+from scoresde.likelihood import log_prob
+from scoresde.nn import UNet
+from scoresde.tensors import as_time, expand_like
+
+STEPS = [16, 24, 32, 48, 60, 68]
+PROBES = [1, 4, 16]
+COVERED = [("48 steps", {"steps": 48}), ("adaptive", {})]
+LOW = 64  # dimensions up to which the exact divergence is taken too
+
+
+# --- problems --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model whose density is known, and data.
+
+    Attributes:
+        name, title: what a person types, and what the page says.
+        target: the data's law.
+        denoiser: what is timed; the target's, fast.
+        x: data, shape (B, *event).
+        rtol: of the fine run.
+    """
+
+    name: str
+    title: str
+    target: GaussianMixture
+    denoiser: Denoiser
+    x: Tensor
+    rtol: float
+
+    @property
+    def dim(self) -> int:
+        return self.x[0].numel()
+
+    @cached_property
+    def noise_free(self) -> ExactTrace:
+        return ExactTrace(self.target, self.denoiser)
+
+    @cached_property
+    def truth(self) -> Tensor:
+        """The density of the data in the noise of t_min, in nats, (B,)."""
+        x, residual, t = start_of(self.denoiser, self.x)
+        return self.target.log_prob(x, sde=self.denoiser.sde, t=t) + residual
+
+    @cached_property
+    def fine(self) -> tuple[Tensor, float]:
+        """The ODE's density, (B,), and its largest difference from the same at 100 times the tolerance."""
+        fine, coarse = (fine_log_prob(self.noise_free, self.x, rtol) for rtol in (self.rtol, 100 * self.rtol))
+        return fine, float((fine - coarse).abs().max())
+
+
+def start_of(denoiser: Denoiser, x: Tensor) -> tuple[Tensor, float, float]:
+    """Data as the state at t_min, the dim log alpha that this adds to the density, and t_min."""
+    t = denoiser.sde.t_min
+    alpha = float(denoiser.sde.alpha(torch.tensor(t, dtype=torch.float64)))
+    return alpha * x, x[0].numel() * math.log(alpha), t
+
+
+def case(name: str, samples: int) -> Case:
+    """The problem of that name with so many draws of its data. The Gaussian's covariance is turned: along its own axes
+    the derivative of D is diagonal, for which Rademacher probes are exact.
+    """
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data = torch.Generator().manual_seed(1)
+    if name == "gaussian":
+        basis, sde = torch.linalg.qr(draw(64, 64))[0], VPSDE()
+        target = Gaussian(torch.zeros(64), cov=basis * torch.logspace(-3, 0, 64, dtype=torch.float64) @ basis.T)
+        title = "Gaussian, d = 64, eigenvalues 1e-3 to 1 in a random basis"
+        return Case(name, title, target, target.denoiser(sde), target.sample(samples, data, torch.float64), 1e-11)
+    problem = EXACT[name]()
+    assert isinstance(problem, MixtureProblem)
+    x = problem.target.sample(samples, data, torch.float64)
+    return Case(name, problem.title, problem.target, problem.denoiser, x, 1e-11 if x[0].numel() <= LOW else 1e-8)
+
+
+class ExactTrace(Denoiser):
+    """D as it is, its derivative replaced by (tr dD/dx / n) times the identity: probes v_i = +-1 find the exact trace."""
+
+    def __init__(self, target: GaussianMixture, denoiser: Denoiser) -> None:
+        self.exact, self.sde = target.denoiser(denoiser.sde), denoiser.sde
+
+    def mean_and_trace(self, x: Tensor, t: Any) -> tuple[Tensor, Tensor]:
+        """D and tr dD/dx, (B, ...) and (B,)."""
+        mean, var = self.exact.posterior(x, t)
+        assert var is not None
+        t = as_time(t).double().reshape(-1)
+        return mean, self.sde.alpha(t) / self.sde.sigma(t) ** 2 * var.flatten(1).sum(1)
+
+    def posterior(self, x: Tensor, t: Any, /, **cond: Any) -> Posterior:
+        mean, trace = self.mean_and_trace(x.detach(), t)
+        return Posterior(mean + expand_like(trace / x[0].numel(), x) * (x - x.detach()))
+
+
+class Priced(Denoiser):
+    """Another denoiser's values and derivatives, at the price of a U-Net of 32 channels (float32) besides."""
+
+    def __init__(self, denoiser: Denoiser, channels: int) -> None:
+        self.denoiser, self.sde = denoiser, denoiser.sde
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = UNet(channels, 32).eval().requires_grad_(False)
+
+    def posterior(self, x: Tensor, t: Any, /, **cond: Any) -> Posterior:
+        time = as_time(t).float().reshape(-1).expand(len(x))
+        return Posterior(self.denoiser.posterior(x, t).mean + 0.0 * self.net(x.float(), time).to(x.dtype))
+
+
+class Counted(Denoiser):
+    """Another denoiser, with a count of its calls."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser, self.sde, self.calls = denoiser, denoiser.sde, 0
+
+    def posterior(self, x: Tensor, t: Any, /, **cond: Any) -> Posterior:
+        self.calls += 1
+        return self.denoiser.posterior(x, t, **cond)
+
+
+def fine_log_prob(denoiser: ExactTrace, x: Tensor, rtol: float) -> Tensor:
+    """log p(x), (B,), by DOP853 in lambda for the state z = x / r, r^2 = alpha^2 + sigma^2, a = alpha / r:
+
+    dz = a (D - a z) dlambda,    log |det dz_T / dz| = int (a r tr dD/dx - a^2 dim) dlambda
+    """
+    sde, (B, dim) = denoiser.sde, x.flatten(1).shape
+    x, residual, t_min = start_of(denoiser, x)
+
+    def radius(t: Tensor) -> Tensor:
+        return torch.hypot(sde.alpha(t), sde.sigma(t))
+
+    def rate(lam: float, y: np.ndarray) -> np.ndarray:
+        t = sde.time_at(torch.tensor(lam, dtype=torch.float64)).clamp(max=sde.t_max)
+        r = radius(t)
+        a, z = sde.alpha(t) / r, torch.from_numpy(y[: B * dim]).reshape(B, dim)
+        D, trace = denoiser.mean_and_trace((z * r).reshape(x.shape), t)
+        return torch.cat([(a * (D.reshape(B, dim) - a * z)).flatten(), a * r * trace - a**2 * dim]).numpy()
+
+    ends = torch.tensor([t_min, sde.t_max], dtype=torch.float64)
+    lam, r = sde.half_log_snr(ends).tolist(), radius(ends)
+    start = torch.cat([x.flatten() / r[0], x.new_zeros(B)]).numpy()
+    solution = solve_ivp(rate, lam, start, DOP853, rtol=rtol, atol=rtol, t_eval=lam[1:])
+    if not solution.success:
+        raise ArithmeticError(f"the fine run failed: {solution.message}")
+    y = torch.from_numpy(solution.y[:, -1])
+    x_T = (y[: B * dim] * r[1]).reshape(x.shape)
+    return sde.prior_log_prob(x_T) + y[B * dim :] + dim * float((r[1] / r[0]).log()) + residual
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """What a run gives: log-densities (B,), network calls, the stated errors if any."""
+
+    value: Tensor
+    nfe: int
+    stderr: Tensor | None = None
+    error: Tensor | None = None
+
+
+def classical(denoiser: Denoiser, x: Tensor, seed: int, rtol: float = 1e-5) -> Found:
+    """The classical procedure, see the module. Its start alone is ours, alpha x: the truth then is the same."""
+    sde, shape, size = denoiser.sde, x.shape, x.numel()
+    x, residual, t_min = start_of(denoiser, x)
+    probe = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype) * 2 - 1
+
+    def drift(x: Tensor, t: Tensor) -> Tensor:
+        f, g = expand_like(sde.drift(t), x), expand_like(sde.diffusion(t), x)
+        return f * x - g**2 / 2 * denoiser.score(x, t)
+
+    def rate(t: float, y: np.ndarray) -> np.ndarray:
+        state = torch.from_numpy(y[:size].reshape(shape).copy())
+        times = torch.full((len(state),), t, dtype=torch.float64)
+        with torch.no_grad():
+            dx = drift(state, times)
+        with torch.enable_grad():
+            state.requires_grad_()
+            (gradient,) = torch.autograd.grad((drift(state, times) * probe).sum(), state)
+        return torch.cat([dx.flatten(), (gradient * probe).flatten(1).sum(1)]).numpy()
+
+    start = torch.cat([x.flatten(), x.new_zeros(len(x))]).numpy()
+    solution = solve_ivp(rate, (t_min, sde.t_max), start, method="RK45", rtol=rtol, atol=rtol)
+    if not solution.success:
+        raise ArithmeticError(f"the classical procedure failed: {solution.message}")
+    y = torch.from_numpy(solution.y[:, -1])
+    return Found(sde.prior_log_prob(y[:size].reshape(shape)) + y[size:] + residual, 2 * solution.nfev)
+
+
+def ours(denoiser: Denoiser, x: Tensor, seed: int | Sequence[int], **options: Any) -> Found:
+    found = log_prob(denoiser, x, seed=seed, **options)
+    assert found.status == "complete"
+    return Found(found.value, found.nfe, found.stderr, found.error)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to a log-density.
+
+    Attributes:
+        name, probes: as the page says it; probes 0 for the exact divergence.
+        run: (denoiser, x, seed) to what is found.
+        options: of `log_prob`, or of `classical`.
+    """
+
+    name: str
+    probes: int
+    run: Callable[..., Found]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, denoiser: Denoiser, x: Tensor, seed: Any) -> Found:
+        trace: dict[str, Any] = {}
+        if self.run is ours:
+            trace = {"probes": self.probes} if self.probes else {"divergence": "exact"}
+        return self.run(denoiser, x, seed, **trace, **self.options)
+
+    def noise_free(self, case: Case) -> Found:
+        """The same with the exact trace."""
+        return self.run(case.noise_free, case.x, 0, **self.options)
+
+
+CLASSICAL = Method("classical", 1, classical)
+COARSE = 1e-3
+
+
+def methods(dim: int, steps: Sequence[int], probes: Sequence[int]) -> list[Method]:
+    found = [CLASSICAL, Method(f"classical, {COARSE:g}", 1, classical, {"rtol": COARSE})]
+    kinds = [*probes, 0] if dim <= LOW else [*probes]
+    found += [Method(f"{n} steps", k, ours, {"steps": n}) for n in steps for k in kinds]
+    # The adaptive state holds every probe's products: 16 in d = 3072 are left out.
+    few = [k for k in kinds if k * dim <= 16 * LOW or k <= 4]
+    found += [Method("adaptive", k, ours) for k in few]
+    found += [Method(f"adaptive, {COARSE:g}", k, ours, {"rtol": COARSE, "atol": COARSE}) for k in few]
+    return found
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Quantiles(NamedTuple):
+    """Of |error|, in nats."""
+
+    median: float
+    q95: float
+    max: float
+
+    @classmethod
+    def of(cls, error: Tensor) -> Quantiles:
+        error = error.abs().double().flatten()
+        return cls(float(error.median()), float(error.quantile(0.95)), float(error.max()))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a case.
+
+    Attributes:
+        calls: of the network, median over turns.
+        total, discretisation, probe: parts of the error, see the module.
+        stderr, error: medians of what the method itself says of its probes and of its discretisation; NaN if nothing.
+        seconds, ratio: wall time, and that over the classical procedure's, medians over turns.
+    """
+
+    method: str
+    probes: int
+    calls: int
+    total: Quantiles
+    discretisation: Quantiles
+    probe: Quantiles
+    stderr: float
+    error: float
+    seconds: float
+    ratio: float
+
+
+def timed(method: Method, denoiser: Denoiser, x: Tensor, seed: int) -> tuple[Found, float]:
+    start = time.perf_counter()
+    found = method(denoiser, x, seed)
+    return found, time.perf_counter() - start
+
+
+def measure(case: Case, raced: Sequence[Method], turns: int, tick: Callable[[str], Any]) -> list[Row]:
+    """All methods in every turn, each turn with probes of its own; warmed up before."""
+    for method in (raced[0], raced[-1], raced[2]):
+        method(case.denoiser, case.x[:2], 0)
+    runs: list[list[tuple[Found, float]]] = [[] for _ in raced]
+    for turn in range(turns):
+        for method, done in zip(raced, runs, strict=True):
+            tick(f"{case.name} {method.name}")
+            done.append(timed(method, case.denoiser, case.x, 1000 * turn))
+    fine, noise_free, rows = case.fine[0], dict[str, Tensor](), []
+    for method, done in zip(raced, runs, strict=True):
+        if method.name not in noise_free:
+            noise_free[method.name] = method.noise_free(case).value
+        value = torch.stack([found.value for found, _ in done])
+        free = noise_free[method.name] if method.probes else value
+        last, seconds = done[-1][0], [s for _, s in done]
+        rows.append(
+            Row(
+                method.name,
+                method.probes,
+                round(statistics.median(found.nfe for found, _ in done)),
+                Quantiles.of(value - case.truth),
+                Quantiles.of(free - fine),
+                Quantiles.of(value - free),
+                math.nan if last.stderr is None else float(torch.stack([f.stderr for f, _ in done]).median()),  # type: ignore[arg-type, misc]
+                math.nan if last.error is None else float(torch.stack([f.error for f, _ in done]).median()),  # type: ignore[arg-type, misc]
+                statistics.median(seconds),
+                statistics.median(s / c for s, (_, c) in zip(seconds, runs[0], strict=True)),
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often value +- 1.96 stderr covers the same method's noise-free value, the fine run's, and the truth; and the
+    rms error from probes over the rms standard error that was stated.
+    """
+
+    method: str
+    probes: int
+    samples: int
+    repetitions: int
+    own: float
+    fine: float
+    truth: float
+    ratio: float
+
+
+def coverage(case: Case, method: Method, samples: int, repetitions: int) -> Coverage:
+    """Over repetitions with seeds of their own, in batches."""
+    part = Case(case.name, case.title, case.target, case.denoiser, case.x[:samples], case.rtol)
+    own, found = method.noise_free(part).value, []
+    at_once = max(1, 2**21 // (samples * case.dim * max(1, method.probes)))
+    for first in range(0, repetitions, at_once):
+        count = min(at_once, repetitions - first)
+        seeds = range(10**6 + first * samples, 10**6 + (first + count) * samples)
+        got = method(part.denoiser, part.x.repeat(count, *[1] * (part.x.ndim - 1)), list(seeds))
+        assert got.stderr is not None
+        found.append(torch.stack([got.value, got.stderr]).reshape(2, count, samples))
+    value, stderr = torch.cat(found, 1)
+
+    def covered(target: Tensor) -> float:
+        return float(((value - target).abs() <= 1.96 * stderr).double().mean())
+
+    ratio = float((value - own).square().mean().sqrt() / stderr.square().mean().sqrt())
+    fine, truth = case.fine[0][:samples], case.truth[:samples]
+    return Coverage(
+        method.name, method.probes, samples, repetitions, covered(own), covered(fine), covered(truth), ratio
+    )
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What an outlier in the batch does to 16 others: their largest change in nats, calls without it and with it."""
+
+    method: str
+    change: float
+    alone: int
+    together: int
+
+
+def couplings(case: Case, steps: int) -> list[Coupling]:
+    x, far = case.x[:16], torch.zeros_like(case.x[:1])
+    far[0, 0] = 50.0
+    found = []
+    for method in (CLASSICAL, Method("adaptive", 1, ours), Method(f"{steps} steps", 1, ours, {"steps": steps})):
+        seeds: list[Any] = [0, 0] if method.run is classical else [list(range(len(x))), list(range(len(x) + 1))]
+        # The first probes of a larger draw are those of the smaller one.
+        alone, together = method(case.denoiser, x, seeds[0]), method(case.denoiser, torch.cat([x, far]), seeds[1])
+        change = float((alone.value - together.value[: len(x)]).abs().max())
+        found.append(Coupling(method.name, change, alone.nfe, together.nfe))
+    return found
+
+
+class Tight(NamedTuple):
+    """The exact divergence to the last digits: the largest difference from the fine run, and the calls."""
+
+    problem: str
+    method: str
+    error: float
+    calls: int
+
+
+def tight(case: Case) -> list[Tight]:
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("dopri5, rtol = atol = 1e-9", {"rtol": 1e-9, "atol": 1e-9}),
+        ("dopri8, rtol = atol = 1e-9", {"rtol": 1e-9, "atol": 1e-9, "method": "dopri8"}),
+        ("1000 steps", {"steps": 1000}),
+    ]
+    found = []
+    for name, options in kinds:
+        got = ours(case.denoiser, case.x, 0, divergence="exact", **options)
+        found.append(Tight(case.name, name, float((got.value - case.fine[0]).abs().max()), got.nfe))
+    return found
+
+
+def priced(case: Case, raced: Sequence[Method], samples: int, tick: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """Wall time where each call costs a U-Net's, of one run each, the classical first."""
+    denoiser, x, rows = Priced(case.denoiser, case.x.shape[1]), case.x[:samples], []
+    CLASSICAL.run(denoiser, x[:1], 0, rtol=0.1)
+    for method in raced:
+        tick(f"U-Net, {method.name}")
+        found, seconds = timed(method, denoiser, x, 0)
+        rows.append({"method": method.name, "probes": method.probes, "calls": found.nfe, "seconds": seconds})
+        rows[-1]["ratio"] = seconds / rows[0]["seconds"]
+    return rows
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """Everything that was measured, by problem."""
+
+    cases: dict[str, Case] = field(default_factory=dict)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    coverage: dict[str, list[Coverage]] = field(default_factory=dict)
+    coupling: list[Coupling] = field(default_factory=list)
+    tight: list[Tight] = field(default_factory=list)
+    priced: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Target(NamedTuple):
+    text: str
+    measured: str
+    met: bool
+
+
+def targets(results: Results) -> Iterator[Target]:
+    """The targets that the problems that were run can decide."""
+    if rows := results.rows.get("images"):
+        yield from _of_images(rows, results.priced)
+    for name in ("ring", "grid"):
+        if rows := results.rows.get(name):
+            tables = [r for r in rows if r.probes == 0 and r.calls <= 68 and r.method.endswith("steps")]
+            best = min(tables, key=lambda r: r.discretisation.max)
+            for what in ("median", "q95", "max"):
+                value = getattr(best.discretisation, what)
+                label = {"median": "median", "q95": "95 % quantile", "max": "maximum"}[what]
+                text = f"{name}: discretisation error <= 1e-3 nats with at most 68 calls, {label}"
+                yield Target(text, f"{number(value)} at {best.calls} calls", value <= 1e-3)
+    for name in ("ring", "grid"):
+        if found := [t for t in results.tight if t.problem == name]:
+            text = f"{name}: exact divergence to 1e-6 in float64, maximum over samples"
+            best_tight = min(found, key=lambda t: t.error)
+            measured = ", ".join(f"{t.method} {number(t.error)}" for t in found)
+            yield Target(text, measured, best_tight.error <= 1e-6)
+    for name, covered in results.coverage.items():
+        for c in covered:
+            text = f"{name}: value +- 1.96 stderr covers the fine run in 90 to 99 %, {c.method}, {probed(c.probes)}"
+            yield Target(text, f"{100 * c.fine:.1f} %", 0.9 <= c.fine <= 0.99)
+
+
+def _of_images(rows: Sequence[Row], priced: Sequence[dict[str, Any]]) -> Iterator[Target]:
+    base = rows[0].total.median
+    tables = [r for r in rows if r.method.endswith("steps")]
+    within = [r for r in tables if r.calls <= 60]
+    single = min((r for r in within if r.probes == 1), key=lambda r: r.total.median)
+    text = f"images: the classical median error, {number(base)} at {rows[0].calls} calls, with at most 60"
+    measured = f"{number(single.total.median)} at {single.calls} calls, one probe"
+    if good := [r for r in within if r.total.median <= base]:
+        least = min(good, key=lambda r: (r.calls, r.probes))
+        measured += f"; fewest calls {least.calls}, {probed(least.probes)}: {number(least.total.median)}"
+    yield Target(text, measured, bool(good))
+    half = min((r for r in tables if r.total.median <= base / 2), key=lambda r: r.ratio, default=None)
+    text = "images: half that error in less wall time, the network itself costing next to nothing"
+    if half is None:
+        lowest = min(tables, key=lambda r: r.total.median)
+        yield Target(text, f"no table has it: lowest {number(lowest.total.median)} at {lowest.calls} calls", False)
+        return
+    measured = f"{number(half.total.median)}, {half.method}, {probed(half.probes)}: {half.ratio:.2f} of its time"
+    yield Target(text, measured, half.ratio < 1)
+    medians = {(r.method, r.probes): r.total.median for r in rows}
+    with_net = [p for p in priced[1:] if medians[p["method"], p["probes"]] <= base / 2]
+    if with_net:
+        p = min(with_net, key=lambda p: p["ratio"])
+        text = "images: half that error in less wall time, the network costing a U-Net's call"
+        median = number(medians[p["method"], p["probes"]])
+        yield Target(text, f"{median}, {p['method']}, {probed(p['probes'])}: {p['ratio']:.2f} of its time", p["ratio"] < 1)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    if value == 0 or 1e-2 <= value < 1e3:
+        return f"{value:.3g}"
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def probed(probes: int) -> str:
+    return "exact" if probes == 0 else f"{probes} probe{'s' if probes > 1 else ''}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+
+def of_case(case: Case, rows: Sequence[Row]) -> list[str]:
+    fine, own = case.fine
+    gap = Quantiles.of(fine - case.truth)
+    head = ["method", "trace", "calls", "total: median", "95 %", "max", "discretisation: median", "95 %", "max"]
+    head += ["probes: median", "stated stderr", "stated error", "seconds", "time / classical"]
+    lines = [f"## {case.title}", ""]
+    lines += [f"{len(case.x)} samples. Gap of the prior: median {number(gap.median)}, maximum {number(gap.max)} nats."]
+    lines[-1] += f" The fine run's own error is {number(own)}."
+    cells = []
+    for r in rows:
+        shown = [number(v) for v in (*r.total, *r.discretisation, r.probe.median, r.stderr, r.error, r.seconds)]
+        cells.append([r.method, probed(r.probes), r.calls, *shown, f"{r.ratio:.2f}"])
+    return [*lines, "", *table(head, cells), ""]
+
+
+def of_targets(results: Results) -> list[str]:
+    rows = [[t.text, t.measured, "met" if t.met else "**not met**"] for t in targets(results)]
+    return ["## Targets", "", *table(["target", "measured", ""], rows), ""]
+
+
+def of_coverage(results: Results) -> list[str]:
+    head = ["problem", "method", "trace", "samples x repetitions", "covers its own noise-free value", "the fine run"]
+    head += ["the truth", "rms error / rms stderr"]
+    rows = []
+    for name, found in results.coverage.items():
+        for c in found:
+            shares = [f"{100 * share:.1f} %" for share in (c.own, c.fine, c.truth)]
+            rows.append([name, c.method, probed(c.probes), f"{c.samples} x {c.repetitions}", *shares, f"{c.ratio:.2f}"])
+    text = "value +- 1.96 stderr is to cover 95 %. stderr is that of the probes alone: where the discretisation or the"
+    text += " prior's gap is not small beside it, fewer intervals reach the fine run and the truth."
+    return ["## What the standard error covers", "", text, "", *table(head, rows), ""]
+
+
+def of_coupling(found: Sequence[Coupling]) -> list[str]:
+    rows = [[c.method, number(c.change), c.alone, c.together] for c in found]
+    text = "16 samples of the ring, and the same 16 with a seventeenth at distance 50, one probe each."
+    head = ["method", "largest change of the 16, nats", "calls, 16", "calls, 17"]
+    return ["## What one stiff sample does to the others", "", text, "", *table(head, rows), ""]
+
+
+def of_priced(found: Sequence[dict[str, Any]], samples: int) -> list[str]:
+    rows = [[p["method"], probed(p["probes"]), p["calls"], f"{p['ratio']:.2f}"] for p in found]
+    text = f"d = 3072, {samples} samples, one run each: the same values, but every call runs a U-Net of 32 channels too, and"
+    text += " its derivative where one is taken."
+    return ["## Wall time with a network that costs", "", text, "", *table(["method", "trace", "calls", "time / classical"], rows), ""]
+
+
+INK = {0: "#000000", 1: "#0072B2", 4: "#009E73", 16: "#CC79A7"}  # Okabe and Ito
+CLASSICAL_INK = "#D55E00"
+
+
+def plot(path: Path, results: Results) -> bool:
+    """Error against calls, a panel a problem. False where there is no matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(2, len(results.rows))
+    lines = -(-len(results.rows) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.4 * columns, 4.1 * lines), squeeze=False)
+    for axis in axes.flat[len(results.rows) :]:
+        axis.set_visible(False)
+    for axis, (name, rows) in zip(axes.flat, results.rows.items(), strict=False):
+        case = results.cases[name]
+        tables = [r for r in rows if r.method.endswith("steps")]
+        first = min(r.probes or 10**9 for r in tables)
+        curve = [r for r in tables if r.probes == first]
+        floor = 1e-9
+        axis.plot(
+            [r.calls for r in curve],
+            [max(floor, r.discretisation.median) for r in curve],
+            "k--",
+            label="table, discretisation alone",
+        )
+        for probes in sorted({r.probes for r in tables if r.probes}):
+            found = [r for r in tables if r.probes == probes]
+            label = f"table, {probed(probes)}"
+            axis.plot([r.calls for r in found], [r.total.median for r in found], "o-", ms=4, color=INK[probes], label=label)
+            found = [r for r in rows if r.method == "adaptive" and r.probes == probes]
+            label = f"adaptive, {probed(probes)}"
+            axis.plot([r.calls for r in found], [r.total.median for r in found], "^", ms=7, color=INK[probes], label=label)
+        old = [r for r in rows if r.method.startswith("classical")]
+        label = "classical, tolerance 1e-5 and 1e-3"
+        axis.plot([r.calls for r in old], [r.total.median for r in old], "s", ms=8, color=CLASSICAL_INK, label=label)
+        gap = Quantiles.of(case.fine[0] - case.truth).median
+        axis.axhline(gap, color="0.5", linestyle=":", linewidth=1.2, label="gap of the prior")
+        axis.set(xscale="log", yscale="log")
+        ticks = [16, 32, 64, 128, 256]
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+        axis.minorticks_off()
+        axis.set_title(case.title, fontsize=9, loc="left")
+        axis.grid(color="0.92", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("network calls", fontsize=10)
+    figure.supylabel("median |error| of log p, nats", fontsize=10)
+    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    rows_of_legend = -(-len(handles) // 3)
+    figure.tight_layout(rect=(0, 0.035 * rows_of_legend + 0.01, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def report(results: Results, args: argparse.Namespace) -> str:
+    env = environment("cpu", torch.float64)
+    page = ["# Log-densities against exact ones", "", f"`python {env['command']}`: {env['device']}, {env['threads']} thread(s),"]
+    page[-1] += f" float64, medians of {args.turns} turns with probes of their own; torch {env['torch']}; commit"
+    page[-1] += f" {env['commit']}."
+    page += ["", *INTRODUCTION, "", *of_targets(results)]
+    if plot(args.out / "error.png", results):
+        page += ["![error against network calls](error.png)", ""]
+    for name, rows in results.rows.items():
+        page += of_case(results.cases[name], rows)
+    page += of_priced(results.priced, args.priced_samples) if results.priced else []
+    page += of_coverage(results) if results.coverage else []
+    page += of_coupling(results.coupling) if results.coupling else []
+    page += ["## What the numbers show", "", READING.read_text().strip(), ""] if READING.exists() else []
+    text = "\n".join(page)
+    (args.out / "README.md").write_text(text)
+    record = {
+        "environment": env,
+        "targets": [t._asdict() for t in targets(results)],
+        "problems": {name: [_plain(row) for row in rows] for name, rows in results.rows.items()},
+        "coverage": {name: [asdict(c) for c in found] for name, found in results.coverage.items()},
+        "coupling": [asdict(c) for c in results.coupling],
+        "tight": [t._asdict() for t in results.tight],
+        "priced": results.priced,
+    }
+    (args.out / "results.json").write_text(json.dumps(_rounded(record), indent=1, allow_nan=False) + "\n")
+    return text
+
+
+INTRODUCTION = ["(written below)"]
+READING = Path("/nonexistent")
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    parts = {name: getattr(row, name)._asdict() for name in ("total", "discretisation", "probe")}
+    return {**vars(row), **parts}
+
+
+def _rounded(thing: Any) -> Any:
+    """Numbers to four digits; null for those that are not finite."""
+    if isinstance(thing, dict):
+        return {key: _rounded(value) for key, value in thing.items()}
+    if isinstance(thing, list):
+        return [_rounded(value) for value in thing]
+    if isinstance(thing, float):
+        return float(f"{thing:.4g}") if math.isfinite(thing) else None
+    return thing
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+NAMES = ["ring", "grid", "gaussian", "images"]
+
+
+def run(args: argparse.Namespace) -> Results:
+    results = Results()
+    samples = {"ring": 256, "grid": 256, "gaussian": 64, "images": 16}
+    for name in args.problems:
+        results.cases[name] = case(name, 8 if args.fast else samples[name])
+    raced = {name: methods(c.dim, args.steps, PROBES[:2] if args.fast else PROBES) for name, c in results.cases.items()}
+    with tqdm(total=sum(map(len, raced.values())) * args.turns, unit="run", smoothing=0.05) as bar:
+
+        def tick(text: str) -> None:
+            bar.set_postfix_str(text[:32])
+            bar.update()
+
+        for name, found in results.cases.items():
+            results.rows[name] = measure(found, raced[name], args.turns, tick)
+        for name in ("ring", "gaussian", "images"):
+            if name in results.cases:
+                bar.set_postfix_str(f"coverage, {name}")
+                few = name == "images"
+                repetitions = args.repetitions // 2 if few else args.repetitions
+                results.coverage[name] = [
+                    coverage(results.cases[name], Method(label, k, ours, options), 4 if few else 8, repetitions)
+                    for label, options in COVERED
+                    for k in (1, 4)
+                ]
+        for name in ("ring", "grid"):
+            if name in results.cases:
+                results.tight += tight(results.cases[name])
+        if "ring" in results.cases:
+            results.coupling = couplings(results.cases["ring"], 48)
+        if "images" in results.cases:
+            bar.set_postfix_str("with a U-Net")
+            choice = [m for m in raced["images"] if m.name in ("32 steps", "48 steps", "60 steps") and m.probes <= 4]
+            choice = choice[:1] if args.fast else choice
+            results.priced = priced(results.cases["images"], [CLASSICAL, *choice], args.priced_samples, bar.set_postfix_str)
+    return results
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=NAMES, default=NAMES, help=f"({' '.join(NAMES)})")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/likelihood"), help="folder of results")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=None, help="of timing, each with probes of its own (6)")
+    parser.add_argument("--fast", action="store_true", help="few samples, steps, turns and repetitions: a look")
+    args = parser.parse_args(argv)
+    args.problems = [name for name in NAMES if name in args.problems]
+    args.turns = args.turns or (1 if args.fast else 6)
+    args.steps = STEPS[2:4] if args.fast else STEPS
+    args.repetitions = 20 if args.fast else 200
+    args.priced_samples = 1 if args.fast else 4
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(report(run(args), args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""Bits per dimension of images whose entries are whole levels.
+
+Level k of L fills the bin [lo + k Delta, lo + (k + 1) Delta] of the data that the model knows, Delta = (hi - lo) / L.
+The model's probability of an image y is its density over the image's d bins, and with x ~ q on them, by Jensen,
+
+    log P(y) = log int_bins p(x) dx >= E_q[log p(x) - log q(x)],    p(x) = alpha_t^d p_t(alpha_t x)
+    bits/dim = -log P(y) / (d ln 2)
+
+    uniform             x = lo + (y + u) Delta, u ~ U[0, 1)            log q = -d log Delta
+    truncated normal    x = lo + (y + 1/2) Delta + s z, |z| <= tau     log q = sum_i log phi(z_i) - d log(s Z)
+                        s = sigma_t / alpha_t,  tau = Delta / (2 s),  Z = erf(tau / sqrt 2)
+    none                x = lo + (y + 1/2) Delta                       the midpoint rule: no bound
+
+The term -log q / (d ln 2) of the uniform noise is the well-known offset, -log2 Delta = log2(L / (hi - lo)): 7 for 256
+levels on [-1, 1], 8 on [0, 1]. The truncated normal makes alpha_t x what the data are at time t, up to the tails beyond
+tau, so that the ODE starts where the network was trained (Zheng et al., 2023, "Improved techniques for maximum
+likelihood estimation for diffusion ODEs"). The importance-weighted bound log (1/K) sum_k p(x_k) / q(x_k) (Burda et al.,
+2016, "Importance weighted autoencoders") is tighter, and log P(y) itself as K grows.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scoresde.denoiser import Denoiser, check_call
+from scoresde.errors import NonFiniteError, not_finite
+from scoresde.likelihood.flow import log_prob
+from scoresde.noise import SeededNoise, derive_seed, noise_source
+from scoresde.sde import SDE
+from scoresde.solvers.base import check_count, check_option
+
+__all__ = ["BitsPerDim", "Dequantize", "bits_per_dim", "dequantized", "outer_edges"]
+
+Dequantize = Literal["uniform", "none", "truncated-normal"]
+
+_TAU = 3.0  # bins of three standard deviations each side: the truncated normal is then nearly a normal
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """What `bits_per_dim` returns; `value, stderr, nfe = bits_per_dim(...)` works too. All in bits per dimension.
+
+    Attributes:
+        value: mean over the images.
+        stderr: its standard error as an estimate for all images of that kind: the standard deviation of per_image over
+            sqrt(N). The noise of repeats, importance draws and probes is in each of per_image, so their spread contains
+            it already. For these very images only, it is sqrt(sum(per_image_stderr^2)) / N. Of a single image:
+            per_image_stderr.
+        nfe: network calls in all, each on a batch, as `LogProb.nfe` counts them.
+        per_image: float64, shape (N,).
+        per_image_stderr: float64, shape (N,): from the spread over repeats, which contains that of the probes; with
+            one repeat, from the spread over importance draws (first order in it); with one and dequantize="none", from
+            the probes. NaN where one draw of the dequantisation, or one probe, leaves it unknown: take repeats >= 2.
+        probe_stderr: float64, shape (N,): the part of it that is due to the probes of the divergence, as `log_prob`
+            states it; zero for the exact one.
+        error: mean of the estimated discretisation error's size, |LogProb.error|: a bias that no stderr shows.
+        offset: log2(levels / (hi - lo)), already added.
+        t: the time at which the ODE started.
+    """
+
+    value: float
+    stderr: float
+    nfe: int
+    per_image: Tensor
+    per_image_stderr: Tensor
+    probe_stderr: Tensor
+    error: float
+    offset: float
+    t: float
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.value, self.stderr, self.nfe))
+
+    def __repr__(self) -> str:
+        return f"BitsPerDim({self.value:.4f} +- {self.stderr:.2g} over {len(self.per_image)} images, nfe={self.nfe})"
+
+
+def outer_edges(lo: float, hi: float, levels: int) -> tuple[float, float]:
+    """The data_range of data whose lowest level is *at* lo and highest *at* hi: half a level wider on each side.
+
+    `bits_per_dim` takes the range that the bins fill: score_sde's data (u + k) / 256. Where the model was trained on
+    k / 255 instead (torchvision's `ToTensor`), its levels are hi - lo over levels - 1 apart and stand in the middle of
+    their bins, so that the first bin begins below lo. With the range (lo, hi) itself the images would be shrunk by
+    255 / 256, which is small, or by 16 / 17 for the digits, which is not.
+
+    Args:
+        lo, hi: of the data.
+        levels: at least 2.
+
+    Raises:
+        ValueError: unless lo < hi, both finite, and levels is a whole number >= 2.
+
+    >>> outer_edges(-1.0, 1.0, 17)  # scikit-learn's digits, as `scoresde.data.digits` scales them
+    (-1.0625, 1.0625)
+    """
+    _check_levels(levels, (lo, hi))
+    if levels < 2:
+        raise ValueError(f"levels={levels}: one level has no two ends; expected a whole number >= 2")
+    half = (hi - lo) / (levels - 1) / 2
+    return lo - half, hi + half
+
+
+def bits_per_dim(
+    denoiser: Denoiser,
+    images: Tensor,
+    levels: int = 256,
+    *,
+    dequantize: Dequantize = "uniform",
+    data_range: tuple[float, float] = (-1.0, 1.0),
+    repeats: int = 1,
+    importance: int = 1,
+    t: float | None = None,
+    seed: int | Sequence[int] | None = None,
+    batch_size: int | None = None,
+    cond: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+    **options: Any,
+) -> BitsPerDim:
+    """Bits per dimension of images under the model, with a standard error.
+
+    With dequantize="uniform" or "truncated-normal" the value is, in expectation, an upper bound on -log2 P(y) / d, so
+    it compares with any code length. (With a Hutchinson divergence too: its probes are unbiased, and nothing here is
+    non-linear in them.)
+
+    Args:
+        denoiser: the model; it computes where its network is.
+        images: raw levels 0 .. levels - 1, any integer dtype (uint8), shape (N, ...), any event shape.
+        levels: L; 256 for 8 bits, 32 for 5.
+        dequantize: the noise within the bins; "none" puts a level at the middle of its bin, which is no bound.
+        data_range: (lo, hi), what the bins of all levels fill, in the units that the model was trained on; see
+            `outer_edges` for data with a level at each end.
+        repeats: independent estimates per image, averaged: new noise in the bins and new probes.
+        importance: K, draws per estimate of the importance-weighted bound. Above 1 it needs divergence="exact": the
+            mean of exp(log p + e) over the noise e of probes is larger than exp(log p), by a factor of
+            E[exp(e)] = exp(stderr^2 / 2) where e is normal, and with it the bound is none.
+        t: where the ODE starts. By default t_min; for the truncated normal where the bin is tau = 3 standard deviations
+            to each side, Delta / 2 = 3 sigma_t / alpha_t, if that is later than t_min.
+        seed: one integer, or one per image; without, from the operating system. Image i is the same alone or among
+            others, and whatever the batch_size, up to rounding and, with adaptive steps, the tolerance.
+        batch_size: of images times repeats times draws, how many are in a batch at most; all by default.
+        cond: keyword arguments for the network, one entry per image where they are tensors.
+        dtype: what x is computed in.
+        progress: show a progress bar.
+        **options: of `log_prob`: divergence=, probes=, steps=, rtol=, atol=, ...
+
+    Raises:
+        TypeError: if the images are floating point (give the raw levels), or the denoiser is none.
+        ValueError: before any network call, if a level is out of range, or another argument is.
+        NonFiniteError: if the density of an image is not finite; its `samples` are indices of images.
+        ArithmeticError: if the evaluations ran out (max_nfe) before an image's ODE ended.
+
+    >>> from scoresde import VPSDE
+    >>> from scoresde.exact import Gaussian
+    >>> images = torch.tensor([[[[120, 130], [140, 128]]]], dtype=torch.uint8)
+    >>> denoiser = Gaussian(torch.zeros(1, 2, 2), std=0.1).denoiser(VPSDE())
+    >>> result = bits_per_dim(denoiser, images, divergence="exact", repeats=2, seed=0)
+    >>> print(f"{result.value:.1f} bits/dim, of which the offset is {result.offset:.0f}")
+    5.3 bits/dim, of which the offset is 7
+    """
+    y = _checked(images, levels, data_range)
+    check_call(denoiser, y, cond)
+    check_option(get_args(Dequantize), dequantize=dequantize)
+    check_count(repeats=repeats, importance=importance, batch_size=len(y) if batch_size is None else batch_size)
+    if importance > 1 and options.get("divergence") != "exact":
+        raise ValueError(
+            f"importance={importance} needs divergence='exact': the probes' noise inside the exponential would lift "
+            "the bound above the likelihood; take importance=1, or the exact divergence"
+        )
+    lo, hi = data_range
+    bins = _Bins.of(denoiser.sde, dequantize, lo, (hi - lo) / levels, t)
+    seeds = image_seeds(seed, len(y))
+    shape, unit = (len(y), repeats, importance), y[0].numel() * math.log(2)
+    rows = math.prod(shape)
+    parts = [range(rows)[first : first + (batch_size or rows)] for first in range(0, rows, batch_size or rows)]
+    found, nfe = [], 0
+    with tqdm(desc="bits/dim", total=rows, unit="ode", disable=not progress, leave=False) as bar:
+        for part in parts:
+            index = list(zip(*(axis.tolist() for axis in np.unravel_index(part, shape)), strict=True))
+            which = [i for i, _, _ in index]
+            v, log_q = bins.draw(y[which], [derive_seed(seeds[i], r, k, 0) for i, r, k in index])
+            run_seeds = [derive_seed(seeds[i], r, k, 1) for i, r, k in index]
+            entries = entries_of(cond, which, len(y))
+            log_p = log_density(
+                denoiser, v.to(dtype), which, t=bins.t, alpha=bins.alpha, seed=run_seeds, cond=entries, **options
+            )
+            found.append(torch.stack([log_p.value - log_q, log_p.stderr, log_p.error]))
+            nfe += log_p.nfe
+            bar.update(len(part))
+    log_ratio, probe_stderr, error = (number.reshape(shape) for number in torch.cat(found, dim=1))
+    per_image, per_image_stderr = _bounds(log_ratio, unit)
+    probe_stderr = probe_stderr.square().sum((1, 2)).sqrt() / (repeats * unit)
+    if repeats == importance == 1:
+        per_image_stderr = probe_stderr if dequantize == "none" else torch.full_like(probe_stderr, math.nan)
+    value, stderr = mean_and_stderr(per_image, per_image_stderr)
+    return BitsPerDim(
+        value=value,
+        stderr=stderr,
+        nfe=nfe,
+        per_image=per_image,
+        per_image_stderr=per_image_stderr,
+        probe_stderr=probe_stderr,
+        error=float(error.abs().mean() / unit),
+        offset=-math.log2(bins.Delta),
+        t=denoiser.sde.t_min if bins.t is None else bins.t,
+    )
+
+
+def dequantized(
+    images: Tensor,
+    levels: int = 256,
+    *,
+    data_range: tuple[float, float] = (-1.0, 1.0),
+    seed: int | Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Images as data, with uniform noise in the bins: x = lo + (y + u) Delta, shape of images, on the CPU.
+
+    For such x, -log p(x) / (d ln 2) + log2(levels / (hi - lo)) is what `bits_per_dim` averages; with the same seed it
+    begins with this x. So `elbo` of it, in those units, is a bound on the same number. Arguments and errors as there.
+
+    >>> x = dequantized(torch.tensor([[0, 128, 255]]), data_range=(0.0, 256.0), seed=0)
+    >>> x.floor()
+    tensor([[  0., 128., 255.]])
+    """
+    y, (lo, hi) = _checked(images, levels, data_range), data_range
+    seeds = [derive_seed(s, 0, 0, 0) for s in image_seeds(seed, len(y))]
+    return _Bins(lo, (hi - lo) / levels, "uniform").draw(y, seeds)[0].to(dtype)
+
+
+def image_seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
+    """One seed per image: derived from an integer, given, or from the operating system.
+
+    Raises:
+        ValueError: if a seed is no whole number >= 0, or there are not n of them.
+    """
+    source = noise_source(torch.device("cpu"), (n,), secrets.randbits(63) if seed is None else seed, None, None)
+    assert isinstance(source, SeededNoise)
+    return source.seeds
+
+
+def entries_of(cond: Mapping[str, Any] | None, which: Sequence[int], n: int) -> dict[str, Any]:
+    """The conditions of those of n samples."""
+    chosen = torch.tensor(which, device="cpu")
+    return {
+        key: value[chosen.to(value.device)] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
+        for key, value in (cond or {}).items()
+    }
+
+
+@dataclass(frozen=True)
+class _Bins:
+    """The bins and the noise q within them.
+
+    Attributes:
+        lo, Delta: level k fills [lo + k Delta, lo + (k + 1) Delta].
+        noise: q.
+        t: where the ODE starts; None where log_prob starts.
+        alpha: alpha_t; 1 where t is None, as log_prob scales x itself.
+        tau: half a bin in standard deviations of the truncated normal.
+    """
+
+    lo: float
+    Delta: float
+    noise: Dequantize
+    t: float | None = None
+    alpha: float = 1.0
+    tau: float = 0.0
+
+    @classmethod
+    def of(cls, sde: SDE, noise: Dequantize, lo: float, Delta: float, t: float | None) -> _Bins:
+        """Those of a model; Delta / 2 = tau sigma_t / alpha_t."""
+        if t is None and noise == "truncated-normal":
+            t = max(sde.t_min, float(sde.time_at(math.log(2 * _TAU / Delta))))
+        if t is None:
+            return cls(lo, Delta, noise)
+        if isinstance(t, bool) or not isinstance(t, Real) or not 0 < t < sde.t_max:
+            raise ValueError(f"t={t!r}: expected a time in (0, {sde.t_max:g}), t_min = {sde.t_min:g} say")
+        tau = Delta / 2 * math.exp(float(sde.half_log_snr(float(t))))
+        return cls(lo, Delta, noise, float(t), float(sde.alpha(float(t))), tau)
+
+    def draw(self, y: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """v ~ q given y, one draw per seed, and log q(v): float64, shapes of y and (B,), on the CPU."""
+        d = y[0].numel()
+        log_q = torch.full((len(y),), -d * math.log(self.Delta), dtype=torch.float64, device="cpu")
+        middle = self.lo + (y.double() + 0.5) * self.Delta
+        if self.noise == "none":
+            return middle, log_q
+        u = torch.empty(y.shape, dtype=torch.float64, device="cpu")
+        for row, seed in zip(u, seeds, strict=True):
+            row.uniform_(generator=torch.Generator("cpu").manual_seed(seed))
+        if self.noise == "uniform":
+            return middle + (u - 0.5) * self.Delta, log_q
+        # z by its inverse distribution function; where Z rounds to 1, u = 0 must not be -infinity.
+        Z = math.erf(self.tau / math.sqrt(2))
+        z = (math.sqrt(2) * torch.erfinv(Z * (2 * u - 1))).clamp(-self.tau, self.tau)
+        s = self.Delta / (2 * self.tau)
+        log_normal = -z.square().reshape(len(y), -1).sum(1) / 2 - d * math.log(math.sqrt(2 * math.pi) * s * Z)
+        return middle + s * z, log_normal
+
+
+class LogDensity(NamedTuple):
+    """What `log_prob` says of p(x) = alpha_t^d p_t(alpha_t x): float64 on the CPU."""
+
+    value: Tensor
+    stderr: Tensor
+    error: Tensor
+    nfe: int
+
+
+def log_density(
+    denoiser: Denoiser, v: Tensor, which: Sequence[int], *, t: float | None = None, alpha: float = 1.0, **options: Any
+) -> LogDensity:
+    """log p of the rows of v, finite and complete, or an error that names whose they are: `which`."""
+    try:
+        found = log_prob(denoiser, alpha * v.to(denoiser.device), t=t, **options)
+    except NonFiniteError as stop:
+        raise non_finite([which[j] for j in stop.samples], str(stop), stop.step, stop.time) from stop
+    if found.status != "complete":
+        raise ArithmeticError(
+            f"the {found.nfe} network calls allowed did not reach the end of the ODE for images {which[0]} to "
+            f"{which[-1]}: raise max_nfe=, rtol= and atol=, or give steps="
+        )
+    if bad := not_finite(found.value):
+        raise non_finite([which[j] for j in bad], f"log p = {found.value[bad[0]]:g}", None, None)
+    value, stderr, error = (number.detach().cpu().double() for number in (found.value, found.stderr, found.error))
+    return LogDensity(value + v[0].numel() * math.log(alpha), stderr, error, found.nfe)
+
+
+def non_finite(images: Sequence[int], message: str, step: int | None, time: float | None) -> NonFiniteError:
+    """The error that names images, in place of one that names rows of a batch."""
+    named = sorted(set(images))
+    shown = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")
+    return NonFiniteError(f"image{'s' * (len(named) > 1)} {shown}: {message}", step, time, named)
+
+
+def mean_and_stderr(each: Tensor, each_stderr: Tensor) -> tuple[float, float]:
+    """The mean and its standard error, from the spread of more than one."""
+    spread = each.std() / math.sqrt(len(each)) if len(each) > 1 else each_stderr[0]
+    return float(each.mean()), float(spread)
+
+
+def _bounds(log_ratio: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """Bits/dim of each image and its standard error, (N,), from log p(x) / q(x) of shape (N, repeats, K)."""
+    R, K = log_ratio.shape[1:]
+    log_mean = log_ratio.logsumexp(2) - math.log(K)
+    bits = -log_mean / unit
+    if R > 1:
+        return bits.mean(1), bits.std(1) / math.sqrt(R)
+    weight = (log_ratio - log_mean[..., None]).exp()  # of mean 1, so that d log(mean) = d mean
+    spread = weight.std(2) / (math.sqrt(K) * unit) if K > 1 else torch.full_like(bits, math.nan)
+    return bits.mean(1), spread[:, 0]
+
+
+def _checked(images: Tensor, levels: int, data_range: tuple[float, float]) -> Tensor:
+    """The images as int64 on the CPU."""
+    _check_levels(levels, data_range)
+    if not isinstance(images, Tensor) or images.is_floating_point() or images.is_complex():
+        found = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(
+            f"images are {found}: give the raw levels 0 .. {levels - 1} as a tensor of integers, uint8 say; the noise "
+            "in the bins and the scaling to data_range are made here (the density of floating-point data: log_prob)"
+        )
+    if images.dtype == torch.bool:
+        raise TypeError("images are torch.bool: give them as integers, images.to(torch.uint8) with levels=2")
+    if images.ndim == 0 or images.numel() == 0:
+        raise ValueError(f"images have shape {tuple(images.shape)}: expected (N, ...), N >= 1")
+    y = images.detach().to(device="cpu", dtype=torch.int64)
+    least, most = int(y.min()), int(y.max())
+    if least < 0 or most >= levels:
+        raise ValueError(f"images have levels from {least} to {most}: expected 0 .. {levels - 1}, or another levels=")
+    return y
+
+
+def _check_levels(levels: int, data_range: tuple[float, float]) -> None:
+    check_count(levels=levels)
+    if not isinstance(data_range, Sequence) or len(data_range) != 2:
+        raise ValueError(f"data_range={data_range!r}: expected two numbers (lo, hi)")
+    lo, hi = data_range
+    if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
+        raise ValueError(f"the range is ({lo}, {hi}): expected finite numbers lo < hi")

@@ -1,0 +1,241 @@
+"""The trace of the derivative of a function from R^n to R^n, exact or by random probes, for a batch.
+
+With J the derivative, and probes v with E[v v^T] = I, v^T J v is the trace on average (Hutchinson, 1990), with the
+variance, for a symmetric J,
+
+    Rademacher    v_i = +-1         2 (|J|_F^2 - sum_i J_ii^2)
+    Gaussian      v ~ N(0, I)       2 |J|_F^2
+
+which the products u = J v themselves tell, with n numbers for every probe: |u|^2 is |J|_F^2 on average, and with
+d = v u and d' that of another probe, v_i = +-1,
+
+    sum_i d_i^2 = |J|_F^2,    sum_i d_i d'_i = sum_i J_ii^2    on average
+
+both taken of d less its mean over i, which leaves out much of their noise, and a share 2 / n of their difference.
+(Where J is not symmetric this is an upper bound.) Hutch++ (Meyer, Musco, Musco and Woodruff, 2021) takes the trace on
+the range Q of J S, S a third of the probes, exactly, with as many products, and probes the rest,
+(1 - Q Q^T) J (1 - Q Q^T), with another third: less where J has few large directions.
+
+One call of the function gives its value and all products: by reverse mode, J^T v, whose quadratic form is the same, or
+by forward mode, J v.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from scoresde.noise import NoiseSource
+from scoresde.solvers.base import check_count, check_option
+
+__all__ = ["Divergence", "Products", "Spread"]
+
+Function = Callable[[Tensor], Tensor]
+
+_MOST = 2**24  # elements of the basis vectors that an exact trace passes at a time
+
+
+class Products(NamedTuple):
+    """What one call gives: the value N, shape (B, ...); `base` + mean_k <v_k, u_k>, the estimates of the trace, with
+    base of shape (B,) and v, u of shape (K, B, n). K is 0 where the trace is exact.
+    """
+
+    N: Tensor
+    base: Tensor
+    v: Tensor
+    u: Tensor
+
+    @property
+    def trace(self) -> Tensor:
+        """The estimate, shape (B,)."""
+        return self.base + ((self.v * self.u).sum(2).mean(0) if len(self.v) else 0.0)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How a trace is taken.
+
+    Args:
+        kind: "exact", "hutchinson" or "hutch++".
+        probes: K for each sample; multiples of three for "hutch++".
+        distribution: of the probes, "rademacher" or "gaussian".
+        mode: "vjp" (reverse) or "jvp" (forward, for which every operation of the network needs a forward derivative).
+        chunk: directions differentiated at a time, by torch's vmap; 1 is a loop without it, for networks that vmap
+            cannot batch. By default all probes, and for "exact" as many as fit.
+
+    Raises:
+        ValueError: on other words, or numbers that are not whole and >= 1.
+    """
+
+    kind: Literal["exact", "hutchinson", "hutch++"] = "hutchinson"
+    probes: int = 1
+    distribution: Literal["rademacher", "gaussian"] = "rademacher"
+    mode: Literal["vjp", "jvp"] = "vjp"
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        check_option(("exact", "hutchinson", "hutch++"), divergence=self.kind)
+        check_option(("rademacher", "gaussian"), distribution=self.distribution)
+        check_option(("vjp", "jvp"), mode=self.mode)
+        check_count(probes=self.probes)
+        if self.chunk is not None:
+            check_count(chunk=self.chunk)
+        if self.kind == "hutch++" and self.probes % 3:
+            raise ValueError(f"probes={self.probes}: hutch++ takes a multiple of 3, a third for each of its parts")
+
+    def draw(self, x: Tensor, noise: NoiseSource, row: int = 0) -> Tensor:
+        """Probes for a batch, shape (P, *x.shape): K of them, for "hutch++" the two thirds that are random."""
+        count = {"exact": 0, "hutchinson": self.probes, "hutch++": 2 * self.probes // 3}[self.kind]
+        normals = [noise(row, x) for _ in range(count)]
+        drawn = torch.stack(normals) if normals else x.new_empty(0, *x.shape)
+        if self.distribution == "gaussian":
+            return drawn
+        return torch.where(drawn < 0, -1.0, 1.0).to(x.dtype)
+
+    def estimating(self, probes: Tensor) -> Tensor:
+        """Those of the drawn probes that estimate, v of `Products`, (K, B, ...)."""
+        return probes[len(probes) // 2 :] if self.kind == "hutch++" else probes
+
+    def __call__(
+        self, function: Function, x: Tensor, probes: Tensor, create_graph: bool = False, c: float = 0.0
+    ) -> Products:
+        """The value at x, shape (B, ...), and the trace of the derivative, each sample by itself.
+
+        Args:
+            function: of x, each sample's output depending on that sample alone.
+            x: shape (B, ...).
+            probes: of `draw`.
+            create_graph: record gradients of all of it.
+            c: J is taken to be about c times the identity: its trace is c n, and what is probed is the rest. (This
+                changes nothing for Rademacher probes, and much for the others.)
+        """
+        n = x[0].numel()
+        if self.kind == "exact":
+            return self._exact(function, x, create_graph)
+        differentiate = _Derivative(function, x, self.mode, self.chunk, create_graph, c)
+        known = x.new_full((len(x),), c * n, dtype=torch.float64)
+        if self.kind == "hutchinson":
+            u = differentiate(probes)
+            return Products(differentiate.N, known, _flat(probes), _flat(u))
+        sketches, v = probes[: len(probes) // 2], _flat(self.estimating(probes))
+        S = _flat(differentiate(sketches)).movedim(0, 2)  # (B, n, K / 3)
+        Q, _ = torch.linalg.qr(S)
+        spread = Q.movedim(2, 0).reshape(-1, *x.shape).to(x.dtype)
+        of_Q = _flat(differentiate(spread)).movedim(0, 2)
+        inside = (Q * of_Q).sum((1, 2))
+
+        def outside(w: Tensor) -> Tensor:
+            """(1 - Q Q^T) w for w of shape (K / 3, B, n)."""
+            return w - torch.einsum("bnq,bmq,kbm->kbn", Q, Q, w)
+
+        u = outside(_flat(differentiate(outside(v).reshape(-1, *x.shape).to(x.dtype))))
+        return Products(differentiate.N, known + inside, v, u)
+
+    def _exact(self, function: Function, x: Tensor, create_graph: bool) -> Products:
+        n = x[0].numel()
+        part = self.chunk or max(1, _MOST // x.numel())
+        differentiate = _Derivative(function, x, self.mode, part, create_graph)
+        trace = x.new_zeros(len(x), dtype=torch.float64)
+        for i in range(0, n, part):
+            index = torch.arange(i, min(i + part, n), device=x.device)
+            basis = torch.nn.functional.one_hot(index, n).to(x.dtype)  # (part, n)
+            basis = basis[:, None].expand(-1, len(x), n).reshape(-1, *x.shape)
+            u = differentiate(basis).reshape(len(index), len(x), n).double()
+            trace = trace + u[torch.arange(len(index)), :, index].sum(0)
+        empty = x.new_empty(0, len(x), n, dtype=torch.float64)
+        return Products(differentiate.N, trace, empty, empty)
+
+
+class _Derivative:
+    """Products of the derivative at x, less c, with directions v (K, *x.shape): J^T v - c v, or J v - c v in forward
+    mode. The function is called once in reverse mode; in forward mode once for each chunk.
+    """
+
+    def __init__(
+        self, function: Function, x: Tensor, mode: str, chunk: int | None, create_graph: bool, c: float = 0.0
+    ) -> None:
+        self.function, self.mode, self.chunk, self.create_graph, self.c = function, mode, chunk, create_graph, c
+        self.x = x if create_graph and x.requires_grad else x.detach()
+        self.N: Tensor
+        if mode == "vjp":
+            with torch.enable_grad():
+                self.x = self.x if self.x.requires_grad else self.x.requires_grad_()
+                self._output = function(self.x)
+            self.N = self._output if create_graph else self._output.detach()
+
+    def __call__(self, v: Tensor) -> Tensor:
+        parts = v.split(self.chunk or max(1, len(v)))
+        u = torch.cat([self._reverse(part) if self.mode == "vjp" else self._forward(part) for part in parts])
+        return u - self.c * v if self.c else u
+
+    def _reverse(self, v: Tensor) -> Tensor:
+        if not self._output.requires_grad:  # a constant
+            return torch.zeros_like(v)
+        single = len(v) == 1
+        (u,) = torch.autograd.grad(
+            self._output,
+            self.x,
+            v[0] if single else v,
+            retain_graph=True,
+            create_graph=self.create_graph,
+            is_grads_batched=not single,
+            materialize_grads=True,
+        )
+        return u[None] if single else u
+
+    def _forward(self, v: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.create_graph):
+            product: Any = partial(torch.func.jvp, self.function, (self.x,))
+            if len(v) == 1:
+                self.N, u = product((v[0],))
+                return u[None]
+            self.N, u = torch.func.vmap(lambda w: product((w,)), out_dims=cast(Any, (None, 0)), randomness="same")(v)
+        return cast(Tensor, u)
+
+
+class Spread:
+    """The variance of a weighted sum of estimates, each the mean of K probes of its own, of derivatives that change
+    little from one to the next: a single probe is paired with its neighbour's.
+    """
+
+    def __init__(self, distribution: str) -> None:
+        self.distribution = distribution
+        self.variance: Tensor | float = 0.0
+        self._before: Tensor | None = None
+        self._first = 0.0
+
+    def add(self, v: Tensor, u: Tensor, weight: float = 1.0) -> None:
+        """The next estimate, by its probes and products (K, B, n); `variance`, (B,), is then that of the sum so far."""
+        K, n, u = len(v), v.shape[2], u.detach()
+        if K == 0:
+            return
+        if self.distribution == "gaussian":
+            self.variance = self.variance + weight**2 * 2 * (u**2).sum(2).mean(0) / K
+            return
+        d, kept = v * u, 1.0
+        if n > 3:
+            # The squares lose Var(trace) / n more than the pairs do, and Var(trace) is 2 (squares - pairs).
+            d, kept = d - d.mean(2, keepdim=True), 1 - 2 / n
+        squares = (d**2).sum((0, 2)) / K
+        if K > 1:
+            pairs = ((d.sum(0) ** 2).sum(1) - K * squares) / (K * (K - 1))  # the mean over k != l
+            self.variance = self.variance + weight**2 * 2 * (squares - pairs) / kept / K
+        elif self._before is None:
+            self.variance, self._first = weight**2 * 2 * squares / kept, weight**2  # all there is to know of one probe
+        else:
+            apart = ((d[0] - self._before) ** 2).sum(1) / kept  # 2 (squares - pairs)
+            if self._first:
+                self.variance, self._first = self._first * apart, 0.0
+            self.variance = self.variance + weight**2 * apart
+        self._before = d[0] if K == 1 else None
+
+
+def _flat(v: Tensor) -> Tensor:
+    """(K, B, ...) as (K, B, n), float64."""
+    return v.reshape(*v.shape[:2], math.prod(v.shape[2:])).double()
