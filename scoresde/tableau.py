@@ -194,14 +194,14 @@ class Tableau:
             before = x
             if row.n is not None:
                 n, nfe = output(i, x, cond), nfe + 1
-                if row.keep is not None:
-                    u, w = row.keep
-                    # n * w even where w is 1: the network may reuse the memory of its output.
-                    kept[i] = n * w if u == 0.0 else (x * u).add_(n, alpha=w)
             # The multiples of x and n also where they are 0: a NaN must reach the end.
             x = before * row.x if row.onto is None else kept.pop(row.onto).add_(before, alpha=row.x)
             if row.n is not None:
                 x = x.add_(n, alpha=row.n)
+            if row.keep is not None:
+                u, w = row.keep
+                # n * w even where w is 1: the network may reuse the memory of its output.
+                kept[i] = n * w if u == 0.0 else (before * u).add_(n, alpha=w)
             for j, b in row.past:
                 x = x.add_(kept[j], alpha=b)
             if row.c != 0.0:
