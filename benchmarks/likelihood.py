@@ -529,7 +529,9 @@ def _of_images(rows: Sequence[Row], priced: Sequence[dict[str, Any]]) -> Iterato
         p = min(with_net, key=lambda p: p["ratio"])
         text = "images: half that error in less wall time, the network costing a U-Net's call"
         median = number(medians[p["method"], p["probes"]])
-        yield Target(text, f"{median}, {p['method']}, {probed(p['probes'])}: {p['ratio']:.2f} of its time", p["ratio"] < 1)
+        yield Target(
+            text, f"{median}, {p['method']}, {probed(p['probes'])}: {p['ratio']:.2f} of its time", p["ratio"] < 1
+        )
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -596,7 +598,14 @@ def of_priced(found: Sequence[dict[str, Any]], samples: int) -> list[str]:
     rows = [[p["method"], probed(p["probes"]), p["calls"], f"{p['ratio']:.2f}"] for p in found]
     text = f"d = 3072, {samples} samples, one run each: the same values, but every call runs a U-Net of 32 channels too, and"
     text += " its derivative where one is taken."
-    return ["## Wall time with a network that costs", "", text, "", *table(["method", "trace", "calls", "time / classical"], rows), ""]
+    return [
+        "## Wall time with a network that costs",
+        "",
+        text,
+        "",
+        *table(["method", "trace", "calls", "time / classical"], rows),
+        "",
+    ]
 
 
 INK = {0: "#000000", 1: "#0072B2", 4: "#009E73", 16: "#CC79A7"}  # Okabe and Ito
@@ -632,10 +641,14 @@ def plot(path: Path, results: Results) -> bool:
         for probes in sorted({r.probes for r in tables if r.probes}):
             found = [r for r in tables if r.probes == probes]
             label = f"table, {probed(probes)}"
-            axis.plot([r.calls for r in found], [r.total.median for r in found], "o-", ms=4, color=INK[probes], label=label)
+            axis.plot(
+                [r.calls for r in found], [r.total.median for r in found], "o-", ms=4, color=INK[probes], label=label
+            )
             found = [r for r in rows if r.method == "adaptive" and r.probes == probes]
             label = f"adaptive, {probed(probes)}"
-            axis.plot([r.calls for r in found], [r.total.median for r in found], "^", ms=7, color=INK[probes], label=label)
+            axis.plot(
+                [r.calls for r in found], [r.total.median for r in found], "^", ms=7, color=INK[probes], label=label
+            )
         old = [r for r in rows if r.method.startswith("classical")]
         label = "classical, tolerance 1e-5 and 1e-3"
         axis.plot([r.calls for r in old], [r.total.median for r in old], "s", ms=8, color=CLASSICAL_INK, label=label)
@@ -661,7 +674,11 @@ def plot(path: Path, results: Results) -> bool:
 
 def report(results: Results, args: argparse.Namespace) -> str:
     env = environment("cpu", torch.float64)
-    page = ["# Log-densities against exact ones", "", f"`python {env['command']}`: {env['device']}, {env['threads']} thread(s),"]
+    page = [
+        "# Log-densities against exact ones",
+        "",
+        f"`python {env['command']}`: {env['device']}, {env['threads']} thread(s),",
+    ]
     page[-1] += f" float64, medians of {args.turns} turns with probes of their own; torch {env['torch']}; commit"
     page[-1] += f" {env['commit']}."
     page += ["", *INTRODUCTION, "", *of_targets(results)]
@@ -746,7 +763,9 @@ def run(args: argparse.Namespace) -> Results:
             bar.set_postfix_str("with a U-Net")
             choice = [m for m in raced["images"] if m.name in ("32 steps", "48 steps", "60 steps") and m.probes <= 4]
             choice = choice[:1] if args.fast else choice
-            results.priced = priced(results.cases["images"], [CLASSICAL, *choice], args.priced_samples, bar.set_postfix_str)
+            results.priced = priced(
+                results.cases["images"], [CLASSICAL, *choice], args.priced_samples, bar.set_postfix_str
+            )
     return results
 
 
