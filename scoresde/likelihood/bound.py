@@ -118,8 +118,9 @@ def elbo(
         x: data x_0, shape (B, ...), floating point. Where the network has dropout, call net.eval() first.
         solver: one evaluation and fresh noise a step: DDPM(), DDIM(eta=1), ExponentialSDE(), EulerMaruyama(), ...
         grid: from x_T to t = 0, given with the solver. Its last step is the decoder.
-        draws: of x_t for each term of a chain, 2 by default. In continuous time, the number of strata of lambda, 64 by
-            default, with one draw each; the reconstruction then takes draws / 16, at least 2.
+        draws: of x_t for each term of a chain, by default as many as make 200 evaluations, but 2 at least. In
+            continuous time, the number of strata of lambda, 64 by default, with one draw each; the reconstruction then
+            takes draws / 16, at least 2.
         seed: one integer, or one for each sample; sample i is the same alone or in any batch. By default from the
             operating system.
         variance: v of a step, "solver" for c^2, or "posterior" for c^2 + b'^2 Var[x_0 | x_t] elementwise, the optimum,
@@ -172,7 +173,7 @@ def elbo(
             raise ValueError(f"variance={variance!r} is an option of chains: in continuous time it makes no difference")
         run: _Chain | _Continuous = _Continuous.of(denoiser.sde, draws or 64, draw)
     else:
-        run = _Chain.of(denoiser, solver, grid, draws or 2, draw, variance)
+        run = _Chain.of(denoiser, solver, grid, draws, draw, variance)
     decode = _Decoder.of(x0, run.decoder if decoder is None else decoder, levels, data_range)
     with torch.no_grad(), tqdm(desc="elbo", total=run.nfe, unit="nfe", disable=not progress, leave=False) as bar:
         terms = run.terms(denoiser, x0, decode, dict(cond or {}), bar.update)
@@ -301,13 +302,14 @@ class _Chain(NamedTuple):
         denoiser: Denoiser,
         solver: Solver,
         grid: Grid,
-        draws: int,
+        draws: int | None,
         draw: _Draws,
         variance: str,
     ) -> _Chain:
         table = _one_step_table(denoiser, solver, grid, variance)
         a, b = table.a + table.b[:, 0] * table.p, table.b[:, 0] * table.q
         A, l2 = _inference(grid, a, table.c)
+        draws = max(2, math.ceil(200 / len(table))) if draws is None else draws
         return cls(table, a, b, A, l2, draws, draw, variance)
 
     @property
