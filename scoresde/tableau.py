@@ -189,7 +189,8 @@ class Tableau:
         self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
         output = denoiser.outputs(self.t)
-        steps, kept, nfe = [*self.step.tolist(), -1], {}, 0
+        steps, nfe = [*self.step.tolist(), -1], 0
+        kept: dict[int, Tensor] = {}
         for i, row in enumerate(rows):
             before = x
             if row.n is not None:
