@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["NonFiniteError", "not_finite"]
+__all__ = ["NonFiniteError", "not_finite", "some"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -25,3 +25,8 @@ def not_finite(x: Tensor) -> list[int]:
     """The samples of x, shape (B, ...), that are not finite: a look at the device."""
     bad: list[int] = (~x.detach().isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
     return bad
+
+
+def some(samples: list[int]) -> str:
+    """The first of them, for a message."""
+    return ", ".join(map(str, samples[:8])) + (f", ... ({len(samples)} in all)" if len(samples) > 8 else "")

@@ -440,7 +440,7 @@ def _summary(result: dict[str, Any]) -> str:
 
     calls = result["nfe"] / result["batches"]
     text = f"{shown(result['value'], result['stderr'])} {result['unit']} over {result['items']} items"
-    text += f", {calls:.0f} network calls a batch"
+    text += f", {calls:.0f} network calls a batch; discretisation error about {result['discretisation_error']:.2g}"
     if "bound" in result:
         text += f"\nvariational bound {shown(result['bound']['value'], result['bound']['stderr'])} {result['unit']}"
     return text

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.chain import DDPMChain
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.likelihood.flow import log_prob
@@ -203,6 +205,13 @@ def bits_per_dim(
     if repeats == importance == 1:
         per_image_stderr = probe_stderr if dequantize == "none" else torch.full_like(probe_stderr, math.nan)
     value, stderr = mean_and_stderr(per_image, per_image_stderr)
+    discretisation = float(error.abs().mean() / unit)
+    if value < 0 and dequantize != "none":
+        warnings.warn(
+            f"{value:.3g} bits/dim, which cannot be; discretisation error about {discretisation:.2g}: take more "
+            "steps, or lower tolerances",
+            stacklevel=2,
+        )
     return BitsPerDim(
         value=value,
         stderr=stderr,
@@ -210,7 +219,7 @@ def bits_per_dim(
         per_image=per_image,
         per_image_stderr=per_image_stderr,
         probe_stderr=probe_stderr,
-        error=float(error.abs().mean() / unit),
+        error=discretisation,
         offset=-math.log2(bins.Delta),
         t=denoiser.sde.t_min if bins.t is None else bins.t,
     )
@@ -282,6 +291,7 @@ class _Bins:
         """Those of a model; Delta / 2 = tau sigma_t / alpha_t."""
         if t is None and noise == "truncated-normal":
             t = max(sde.t_min, float(sde.time_at(math.log(2 * _TAU / Delta))))
+            t = float(math.ceil(t)) if isinstance(sde, DDPMChain) else t  # a node, where a table can end
         if t is None:
             return cls(lo, Delta, noise)
         if isinstance(t, bool) or not isinstance(t, Real) or not 0 < t < sde.t_max:

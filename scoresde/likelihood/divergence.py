@@ -42,14 +42,15 @@ _MOST = 2**24  # elements of the basis vectors that an exact trace passes at a t
 
 
 class Products(NamedTuple):
-    """What one call gives: the value N, shape (B, ...); `base` + mean_k <v_k, u_k>, the estimates of the trace, with
-    base of shape (B,) and v, u of shape (K, B, n). K is 0 where the trace is exact.
+    """What one evaluation gives: the value N, shape (B, ...); `base` + mean_k <v_k, u_k>, the estimates of the trace,
+    with base of shape (B,) and v, u of shape (K, B, n), K = 0 where the trace is exact; and the calls that it took.
     """
 
     N: Tensor
     base: Tensor
     v: Tensor
     u: Tensor
+    calls: int
 
     @property
     def trace(self) -> Tensor:
@@ -122,10 +123,10 @@ class Divergence:
         known = x.new_full((len(x),), c * n, dtype=torch.float64)
         if self.kind == "hutchinson":
             u = differentiate(probes)
-            return Products(differentiate.N, known, _flat(probes), _flat(u))
+            return Products(differentiate.N, known, _flat(probes), _flat(u), differentiate.calls)
         sketches, v = probes[: len(probes) // 2], _flat(self.estimating(probes))
         S = _flat(differentiate(sketches)).movedim(0, 2)  # (B, n, K / 3)
-        Q, _ = torch.linalg.qr(S)
+        Q, _ = torch.linalg.qr(S.detach())  # no gradient: the mean is the trace whatever Q is
         spread = Q.movedim(2, 0).reshape(-1, *x.shape).to(x.dtype)
         of_Q = _flat(differentiate(spread)).movedim(0, 2)
         inside = (Q * of_Q).sum((1, 2))
@@ -135,7 +136,7 @@ class Divergence:
             return w - torch.einsum("bnq,bmq,kbm->kbn", Q, Q, w)
 
         u = outside(_flat(differentiate(outside(v).reshape(-1, *x.shape).to(x.dtype))))
-        return Products(differentiate.N, known + inside, v, u)
+        return Products(differentiate.N, known + inside, v, u, differentiate.calls)
 
     def _exact(self, function: Function, x: Tensor, create_graph: bool) -> Products:
         n = x[0].numel()
@@ -147,9 +148,9 @@ class Divergence:
             basis = torch.nn.functional.one_hot(index, n).to(x.dtype)  # (part, n)
             basis = basis[:, None].expand(-1, len(x), n).reshape(-1, *x.shape)
             u = differentiate(basis).reshape(len(index), len(x), n).double()
-            trace = trace + u[torch.arange(len(index)), :, index].sum(0)
+            trace = trace + u[torch.arange(len(index), device=x.device), :, index].sum(0)
         empty = x.new_empty(0, len(x), n, dtype=torch.float64)
-        return Products(differentiate.N, trace, empty, empty)
+        return Products(differentiate.N, trace, empty, empty, differentiate.calls)
 
 
 class _Derivative:
@@ -163,20 +164,33 @@ class _Derivative:
         self.function, self.mode, self.chunk, self.create_graph, self.c = function, mode, chunk, create_graph, c
         self.x = x if create_graph and x.requires_grad else x.detach()
         self.N: Tensor
+        self.calls = 0
         if mode == "vjp":
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
+                self.x = self.x.clone() if self.x.is_inference() else self.x
                 self.x = self.x if self.x.requires_grad else self.x.requires_grad_()
-                self._output = function(self.x)
+                self._output = self._call(self.x)
+                if not self._output.requires_grad and not torch.equal(self._output, self._call(1.1 * self.x + 0.1)):
+                    raise ValueError(
+                        "the network's output has no derivative by x: it runs under no_grad or inference_mode, or "
+                        "detaches x; take that away, or give mode='jvp'"
+                    )
             self.N = self._output if create_graph else self._output.detach()
+
+    def _call(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.function(x)
 
     def __call__(self, v: Tensor) -> Tensor:
         parts = v.split(self.chunk or max(1, len(v)))
-        u = torch.cat([self._reverse(part) if self.mode == "vjp" else self._forward(part) for part in parts])
+        with torch.inference_mode(False):
+            u = torch.cat([self._reverse(part) if self.mode == "vjp" else self._forward(part) for part in parts])
         return u - self.c * v if self.c else u
 
     def _reverse(self, v: Tensor) -> Tensor:
         if not self._output.requires_grad:  # a constant
             return torch.zeros_like(v)
+        v = v.clone() if v.is_inference() else v
         single = len(v) == 1
         (u,) = torch.autograd.grad(
             self._output,
@@ -191,7 +205,7 @@ class _Derivative:
 
     def _forward(self, v: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.create_graph):
-            product: Any = partial(torch.func.jvp, self.function, (self.x,))
+            product: Any = partial(torch.func.jvp, self._call, (self.x,))
             if len(v) == 1:
                 self.N, u = product((v[0],))
                 return u[None]
@@ -213,7 +227,7 @@ class Spread:
     def add(self, v: Tensor, u: Tensor, weight: float = 1.0) -> None:
         """The next estimate, by its probes and products (K, B, n); `variance`, (B,), is then that of the sum so far."""
         K, n, u = len(v), v.shape[2], u.detach()
-        if K == 0:
+        if K == 0 or (n == 1 and self.distribution == "rademacher"):
             return
         if self.distribution == "gaussian":
             self.variance = self.variance + weight**2 * 2 * (u**2).sum(2).mean(0) / K

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -56,8 +57,8 @@ class LogProb:
             stands at a time t.
         error: estimate of the discretisation error of `value`, apart from the probes': of tables as `TableVolume` says,
             NaN where they offer none (several evaluations a step), else as `AdaptiveVolume` says.
-        status: "complete", or "max_nfe" where the budget of an adaptive solve ran out: `value` then is NaN, and latent
-            is the state at t.
+        status: "complete", or "max_nfe" where the budget of an adaptive solve ran out: `value` and its terms then are
+            NaN, and latent is the state at t.
         t: the time that latent stands at.
     """
 
@@ -79,16 +80,16 @@ def log_prob(
     *,
     divergence: Literal["hutchinson", "exact", "hutch++"] = "hutchinson",
     probes: int = 1,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    rtol: float | None = None,
+    atol: float | None = None,
     steps: int | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     solver: Solver | None = None,
     grid: Grid | None = None,
-    method: str = "dopri5",
-    max_nfe: int = 10_000,
-    first_step: float = 0.05,
+    method: str | None = None,
+    max_nfe: int | None = None,
+    first_step: float | None = None,
     t: float | None = None,
     correct: bool = False,
     distribution: Literal["rademacher", "gaussian"] = "rademacher",
@@ -111,20 +112,21 @@ def log_prob(
         divergence, probes, distribution, mode, chunk: how the trace is taken: `Divergence`. "exact" costs as many
             products as x has elements.
         rtol, atol: adaptive: tolerance of the local error of w, RMS over a sample's elements, atol + rtol |w|, and of
-            the log-density, atol sqrt(dim) + rtol |log_det|.
+            the log-density, atol sqrt(dim) + rtol |log_det|. 1e-5 by default.
         steps: of a table instead: N calls with the default solver.
         seed: one integer, or one for each sample, for the probes; sample i then is the same in any batch.
         generator: instead of a seed.
         solver: of steps= and grid=: any deterministic solver with a table, by default UniPC(4, view="v").
         grid: of a table, from t_max down to the time at which the ODE starts; by default steps of `Grid.power`.
-        method, max_nfe, first_step: adaptive: torchdiffeq's "dopri5", "dopri8", "bosh3" or "adaptive_heun", the
-            calls at most, and the first step in half log-SNR.
+        method, max_nfe, first_step: adaptive: torchdiffeq's "dopri5" (the default), "dopri8", "bosh3" or
+            "adaptive_heun", the calls at most (10,000), and the first step in half log-SNR (0.05).
         t: the time at which x stands, for the density p_t(x); by default x is data, see the module.
         correct: add the second-order correction from t_min to 0 to `residual`: for densities that are smooth at that
-            scale and models that are accurate there, not for images.
+            scale and models that are accurate there, not for images. Its own noise of the probes is not in stderr.
         cond: keyword arguments for the network, one entry per sample where they are tensors.
-        differentiable: record gradients of all results, with respect to x, cond and the network's parameters;
-            "adjoint" solves an ODE for them (torchdiffeq's odeint_adjoint), adaptive only: less memory, less exact.
+        differentiable: record gradients of value, its terms and the latent, with respect to x, cond and the network's
+            parameters; "adjoint" solves an ODE for them (torchdiffeq's odeint_adjoint), adaptive only: less memory,
+            less exact, and of parameters only those of an nn.Module that the denoiser holds.
         progress: show a progress bar.
 
     Raises:
@@ -152,7 +154,14 @@ def log_prob(
         bool(differentiable),
     )
     volume: Volume
+    adaptive = {"rtol": rtol, "atol": atol, "method": method, "max_nfe": max_nfe, "first_step": first_step}
+    if correct and (t is not None or differentiable == "adjoint"):
+        raise ValueError(
+            "correct=True leads from t_min to 0: not with t=, and not with the adjoint, which has no part in it"
+        )
     if steps is not None or grid is not None:
+        if given := [name for name, value in adaptive.items() if value is not None]:
+            raise ValueError(f"{' and '.join(given)} are of an adaptive solve, steps and grid of a table: give either")
         if differentiable == "adjoint":
             raise ValueError('differentiable="adjoint" is for an adaptive solve: drop steps= and grid=, or give True')
         solver = UniPC(4, view="v") if solver is None else solver
@@ -160,6 +169,9 @@ def log_prob(
         start = float(up.times[0])
         volume = TableVolume(*run, table=solver.tableau(up), coarse=every_other(solver, up))
     else:
+        method = "dopri5" if method is None else method
+        rtol, atol = (1e-5 if value is None else value for value in (rtol, atol))
+        first_step, max_nfe = 0.05 if first_step is None else first_step, 10_000 if max_nfe is None else max_nfe
         check_option(METHODS, method=method)
         check_tolerances(rtol=rtol, atol=atol, first_step=first_step)
         check_count(max_nfe=max_nfe)
@@ -186,7 +198,7 @@ def log_prob(
             residual = residual - volume.smoothing / 2
         value = prior + log_det + residual
     if volume.status != "complete":
-        value = torch.full_like(value, math.nan)
+        value, prior, log_det = (torch.full_like(number, math.nan) for number in (value, prior, log_det))
     elif bad := not_finite(value):
         raise volume.locate(x_t, bad)
     numbers = (value, volume.variance.clamp(min=0).sqrt(), prior, log_det, residual, volume.error)
@@ -224,6 +236,8 @@ def density_run(
         )
     run = (denoiser, trace, noise, cond, differentiable)
     if not isinstance(solver, AdaptiveODE):
+        if type(solver).tableau is Solver.tableau:
+            raise ValueError(f"log_prob= is for deterministic solvers, tables and AdaptiveODE, not for {solver!r}")
         return TableVolume(*run, table=solver.tableau(grid))
     check_option(METHODS, method=solver.method)
     return AdaptiveVolume(
@@ -239,7 +253,7 @@ def density_run(
 
 
 def _time(sde: SDE, t: float) -> float:
-    if not 0 < t < sde.t_max:
+    if isinstance(t, bool) or not isinstance(t, Real) or not 0 < t < sde.t_max:
         raise ValueError(f"t={t}: expected a time in (0, {sde.t_max}) of {sde!r}")
     return float(t)
 
@@ -252,7 +266,12 @@ def _table_grid(sde: SDE, solver: Solver, steps: int | None, grid: Grid | None, 
         raise ValueError(f"solver={solver!r}: expected a solver with a table, UniPC(4, view='v') say")
     if grid is None:
         assert steps is not None
-        return solver.grid(sde, steps, end=start)
+        made = solver.grid(sde, steps, end=start)
+        if float(made.times[-1]) != start:
+            raise ValueError(
+                f"t={t}: a grid of {sde!r} ends at a node, {float(made.times[-1])}: give that, or no steps="
+            )
+        return made
     if not isinstance(grid, Grid):
         raise TypeError(f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times)")
     grid.check_sde(sde)

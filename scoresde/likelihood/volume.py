@@ -1,13 +1,15 @@
 """Volumes along the probability-flow ODE: log |det dx_end / dx_start| beside the state, and what their errors are.
 
 By a table. With xi_i and phi_i the weights of x_i and of F_i = p_i x_i + q_i D_i in its output, every F held fixed
-(`analysis.responses`),
+(`analysis.responses`), its own method applied to the volume is dim log xi_0 + sum_i (phi_i / xi_i) tr(dF_i / dx): the
+same order, no further evaluation, on any deterministic table, corrector and all, in both directions. It is taken of the
+difference from unit Gaussian data, where the volume is (r_R / r_0)^dim, r^2 = alpha^2 + sigma^2, and dF_i / dx is
+f_i = p_i + q_i alpha_i / r_i^2,
 
-    log |det dx_R / dx_0| = dim log xi_0 + sum_i (phi_i / xi_i) tr(dF_i / dx)
+    log |det dx_R / dx_0| = dim log(r_R / r_0) + sum_i (phi_i / xi_i) (tr(dF_i / dx) - dim f_i)
 
-is the table's own method applied to the volume: the same order, no further evaluation, on any deterministic table,
-corrector and all, in both directions. The traces do not feed back, so that every evaluation can have new probes: their
-errors, independent, average out along the way.
+with errors that are far smaller in the views x0 and eps, whose f is large. The traces do not feed back, so that every
+evaluation can have new probes: their errors, independent, average out along the way.
 
 By an adaptive integrator, with the state w = x / r of `scoresde.solvers.motion`,
 
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from scoresde.analysis import responses
 from scoresde.denoiser import Denoiser, Posterior
-from scoresde.errors import NonFiniteError, not_finite
+from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence, Products, Spread
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
@@ -90,7 +92,7 @@ class Volume:
 
     def locate(self, x: Tensor, bad: list[int]) -> NonFiniteError:
         """Where the samples `bad` of a run from x became non-finite."""
-        return NonFiniteError(f"samples {bad} are not finite at the end of the run", None, None, bad)
+        return NonFiniteError(f"samples {some(bad)} are not finite at the end of the run", None, None, bad)
 
     def _evaluate(self, function: Callable[[Tensor], Tensor], x: Tensor, t: float, row: int) -> Products:
         """The output of the denoiser at x, and its trace, with new probes."""
@@ -132,20 +134,26 @@ class TableVolume(Volume):
         super().__init__(*run)
         if bool((table.c > 0).any()):
             raise ValueError("this table draws noise: a density is that of the ODE, take a deterministic solver")
-        self.table, self.nfe, self.t, self.status = table, table.nfe, float(table.grid.times[-1]), "complete"
+        self.table, self.t, self.status = table, float(table.grid.times[-1]), "complete"
         self.calls = table.nfe
-        self.xi, _, self.kappa = _weights(table)
+        _, _, self.kappa = _weights(table)
+        sde = table.grid.sde
+        r = torch.hypot(sde.alpha(table.grid.times), sde.sigma(table.grid.times))
+        alpha, sigma = sde.alpha(table.t), sde.sigma(table.t)
+        f = torch.where(table.evaluates, table.p + table.q * alpha / (alpha**2 + sigma**2), 0.0)
+        self.log_scale = float((r[-1] / r[0]).log() - (self.kappa * f).sum())
         self.coarse = None if coarse is None else _among(coarse, table)
         self._checked = False
 
     def solve(self, x: Tensor, progress: Progress = lambda _: None) -> tuple[Tensor, Tensor]:
-        self.log_det = x.new_full((len(x),), x[0].numel() * math.log(self.xi), dtype=torch.float64)
+        self.log_det = x.new_full((len(x),), x[0].numel() * self.log_scale, dtype=torch.float64)
+        self.nfe = 0
         self._spread = Spread(self.trace.distribution)
         self.x_coarse = None if self.coarse is None else x.detach() * self.coarse[0]
-        nfe = 0
+        evaluations = 0
         for state in self.table.iterate(_Traced(self), x, None, self.cond):
-            progress(state.nfe - nfe)
-            nfe = state.nfe
+            progress(state.nfe - evaluations)
+            evaluations = state.nfe
         self.variance = self._spread.variance + torch.zeros_like(self.log_det)
         prior = self.denoiser.sde.prior_log_prob
         self.error = torch.full_like(self.log_det, math.nan)
@@ -167,15 +175,16 @@ class TableVolume(Volume):
     def add(self, row: int, x: Tensor, found: Products, u: float, w: float) -> None:
         """The evaluation of a row, F = u x + w N."""
         k = float(self.kappa[row])
+        self.nfe += found.calls
         if row == 0:
             self.smoothing = self._smoothing(float(self.table.t[0]), x, found)
         self.log_det = self.log_det + k * (u * x[0].numel() + w * found.trace)
         self._spread.add(found.v, found.u * w, k)
         if self.x_coarse is not None and self.coarse is not None:
             self.x_coarse = self.x_coarse + float(self.coarse[1][row]) * (u * x + w * found.N).detach()
-        if self._checked and (bad := not_finite(self.log_det + x.flatten(1).sum(1))):
+        if self._checked and (bad := not_finite(self.log_det + x.reshape(len(x), -1).sum(1))):
             t = float(self.table.t[row])
-            message = f"samples {bad} became non-finite at the evaluation at t = {t:.6g}"
+            message = f"samples {some(bad)} became non-finite at the evaluation at t = {t:.6g}"
             raise NonFiniteError(message, int(self.table.step[row]), t, bad)
 
 
@@ -244,8 +253,7 @@ class AdaptiveVolume(Volume):
     integral that is known, and the integrals of its K products.
 
     The error is the sum over steps of what the estimated local error (dw, dv) of state and log-volume makes of the
-    density at the end, log p being constant along the exact flow: |grad log p . dw - dv|, or its negative where the run
-    goes down to the data.
+    density at the end, log p being constant along the exact flow: |grad log p . dw + dv|.
 
     Args:
         parts: of the run, in either direction.
@@ -302,7 +310,7 @@ class AdaptiveVolume(Volume):
                 return x, log_det
             except NonFinite as stop:
                 bad = not_finite(stop.x)
-                message = f"samples {bad} became non-finite at the evaluation at t = {stop.t:.6g}"
+                message = f"samples {some(bad)} became non-finite at the evaluation at t = {stop.t:.6g}"
                 raise NonFiniteError(message, leg.step, stop.t, bad) from None
             log_det, self.t, self.nfe = log_det + change, leg.s, motion.nfe
             spread.add(self._v, u.movedim(1, 0))
@@ -353,7 +361,8 @@ class AdaptiveVolume(Volume):
     @property
     def _v(self) -> Tensor:
         """The probes that the trace is estimated with, (K, B, n)."""
-        return self.trace.estimating(self.probes).flatten(2).double()
+        v = self.trace.estimating(self.probes)
+        return v.reshape(*v.shape[:2], self.n).double()
 
     def _volume(self, y: Tensor) -> Tensor:
         """The log-volume that a state holds."""
@@ -378,8 +387,8 @@ class _Tracing(Motion):
         found = volume.trace(output, x, probes, create_graph, volume._slope(t))
         if self.nfe == 0:
             volume.smoothing = volume._smoothing(t, x, found)
-        self.nfe += 1
-        self.progress(1)
+        self.nfe += found.calls
+        self.progress(found.calls)
         trace = found.trace.detach().to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         self.check(x, t, found.N + 0 * trace)
         return found
@@ -401,10 +410,10 @@ class _Watched:
         (t, _, _, r), (u, v) = motion.scales(at), motion.affine(at)  # dw = u w + v N
         found = motion.products(r * w, float(t), self.probes)
         rate = w * u + found.N.to(w.dtype) * v
-        self.last = at, w.detach().flatten(1), rate.detach().flatten(1)
+        self.last = at, w.detach().reshape(len(y), n), rate.detach().reshape(len(y), n)
         known = u * n + v * r * found.base
         products = (v * r * found.u).movedim(0, 1).flatten(1)
-        return torch.cat([rate.flatten(1), known[:, None], products], 1)
+        return torch.cat([rate.reshape(len(y), n), known[:, None], products], 1)
 
     def norm(self, error: Tensor) -> Tensor:
         """The worst sample's error against its tolerance."""
