@@ -118,9 +118,10 @@ class TableVolume(Volume):
     """By a table, the first formula of the module's docstring, added up evaluation by evaluation.
 
     The error is estimated from the same evaluations: the table on every other time of the grid, fed with the F of this
-    run, gives another end state, and twice the difference of the log-densities of the prior there is near the error of
-    the result where it was measured: 0.5 to 5 times it in the median. It has no part of the probes. Tables with several
-    evaluations a step have none (NaN), nor runs that do not end at the prior.
+    run, gives another end state, and twice the difference of the log-densities of the prior there is taken. It has no
+    part of the probes. Measured on mixtures and rotated Gaussians, seven solvers, 20 to 80 steps, its median is 0.1 to
+    10 times that of the true error, and for UniPC in x0 up to 200 times; it says little below about 15 steps. Tables
+    with several evaluations a step have none (NaN), nor have runs that do not end at the prior.
 
     Args:
         table: of a deterministic solver, ending where sigma > 0.
