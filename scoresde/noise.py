@@ -57,6 +57,11 @@ class GeneratorNoise:
     def __call__(self, row: int, x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=self._generator, dtype=x.dtype, device=x.device)
 
+    def signs(self, count: int, x: Tensor) -> Tensor:
+        """+1 and -1 with equal probability, shape (count, *x.shape)."""
+        bits = torch.empty(count, *x.shape, dtype=x.dtype, device=x.device).random_(0, 2, generator=self._generator)
+        return bits.mul_(2).sub_(1)
+
     def entropies(self, batch: int) -> list[int]:
         """A number per sample, in [0, 2^62), to seed its Brownian path; call it before the first z_i."""
         drawn = torch.randint(2**62, (batch,), generator=self._generator, device=self._generator.device)
@@ -102,6 +107,15 @@ class SeededNoise:
                 block.normal_(generator=generator)
         self._used += 1
         return self._block[:, self._used - 1]
+
+    def signs(self, count: int, x: Tensor) -> Tensor:
+        """+1 and -1 with equal probability, shape (count, *x.shape)."""
+        if not self._generators:
+            self._generators = self._streams(self.stream)
+        bits = x.new_empty(len(x), count, *x.shape[1:])
+        for sample, generator in zip(bits, self._generators, strict=True):
+            sample.random_(0, 2, generator=generator)
+        return bits.mul_(2).sub_(1).movedim(1, 0)
 
     def entropies(self, batch: int) -> list[int]:
         """A number per sample, in [0, 2^63), to seed its Brownian path; nothing is drawn.

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import likelihood
 import overhead
 import peers
 import problems
@@ -279,3 +280,85 @@ def test_the_constant_network_returns_one_tensor():
     x = normal(2, 3)
     assert net(x, x) is net(x + 1, x)
     assert bool(EpsDenoiser(net, VPSDE())(x, 0.5).mean.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "mixture"])
+def test_the_exact_trace_is_found_by_one_probe(kind):
+    sde = VPSDE()
+    target = likelihood.case("gaussian", 1).target if kind == "gaussian" else GaussianMixture(normal(5, 2, 3), std=0.3)
+    exact = target.denoiser(sde)
+    found = likelihood.ExactTrace(target, exact)
+    x, t = normal(2, *target.event_shape, seed=3), 0.2
+    jacobian = torch.autograd.functional.jacobian(lambda y: exact(y, t).mean.sum(0).flatten(), x)
+    trace = torch.einsum("iji->j", jacobian.reshape(x[0].numel(), 2, -1))
+    mean, said = found.mean_and_trace(x, t)
+    torch.testing.assert_close(mean, exact(x, t).mean)
+    torch.testing.assert_close(said, trace, rtol=1e-9, atol=1e-9)
+    y, v = x.clone().requires_grad_(), normal(2, *target.event_shape, seed=4).sign()
+    (product,) = torch.autograd.grad((found(y, t).mean * v).sum(), y)
+    torch.testing.assert_close((product * v).flatten(1).sum(1), trace, rtol=1e-9, atol=1e-9)
+
+
+def test_fine_and_classical_log_densities_are_exact_but_for_the_prior_and_the_probe():
+    case = likelihood.case("gaussian", 3)
+    fine, own = case.fine
+    # The prior's gap, in closed form: of the latent under N(0, I) and under its own law.
+    sde, target = case.denoiser.sde, case.target
+    x, _, t_min = likelihood.start_of(case.denoiser, case.x)
+    x_T = target.flow(x, sde, t_min, sde.t_max)
+    gap = sde.prior_log_prob(x_T) - target.log_prob(x_T, sde=sde, t=sde.t_max)
+    assert own < 1e-7
+    torch.testing.assert_close(fine - case.truth, gap, rtol=0, atol=1e-7)
+    counted = likelihood.Counted(case.noise_free)
+    found = likelihood.classical(counted, case.x, seed=0)
+    assert found.nfe == counted.calls
+    torch.testing.assert_close(found.value, fine, rtol=0, atol=5e-3)  # the tolerance of 1e-5, over 3 x 64 numbers
+
+
+def test_calls_are_those_that_a_network_gets():
+    case = likelihood.case("ring", 2)
+    for options in ({"steps": 16}, {"rtol": 1e-3, "atol": 1e-3}):
+        for probes in (1, 4, 0):
+            counted = likelihood.Counted(case.denoiser)
+            assert likelihood.Method("", probes, likelihood.ours, options)(counted, case.x, 0).nfe == counted.calls
+
+
+def test_coverage_of_a_known_law():
+    """A stand-in whose values are normal around the fine run's, with the standard error it states or half of it."""
+    case = likelihood.case("ring", 8)
+
+    def covered(stated):
+        def run(denoiser, x, seed, **options):
+            fine = case.fine[0].repeat(len(x) // 8)
+            noise = 0.0 if isinstance(denoiser, likelihood.ExactTrace) else normal(len(x), seed=seed[0] % 1000)
+            return likelihood.Found(fine + noise, 1, torch.full_like(fine, stated))
+
+        return likelihood.coverage(case, likelihood.Method("", 1, run), 8, 500)
+
+    found = covered(1.0)
+    five = 5 * (0.95 * 0.05 / 4000) ** 0.5
+    assert found.own == found.fine == pytest.approx(0.95, abs=five)
+    assert found.ratio == pytest.approx(1, abs=5 / 8000**0.5)
+    assert covered(0.5).own == pytest.approx(math.erf(0.98 / 2**0.5), abs=5 * (0.67 * 0.33 / 4000) ** 0.5)
+
+
+def test_the_likelihood_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(likelihood, "STEPS", [8, 12, 16, 20])
+    monkeypatch.setattr(likelihood, "tight", lambda case: [])  # thousands of calls
+    likelihood.main(["--problems", "ring", "--fast", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert list(record["problems"]) == ["ring"]
+    rows = {(row["method"], row["probes"]): row for row in record["problems"]["ring"]}
+    assert rows["classical", 1]["ratio"] == 1
+    assert rows["16 steps", 0]["calls"] == 16
+    for row in rows.values():
+        if row["probes"] == 0:
+            assert row["probe"]["max"] == 0
+            assert row["total"]["max"] == pytest.approx(row["discretisation"]["max"], abs=1e-4)  # the prior's gap
+    coupled = {row["method"]: row for row in record["coupling"] if row["added"] == "near the centre"}
+    assert coupled["48 steps"]["change"] < 1e-9 < coupled["classical"]["change"]
+    assert {row["repetitions"] for row in record["coverage"]["ring"]} == {16}
+    assert set(record["environment"]) >= {"device", "dtype", "torch", "commit", "command"}
+    page = (tmp_path / "README.md").read_text()
+    assert "## Targets" in page
+    assert "discretisation: median" in page

@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from scoresde.noise import NoiseSource
+from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
 from scoresde.solvers.base import check_count, check_option
 
 __all__ = ["Divergence", "Products", "Spread"]
@@ -93,11 +93,12 @@ class Divergence:
     def draw(self, x: Tensor, noise: NoiseSource, row: int = 0) -> Tensor:
         """Probes for a batch, shape (P, *x.shape): K of them, for "hutch++" the two thirds that are random."""
         count = {"exact": 0, "hutchinson": self.probes, "hutch++": 2 * self.probes // 3}[self.kind]
-        normals = [noise(row, x) for _ in range(count)]
-        drawn = torch.stack(normals) if normals else x.new_empty(0, *x.shape)
-        if self.distribution == "gaussian":
-            return drawn
-        return torch.where(drawn < 0, -1.0, 1.0).to(x.dtype)
+        if count == 0:
+            return x.new_empty(0, *x.shape)
+        if self.distribution == "rademacher" and isinstance(noise, SeededNoise | GeneratorNoise):
+            return noise.signs(count, x)
+        normals = torch.stack([noise(row, x) for _ in range(count)])
+        return normals if self.distribution == "gaussian" else torch.where(normals < 0, -1.0, 1.0).to(x.dtype)
 
     def estimating(self, probes: Tensor) -> Tensor:
         """Those of the drawn probes that estimate, v of `Products`, (K, B, ...)."""

@@ -49,7 +49,7 @@ Progress = Callable[[int], Any]
 """Called with the number of evaluations made since the last call."""
 
 _LONGEST = 1.0  # step in half log-SNR: a longer one can pass over all that happens, and not notice
-_REDRAWN = 1.5  # half log-SNR for which an adaptive solve keeps its probes
+_REDRAWN = 0.75  # half log-SNR for which an adaptive solve keeps its probes
 
 
 class Volume:
