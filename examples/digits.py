@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import time
 from pathlib import Path
@@ -138,8 +137,7 @@ def likelihood(denoiser: Denoiser, held_out: Tensor, args: argparse.Namespace) -
     how = {"levels": 17, "data_range": outer_edges(-1.0, 1.0, 17), "seed": args.seed}
     found = bits_per_dim(denoiser, levels, **how, steps=40, batch_size=125, progress=True)
     x = dequantized(levels, **how).to(args.device)
-    bound = torch.cat([elbo(denoiser, part, seed=args.seed).value for part in x.split(125)]).double().cpu()
-    bits = found.offset - bound / (x[0].numel() * math.log(2))
+    bits = found.offset + torch.cat([elbo(denoiser, part, seed=args.seed).bits_per_dim for part in x.split(125)])
     return {
         "images": len(levels),
         "bits_per_dim": round(found.value, 3),

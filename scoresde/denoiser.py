@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "VelocityDenoiser",
     "X0Denoiser",
     "check_call",
+    "networks",
 ]
 
 
@@ -367,12 +368,18 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
     _warn_of_training_mode(denoiser)
 
 
+def networks(denoiser: Denoiser) -> Iterator[torch.nn.Module]:
+    """The modules that a denoiser holds, itself or in the denoisers that it wraps."""
+    for value in vars(denoiser).values():
+        if isinstance(value, torch.nn.Module):
+            yield value
+        elif isinstance(value, Denoiser):
+            yield from networks(value)
+
+
 def _warn_of_training_mode(denoiser: Denoiser) -> None:
     """Dropout draws from the global generator, and batch norm mixes the samples: seeds would mean nothing."""
-    while isinstance(inner := getattr(denoiser, "denoiser", None), Denoiser):
-        denoiser = inner
-    net = getattr(denoiser, "net", None)
     kinds = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
-    layers = net.modules() if isinstance(net, torch.nn.Module) else ()
+    layers = [layer for net in networks(denoiser) for layer in net.modules()]
     if any(layer.training and isinstance(layer, kinds) and getattr(layer, "p", 1.0) > 0 for layer in layers):
         warnings.warn("the network has dropout or batch norm in training mode: call net.eval() first", stacklevel=4)

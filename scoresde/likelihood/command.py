@@ -24,11 +24,11 @@ from types import ModuleType
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.data import BUILT_IN, Data, read_data
-from scoresde.denoiser import Denoiser
+from scoresde.denoiser import Denoiser, networks
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.info import environment
 from scoresde.likelihood.bound import elbo
@@ -166,7 +166,7 @@ def placed(denoiser: Denoiser, device: str | None) -> Denoiser:
         ValueError: if it cannot be moved there.
     """
     try:
-        if (net := _network(denoiser)) is not None:
+        for net in networks(denoiser):
             net.eval()
             if device is not None:
                 net.to(device)
@@ -176,14 +176,6 @@ def placed(denoiser: Denoiser, device: str | None) -> Denoiser:
     if device is not None and denoiser.device.type != device:
         raise ValueError(f"--device {device}: {denoiser!r} is on {denoiser.device} and has no network to move")
     return denoiser
-
-
-def _network(denoiser: Denoiser) -> nn.Module | None:
-    """The module inside, through wrappers."""
-    while isinstance(inner := getattr(denoiser, "denoiser", None), Denoiser):
-        denoiser = inner
-    net = getattr(denoiser, "net", None)
-    return net if isinstance(net, nn.Module) else None
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -261,17 +253,17 @@ class _Job:
 
     def _bound(self, x: Tensor, seeds: list[int]) -> dict[str, Any]:
         """Of log p; of bits/dim with uniform noise in the bins, whatever noise the likelihood has."""
-        unit, offset = 1.0, 0.0
         if self.images is not None:
             (lo, hi), levels = self.images["data_range"], self.images["levels"]
             x = dequantized(x, levels, data_range=(lo, hi), seed=seeds)
-            unit, offset = -x[0].numel() * math.log(2), math.log2(levels / (hi - lo))
         found = elbo(self.denoiser, x.to(self.denoiser.device), draws=self.draws, seed=seeds)
-        return {
-            "bound": (found.value.double() / unit + offset).tolist(),
-            "bound_stderr": (found.stderr.double() / abs(unit)).tolist(),
-            "bound_nfe": found.nfe,
-        }
+        value, stderr = found.value.double(), found.stderr.double()
+        if self.images is not None:
+            value, stderr = (
+                found.bits_per_dim.double() + math.log2(levels / (hi - lo)),
+                stderr / (found.dim * math.log(2)),
+            )
+        return {"bound": value.tolist(), "bound_stderr": stderr.tolist(), "bound_nfe": found.nfe}
 
 
 def _levels_of(args: argparse.Namespace, data: Data) -> dict[str, Any]:
@@ -452,13 +444,12 @@ def _source_digest(module: ModuleType) -> str:
 
 
 def _weights_digest(denoiser: Denoiser) -> str:
-    net, total = _network(denoiser), hashlib.sha256()
-    if net is None:
-        return "none"
-    for name, value in net.state_dict().items():
-        if isinstance(value, Tensor):
-            total.update(f"{name} {_digest(value)}".encode())
-    return f"sha256 {total.hexdigest()[:12]}"
+    nets, total = list(networks(denoiser)), hashlib.sha256()
+    for net in nets:
+        for name, value in net.state_dict().items():
+            if isinstance(value, Tensor):
+                total.update(f"{name} {_digest(value)}".encode())
+    return f"sha256 {total.hexdigest()[:12]}" if nets else "none"
 
 
 def _digest(x: Tensor) -> str:

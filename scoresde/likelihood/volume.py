@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ import torchdiffeq
 from torch import Tensor
 
 from scoresde.analysis import responses
-from scoresde.denoiser import Denoiser, Posterior
+from scoresde.denoiser import Denoiser, Posterior, networks
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence, Products, Spread
@@ -345,7 +345,11 @@ class AdaptiveVolume(Volume):
         solve, more = torchdiffeq.odeint, {}
         if self.adjoint:
             solve = torchdiffeq.odeint_adjoint
-            wanted = [*_parameters(self.denoiser), *(c for c in self.cond.values() if isinstance(c, Tensor))]
+            wanted = [p for net in networks(self.denoiser) for p in net.parameters()]
+            wanted += [c for c in self.cond.values() if isinstance(c, Tensor)]
+                *(p for net in networks(self.denoiser) for p in net.parameters()),
+                *(c for c in self.cond.values() if isinstance(c, Tensor)),
+            ]
             more = {
                 "adjoint_params": tuple(p for p in wanted if p.requires_grad),
                 "adjoint_rtol": self.rtol,
@@ -449,12 +453,3 @@ class _Watched:
 def _rms_of_state_and_adjoint(parts: Sequence[Tensor]) -> Tensor:
     """Of the errors, against the adjoint's own tolerances, of (t, state, adjoint, parameters' adjoints)."""
     return torch.stack([part.detach().pow(2).mean().sqrt() for part in parts[1:3]]).max()
-
-
-def _parameters(thing: Any) -> Iterator[Tensor]:
-    """Parameters of the networks that a denoiser holds, wrapped or not."""
-    for value in vars(thing).values():
-        if isinstance(value, torch.nn.Module):
-            yield from value.parameters()
-        elif isinstance(value, Denoiser):
-            yield from _parameters(value)
