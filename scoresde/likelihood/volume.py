@@ -345,11 +345,8 @@ class AdaptiveVolume(Volume):
         solve, more = torchdiffeq.odeint, {}
         if self.adjoint:
             solve = torchdiffeq.odeint_adjoint
-            wanted = [p for net in networks(self.denoiser) for p in net.parameters()]
+            wanted: list[Tensor] = [p for net in networks(self.denoiser) for p in net.parameters()]
             wanted += [c for c in self.cond.values() if isinstance(c, Tensor)]
-                *(p for net in networks(self.denoiser) for p in net.parameters()),
-                *(c for c in self.cond.values() if isinstance(c, Tensor)),
-            ]
             more = {
                 "adjoint_params": tuple(p for p in wanted if p.requires_grad),
                 "adjoint_rtol": self.rtol,

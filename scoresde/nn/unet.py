@@ -143,6 +143,14 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B, image_channels, H, W), time (B,) and label (B,) to the shape of x."""
+        return self.readout(self.features(x, time, label))
+
+    def readout(self, h: Tensor) -> Tensor:
+        """The last feature map, `features`, to the shape of x."""
+        return self.outward(F.silu(self.norm(h)))
+
+    def features(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        """The last feature map, (B, outward.in_channels, H, W): what a further head can read."""
         embedding = self.time(time, label)
         h = self.inward(x)
         skips = [h]
@@ -159,4 +167,4 @@ class UNet(nn.Module):
             if (i + 1) % (self.blocks + 1) == 0 and skips:
                 h = F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest")
                 h = self.grow[i // (self.blocks + 1)](h)
-        return self.outward(F.silu(self.norm(h)))
+        return h

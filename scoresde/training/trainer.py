@@ -32,7 +32,10 @@ from scoresde.training.checkpoint import CheckpointError, read_checkpoint, write
 from scoresde.training.loss import dsm_loss
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
 
-__all__ = ["NonFiniteLossError", "TrainConfig", "Trainer", "load_ema"]
+__all__ = ["Loss", "NonFiniteLossError", "TrainConfig", "Trainer", "load_ema"]
+
+Loss = Callable[[NetworkDenoiser, Tensor, torch.Generator, Mapping[str, Any]], Tensor]
+"""loss(denoiser, x0, generator, cond) of a batch: a scalar, drawn from the generator alone."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -110,6 +113,8 @@ class Trainer:
         config: see `TrainConfig`.
         cond: for each keyword of the network, a tensor of N entries, given with the data item.
         weighting, times: of the loss; see `dsm_loss`.
+        loss: another loss than `dsm_loss`, a `Loss`; a checkpoint knows it by its name only. It has its own weighting
+            and times.
         folder: where the checkpoint lives (`checkpoint.pt`); None to keep nothing.
         augment: a function (batch, generator) -> batch, applied to each batch of data.
 
@@ -118,7 +123,8 @@ class Trainer:
         losses: mean loss of each interval of log_every steps, with the step that ended it.
 
     Raises:
-        ValueError: if data, cond or the network do not fit; by `fit` and at construction.
+        ValueError: if data, cond or the network do not fit; by `fit` and at construction. If both a loss and a
+            weighting or times are given.
         CheckpointError: if `folder` holds a checkpoint of another SDE, parameterisation, configuration or network.
 
     If `folder` has a checkpoint, the run continues from it.
@@ -133,6 +139,7 @@ class Trainer:
         cond: Mapping[str, Tensor] | None = None,
         weighting: Weighting = simple,
         times: TimeSampler | None = None,
+        loss: Loss | None = None,
         folder: str | Path | None = None,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ) -> None:
@@ -150,7 +157,9 @@ class Trainer:
         for key, value in self.cond.items():
             if len(value) != len(data):
                 raise ValueError(f"cond[{key!r}] has {len(value)} entries for {len(data)} data items")
-        self.denoiser, self.data, self.config = denoiser, data, config
+        if loss is not None and (times is not None or weighting is not simple):
+            raise ValueError("weighting= and times= are dsm_loss's: give them to your loss itself, or leave loss= out")
+        self.denoiser, self.data, self.config, self.loss = denoiser, data, config, loss
         self.weighting, self.times, self.augment = weighting, times or UniformTimes(), augment
         self.net: nn.Module = denoiser.net
         self._average = AveragedModel(self.net, multi_avg_fn=_ema(config.ema_decay), use_buffers=True)
@@ -213,9 +222,12 @@ class Trainer:
         for group in self._optimiser.param_groups:
             group["lr"] = config.lr * config.lr_factor(self.step)
         with _seeded_global_generators(derive_seed(config.seed, 2, self.step), device):
-            loss = dsm_loss(
-                self.denoiser, x0, weighting=self.weighting, times=self.times, generator=generator, cond=cond
-            )
+            if self.loss is not None:
+                loss = self.loss(self.denoiser, x0, generator, cond)
+            else:
+                loss = dsm_loss(
+                    self.denoiser, x0, weighting=self.weighting, times=self.times, generator=generator, cond=cond
+                )
             self._optimiser.zero_grad(set_to_none=True)
             loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), config.grad_clip)
@@ -247,6 +259,7 @@ class Trainer:
             "cond": ", ".join(f"{key} {_digest(value)}" for key, value in sorted(self.cond.items())) or "none",
             "weighting": _values(self.weighting(sde, _probe(sde))),
             "times": f"{type(self.times).__name__}, quantiles {_values(self.times.quantile(sde, u))}",
+            **({} if self.loss is None else {"loss": getattr(self.loss, "__name__", type(self.loss).__name__)}),
             **{f"config.{name}": value for name, value in config.items()},
         }
 

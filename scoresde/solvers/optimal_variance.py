@@ -1,0 +1,261 @@
+"""The optimal reverse variance of any one-step solver: Analytic-DPM and its elementwise successors, as one rule.
+
+A row of a one-step table, read with F = p x + q D, is x_s = a' x + b' D + c z, a' = a + b p, b' = b q. It replaces the
+step a' x + b' x_0 + c z, in which the true x_0 stands, by its mean given x_t; matching the variance too gives
+
+    x_s = a' x + b' D + sqrt(c^2 + b'^2 Var[x_0 | x_t]) z
+
+For a step that preserves the marginals, q(x_s | x_t, x_0) = N(a' x_t + (alpha_s - a' alpha_t) x_0, c^2), this is the
+Gaussian nearest to q in KL among all of that mean: never worse in the bound on the likelihood than c^2 alone, or than
+any other variance. DDPM's Markov step has (beta / alpha) (1 - beta Gamma) there, beta and alpha of the step.
+
+Var is one number a time, from a `VarianceTable` (Analytic-DPM: Bao et al., ICLR 2022), or elementwise, from a head
+(SN-, NPR-DPM: Bao et al., ICML 2022): `Posterior.var` either way. The first is known beforehand, so it is a `Tableau`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde.denoiser import Denoiser, NetworkDenoiser
+from scoresde.grid import Grid
+from scoresde.noise import NoiseSource
+from scoresde.sde import SDE
+from scoresde.solvers.base import Solver, check_decreasing, check_nonnegative
+from scoresde.solvers.first_order import DDIM
+from scoresde.tableau import State, Tableau
+from scoresde.variance.denoiser import AnalyticDenoiser
+from scoresde.variance.table import VarianceTable
+
+__all__ = ["OptimalVariance", "optimal_tableau"]
+
+
+@dataclass(frozen=True)
+class OptimalVariance(Solver):
+    """A one-step solver with the optimal variance: OptimalVariance(DDPM()) is Analytic-DDPM, OptimalVariance(DDIM())
+    Analytic-DDIM, and with a denoiser whose variance is elementwise SN- or NPR-DPM. One evaluation a step, on the
+    solver's own grid. No noise is added on the last step, to sigma = 0.
+
+    The denoiser must know its variance, `AnalyticDenoiser(denoiser, table)` say. With that one and without `clamp` the
+    run is that of the table `optimal_tableau`; else a loop reads mean and variance from each evaluation. A negative
+    variance is no variance: it ends in a `NonFiniteError`, unless c^2 outweighs it.
+
+    Args:
+        solver: of one evaluation a step that reads no earlier ones: DDPM(), DDIM(eta), ExponentialSDE(tau), ...
+            The rule also goes with one that preserves no marginals (EulerMaruyama), but is then the optimum of nothing.
+        last: the largest E |noise| of an entry on the last noisy step: its standard deviation is cut at
+            last sqrt(pi / 2). The reference does so for images, where the noise of that step is seen: by y = 1 or 2
+            grey levels, last = y * 2 / 255 on data in [-1, 1] (Bao et al., 2022, appendix F.2). Of sampling only.
+        clamp: (lo, hi), the range of D, as the reference clamps it: in the DDIM family beside the raw eps,
+
+                x_s = alpha_s clip(D) + sqrt(sigma_s^2 - c^2) (x_t - alpha_t D) / sigma_t + ...        (DDIM)
+                x_s = a' x_t + b' clip(D) + ...                                                        (all others)
+
+            which agree only where nothing is clipped, DDIM(eta=1) and DDPM() too. To have eps follow the clipped mean,
+            wrap the denoiser in `Clip` instead.
+
+    Raises:
+        TypeError: if solver is none.
+        ValueError: if the solver has no table, last is negative or clamp no interval; on a run, before any evaluation,
+            if the solver has steps of several evaluations, memory of earlier ones, or noise that already allows for the
+            variance (DDPM("beta")), the grid increases, or the denoiser is known to have no variance; after the first
+            if that was not known.
+
+    >>> from scoresde import VPSDE, Grid, sample
+    >>> from scoresde.exact import Gaussian
+    >>> from scoresde.solvers.first_order import DDPM
+    >>> denoiser = Gaussian(mean=[3.0, -1.0], std=0.5).denoiser(VPSDE())  # knows its variance
+    >>> grid = Grid.uniform(VPSDE(), 3, end=1e-5)
+    >>> for solver in (DDPM(), OptimalVariance(DDPM())):
+    ...     x = sample(denoiser, (4000, 2), solver, grid=grid, seed=0).x
+    ...     print(f"std {x.std(0).mean():.2f}")
+    std 0.15
+    std 0.50
+    """
+
+    solver: Solver
+    last: float | None = field(default=None, kw_only=True)
+    clamp: tuple[float, float] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, Solver):
+            raise TypeError(f"OptimalVariance wraps a solver, DDPM() say, not {self.solver!r}")
+        if type(self.solver).tableau in (Solver.tableau, OptimalVariance.tableau):
+            raise ValueError(f"{self.solver!r} has no table, so its steps have no variance to set: {_HINT}")
+        _check_last(self.last)
+        if self.clamp is not None:
+            bounds = list(self.clamp) if isinstance(self.clamp, tuple | list) else []
+            if len(bounds) != 2 or not -math.inf < bounds[0] < bounds[1] < math.inf:
+                raise ValueError(f"clamp={self.clamp!r}: expected (lo, hi), two finite numbers, lo < hi")
+
+    def tableau(self, grid: Grid) -> Tableau:
+        raise TypeError(
+            "OptimalVariance has a table only with a denoiser's: optimal_tableau(solver, grid, table). It runs by "
+            "sample(denoiser, shape, OptimalVariance(solver), ...); the bound on the likelihood is "
+            "elbo(denoiser, x, solver, grid, variance='posterior')"
+        )
+
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        return self.solver.grid(sde, steps, end=end)
+
+    def evaluations(self, grid: Grid) -> int | None:
+        return len(_one_step(self.solver, grid))
+
+    def iterate(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        grid: Grid,
+        noise: NoiseSource | None = None,
+        cond: Mapping[str, Any] | None = None,
+    ) -> Iterator[State]:
+        grid.check_sde(denoiser.sde)
+        check_decreasing(grid, self)
+        if isinstance(denoiser, AnalyticDenoiser) and self.clamp is None:
+            table = optimal_tableau(self.solver, grid, denoiser.table, denoiser.data_range, self.last)
+            return table.iterate(denoiser, x, noise, cond)
+        rows = self._rows(grid)
+        if isinstance(denoiser, NetworkDenoiser) and type(denoiser).posterior is NetworkDenoiser.posterior:
+            raise ValueError(_no_variance(denoiser))
+        if noise is None and any(row.noisy for row in rows):
+            raise ValueError("these steps draw noise: pass noise=, a function (row, x) such as noise.SeededNoise")
+        denoiser.check_times(grid.times[:-1])
+        return self._loop(rows, denoiser, x, noise, dict(cond or {}))
+
+    def _rows(self, grid: Grid) -> list[_Row]:
+        base, alpha_t = _one_step(self.solver, grid), grid.sde.alpha(grid.times[:-1])
+        a, b = _in_x0(base)
+        raw = torch.zeros_like(a)
+        if self.clamp is not None and isinstance(self.solver, DDIM):
+            raw = -a * alpha_t  # a' x + b' D = a' (x - alpha_t D) + (b' + a' alpha_t) D
+        noisy = grid.sde.sigma(grid.times[1:]) > 0
+        most = torch.full_like(a, math.inf)
+        if self.last is not None:
+            most[_last_noisy(grid)] = _largest_std(self.last)
+        columns = (base.t, a, b - raw, raw, base.c**2, b**2, noisy, most)
+        return [_Row(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def _loop(
+        self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: NoiseSource | None, cond: dict[str, Any]
+    ) -> Iterator[State]:
+        for i, row in enumerate(rows):
+            D, var = denoiser(x, row.t, **cond)
+            # The multiples of x and D also where they are 0: a NaN must reach the end.
+            before, x = x, x * row.x + (D if self.clamp is None else D.clamp(*self.clamp)) * row.mean
+            if row.raw != 0.0:
+                x = x + D * row.raw
+            if row.noisy:
+                if var is None:
+                    raise ValueError(_no_variance(denoiser))
+                std = (row.c2 + row.b2 * var).sqrt().clamp(max=row.most)
+                assert noise is not None
+                x = x + std * noise(i, before)
+            yield State(i, i + 1, i, True, row.t, x)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """x_s = x x_t + mean clip(D) + raw D + min(sqrt(c2 + b2 var), most) z, the noise only if noisy."""
+
+    t: float
+    x: float
+    mean: float
+    raw: float
+    c2: float
+    b2: float
+    noisy: bool
+    most: float
+
+
+def optimal_tableau(
+    solver: Solver,
+    grid: Grid,
+    table: VarianceTable,
+    data_range: tuple[float, float] | None = None,
+    last: float | None = None,
+) -> Tableau:
+    """The solver's table with c^2 + b'^2 C_t in place of c^2: Analytic-DPM as numbers, in the solver's own view.
+
+    Args:
+        solver: as in `OptimalVariance`.
+        grid: where it steps. The last step, to sigma = 0, has no noise.
+        table: of C_t, for the grid's SDE.
+        data_range: of the data, if bounded, as in `VarianceTable.covariance`.
+        last: as in `OptimalVariance`.
+
+    Raises:
+        ValueError: if the table is of another SDE, or as for `OptimalVariance`.
+
+    >>> from scoresde import VPSDE, Grid
+    >>> from scoresde.analysis import gaussian_law
+    >>> from scoresde.solvers.first_order import DDIM
+    >>> sde, grid = VPSDE(), Grid.uniform(VPSDE(), 2, end=1e-5)
+    >>> S = 0.25 * sde.alpha(grid.times) ** 2 + sde.sigma(grid.times) ** 2  # data of variance 0.25
+    >>> exact = VarianceTable(sde, grid.times.flip(0), (sde.sigma(grid.times) ** 2 / S).flip(0), 0 * S, samples=1)
+    >>> gaussian_law(optimal_tableau(DDIM(), grid, exact), (0.0, 0.25), x_T="exact").variances
+    tensor([0.2500], dtype=torch.float64)
+    """
+    grid.check_sde(table.sde)
+    _check_last(last)
+    base = _one_step(solver, grid)
+    _, b = _in_x0(base)
+    c = (base.c**2 + b**2 * table.covariance(base.t, data_range)).sqrt()
+    c = torch.where(grid.sde.sigma(grid.times[1:]) == 0, 0.0, c)
+    if last is not None:
+        c[_last_noisy(grid)] = c[_last_noisy(grid)].clamp(max=_largest_std(last))
+    return Tableau(grid, a=base.a, b=base.b, c=c, view=(base.p, base.q), t=base.t, step=base.step)
+
+
+_HINT = "take a solver of one evaluation a step, DDPM(), DDIM(eta) or ExponentialSDE(tau)"
+
+
+def _one_step(solver: Solver, grid: Grid) -> Tableau:
+    """The solver's table; ValueError unless each row is a step by its own F, with no more noise than q has."""
+    table = solver.tableau(grid)
+    whole = len(table) == grid.steps and torch.equal(table.t, grid.times[:-1]) and bool(table.evaluates.all())
+    if not whole or bool((table.b[:, 1:] != 0).any()):
+        raise ValueError(f"{solver!r} has steps of several evaluations, or steps that read those before them: {_HINT}")
+    alpha_t, sigma_t, alpha_s, sigma_s = grid.pairs()
+    a, b = _in_x0(table)
+    preserves = (a * alpha_t + b - alpha_s).abs() <= 1e-9 * alpha_s
+    over = preserves & (sigma_s > 0) & (table.c**2 > (1 + 1e-6) * (sigma_s**2 - (a * sigma_t) ** 2) + 1e-9 * sigma_s**2)
+    if bool(over.any()):
+        raise ValueError(
+            f"{solver!r} adds more noise than its mean leaves room for, c^2 > sigma_s^2 - a^2 sigma_t^2 in the step "
+            f"from t = {float(table.t[over][0]):.6g}: it allows for the variance of x_0 already, which would count "
+            "twice; take DDPM() for DDPM('beta') or Ancestral()"
+        )
+    return table
+
+
+def _in_x0(table: Tableau) -> tuple[Tensor, Tensor]:
+    """(a', b') of a one-step table."""
+    return table.a + table.b[:, 0] * table.p, table.b[:, 0] * table.q
+
+
+def _last_noisy(grid: Grid) -> Tensor:
+    """Index, shape (1,) or (0,), of the last step that lands where there is noise."""
+    return (grid.sde.sigma(grid.times[1:]) > 0).nonzero().flatten()[-1:]
+
+
+def _largest_std(last: float) -> float:
+    """Of noise with E |noise| <= last: E |N(0, s^2)| = s sqrt(2 / pi)."""
+    return last * math.sqrt(math.pi / 2)
+
+
+def _check_last(last: float | None) -> None:
+    if last is not None:
+        check_nonnegative(last=last)
+
+
+def _no_variance(denoiser: Denoiser) -> str:
+    return (
+        f"{denoiser!r} knows no Var[x_0 | x_t]: wrap it, AnalyticDenoiser(denoiser, estimate(denoiser, data)), or take "
+        "one with a variance head"
+    )
