@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.tensors import Time, expand_like
+from scoresde.views import Affine
 
-__all__ = ["Clip", "DynamicThreshold", "Wrapper"]
+__all__ = ["Clip", "DynamicThreshold", "SameMean", "Wrapper"]
 
 
 class Wrapper(Denoiser):
@@ -25,6 +27,28 @@ class Wrapper(Denoiser):
     @property
     def device(self) -> torch.device:
         return self.denoiser.device
+
+
+class SameMean(Wrapper):
+    """A wrapper that leaves the mean alone, and with it all that solvers step in: no digits are lost on the way."""
+
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
+        return self.denoiser.posterior(x, t, **cond)
+
+    def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
+        return self.denoiser.view(name, x, t, **cond)
+
+    def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
+        return self.denoiser.output(x, t, **cond)
+
+    def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
+        return self.denoiser.outputs(times)
+
+    def affine(self, t: Time) -> Affine:
+        return self.denoiser.affine(t)
+
+    def check_times(self, t: Tensor) -> None:
+        self.denoiser.check_times(t)
 
 
 class Clip(Wrapper):

@@ -30,7 +30,7 @@ import torchdiffeq
 from torch import Tensor
 
 from scoresde.analysis import responses
-from scoresde.denoiser import Denoiser, Posterior, networks
+from scoresde.denoiser import Denoiser, networks
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence, Products, Spread
@@ -39,9 +39,8 @@ from scoresde.solvers.base import Solver
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.motion import Leg, Motion, NonFinite, OutOfBudget
 from scoresde.tableau import Tableau
-from scoresde.tensors import Time
-from scoresde.views import Affine, view_of_mean
-from scoresde.wrappers import Wrapper
+from scoresde.views import view_of_mean
+from scoresde.wrappers import SameMean
 
 __all__ = ["AdaptiveVolume", "TableVolume", "Volume"]
 
@@ -189,21 +188,12 @@ class TableVolume(Volume):
             raise NonFiniteError(message, int(self.table.step[row]), t, bad)
 
 
-class _Traced(Wrapper):
+class _Traced(SameMean):
     """A denoiser whose every evaluation is added to a volume."""
 
     def __init__(self, volume: TableVolume) -> None:
         super().__init__(volume.denoiser)
         self.volume = volume
-
-    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
-        return self.denoiser.posterior(x, t, **cond)
-
-    def affine(self, t: Time) -> Affine:
-        return self.denoiser.affine(t)
-
-    def check_times(self, t: Tensor) -> None:
-        self.denoiser.check_times(t)
 
     def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
         volume, table, output = self.volume, self.volume.table, self.denoiser.outputs(times)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,13 +9,12 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.tensors import Time, expand_like
 from scoresde.variance.table import VarianceTable, check_range, fingerprint
-from scoresde.views import Affine
-from scoresde.wrappers import Wrapper
+from scoresde.wrappers import SameMean
 
 __all__ = ["AnalyticDenoiser"]
 
 
-class AnalyticDenoiser(Wrapper):
+class AnalyticDenoiser(SameMean):
     """A denoiser with Var[x_0 | x_t] = C_t, one number a time, from its table. The mean is untouched.
 
     `OptimalVariance` samples with it, and `elbo(..., variance="posterior")` bounds the likelihood.
@@ -72,23 +70,6 @@ class AnalyticDenoiser(Wrapper):
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         mean, C = self.denoiser.posterior(x, t, **cond).mean, self.covariance(t)
         return Posterior(mean, expand_like(C.reshape(-1), x))
-
-    # The mean is the wrapped denoiser's, so is all that solvers step in: no digits are lost on the way.
-
-    def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
-        return self.denoiser.view(name, x, t, **cond)
-
-    def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
-        return self.denoiser.output(x, t, **cond)
-
-    def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
-        return self.denoiser.outputs(times)
-
-    def affine(self, t: Time) -> Affine:
-        return self.denoiser.affine(t)
-
-    def check_times(self, t: Tensor) -> None:
-        self.denoiser.check_times(t)
 
     def __repr__(self) -> str:
         bounded = "" if self.data_range is None else f", data_range={self.data_range!r}"

@@ -44,7 +44,7 @@ from scoresde.training.trainer import Loss
 from scoresde.training.weights import TimeSampler, UniformTimes
 from scoresde.variance.table import check_range
 from scoresde.views import Affine, check_time, combine, view_of_mean
-from scoresde.wrappers import Wrapper
+from scoresde.wrappers import SameMean
 
 __all__ = [
     "LearnedRangeDenoiser",
@@ -218,7 +218,7 @@ def _noise_of_output(denoiser: Denoiser, t: Tensor) -> Affine:
 # ---- denoisers ----
 
 
-class _HeadDenoiser(Wrapper):
+class _HeadDenoiser(SameMean):
     """A denoiser whose variance comes from a head. Its mean, and all that solvers read of it, is the denoiser's own."""
 
     def __init__(
@@ -234,21 +234,6 @@ class _HeadDenoiser(Wrapper):
         if data_range is not None:
             check_range(data_range)
         self.head, self.data_range, self.average = head, data_range, average
-
-    def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
-        return self.denoiser.view(name, x, t, **cond)
-
-    def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
-        return self.denoiser.output(x, t, **cond)
-
-    def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
-        return self.denoiser.outputs(times)
-
-    def affine(self, t: Time) -> Affine:
-        return self.denoiser.affine(t)
-
-    def check_times(self, t: Tensor) -> None:
-        self.denoiser.check_times(t)
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         N, h = _both(self.denoiser, self.head, x, t, cond)
