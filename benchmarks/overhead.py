@@ -465,7 +465,7 @@ def report(found: Sequence[Method], times: Any, shape: Sequence[int], args: argp
         "| method | here | bare loop | here / bare | leanest peer | here / peer | all peers |",
         "|---|---|---|---|---|---|---|",
     ]
-    grid, drawn = spaced(args.steps), []
+    grid, drawn, bare_draw = spaced(args.steps), [], 0.0
     for method in peered:
         row = dict(middle[method.name])
         here, bare = row.pop("here"), row.pop("bare")
@@ -476,14 +476,16 @@ def report(found: Sequence[Method], times: Any, shape: Sequence[int], args: argp
             f"| {method.name} | **{here:.0f}** | {bare:.0f} | {to_bare:.2f} | {leanest} {row[leanest]:.0f} "
             f"| {to_peer:.2f} | {shown} |"
         )
-        if bool((method.solver.tableau(grid).c > 0).any()):
-            draw = costs["normal draw"]
-            drawn.append(f"{method.name} {(here - draw) / (row[leanest] - draw):.2f}")
-    lines += [
-        "",
-        f"A normal draw, the same call of torch for all, is {costs['normal draw']:.0f} us of an evaluation that",
-    ]
-    lines[-1] += f" adds noise. Without it, here / peer: {', '.join(drawn)}." if drawn else " adds noise."
+        quiet = method.name.replace("DDPM", "DDIM")
+        if quiet != method.name and quiet in middle:  # the same loop but for its noise
+            bare_draw = bare - middle[quiet]["bare"]
+            drawn.append(f"{method.name} {(here - bare_draw) / (row[leanest] - bare_draw):.2f}")
+    if drawn:
+        lines += [
+            "",
+            f"Torch's normal draw, the same call for all, is {bare_draw:.0f} us of DDPM's (its bare loop less",
+        ]
+        lines[-1] += f" DDIM's). Without it, here / peer: {', '.join(drawn)}."
     lines += ["", "## Every table, beside a bare loop with as many buffers, and what it costs to make", ""]
     lines += ["| solver | here | bare loop | here / bare | making the table |", "|---|---|---|---|---|"]
     for method in found:
