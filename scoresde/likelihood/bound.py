@@ -155,7 +155,7 @@ def elbo(
     >>> x, sde = target.sample(4, torch.Generator().manual_seed(0)), VPSDE()
     >>> bound = elbo(target.denoiser(sde), x, DDPM(), Grid.power(sde, 50), seed=0)
     >>> bound.nfe, bool((bound.value < target.log_prob(x)).all())
-    (100, True)
+    (200, True)
     """
     check_batch(x, "x")
     check_call(denoiser, x, cond)
