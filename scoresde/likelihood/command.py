@@ -15,7 +15,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 from scoresde.data import BUILT_IN, Data, read_data
 from scoresde.denoiser import Denoiser, networks
 from scoresde.errors import NonFiniteError, not_finite
+from scoresde.files import write_whole
 from scoresde.info import environment
 from scoresde.likelihood.bound import elbo
 from scoresde.likelihood.discrete import (
@@ -405,16 +405,8 @@ def _result(args: argparse.Namespace, job: _Job, kept: Batches) -> dict[str, Any
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(_without_nan(content), file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    text = json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _without_nan(content: Any) -> Any:

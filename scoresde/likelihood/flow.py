@@ -31,15 +31,13 @@ from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.volume import AdaptiveVolume, TableVolume, Volume, every_other
 from scoresde.noise import NoiseSource, SeededNoise, noise_source
 from scoresde.sde import SDE
-from scoresde.solvers.adaptive_ode import AdaptiveODE
+from scoresde.solvers.adaptive_ode import TORCHDIFFEQ, AdaptiveODE
 from scoresde.solvers.base import Solver, check_count, check_option
 from scoresde.solvers.motion import check_tolerances, legs
 from scoresde.solvers.multistep import UniPC
 from scoresde.tensors import check_batch, widen
 
 __all__ = ["LogProb", "log_prob"]
-
-METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def log_prob(
         method = "dopri5" if method is None else method
         rtol, atol = (1e-5 if value is None else value for value in (rtol, atol))
         first_step, max_nfe = 0.05 if first_step is None else first_step, 10_000 if max_nfe is None else max_nfe
-        check_option(METHODS, method=method)
+        check_option(TORCHDIFFEQ, method=method)
         check_tolerances(rtol=rtol, atol=atol, first_step=first_step)
         check_count(max_nfe=max_nfe)
         if solver is not None:
@@ -190,7 +188,7 @@ def log_prob(
     log_alpha = math.log(float(sde.alpha(start))) if t is None else 0.0
     with torch.set_grad_enabled(bool(differentiable)):
         x_t = widen(x) * math.exp(log_alpha)
-        with tqdm(desc="log_prob", total=getattr(volume, "calls", None), disable=not progress, leave=False) as bar:
+        with tqdm(desc="log_prob", total=volume.calls, disable=not progress, leave=False) as bar:
             x_T, log_det = volume.solve(x_t, bar.update)
         prior = sde.prior_log_prob(x_T.double())
         residual = torch.full_like(log_det, x[0].numel() * log_alpha)
@@ -239,7 +237,7 @@ def density_run(
         if type(solver).tableau is Solver.tableau:
             raise ValueError(f"log_prob= is for deterministic solvers, tables and AdaptiveODE, not for {solver!r}")
         return TableVolume(*run, table=solver.tableau(grid))
-    check_option(METHODS, method=solver.method)
+    check_option(TORCHDIFFEQ, method=solver.method)
     return AdaptiveVolume(
         *run,
         parts=legs(grid, free=True),

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence, Products, Spread
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
+from scoresde.solvers.adaptive_ode import underflow
 from scoresde.solvers.base import Solver
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.motion import Leg, Motion, NonFinite, OutOfBudget
@@ -51,7 +53,7 @@ _LONGEST = 1.0  # step in half log-SNR: a longer one can pass over all that happ
 _REDRAWN = 0.75  # half log-SNR for which an adaptive solve keeps its probes
 
 
-class Volume:
+class Volume(ABC):
     """A run of the ODE that keeps the volume. After `solve`:
 
     Attributes:
@@ -61,7 +63,11 @@ class Volume:
         smoothing: |eps|^2 - dim + alpha tr dD/dx at the start of the run, (B,).
         t: the time reached.
         status: "complete", or "max_nfe" where the budget ran out.
+
+    And before it `calls`, the evaluations of a table, None where they are not known.
     """
+
+    calls: int | None = None
 
     nfe: int
     variance: Tensor
@@ -81,13 +87,13 @@ class Volume:
         self.denoiser, self.trace, self.noise, self.cond = denoiser, trace, noise, dict(cond or {})
         self.create_graph = create_graph
 
+    @abstractmethod
     def solve(self, x: Tensor, progress: Progress = lambda _: None) -> tuple[Tensor, Tensor]:
         """The end state, and the log-volume, float64 (B,).
 
         Raises:
             NonFiniteError: where the state or a trace is not finite, if the run looks; else `locate` says.
         """
-        raise NotImplementedError
 
     def locate(self, x: Tensor, bad: list[int]) -> NonFiniteError:
         """Where the samples `bad` of a run from x became non-finite."""
@@ -420,10 +426,7 @@ class _Watched:
         motion, at = self.volume.motion, float(half_log_snr)
         self.step, self.y = float(step), y.detach()
         if at + self.step == at:
-            raise ArithmeticError(
-                f"at t = {float(motion.time(at)):.6g} after {motion.nfe} evaluations the step size underflows: the "
-                "tolerances ask for more than the denoiser's precision, or it is not continuous; raise rtol and atol"
-            )
+            raise underflow(motion, at, "the step size underflows")
         motion.accept(at, self.y[:, : self.volume.n].reshape(len(y), *self.volume.event))
 
     def callback_accept_step(self, half_log_snr: Tensor, y: Tensor, step: Tensor) -> None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdaptiveODE"]
 
-_TORCHDIFFEQ = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
+TORCHDIFFEQ = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _NO_GRADIENTS = "method={!r} of scipy records no gradients, which x or the network wants: use 'dopri5', or no_grad"
 _DIGITS = 1e-13  # the least rtol at which float64, and scipy, can tell the error from rounding
@@ -95,9 +95,9 @@ class AdaptiveODE(Budgeted):
     first_step: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.method not in _TORCHDIFFEQ + _SCIPY:
+        if self.method not in TORCHDIFFEQ + _SCIPY:
             raise ValueError(
-                f"method={self.method!r}: expected one of torchdiffeq's {', '.join(_TORCHDIFFEQ)} or scipy's "
+                f"method={self.method!r}: expected one of torchdiffeq's {', '.join(TORCHDIFFEQ)} or scipy's "
                 f"{', '.join(_SCIPY)}"
             )
         check_tolerances(rtol=self.rtol, atol=self.atol, first_step=self.first_step)
@@ -198,7 +198,7 @@ class AdaptiveODE(Budgeted):
         motion.reached = leg.t, x
         motion.check(x, leg.t)  # scipy has an error of its own
         w = x.double() / motion.radius(leg.t)
-        w, first = (self._torchdiffeq if self.method in _TORCHDIFFEQ else self._scipy)(motion, w, lambdas, first)
+        w, first = (self._torchdiffeq if self.method in TORCHDIFFEQ else self._scipy)(motion, w, lambdas, first)
         return (motion.radius(leg.s) * w).to(x.dtype), first
 
     def _torchdiffeq(self, motion: Motion, w: Tensor, lambdas: Tensor, first: float) -> tuple[Tensor, float]:
@@ -245,7 +245,7 @@ class AdaptiveODE(Budgeted):
             if stop is not None:
                 raise stop
             if solver.status == "failed":
-                raise _underflow(motion, float(solver.t), message)
+                raise underflow(motion, float(solver.t), message)
             motion.accept(float(solver.t), state(solver.y))
             first = max(first, float(solver.step_size))
         return state(solver.y), first
@@ -267,7 +267,7 @@ class _Watched:
     def callback_step(self, half_log_snr: Tensor, w: Tensor, step: Tensor) -> None:
         at, self.step = float(half_log_snr), float(step)
         if at + self.step == at:
-            raise _underflow(self.motion, at, "the step size underflows")
+            raise underflow(self.motion, at, "the step size underflows")
         self.motion.accept(at, w)
 
 
@@ -276,7 +276,7 @@ def _worst_sample(error: Tensor) -> Tensor:
     return error.detach().reshape(len(error), -1).pow(2).mean(1).max().sqrt()
 
 
-def _underflow(motion: Motion, half_log_snr: float, message: str) -> ArithmeticError:
+def underflow(motion: Motion, half_log_snr: float, message: str) -> ArithmeticError:
     return ArithmeticError(
         f"at t = {float(motion.time(half_log_snr)):.6g} after {motion.nfe} evaluations: {message}. The tolerances "
         "ask for more than the denoiser's precision, or it is not continuous: raise them, or compute in float64"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from scoresde.files import write_whole
 
 __all__ = ["CheckpointError", "read_checkpoint", "write_checkpoint"]
 
@@ -27,24 +26,8 @@ def write_checkpoint(path: str | Path, content: dict[str, Any], made_for: dict[s
         content: tensors, numbers, strings and containers of them.
         made_for: what the content is only good for; `read_checkpoint` refuses another.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, "made_for": made_for, "content": content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename too
-        finally:
-            os.close(directory)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    whole = {"format": FORMAT, "made_for": made_for, "content": content}
+    write_whole(Path(path), lambda file: torch.save(whole, file))
 
 
 def read_checkpoint(path: str | Path, made_for: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:

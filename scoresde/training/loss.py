@@ -10,17 +10,18 @@ digit is lost at either end and one formula serves eps, x0, v, score, velocity a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser
+from scoresde.sde import SDE
 from scoresde.tensors import as_time, check_batch, expand_like, known_any
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
 from scoresde.views import check_time, combine
 
-__all__ = ["dsm_loss"]
+__all__ = ["NoisyBatch", "dsm_loss", "noisy_batch"]
 
 
 def dsm_loss(
@@ -61,6 +62,38 @@ def dsm_loss(
         raise ValueError("give t= or times=, not both")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
+    t, ratio, noise, x_t, _ = noisy_batch(sde, x0, times, t, noise, generator)
+    (r, s), alpha, sigma = denoiser.affine(t), sde.alpha(t), sde.sigma(t)
+    target = combine((1 - r * alpha) / s, x0, -r * sigma / s, noise)
+    error = denoiser.output(x_t, t.to(x0.device), **(cond or {})) - target
+    scale = ratio * weighting(sde, t) * (alpha * s / sigma) ** 2
+    loss = expand_like(scale, error).reshape(-1) * error.reshape(len(x0), -1).square().mean(1)
+    return loss.mean() if reduction == "mean" else loss
+
+
+class NoisyBatch(NamedTuple):
+    """Noisy data x_t = alpha x_0 + sigma noise at t (B,), float64, the weights `ratio` (B,) of the times that were
+    drawn, and the generator that drew.
+    """
+
+    t: Tensor
+    ratio: Tensor
+    noise: Tensor
+    x_t: Tensor
+    generator: torch.Generator
+
+
+def noisy_batch(
+    sde: SDE,
+    x0: Tensor,
+    times: TimeSampler | None,
+    t: Tensor | None,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+) -> NoisyBatch:
+    """What the losses see of a batch: t and noise as given, or drawn, times before noise. Arguments and errors as for
+    `dsm_loss`.
+    """
     if generator is None:
         generator = torch.Generator(x0.device)
         generator.seed()
@@ -78,9 +111,4 @@ def dsm_loss(
     if noise is None:
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=generator.device).to(x0.device)
     x_t = sde.perturb(x0, t, noise)
-    (r, s), alpha, sigma = denoiser.affine(t), sde.alpha(t), sde.sigma(t)
-    target = combine((1 - r * alpha) / s, x0, -r * sigma / s, noise)
-    error = denoiser.output(x_t, t.to(x0.device), **(cond or {})) - target
-    scale = ratio * weighting(sde, t) * (alpha * s / sigma) ** 2
-    loss = expand_like(scale, error).reshape(-1) * error.reshape(len(x0), -1).square().mean(1)
-    return loss.mean() if reduction == "mean" else loss
+    return NoisyBatch(t, ratio, noise, x_t, generator)

@@ -39,11 +39,12 @@ from scoresde.grid import Grid
 from scoresde.nn.unet import UNet, _group_norm, _ResidualBlock, _zero
 from scoresde.sde import SDE
 from scoresde.solvers.base import check_nonnegative, check_option
-from scoresde.tensors import Time, as_time, check_batch, expand_like, known_any, precise
+from scoresde.tensors import Time, check_batch, expand_like, known_any, precise
+from scoresde.training.loss import noisy_batch
 from scoresde.training.trainer import Loss
-from scoresde.training.weights import TimeSampler, UniformTimes
+from scoresde.training.weights import TimeSampler
 from scoresde.variance.table import check_range
-from scoresde.views import Affine, check_time, combine, view_of_mean
+from scoresde.views import Affine, combine, view_of_mean
 from scoresde.wrappers import SameMean
 
 __all__ = [
@@ -366,12 +367,7 @@ def sn_loss(
             the SDE.
     """
     draw = _Draw.of(denoiser, head, x0, times, t, noise, generator, reduction)
-    given = dict(cond or {})
-    if head is None:
-        h = _both(denoiser, None, draw.x_t, draw.t, given, train=True)[1]
-    else:
-        h = _head_output(denoiser, head, draw.x_t, draw.t, given)
-    return draw.loss(h - draw.noise**2)
+    return draw.loss(_head_alone(denoiser, head, draw, dict(cond or {})) - draw.noise**2)
 
 
 def npr_loss(
@@ -426,11 +422,7 @@ def ocm_loss(
         x_t = draw.x_t.detach().requires_grad_()
         (product,) = torch.autograd.grad((denoiser.eps(x_t, draw.t, **given) * probe).sum(), x_t)
     target = expand_like(-denoiser.sde.sigma(draw.t), product) * probe * product
-    if head is None:
-        h = _both(denoiser, None, draw.x_t, draw.t, given, train=True)[1]
-    else:
-        h = _head_output(denoiser, head, draw.x_t, draw.t, given)
-    return draw.loss(h - target)
+    return draw.loss(_head_alone(denoiser, head, draw, given) - target)
 
 
 def hybrid_loss(
@@ -485,6 +477,13 @@ def hybrid_loss(
     nll = _code_length(x0, torch.where(last, distance, 0.0), std, levels, data_range)
     vlb = torch.where(last, nll, kl)
     return draw.loss(error) + weight * whole.steps * draw.reduce(vlb.reshape(len(vlb), -1).mean(1))
+
+
+def _head_alone(denoiser: Denoiser, head: Head | None, draw: _Draw, cond: Mapping[str, Any]) -> Tensor:
+    """h, where the mean is not wanted: a head of its own is all that is called."""
+    if head is None:
+        return _both(denoiser, None, draw.x_t, draw.t, cond, train=True)[1]
+    return _head_output(denoiser, head, draw.x_t, draw.t, cond)
 
 
 def training_loss(loss: Callable[..., Tensor], denoiser: Denoiser | None = None, **options: Any) -> Loss:
@@ -542,26 +541,10 @@ class _Draw(NamedTuple):
         check_batch(x0, "x0")
         _check_head(denoiser, head)
         check_option(("mean", "none"), reduction=reduction)
-        sde = denoiser.sde
         if t is not None and times is not None and not both:
             raise ValueError("give t= or times=, not both")
-        if generator is None:
-            generator = torch.Generator(x0.device)
-            generator.seed()
-        if t is None:
-            times = times or UniformTimes()
-            t = times.draw(sde, len(x0), generator)
-            ratio = times.ratio(sde, t)
-        else:
-            t = as_time(t).double()
-            check_time(t, len(x0), sde, sde.t_max)
-            t = t.expand(len(x0))
-            if known_any(t == 0):
-                raise ValueError("t = 0: the data itself holds no noise to be learned, so its loss is undefined")
-            ratio = torch.ones_like(t)
-        if noise is None:
-            noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=generator.device).to(x0.device)
-        return cls(t.to(x0.device), ratio, noise, sde.perturb(x0, t, noise), generator, reduction)
+        batch = noisy_batch(denoiser.sde, x0, times, t, noise, generator)
+        return cls(*batch._replace(t=batch.t.to(x0.device)), reduction)
 
     def loss(self, error: Tensor) -> Tensor:
         return self.reduce(expand_like(self.ratio, error).reshape(-1) * error.reshape(len(error), -1).square().mean(1))

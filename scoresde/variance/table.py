@@ -20,13 +20,10 @@ Source: Bao, Li, Zhu and Zhang (2022), Analytic-DPM.
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import io
 import math
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +37,7 @@ from torch import Tensor, nn
 from scoresde import sde as sdes
 from scoresde.chain import DDPMChain
 from scoresde.denoiser import Denoiser, NetworkDenoiser
+from scoresde.files import write_whole
 from scoresde.sde import SDE
 from scoresde.solvers.base import check_count
 from scoresde.tensors import Time, precise
@@ -215,7 +213,7 @@ class VarianceTable:
         columns |= {"format": FORMAT, "sde": repr(self.sde), "model": self.model, "samples": np.int64(self.samples)}
         file = io.BytesIO()
         np.savez(file, **columns)
-        _write_whole(Path(path), file.getvalue())
+        write_whole(Path(path), lambda out: out.write(file.getvalue()))
 
     @classmethod
     def load(cls, path: str | Path, sde: SDE | None = None) -> VarianceTable:
@@ -339,19 +337,3 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if different:
         raise CheckpointError(f"{path} lacks, or has besides what is known, {different}: it is altered")
     return found
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Atomically: to a temporary file beside it, flushed to the disk, then renamed over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
