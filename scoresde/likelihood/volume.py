@@ -99,16 +99,11 @@ class Volume(ABC):
         """Where the samples `bad` of a run from x became non-finite."""
         return NonFiniteError(f"samples {some(bad)} are not finite at the end of the run", None, None, bad)
 
-    def _evaluate(self, function: Callable[[Tensor], Tensor], x: Tensor, t: float, row: int) -> Products:
-        """The output of the denoiser at x, and its trace, with new probes."""
-        return self.trace(function, x, self.trace.draw(x, self.noise, row), self.create_graph, self._slope(t))
-
-    def _slope(self, t: float) -> float:
-        """dN/dx of the denoiser's output N on unit Gaussian data, where D = alpha x / (alpha^2 + sigma^2)."""
-        at = torch.tensor(t, dtype=torch.float64, device="cpu")
-        r, s = self.denoiser.affine(at)  # D = r x + s N
-        alpha, sigma = self.denoiser.sde.alpha(at), self.denoiser.sde.sigma(at)
-        return float((alpha / (alpha**2 + sigma**2) - r) / s)
+    def _slope(self, t: Tensor) -> Tensor:
+        """dN/dx of the output N on unit Gaussian data, where D = alpha x / (alpha^2 + sigma^2), shape of t."""
+        r, s = self.denoiser.affine(t)  # D = r x + s N
+        alpha, sigma = self.denoiser.sde.alpha(t), self.denoiser.sde.sigma(t)
+        return (alpha / (alpha**2 + sigma**2) - r) / s
 
     def _smoothing(self, t: float, x: Tensor, found: Products) -> Tensor:
         at = torch.tensor(t, dtype=torch.float64, device="cpu")
@@ -204,12 +199,14 @@ class _Traced(SameMean):
     def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
         volume, table, output = self.volume, self.volume.table, self.denoiser.outputs(times)
         on = table.evaluates
-        u, w = torch.zeros_like(table.p), torch.zeros_like(table.q)
+        u, w, c = torch.zeros(3, len(table), dtype=torch.float64, device="cpu")
         u[on], w[on] = self.view_of_output(table.p[on], table.q[on], times[on])
-        t, u_i, w_i = times.tolist(), u.tolist(), w.tolist()
+        c[on] = volume._slope(times[on])
+        u_i, w_i, c_i = u.tolist(), w.tolist(), c.tolist()
 
         def at(i: int, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
-            found = volume._evaluate(lambda y: output(i, y, cond), x, t[i], i)
+            probes = volume.trace.draw(x, volume.noise, i)
+            found = volume.trace(lambda y: output(i, y, cond), x, probes, volume.create_graph, c_i[i])
             volume.add(i, x, found, u_i[i], w_i[i])
             return found.N
 
@@ -254,7 +251,7 @@ class AdaptiveVolume(Volume):
 
     Args:
         parts: of the run, in either direction.
-        differentiable: "adjoint" for torchdiffeq's odeint_adjoint.
+        adjoint: whether gradients come from torchdiffeq's odeint_adjoint.
         budget: evaluations at most.
         rtol, atol, method, first_step: as for `log_prob`.
     """
@@ -382,7 +379,8 @@ class _Tracing(Motion):
         volume, x = self.volume, x.to(self.dtype)
         create_graph = volume.create_graph and torch.is_grad_enabled()
         output = lambda y: self.denoiser.output(y, t, **self.cond)  # noqa: E731
-        found = volume.trace(output, x, probes, create_graph, volume._slope(t))
+        slope = float(volume._slope(torch.tensor(t, dtype=torch.float64, device="cpu")))
+        found = volume.trace(output, x, probes, create_graph, slope)
         if self.nfe == 0:
             volume.smoothing = volume._smoothing(t, x, found)
         self.nfe += found.calls
