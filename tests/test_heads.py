@@ -19,7 +19,7 @@ from scoresde.solvers.optimal_variance import OptimalVariance
 from scoresde.solvers.rows import forgotten
 from scoresde.tensors import expand_like, precise
 from scoresde.training import CheckpointError, TrainConfig, Trainer, UniformTimes, dsm_loss, load_ema
-from scoresde.variance.heads import (
+from scoresde.variance import (
     LearnedRangeDenoiser,
     NPRDenoiser,
     OCMDenoiser,
@@ -272,14 +272,15 @@ def unet(seed=0, **options):
     return net.eval()
 
 
-def trunk_model(seed=0, dropout=0.0, **options):
-    net = TrunkWithHead(unet(seed, num_classes=10, dropout=dropout), **options)
+def trunk_model(seed=0, dropout=0.0, patch=1, **options):
+    net = TrunkWithHead(unet(seed, num_classes=10, dropout=dropout, patch=patch), **options)
     return EpsDenoiser(net, VPSDE(), time=lambda t: 999 * t)
 
 
+@pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("block", [False, True])
-def test_one_call_gives_both_and_the_prediction_is_the_networks_own(block):
-    model = trunk_model(block=block)
+def test_one_call_gives_both_and_the_prediction_is_the_networks_own(block, patch):
+    model = trunk_model(block=block, patch=patch)
     torch.nn.init.normal_(model.net.outward.weight, std=0.1)
     plain = EpsDenoiser(model.net.net, VPSDE(), time=lambda t: 999 * t)
     x, label = normal(3, 1, 8, 8, dtype=torch.float32), torch.tensor([1, 2, 3])
@@ -296,6 +297,19 @@ def test_one_call_gives_both_and_the_prediction_is_the_networks_own(block):
         times = torch.tensor([0.4]).double()
         assert torch.equal(wrapped.outputs(times)(0, x, {"label": label}), plain.output(x, 0.4, label=label))
     assert model.net.outward.in_channels == model.net.net.outward.in_channels
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_a_head_learns_on_a_frozen_trunk_in_channels_last(block):
+    """torch 2.13 crashes in GroupNorm's backward there, unless its input is contiguous."""
+    model, x0 = trunk_model(block=block), normal(4, 1, 8, 8, dtype=torch.float32)
+    torch.nn.init.normal_(model.net.outward.weight, std=0.1)
+    label, gradients = torch.tensor([1, 2, 3, 4]), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.net.to(memory_format=layout).zero_grad()
+        npr_loss(model, None, x0, t=torch.tensor(0.5), noise=torch.ones_like(x0), cond={"label": label}).backward()
+        gradients.append(model.net.norm.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_zero_head_is_a_point_and_the_prior():

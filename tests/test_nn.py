@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scoresde.nn import MLP, TimeEmbedding, UNet
 
@@ -67,6 +68,16 @@ Make = Callable[[], nn.Module]
 def test_the_output_starts_at_zero_and_has_the_shape_of_x(make: Make, batch: tuple[Tensor, ...]) -> None:
     out = make()(*batch)
     assert torch.equal(out, torch.zeros_like(batch[0]))
+
+
+def test_patches_are_channels() -> None:
+    """The network of patch 2 is that of four channels on shuffled pixels."""
+    net, plain = (randomised(UNet(c, channels=8, multipliers=(1, 2), blocks=1, patch=p)) for c, p in ((1, 2), (4, 1)))
+    plain.load_state_dict(net.state_dict())
+    x, time = image_batch({}, 12)
+    expected = F.pixel_shuffle(plain(F.pixel_unshuffle(x, 2), time), 2)
+    assert torch.equal(net(x, time), expected)
+    assert float(expected.detach().std()) > 0.1
 
 
 @pytest.mark.parametrize("name", UNETS)

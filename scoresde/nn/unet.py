@@ -91,6 +91,8 @@ class UNet(nn.Module):
         heads: attention heads.
         dropout: probability in each residual block.
         num_classes: number of classes, or None.
+        patch: side of the squares of pixels that the finest level takes as one position (pixel_unshuffle): a quarter
+            of the work with 2. H and W are multiples of it.
 
     Raises:
         ValueError: if there is no level, an attention level does not exist, or heads do not divide the features.
@@ -106,6 +108,7 @@ class UNet(nn.Module):
         heads: int = 4,
         dropout: float = 0.0,
         num_classes: int | None = None,
+        patch: int = 1,
     ) -> None:
         super().__init__()
         widths = [channels * m for m in multipliers]
@@ -115,7 +118,8 @@ class UNet(nn.Module):
             raise ValueError(f"heads={heads} does not divide the {wrong[0]} features of a level with attention")
         embedding = 4 * channels
         self.time = TimeEmbedding(embedding, num_classes=num_classes)
-        self.inward = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.patch, colours = patch, image_channels * patch**2
+        self.inward = nn.Conv2d(colours, channels, 3, padding=1)
 
         def stage(inputs: int, outputs: int, attend: bool) -> _Stage:
             return _Stage(inputs, outputs, embedding, dropout, heads if attend else None)
@@ -138,7 +142,7 @@ class UNet(nn.Module):
                 width = w
             if level > 0:
                 self.grow.append(nn.Conv2d(width, width, 3, padding=1))
-        self.norm, self.outward = _group_norm(width), _zero(nn.Conv2d(width, image_channels, 3, padding=1))
+        self.norm, self.outward = _group_norm(width), _zero(nn.Conv2d(width, colours, 3, padding=1))
         self.blocks = blocks
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
@@ -147,12 +151,12 @@ class UNet(nn.Module):
 
     def readout(self, h: Tensor) -> Tensor:
         """The last feature map, `features`, to the shape of x."""
-        return self.outward(F.silu(self.norm(h)))
+        return F.pixel_shuffle(self.outward(F.silu(self.norm(h))), self.patch)
 
     def features(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """The last feature map, (B, outward.in_channels, H, W): what a further head can read."""
+        """The last feature map, (B, outward.in_channels, H / patch, W / patch): what a further head can read."""
         embedding = self.time(time, label)
-        h = self.inward(x)
+        h = self.inward(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for i, stage in enumerate(self.down):
             h = stage(h, embedding)

@@ -1,10 +1,12 @@
 """The optimal reverse variance (Bao et al., 2022): tables, heads, and optimal trajectories.
 
-    table.py        VarianceTable: E|eps_hat|^2 / d at times, hence E Var[x_0 | x_t], saved and loaded
-    estimate.py     estimate: the table of a denoiser on data, by Monte Carlo
-    denoiser.py     AnalyticDenoiser: a denoiser whose Posterior.var is the table's
-    heads.py        SN, NPR and OCM: elementwise variances that are learned; improved DDPM's range
-    trajectory.py   the grid of K steps with the best bound, by dynamic programming
+    table.py          VarianceTable: E|eps_hat|^2 / d at times, hence E Var[x_0 | x_t], saved and loaded
+    estimate.py       estimate: the table of a denoiser on data, by Monte Carlo
+    denoiser.py       AnalyticDenoiser: a denoiser whose Posterior.var is the table's
+    trunk.py          TrunkWithHead, SplitOutput: networks whose second output is a head's
+    heads.py          SN, NPR and OCM: elementwise variances that are learned, and their losses
+    learned_range.py  improved DDPM's learned variance of each step, and its loss
+    trajectory.py     the grid of K steps with the best bound, by dynamic programming
 
 `scoresde.solvers.OptimalVariance(solver)` samples with `Posterior.var`, `elbo(..., variance="posterior")` is its bound.
 """
@@ -12,18 +14,15 @@
 from scoresde.variance.denoiser import AnalyticDenoiser
 from scoresde.variance.estimate import estimate
 from scoresde.variance.heads import (
-    LearnedRangeDenoiser,
     NPRDenoiser,
     OCMDenoiser,
     SNDenoiser,
-    SplitOutput,
-    TrunkWithHead,
-    hybrid_loss,
     npr_loss,
     ocm_loss,
     sn_loss,
     training_loss,
 )
+from scoresde.variance.learned_range import LearnedRangeDenoiser, hybrid_loss
 from scoresde.variance.table import VarianceTable
 from scoresde.variance.trajectory import (
     Costs,
@@ -33,6 +32,7 @@ from scoresde.variance.trajectory import (
     measure_errors,
     optimal_grid,
 )
+from scoresde.variance.trunk import SplitOutput, TrunkWithHead
 
 __all__ = [
     "AnalyticDenoiser",
