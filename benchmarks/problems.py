@@ -14,7 +14,9 @@ the law of their samples is compared with the data's. For Gaussian data D is aff
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -438,3 +440,36 @@ def images() -> Problem:
 
 
 EXACT: dict[str, Callable[[], Problem]] = {"gaussian": GaussianProblem, "ring": ring, "grid": grid, "images": images}
+
+
+# --- what a user names -----------------------------------------------------------------------------------------------
+
+
+def attribute(text: str) -> Any:
+    """The object that module:attribute names, the module in the current folder or installed."""
+    module, _, name = text.partition(":")
+    if not name:
+        raise SystemExit(f"{text!r}: expected module:attribute, my_model:denoiser say")
+    sys.path.insert(0, str(Path.cwd()))
+    return getattr(importlib.import_module(module), name)
+
+
+def user_denoiser(text: str) -> Denoiser:
+    """The denoiser that module:attribute is, or makes when it is called."""
+    denoiser = attribute(text)
+    if not isinstance(denoiser, Denoiser) and callable(denoiser):
+        denoiser = denoiser()
+    if not isinstance(denoiser, Denoiser):
+        raise SystemExit(f"{text} is {type(denoiser).__name__}: expected a scoresde Denoiser, or what makes one")
+    return denoiser
+
+
+def user_data(text: str) -> Tensor:
+    """The array of a .npy or .npz file, or that module:attribute is, or makes; float32."""
+    if text.endswith((".npy", ".npz")):
+        loaded = np.load(text)
+        array = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
+    else:
+        array = attribute(text)
+        array = array() if callable(array) and not isinstance(array, Tensor | np.ndarray) else array
+    return torch.as_tensor(array).float()

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import importlib
 import itertools
 import json
 import math
@@ -44,14 +43,26 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, from wherever it is run
 from peers import NOT_DRIVEN, PACKAGES, Peer, installed, peers
-from problems import EXACT, GRIDS, Draws, Impulses, Normals, Problem, UserProblem, make_grid, spacing_of
+from problems import (
+    EXACT,
+    GRIDS,
+    Draws,
+    Impulses,
+    Normals,
+    Problem,
+    UserProblem,
+    attribute,
+    make_grid,
+    spacing_of,
+    user_data,
+    user_denoiser,
+)
 
 import scoresde
 from scoresde import Denoiser, Grid, NonFiniteError, sample
@@ -679,33 +690,11 @@ def _nested(scores: Scores) -> dict[str, Any]:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def attribute(text: str) -> Any:
-    """The object that module:attribute names."""
-    module, _, name = text.partition(":")
-    if not name:
-        raise SystemExit(f"{text!r}: expected module:attribute, my_model:denoiser say")
-    sys.path.insert(0, str(Path.cwd()))
-    return getattr(importlib.import_module(module), name)
-
-
 def user_problem(args: argparse.Namespace) -> Problem:
     """The problem that --denoiser, --data and --features make."""
-    denoiser = attribute(args.denoiser)
-    if not isinstance(denoiser, Denoiser) and callable(denoiser):
-        denoiser = denoiser()
-    if not isinstance(denoiser, Denoiser):
-        raise SystemExit(
-            f"{args.denoiser} is {type(denoiser).__name__}: expected a scoresde Denoiser, or what makes one"
-        )
-    data = None
+    denoiser, data = user_denoiser(args.denoiser), None
     if args.data is not None:
-        if args.data.endswith((".npy", ".npz")):
-            loaded = np.load(args.data)
-            array = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
-        else:
-            array = attribute(args.data)
-            array = array() if callable(array) and not isinstance(array, Tensor | np.ndarray) else array
-        data = torch.as_tensor(array).float()
+        data = user_data(args.data)
         if tuple(data.shape[1:]) != tuple(args.shape):
             raise SystemExit(f"--data has samples of shape {tuple(data.shape[1:])}, but --shape is {tuple(args.shape)}")
     features = attribute(args.features) if args.features else RandomFeatures(args.shape)

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import analytic_variance
 import likelihood
 import overhead
 import peers
@@ -20,7 +21,7 @@ import problems
 import step_counts
 from common import Nonlinear, generator, normal
 
-from scoresde import EDMSDE, VESDE, VPSDE, EpsDenoiser, FlowSDE, Grid, SubVPSDE, sample
+from scoresde import EDMSDE, VESDE, VPSDE, DDPMChain, EpsDenoiser, FlowSDE, Grid, SubVPSDE, sample
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP, Heun, UniPC, available
 
@@ -362,3 +363,69 @@ def test_the_likelihood_page(tmp_path, monkeypatch):
     page = (tmp_path / "README.md").read_text()
     assert "## Targets" in page
     assert "discretisation: median" in page
+
+
+@pytest.fixture
+def small_mixture(tmp_path, monkeypatch):
+    """A user's module: an exact denoiser, whose bounds are those of a perfect network, and data of its law."""
+    (tmp_path / "small_mixture.py").write_text(
+        "import torch\n"
+        "from scoresde import DDPMChain\n"
+        "from scoresde.exact import GaussianMixture\n"
+        "law = GaussianMixture(torch.tensor([[-0.5, 0.3], [0.6, -0.2], [0.1, 0.7]]), std=0.1)\n"
+        "model = law.denoiser(DDPMChain.linear(1000))\n"
+        "def draw(seed):\n"
+        "    return law.sample(400, torch.Generator().manual_seed(seed))\n"
+        "def training():\n"
+        "    return draw(0)\n"
+        "def held_out():\n"
+        "    return draw(1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield ["--denoiser", "small_mixture:model", "--data", "small_mixture:training", "--held-out"]
+    sys.modules.pop("small_mixture", None)
+
+
+def test_the_analytic_variance_page(small_mixture, tmp_path, monkeypatch):
+    """With an exact network the optimal variance has the better bound at every K, by far more than its error."""
+    argv = [*small_mixture, "small_mixture:held_out", "--no-clip", "--steps", "5", "25"]
+    argv += ["--samples", "200", "--sets", "2", "--images", "200", "--out", str(tmp_path / "out")]
+    analytic_variance.main(argv)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    for K in ("5", "25"):
+        best = found["bits"]["A-DDPM"][K][0]
+        assert best < min(found["bits"][name][K][0] for name in ("beta~", "beta")) - 0.01
+        assert found["bits"]["OT A-DDPM"][K][0] < best + 3 * found["bits"]["A-DDPM"][K][1]
+    assert found["frechet"]["A-DDIM"]["5"][0] < found["frechet"]["DDIM"]["5"][0]
+    assert "SN-DDPM" not in found["bits"]  # no heads without a network
+    assert (tmp_path / "out" / "race.png").stat().st_size > 10_000
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "| A-DDPM | beta~ | 10, 25, 50, 100, 200, 1000 | 5, 25 | none | yes |" in page
+    # A second run finds every cell.
+    monkeypatch.setattr(analytic_variance, "sample", None)
+    monkeypatch.setattr(analytic_variance, "elbo", None)
+    monkeypatch.setattr(analytic_variance, "draw_samples", lambda *_: None)
+    analytic_variance.main(argv)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["bits"] == found["bits"]
+
+
+def test_a_quiet_last_step_is_that_of_the_optimal_variance():
+    """QuietLast cuts the very step that OptimalVariance(last=) cuts, to the same noise."""
+    chain = DDPMChain.linear(1000)
+    grid = analytic_variance.even(chain, 10)
+    cut = analytic_variance.QuietLast(DDPM("beta"), analytic_variance.LAST).tableau(grid)
+    plain = DDPM("beta").tableau(grid)
+    assert torch.equal(cut.c[:-2], plain.c[:-2])
+    assert float(cut.c[-2]) * (2 / math.pi) ** 0.5 == pytest.approx(2 / 255)
+    assert float(cut.c[-1]) == 0
+    assert float(plain.c[-2]) > float(cut.c[-2])
+
+
+def test_what_an_ordering_says():
+    lower, higher = analytic_variance.Score.of([1.0, 2.0, 3.0]), analytic_variance.Score.of([1.5, 2.6, 3.5])
+    noisy = analytic_variance.Score.of([3.0, 1.0, 2.0])
+    verdicts = [analytic_variance.verdict(*pair) for pair in ((lower, higher), (higher, lower), (lower, noisy))]
+    assert verdicts == ["yes", "no", "tie"]
+    ordering = analytic_variance.Ordering("a", "b", [10, 25], {5: "no", 10: "yes", 25: "no", 50: "no", 100: "tie"})
+    assert ordering.reproduced == ("in part", "as published at 10, 50; tie at 100; reversed at 25")
