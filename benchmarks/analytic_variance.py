@@ -222,7 +222,7 @@ EXPERIMENTS = {
         (-1.0, 1.0),
         256,
         _network(patch=2),
-        TrainConfig(steps=3000, batch_size=128, lr=1e-3, ema_decay=0.998),
+        TrainConfig(steps=2500, batch_size=128, lr=1e-3, ema_decay=0.998),
         TrainConfig(steps=1000, batch_size=64, lr=1e-3, ema_decay=0.995),
         (5, 10, 25, 50, 100, 200),
         samples=100,
@@ -375,19 +375,27 @@ class Model:
 
 
 class Clock:
-    """Seconds spent on each part, added up over interrupted runs."""
+    """Seconds spent on each part, of the wall clock and of all cores together, added up over interrupted runs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def minutes(self) -> tuple[float, float]:
+        """Of the wall clock, and of all cores together."""
+        wall, cores = (sum(part[i] for part in self.seconds.values()) / 60 for i in range(2))
+        return wall, cores
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            spent = time.perf_counter() - start[0], time.process_time() - start[1]
+            before = self.seconds.get(name, [0.0, 0.0])
+            self.seconds[name] = [round(a + b, 1) for a, b in zip(before, spent, strict=True)]
             _write_json(self.path, self.seconds)
 
 
@@ -677,14 +685,14 @@ def report(model: Model, cells: Cells, features: Callable[[Tensor], Tensor], out
     found = {"bits": orderings("bits", bits, steps), "frechet": orderings("frechet", frechet, steps)}
     made_on = environment(model.device)
     trained = experiment.training and f"{experiment.training.steps} steps of {experiment.training.batch_size}"
-    seconds = {name: round(value, 1) for name, value in model.clock.seconds.items()}
+    wall, cores = model.clock.minutes
     what = "bits/dim of the image" if experiment.levels else "bits/dim, of a density"
     page = [
         f"# Analytic-DPM: {experiment.title}",
         "",
         f"`{made_on['command']}`, {made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}, torch "
         f"{made_on['torch']}, scoresde {made_on['scoresde']} at {made_on['commit']}. "
-        f"{round(sum(seconds.values()) / 60)} minutes in all.",
+        f"{wall:.0f} minutes in all, {cores:.0f} of processor time (the machine may have been shared).",
         "",
         f"`{model.denoiser!r}`" + (f", trained for {trained}" if trained else "") + ". "
         f"{experiment.sets} sets of {experiment.samples} samples for each entry of the first table, "
@@ -721,7 +729,7 @@ def report(model: Model, cells: Cells, features: Callable[[Tensor], Tensor], out
     ]
     record = {
         "environment": made_on,
-        "seconds": seconds,
+        "seconds": model.clock.seconds,
         "denoiser": repr(model.denoiser),
         "model": cells.model,
         "experiment": {
