@@ -33,7 +33,7 @@ def exact_density(monkeypatch):
         alpha = float(sde.alpha(sde.t_min)) if t is None else 1.0
         value = denoiser.target.log_prob(alpha * x, sde, sde.t_min if t is None else t) + dim * math.log(alpha)
         zero = torch.zeros_like(value)
-        return LogProb(value, zero, 1, x, value, zero, zero, zero, "complete", 1.0)
+        return LogProb(value, zero, zero + math.inf, 1, x, value, zero, zero, zero, "complete", 1.0)
 
     monkeypatch.setattr(discrete, "log_prob", closed_form)
 
@@ -199,14 +199,19 @@ def test_the_standard_error_covers_what_it_says(exact_density):
     truth = float((P / P.sum()) @ bits)
     covered = 0
     for k, images in enumerate(drawn):
-        value, stderr, _ = bits_per_dim(denoiser, images, seed=k, **repeats)
-        covered += abs(value - truth) < 1.96 * stderr
-    assert 180 <= covered <= 200  # 24 degrees of freedom make 0.94; minus 4 sigma
+        low, high = bits_per_dim(denoiser, images, seed=k, **repeats).interval()
+        covered += low < truth < high
+    assert 178 <= covered <= 200  # 190, minus 4 sigma
     one = bits_per_dim(denoiser, ALL[8:9].expand(200, 1), repeats=20, seed=5, **repeats)
     inside = (one.per_image - bits[8]).abs() < 2.09 * one.per_image_stderr  # Student's t, 19 degrees of freedom
     assert 176 <= int(inside.sum()) <= 200
     single = bits_per_dim(denoiser, ALL[8:9], repeats=20, seed=5, **repeats)
     assert single.stderr == float(single.per_image_stderr[0]) > 0
+    assert single.dof == 19
+    low, high = single.interval()
+    assert high - low == pytest.approx(2 * 2.093 * single.stderr, rel=1e-3)
+    with pytest.raises(ValueError, match="level=95"):
+        single.interval(95)
 
 
 def test_the_probes_are_in_the_standard_error():
@@ -216,13 +221,19 @@ def test_the_probes_are_in_the_standard_error():
     options = {"steps": 12, "dtype": torch.float64}
     exact = bits_per_dim(target.denoiser(SDE), images, dequantize="none", divergence="exact", **options)
     assert (exact.stderr, float(exact.probe_stderr)) == (0.0, 0.0)
+    assert exact.dof == math.inf
+    assert exact.interval() == (exact.value, exact.value)
     fifty = images.expand(50, -1, -1, -1)
     found = bits_per_dim(target.denoiser(SDE), fifty, dequantize="none", probes=4, seed=0, **options)
     assert bool((found.per_image_stderr == found.probe_stderr).all())
+    assert found.dof == 49
+    one = bits_per_dim(target.denoiser(SDE), images, dequantize="none", probes=4, seed=0, **options)
+    assert 1 <= one.dof < math.inf
     z = (found.per_image - exact.value) / found.per_image_stderr
     assert 0.3 < float(z.square().mean()) < 3.0
     noisy = bits_per_dim(target.denoiser(SDE), images, probes=4, seed=0, **options)
     assert math.isnan(noisy.stderr)
+    assert all(math.isnan(end) for end in noisy.interval())
     assert float(noisy.probe_stderr) > 0
     several = bits_per_dim(target.denoiser(SDE), images.expand(2, -1, -1, -1), probes=4, seed=0, **options)
     assert several.stderr == pytest.approx(abs(float(several.per_image.diff())) / 2)

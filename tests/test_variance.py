@@ -303,7 +303,7 @@ def test_the_bounds_variance_is_the_tables(solver):
     expected = elbo(analytic, x, same, grid, variance="solver", seed=0, draws=3)
     torch.testing.assert_close(found.reconstruction, expected.reconstruction, rtol=1e-9, atol=1e-9)
     # DDIM(0.5) has two inference processes to choose from, by another rule where the variance is not known beforehand
-    if solver != DDIM(0.5):
+    if solver in (DDPM(), DDIM(1.0)):
         torch.testing.assert_close(found.value, expected.value, rtol=1e-9, atol=1e-9)
 
 

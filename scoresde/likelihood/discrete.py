@@ -37,6 +37,7 @@ from scoresde.chain import DDPMChain
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.likelihood.flow import log_prob
+from scoresde.likelihood.interval import student_interval
 from scoresde.noise import SeededNoise, derive_seed, noise_source
 from scoresde.sde import SDE
 from scoresde.solvers.base import check_count, check_option
@@ -58,6 +59,7 @@ class BitsPerDim:
             sqrt(N). The noise of repeats, importance draws and probes is in each of per_image, so their spread contains
             it already. For these very images only, it is sqrt(sum(per_image_stderr^2)) / N. Of a single image:
             per_image_stderr.
+        dof: its degrees of freedom: N - 1; of a single image, those of the spread that per_image_stderr is from.
         nfe: network calls in all, each on a batch, as `LogProb.nfe` counts them.
         per_image: float64, shape (N,).
         per_image_stderr: float64, shape (N,): from the spread over repeats, which contains that of the probes; with
@@ -72,6 +74,7 @@ class BitsPerDim:
 
     value: float
     stderr: float
+    dof: float
     nfe: int
     per_image: Tensor
     per_image_stderr: Tensor
@@ -82,6 +85,20 @@ class BitsPerDim:
 
     def __iter__(self) -> Iterator[float]:
         return iter((self.value, self.stderr, self.nfe))
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The ends of value -+ t_{(1 + level) / 2}(dof) stderr, t(dof) the quantiles of Student's t.
+
+        Args:
+            level: in (0, 1), the share of such intervals that cover the mean over all images of that kind (of a single
+                image: its own mean over the noise).
+
+        Raises:
+            ValueError: on another level.
+        """
+        value, stderr, dof = torch.tensor([self.value, self.stderr, self.dof], dtype=torch.float64, device="cpu")
+        low, high = student_interval(value, stderr, dof, level)
+        return float(low), float(high)
 
     def __repr__(self) -> str:
         return f"BitsPerDim({self.value:.4f} +- {self.stderr:.2g} over {len(self.per_image)} images, nfe={self.nfe})"
@@ -196,15 +213,17 @@ def bits_per_dim(
             log_p = log_density(
                 denoiser, v.to(dtype), which, t=bins.t, alpha=bins.alpha, seed=run_seeds, cond=entries, **options
             )
-            found.append(torch.stack([log_p.value - log_q, log_p.stderr, log_p.error]))
+            found.append(torch.stack([log_p.value - log_q, log_p.stderr, log_p.dof, log_p.error]))
             nfe += log_p.nfe
             bar.update(len(part))
-    log_ratio, probe_stderr, error = (number.reshape(shape) for number in torch.cat(found, dim=1))
+    log_ratio, probe_stderr, probe_dof, error = (number.reshape(shape) for number in torch.cat(found, dim=1))
     per_image, per_image_stderr = _bounds(log_ratio, unit)
     probe_stderr = probe_stderr.square().sum((1, 2)).sqrt() / (repeats * unit)
     if repeats == importance == 1:
         per_image_stderr = probe_stderr if dequantize == "none" else torch.full_like(probe_stderr, math.nan)
     value, stderr = mean_and_stderr(per_image, per_image_stderr)
+    counts = [n - 1 for n in shape if n > 1]  # of what the spread is taken over: images, else repeats, else draws
+    dof = float(counts[0] if counts else probe_dof[0, 0, 0])
     discretisation = float(error.abs().mean() / unit)
     if value < 0 and dequantize != "none":
         warnings.warn(
@@ -215,6 +234,7 @@ def bits_per_dim(
     return BitsPerDim(
         value=value,
         stderr=stderr,
+        dof=dof,
         nfe=nfe,
         per_image=per_image,
         per_image_stderr=per_image_stderr,
@@ -324,6 +344,7 @@ class LogDensity(NamedTuple):
 
     value: Tensor
     stderr: Tensor
+    dof: Tensor
     error: Tensor
     nfe: int
 
@@ -343,8 +364,9 @@ def log_density(
         )
     if bad := not_finite(found.value):
         raise non_finite([which[j] for j in bad], f"log p = {found.value[bad[0]]:g}", None, None)
-    value, stderr, error = (number.detach().cpu().double() for number in (found.value, found.stderr, found.error))
-    return LogDensity(value + v[0].numel() * math.log(alpha), stderr, error, found.nfe)
+    numbers = (found.value, found.stderr, found.dof, found.error)
+    value, stderr, dof, error = (number.detach().cpu().double() for number in numbers)
+    return LogDensity(value + v[0].numel() * math.log(alpha), stderr, dof, error, found.nfe)
 
 
 def non_finite(images: Sequence[int], message: str, step: int | None, time: float | None) -> NonFiniteError:

@@ -28,6 +28,7 @@ from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
+from scoresde.likelihood.interval import degrees_of_freedom, student_interval
 from scoresde.likelihood.volume import AdaptiveVolume, TableVolume, Volume, every_other
 from scoresde.noise import NoiseSource, SeededNoise, noise_source
 from scoresde.sde import SDE
@@ -47,6 +48,8 @@ class LogProb:
     Attributes:
         value: log p(x) = prior + log_det + residual.
         stderr: standard error of `value` from the probes; 0 where the trace is exact.
+        dof: its degrees of freedom, at least 1, infinity where it is 0: what few probes, or few evaluations that make
+            most of the error, leave unknown of it. See `interval`.
         nfe: calls of the network on the batch; one that also gives its derivatives along the probes counts once.
         latent: x_T, shape (B, ...): where the ODE takes x.
         prior: log p_T(x_T).
@@ -62,6 +65,7 @@ class LogProb:
 
     value: Tensor
     stderr: Tensor
+    dof: Tensor
     nfe: int
     latent: Tensor
     prior: Tensor
@@ -70,6 +74,22 @@ class LogProb:
     error: Tensor
     status: Literal["complete", "max_nfe"]
     t: float
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """The ends of value -+ t_{(1 + level) / 2}(dof) stderr, t(dof) the quantiles of Student's t.
+
+        It covers what exact traces would have given, in so many of the runs with other probes: `error` is apart from
+        it, and so is what is wrong with the model. Measured for 95 %, in 2 to 3072 dimensions with 1 to 16 probes: 90
+        to 99 %, and up to 100 % of adaptive runs with one or two probes in two dimensions, where it is an upper bound:
+        "exact" takes two products there. (value -+ 1.96 stderr covers as little as 81 %.)
+
+        Args:
+            level: in (0, 1).
+
+        Raises:
+            ValueError: on another level.
+        """
+        return student_interval(self.value, self.stderr, self.dof, level)
 
 
 def log_prob(
@@ -199,10 +219,12 @@ def log_prob(
         value, prior, log_det = (torch.full_like(number, math.nan) for number in (value, prior, log_det))
     elif bad := not_finite(value):
         raise volume.locate(x_t, bad)
-    numbers = (value, volume.variance.clamp(min=0).sqrt(), prior, log_det, residual, volume.error)
-    value, stderr, prior, log_det, residual, error = (number.to(x_t.dtype) for number in numbers)
+    variance = volume.variance.clamp(min=0)
+    dof = degrees_of_freedom(variance, volume.doubt)
+    numbers = (value, variance.sqrt(), dof, prior, log_det, residual, volume.error)
+    value, stderr, dof, prior, log_det, residual, error = (number.to(x_t.dtype) for number in numbers)
     latent = x_T.to(x.dtype)
-    return LogProb(value, stderr, volume.nfe, latent, prior, log_det, residual, error, volume.status, volume.t)
+    return LogProb(value, stderr, dof, volume.nfe, latent, prior, log_det, residual, error, volume.status, volume.t)
 
 
 def probe_source(source: NoiseSource, x: Tensor) -> NoiseSource:

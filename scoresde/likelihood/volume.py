@@ -58,7 +58,7 @@ class Volume(ABC):
 
     Attributes:
         nfe: evaluations.
-        variance: of the log-volume, from the probes, (B,).
+        variance: of the log-volume, from the probes, (B,); `doubt` is the variance of that (`Spread`).
         error: what is known of the discretisation error of a density at the end of the run, (B,).
         smoothing: |eps|^2 - dim + alpha tr dD/dx at the start of the run, (B,).
         t: the time reached.
@@ -71,6 +71,7 @@ class Volume(ABC):
 
     nfe: int
     variance: Tensor
+    doubt: Tensor
     error: Tensor
     smoothing: Tensor
     t: float
@@ -155,7 +156,8 @@ class TableVolume(Volume):
         for state in self.table.iterate(_Traced(self), x, None, self.cond):
             progress(state.nfe - evaluations)
             evaluations = state.nfe
-        self.variance = self._spread.variance + torch.zeros_like(self.log_det)
+        nothing = torch.zeros_like(self.log_det)
+        self.variance, self.doubt = self._spread.variance + nothing, self._spread.doubt + nothing
         prior = self.denoiser.sde.prior_log_prob
         self.error = torch.full_like(self.log_det, math.nan)
         if self.x_coarse is not None:
@@ -288,7 +290,7 @@ class AdaptiveVolume(Volume):
         self.motion = motion = _Tracing(self, x.dtype, progress)
         self.dtype, self.event, self.n = x.dtype, x.shape[1:], x[0].numel()
         log_det = x.new_zeros(len(x), dtype=torch.float64)
-        self.error = self.variance = torch.zeros_like(log_det)
+        nothing = self.error = self.variance = self.doubt = torch.zeros_like(log_det)
         spread, first = Spread(self.trace.distribution), self.first_step
         self.t, self.status, self.nfe = self.parts[0].t, "complete", 0
         for row, leg in enumerate(self.parts):
@@ -308,7 +310,7 @@ class AdaptiveVolume(Volume):
                 raise NonFiniteError(message, leg.step, stop.t, bad) from None
             log_det, self.t, self.nfe = log_det + change, leg.s, motion.nfe
             spread.add(self._v, u.movedim(1, 0))
-            self.variance = spread.variance + torch.zeros_like(log_det)
+            self.variance, self.doubt = spread.variance + nothing, spread.doubt + nothing
         motion.budget, motion.progress = math.inf, lambda _: None  # the adjoint evaluates again
         return x, log_det
 
