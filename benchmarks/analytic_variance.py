@@ -222,7 +222,7 @@ EXPERIMENTS = {
         (-1.0, 1.0),
         256,
         _network(patch=2),
-        TrainConfig(steps=2500, batch_size=128, lr=1e-3, ema_decay=0.998),
+        TrainConfig(steps=3000, batch_size=64, lr=1e-3, ema_decay=0.998),
         TrainConfig(steps=1000, batch_size=64, lr=1e-3, ema_decay=0.995),
         (5, 10, 25, 50, 100, 200),
         samples=100,
