@@ -1,63 +1,120 @@
-"""What a network is told beside x: the time label, and optionally a class."""
+"""What a network is told beside x: the time label, and optionally a class and a vector."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scoresde.solvers.base import check_count
 
 __all__ = ["TimeEmbedding"]
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal features of the time label (Vaswani et al., 2017; Ho et al., 2020) and an optional class, through an
-    MLP of two layers.
+    """Features of the time label, sinusoidal (Vaswani et al., 2017; Ho et al., 2020) or Fourier (Tancik et al., 2020;
+    Song et al., 2021), through an MLP of two layers; plus, optionally, those of a class and of a vector.
 
     The angles are computed in float32 or better whatever the network's dtype: rounded to bfloat16, 999 and 1000 are
     one number.
 
+    The null class, for classifier-free guidance, is `num_classes` itself; no label at all is the same. Its embedding
+    is zero: the last layer's bias could take up any other.
+
     Args:
         features: width of the result.
-        max_period: the longest period; labels up to about a tenth of it are told apart. With labels in [0, 1000], as
-            999 t, the default is DDPM's.
+        max_period: the longest sinusoidal period; labels up to about a tenth of it are told apart. With labels in
+            [0, 1000], as 999 t, the default is DDPM's.
         num_classes: number of classes, or None for an unconditional network.
+        vector: length of the vector, or None.
+        fourier: None for sinusoidal features; else the standard deviation of Gaussian frequencies, in cycles per unit
+            of the label: 16 for log sigma (Song et al.), about 1 for t in [0, 1], 0.001 for 999 t. They are drawn once
+            from `seed`, held as a buffer and never trained.
+        seed: of those frequencies.
 
     Raises:
-        ValueError: unless features is even and positive; by the call, if a label is missing, unexpected, or not one
-            integer per sample.
+        ValueError: unless features is even and positive, counts are >= 1 and fourier is positive; by the call, if
+            label or vector is unexpected, the vector is missing, or either has another shape or type.
     """
 
-    def __init__(self, features: int, max_period: float = 10_000.0, num_classes: int | None = None) -> None:
+    frequencies: Tensor | None
+
+    def __init__(
+        self,
+        features: int,
+        max_period: float = 10_000.0,
+        num_classes: int | None = None,
+        *,
+        vector: int | None = None,
+        fourier: float | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         if features < 2 or features % 2:
             raise ValueError(f"features={features}: expected an even number >= 2")
+        check_count(**{k: n for k, n in {"num_classes": num_classes, "vector": vector}.items() if n is not None})
+        if fourier is not None and not 0 < fourier < math.inf:
+            raise ValueError(f"fourier={fourier}: expected a positive scale of the frequencies, or None")
         self.log_step = -math.log(max_period) / (features // 2)
         self.inward, self.outward = nn.Linear(features, features), nn.Linear(features, features)
         self.classes = None if num_classes is None else nn.Embedding(num_classes, features)
+        self.vectors = None if vector is None else nn.Linear(vector, features)
+        frequencies = None
+        if fourier is not None:
+            generator = torch.Generator().manual_seed(seed)
+            frequencies = fourier * torch.randn(features // 2, generator=generator, device="cpu", dtype=torch.float32)
+        self.register_buffer("frequencies", frequencies)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeEmbedding:
+        """Moves the frequencies with the network, and keeps them in float32 where its weights are rounded."""
+        kept = self.frequencies
+        super()._apply(fn, recurse)
+        if kept is not None and self.frequencies is not None and not kept.is_meta:
+            self.frequencies = kept.to(self.frequencies.device)
+        return self
 
     def angles(self, time: Tensor) -> Tensor:
-        """time (B,) times the frequencies max_period^(-2 k / features), (B, features / 2)."""
+        """time (B,) times the frequencies, max_period^(-2 k / features) or Gaussian ones, (B, features / 2)."""
         time = time.to(torch.promote_types(time.dtype, torch.float32))
+        if self.frequencies is not None:
+            return 2 * math.pi * time[:, None] * self.frequencies
         k = torch.arange(self.inward.in_features // 2, dtype=time.dtype, device=time.device)
         return time[:, None] * (self.log_step * k).exp()
 
-    def forward(self, time: Tensor, label: Tensor | int | None = None) -> Tensor:
-        """time (B,) and label, an integer or integers (B,), to (B, features)."""
-        if (label is None) != (self.classes is None):
-            raise ValueError(
-                "this network is conditional on a class: pass label=, shape (B,)"
-                if label is None
-                else "this network has no classes: build it with num_classes= to pass a label"
-            )
+    def forward(self, time: Tensor, label: Tensor | int | None = None, vector: Tensor | None = None) -> Tensor:
+        """time (B,), label, an integer or integers (B,), and vector (B, length), or one for all, to (B, features)."""
+        self._check(time, label, vector)
         angles = self.angles(time)
         features = torch.cat([angles.cos(), angles.sin()], dim=1)
-        features = self.outward(nn.functional.silu(self.inward(features.to(self.inward.weight.dtype))))
-        if label is None or self.classes is None:
-            return features
-        label = torch.as_tensor(label, device=time.device)
-        if label.shape not in ((), (1,), time.shape) or label.is_floating_point():
-            found = f"{label.dtype} of shape {tuple(label.shape)}"
-            raise ValueError(f"label is {found}: expected integers {tuple(time.shape)}, or one for all")
-        label = label.expand(time.shape)
-        return features + self.classes(label)
+        features = self.outward(F.silu(self.inward(features.to(self.inward.weight.dtype))))
+        if label is not None and self.classes is not None:
+            label = torch.as_tensor(label, device=time.device).long().expand(time.shape)
+            features = features + F.embedding(label, F.pad(self.classes.weight, (0, 0, 0, 1)))
+        if vector is not None and self.vectors is not None:
+            features = features + self.vectors(vector.to(self.vectors.weight.dtype))
+        return features
+
+    def _check(self, time: Tensor, label: Any, vector: Tensor | None) -> None:
+        if label is not None:
+            if self.classes is None:
+                raise ValueError("this network has no classes: build it with num_classes= to pass a label")
+            kind = label if isinstance(label, Tensor) else torch.as_tensor(label)
+            if kind.shape not in ((), (1,), time.shape) or kind.is_floating_point():
+                raise ValueError(
+                    f"label is {kind.dtype} of shape {tuple(kind.shape)}: expected integers {tuple(time.shape)}, or "
+                    "one for all"
+                )
+        if self.vectors is None:
+            if vector is not None:
+                raise ValueError("this network takes no vector: build it with vector= its length to pass one")
+            return
+        n = self.vectors.in_features
+        if vector is None or vector.shape not in ((n,), (1, n), (*time.shape, n)):
+            found = "none" if vector is None else f"shape {tuple(vector.shape)}"
+            raise ValueError(
+                f"this network is conditional on a vector: pass vector= of shape {(*time.shape, n)}, not {found}"
+            )

@@ -1,101 +1,128 @@
-"""A compact U-Net for images (Ronneberger et al., 2015; Ho et al., 2020; Song et al., 2021, DDPM++).
+"""One U-Net for data of one, two or three axes (Ronneberger et al., 2015): of the class of DDPM (Ho et al., 2020),
+DDPM++ and NCSN++ (Song et al., 2021) and ADM (Dhariwal and Nichol, 2021), which differ in its options.
 
-Each level has residual blocks with adaptive group norm (scale and shift from the time embedding; Dhariwal and Nichol,
-2021); skips run from every block on the way down to one on the way up. Any number of levels and any image size, odd
-ones too: the way up resizes to the skip it meets.
+Each level has residual blocks with adaptive group norm (scale and shift from the embedding of time, class and vector);
+skips run from every block on the way down to one on the way up. Any number of levels and any size, odd ones too: the
+way up resizes to the skip it meets.
+
+    DDPM      attention=(1,)
+    DDPM++    resample="block", skip_scale=0.5**0.5
+    NCSN++    the same, with fir=(1, 3, 3, 1) and fourier=16 on the label log sigma
+    ADM       resample="block", attention at 32, 16 and 8 pixels, 64 features per head
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scoresde.nn.blocks import (
+    Attention,
+    Double,
+    Halve,
+    ResidualBlock,
+    concatenate,
+    conv,
+    filter_taps,
+    group_norm,
+    shuffle,
+    unshuffle,
+    zero,
+)
 from scoresde.nn.embedding import TimeEmbedding
+from scoresde.solvers.base import check_count, check_option
 
 __all__ = ["UNet"]
 
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(channels, max(1, min(32, channels // 4))), channels)
-
-
-def _zero(module: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(module.weight)
-    assert module.bias is not None
-    nn.init.zeros_(module.bias)
-    return module
-
-
-class _ResidualBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))) (1 + scale) + shift)), the last convolution starting at zero."""
-
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = _group_norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.modulate = nn.Linear(embedding, 2 * outputs)
-        self.norm2, self.conv2 = _group_norm(outputs), _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.modulate(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
-        return self.skip(x) + h
-
-
-class _Attention(nn.Module):
-    """Self-attention over the pixels, added to x; its last layer starts at zero."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm, self.qkv = _group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
-        self.project = _zero(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
-        h = F.scaled_dot_product_attention(*qkv.unbind(1))
-        return x + self.project(h.transpose(-1, -2).reshape(B, C, H, W))
+PRESETS: dict[int, dict[str, Any]] = {
+    8: {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention": (1,)},
+    28: {"channels": 48, "multipliers": (1, 2, 2), "blocks": 2, "attention": (1,), "resample": "block"},
+    32: {
+        "image_channels": 3,
+        "channels": 128,
+        "multipliers": (1, 2, 2, 2),
+        "blocks": 4,
+        "attention": (1,),
+        "dropout": 0.1,
+        "resample": "block",
+        "skip_scale": 0.5**0.5,
+    },
+    64: {
+        "image_channels": 3,
+        "channels": 128,
+        "multipliers": (1, 2, 3, 4),
+        "blocks": 2,
+        "attention": (2, 3),
+        "heads": 8,
+        "dropout": 0.1,
+        "resample": "block",
+    },
+}
 
 
 class _Stage(nn.Module):
     """A residual block, then attention where `heads` is given."""
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, heads: int | None) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, embedding: int, dropout: float, heads: int | None, dims: int, skip_scale: float
+    ) -> None:
         super().__init__()
-        self.block = _ResidualBlock(inputs, outputs, embedding, dropout)
-        self.attention = nn.Identity() if heads is None else _Attention(outputs, heads)
+        self.block = ResidualBlock(inputs, outputs, embedding, dropout, dims=dims, skip_scale=skip_scale)
+        self.attention: nn.Module = nn.Identity()
+        if heads is not None:
+            self.attention = Attention(outputs, heads, dims=dims, skip_scale=skip_scale)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.attention(self.block(x, embedding))
+        h: Tensor = self.attention(self.block(x, embedding))
+        return h
 
 
 class UNet(nn.Module):
-    """net(x, time, label=None) for images (B, image_channels, H, W).
+    """net(x, time, label=None, vector=None, image=None) for data (B, image_channels, H, W), or (B, image_channels, L),
+    or (B, image_channels, D, H, W). Its output starts at zero.
 
-    With the defaults and grey images it has 1.0 million parameters.
+    With the defaults and grey images it has 1.0 million parameters; `UNet.preset(size)` has
+
+        size 8     0.77 million, grey
+        size 28    4.3 million, grey
+        size 32    68 million, colour: DDPM++
+        size 64    101 million, colour: a small ADM
+
+    >>> net = UNet.preset(8, num_classes=10)
+    >>> x, time, label = torch.zeros(2, 1, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([3, 10])  # 10: no class
+    >>> net(x, time, label).shape
+    torch.Size([2, 1, 8, 8])
 
     Args:
-        image_channels: channels of x and of the result.
-        channels: features at the finest level, even.
+        image_channels: channels of x and, unless `out_channels` says otherwise, of the result.
+        channels: features at the finest level.
         multipliers: features of each level as multiples of `channels`; their number is the number of levels, each half
             as fine as the one before. For 8 pixels take two, for 28 or 32 three or four.
         blocks: residual blocks per level on the way down (one more on the way up).
         attention: levels (0 the finest) with self-attention; it is always there at the bottom.
         heads: attention heads.
         dropout: probability in each residual block.
-        num_classes: number of classes, or None.
+        num_classes: number of classes, or None. The label num_classes, or no label, is the null class.
         patch: side of the squares of pixels that the finest level takes as one position (pixel_unshuffle): a quarter
             of the work with 2. H and W are multiples of it.
+        dims: axes of the data, 1, 2 or 3.
+        resample: "conv": between levels a strided convolution, and nearest neighbours with a convolution; "block":
+            inside a residual block, as BigGAN does (Brock et al., 2019).
+        fir: the filter with which sizes are halved and doubled, as (1, 3, 3, 1) (Karras et al., 2020), or None.
+        skip_scale: factor of every residual sum; 1/sqrt(2) = 0.5**0.5 keeps the variance.
+        vector: length of a vector that the network is conditional on, or None.
+        image_condition: channels of an image, of the size of x, that it is conditional on by concatenation.
+        fourier: scale of Gaussian time frequencies, or None for sinusoidal features; see `TimeEmbedding`.
+        out_channels: channels of the result; twice those of x for improved DDPM's learned variances.
 
     Raises:
-        ValueError: if there is no level, an attention level does not exist, or heads do not divide the features.
+        ValueError: if an option is not one of those, there is no level, an attention level does not exist, or heads do
+            not divide the features; by the call, if x, label, vector or image is missing, unexpected or does not fit.
     """
 
     def __init__(
@@ -109,20 +136,55 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         num_classes: int | None = None,
         patch: int = 1,
+        *,
+        dims: int = 2,
+        resample: Literal["conv", "block"] = "conv",
+        fir: Sequence[float] | None = None,
+        skip_scale: float = 1.0,
+        vector: int | None = None,
+        image_condition: int = 0,
+        fourier: float | None = None,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
+        outputs = image_channels if out_channels is None else out_channels
+        check_count(image_channels=image_channels, channels=channels, blocks=blocks, heads=heads, patch=patch)
+        check_count(out_channels=outputs)
+        check_option((1, 2, 3), dims=dims)
+        check_option(("conv", "block"), resample=resample)
+        if fir is not None:
+            filter_taps(fir)
+        if image_condition < 0 or not 0 <= dropout < 1 or not 0 < skip_scale < math.inf:
+            raise ValueError(
+                f"image_condition={image_condition}, dropout={dropout}, skip_scale={skip_scale}: expected channels "
+                ">= 0, a probability below 1 and a positive factor"
+            )
         widths = [channels * m for m in multipliers]
         if not widths or any(level not in range(len(widths)) for level in attention):
-            raise ValueError(f"attention at levels {tuple(attention)} of a U-Net with {len(widths)} levels")
+            raise ValueError(
+                f"attention at levels {tuple(attention)} of a U-Net with {len(widths)} levels: expected one level or "
+                "more, of which 0 is the finest"
+            )
         if wrong := [w for level, w in enumerate(widths) if w % heads and (level in attention or w == widths[-1])]:
             raise ValueError(f"heads={heads} does not divide the {wrong[0]} features of a level with attention")
         embedding = 4 * channels
-        self.time = TimeEmbedding(embedding, num_classes=num_classes)
-        self.patch, colours = patch, image_channels * patch**2
-        self.inward = nn.Conv2d(colours, channels, 3, padding=1)
+        self.time = TimeEmbedding(embedding, num_classes=num_classes, vector=vector, fourier=fourier)
+        self.dims, self.image_condition, self.patch, self.blocks = dims, image_condition, patch, blocks
+        self.inward = conv(dims, (image_channels + image_condition) * patch**dims, channels, 3)
 
         def stage(inputs: int, outputs: int, attend: bool) -> _Stage:
-            return _Stage(inputs, outputs, embedding, dropout, heads if attend else None)
+            return _Stage(inputs, outputs, embedding, dropout, heads if attend else None, dims, skip_scale)
+
+        def between(width: int, way: Literal["down", "up"]) -> nn.Module:
+            if resample == "block":
+                return ResidualBlock(
+                    width, width, embedding, dropout, dims=dims, resample=way, fir=fir, skip_scale=skip_scale
+                )
+            if way == "up":
+                return conv(dims, width, width, 3)
+            if fir is None:
+                return conv(dims, width, width, 3, stride=2)
+            return nn.Sequential(Halve(dims, fir), conv(dims, width, width, 3))
 
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
@@ -133,7 +195,7 @@ class UNet(nn.Module):
                 width = w
                 skips.append(width)
             if level < len(widths) - 1:
-                self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                self.shrink.append(between(width, "down"))
                 skips.append(width)
         self.middle = nn.ModuleList([stage(width, width, True), stage(width, width, False)])
         for level, w in reversed(list(enumerate(widths))):
@@ -141,34 +203,57 @@ class UNet(nn.Module):
                 self.up.append(stage(width + skips.pop(), w, level in attention))
                 width = w
             if level > 0:
-                self.grow.append(nn.Conv2d(width, width, 3, padding=1))
-        self.norm, self.outward = _group_norm(width), _zero(nn.Conv2d(width, colours, 3, padding=1))
-        self.blocks = blocks
+                self.grow.append(between(width, "up"))
+        self.enlarge = Double(dims, fir if resample == "conv" else None)
+        self.norm, self.outward = group_norm(width), zero(conv(dims, width, outputs * patch**dims, 3))
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """x (B, image_channels, H, W), time (B,) and label (B,) to the shape of x."""
-        return self.readout(self.features(x, time, label))
+    @classmethod
+    def preset(cls, size: int, **overrides: Any) -> UNet:
+        """The network for images of 8, 28, 32 or 64 pixels (and for others of about that size), with other options
+        where they are given.
+
+        Raises:
+            ValueError: if there is no preset of that size.
+        """
+        check_option(PRESETS, size=size)
+        return cls(**{**PRESETS[size], **overrides})
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | int | None = None, **cond: Tensor | None) -> Tensor:
+        """x (B, image_channels, H, W), time (B,), label (B,), and by keyword vector (B, length) and image (B,
+        image_condition, H, W), to the shape of x.
+        """
+        return self.readout(self.features(x, time, label, **cond))
 
     def readout(self, h: Tensor) -> Tensor:
         """The last feature map, `features`, to the shape of x."""
-        return F.pixel_shuffle(self.outward(F.silu(self.norm(h))), self.patch)
+        return shuffle(self.outward(F.silu(self.norm(h))), self.patch)
 
-    def features(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+    def features(
+        self,
+        x: Tensor,
+        time: Tensor,
+        label: Tensor | int | None = None,
+        *,
+        vector: Tensor | None = None,
+        image: Tensor | None = None,
+    ) -> Tensor:
         """The last feature map, (B, outward.in_channels, H / patch, W / patch): what a further head can read."""
-        embedding = self.time(time, label)
-        h = self.inward(F.pixel_unshuffle(x, self.patch))
+        x = unshuffle(concatenate(x, image, self.dims, self.image_condition), self.patch)
+        embedding = self.time(time, label, vector)
+        h = self.inward(x)
         skips = [h]
         for i, stage in enumerate(self.down):
             h = stage(h, embedding)
             skips.append(h)
             if (i + 1) % self.blocks == 0 and (i + 1) // self.blocks <= len(self.shrink):
-                h = self.shrink[i // self.blocks](h)
+                shrink = self.shrink[i // self.blocks]
+                h = shrink(h, embedding) if isinstance(shrink, ResidualBlock) else shrink(h)
                 skips.append(h)
         for stage in self.middle:
             h = stage(h, embedding)
         for i, stage in enumerate(self.up):
             h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
             if (i + 1) % (self.blocks + 1) == 0 and skips:
-                h = F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest")
-                h = self.grow[i // (self.blocks + 1)](h)
+                grow, size = self.grow[i // (self.blocks + 1)], skips[-1].shape[2:]
+                h = grow(h, embedding, size) if isinstance(grow, ResidualBlock) else grow(self.enlarge(h, size))
         return h

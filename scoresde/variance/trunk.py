@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scoresde.denoiser import Denoiser, NetworkDenoiser, X0Denoiser
-from scoresde.nn.unet import UNet, _group_norm, _ResidualBlock, _zero
+from scoresde.nn.blocks import ResidualBlock, conv, group_norm, shuffle, zero
+from scoresde.nn.unet import UNet
 from scoresde.tensors import Time
 from scoresde.views import combine, view_of_mean
 
@@ -56,11 +57,11 @@ class TrunkWithHead(nn.Module):
                 "networks pass a head that is a network of its own"
             )
         self.net, self.frozen = net, freeze
-        width, self.patch = net.outward.in_channels, getattr(net, "patch", 1)
-        self.block = _ResidualBlock(width, width, net.time.outward.out_features, 0.0) if block else None
-        self.norm = _group_norm(width)
-        outputs = net.outward.out_channels if channels is None else channels * self.patch**2
-        self.outward = _zero(nn.Conv2d(width, outputs, 3, padding=1))
+        width, self.patch, dims = net.outward.in_channels, getattr(net, "patch", 1), getattr(net, "dims", 2)
+        self.block = ResidualBlock(width, width, net.time.outward.out_features, 0.0, dims=dims) if block else None
+        self.norm = group_norm(width)
+        outputs = net.outward.out_channels if channels is None else channels * self.patch**dims
+        self.outward = zero(conv(dims, width, outputs, 3))
         self.to(next(net.parameters()))
         if freeze:
             net.requires_grad_(False).eval()
@@ -79,10 +80,10 @@ class TrunkWithHead(nn.Module):
     def both(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
         """What the U-Net returns, and the head's output, from one evaluation of the U-Net."""
         h = self.net.features(x, time, **cond)
-        # On a channels_last map that takes no gradient, torch 2.13's GroupNorm crashes in its backward on the CPU.
-        g = h.contiguous()
-        g = g if self.block is None else self.block(g, self.net.time(time, cond.get("label")))
-        return self.net.readout(h), F.pixel_shuffle(self.outward(F.silu(self.norm(g))), self.patch)
+        g = h
+        if self.block is not None:
+            g = self.block(h, self.net.time(time, cond.get("label"), cond.get("vector")))
+        return self.net.readout(h), shuffle(self.outward(F.silu(self.norm(g))), self.patch)
 
 
 class SplitOutput(nn.Module):

@@ -1,0 +1,280 @@
+"""What the networks are built of, for data of one, two or three axes, (B, C, n_1, ..., n_dims).
+
+    residual     s (x + conv(SiLU(norm(conv(SiLU(norm(x)))) (1 + scale) + shift))),    (scale, shift) from the embedding
+    attention    s (x + project(softmax(q k^T / sqrt(d)) v))
+    halve        y_i = sum_k f_k x_{2 i + k - p},     p = (len(f) - 1) // 2
+    double       y_i = 2 sum_j f_{i + p - 2 j} x_j
+
+s is the skip scale and f the filter, whose taps sum to 1; beyond its edges x goes on as its last value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from scoresde.solvers.base import check_option
+
+__all__ = [
+    "Attention",
+    "Double",
+    "GroupNorm",
+    "Halve",
+    "ResidualBlock",
+    "attend",
+    "concatenate",
+    "conv",
+    "filter_taps",
+    "group_norm",
+    "shuffle",
+    "unshuffle",
+    "zero",
+]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def conv(dims: int, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    """A convolution over `dims` axes, of an odd kernel, that keeps the size or halves it, rounding up."""
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    return kind(inputs, outputs, kernel, stride=stride, padding=kernel // 2)
+
+
+def zero(module: M) -> M:
+    """The module itself, its parameters set to zero."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, but for one input: torch 2.13 on the CPU crashes in the backward of a channels-last one that takes no
+    gradient itself (a frozen layer's output). That one is made contiguous.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not x.requires_grad and x.device.type == "cpu":
+            x = x.contiguous()
+        return super().forward(x)
+
+
+def group_norm(channels: int) -> GroupNorm:
+    """At most 32 groups, of at least four channels where the number allows."""
+    return GroupNorm(math.gcd(channels, max(1, min(32, channels // 4))), channels)
+
+
+# Patches: squares of pixels as channels.
+
+
+def unshuffle(x: Tensor, patch: int) -> Tensor:
+    """(B, C, n_1, ...) to (B, C patch^dims, n_1 / patch, ...): `pixel_unshuffle` for any number of axes.
+
+    Raises:
+        ValueError: if patch does not divide the size.
+    """
+    if patch == 1:
+        return x
+    size, dims = x.shape[2:], x.dim() - 2
+    if any(n % patch for n in size):
+        raise ValueError(f"x of size {tuple(size)}: expected multiples of patch={patch}")
+    x = x.reshape(*x.shape[:2], *(k for n in size for k in (n // patch, patch)))
+    grid, inner = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+    return x.permute(0, 1, *inner, *grid).flatten(1, 1 + dims)
+
+
+def shuffle(x: Tensor, patch: int) -> Tensor:
+    """The inverse of `unshuffle`."""
+    if patch == 1:
+        return x
+    size, dims = x.shape[2:], x.dim() - 2
+    x = x.reshape(len(x), x.shape[1] // patch**dims, *dims * (patch,), *size)
+    x = x.permute(0, 1, *(axis for d in range(dims) for axis in (2 + dims + d, 2 + d)))
+    return x.reshape(*x.shape[:2], *(n * patch for n in size))
+
+
+def concatenate(x: Tensor, image: Tensor | None, dims: int, channels: int) -> Tensor:
+    """x with the `channels` of image after its own: conditioning on an image.
+
+    Raises:
+        ValueError: if x has not `dims` axes, or image is missing, unexpected or of another shape.
+    """
+    if x.dim() != dims + 2:
+        raise ValueError(f"x of shape {tuple(x.shape)}: expected (B, C) and {dims} axes more, as dims={dims}")
+    if not channels:
+        if image is not None:
+            raise ValueError("this network takes no image: build it with image_condition= channels to pass one")
+        return x
+    expected = (len(x), channels, *x.shape[2:])
+    if image is None or image.shape != expected:
+        found = "none" if image is None else f"shape {tuple(image.shape)}"
+        raise ValueError(f"this network is conditional on an image: pass image= of shape {expected}, not {found}")
+    return torch.cat([x, image.to(x.dtype)], dim=1)
+
+
+# Attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, all (B, heads, N, d).
+
+    By torch's fused kernels, which have no forward-mode derivative: under one it is written out. Nor have they a second
+    derivative; where one is wanted, call the network in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    """
+    if forward_ad._current_level < 0:  # no forward-mode derivative is being taken
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, added to x; its last layer starts at zero."""
+
+    def __init__(self, channels: int, heads: int, *, dims: int = 2, skip_scale: float = 1.0) -> None:
+        super().__init__()
+        self.heads, self.skip_scale = heads, skip_scale
+        self.norm, self.qkv = group_norm(channels), conv(dims, channels, 3 * channels, 1)
+        self.project = zero(conv(dims, channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, *size = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, math.prod(size)).transpose(-1, -2)
+        h = attend(*qkv.unbind(1))
+        return _scaled(x + self.project(h.transpose(-1, -2).reshape(B, C, *size)), self.skip_scale)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else factor * x
+
+
+# Sizes
+
+
+def filter_taps(fir: Sequence[float]) -> tuple[float, ...]:
+    """The taps of a filter, divided by their sum.
+
+    Raises:
+        ValueError: unless there are two at least, symmetric, their sum is positive, and the even ones have the sum of
+            the odd ones: else doubling would not keep a constant.
+    """
+    taps = tuple(float(f) for f in fir)
+    if len(taps) < 2 or taps != taps[::-1] or not sum(taps) > 0 or not math.isclose(sum(taps[::2]), sum(taps[1::2])):
+        raise ValueError(
+            f"fir={tuple(fir)}: expected a symmetric filter whose even and odd taps have one positive sum, such as "
+            "(1, 3, 3, 1)"
+        )
+    return tuple(f / sum(taps) for f in taps)
+
+
+class _Resample(nn.Module):
+    """Holds the filter, (1, 1, len(f), ...), as a buffer: it moves with the network."""
+
+    kernel: Tensor | None
+
+    def __init__(self, dims: int, fir: Sequence[float] | None, gain: float = 1.0) -> None:
+        super().__init__()
+        self.dims, self.length = dims, 0 if fir is None else len(fir)
+        kernel = None
+        if fir is not None:
+            kernel = torch.ones(1, 1, *dims * (1,))
+            for axis in range(dims):
+                shape = [-1 if d == axis else 1 for d in range(dims)]
+                kernel = kernel * (gain * torch.tensor(filter_taps(fir))).reshape(1, 1, *shape)
+        self.register_buffer("kernel", kernel)
+
+
+class Halve(_Resample):
+    """Half the size, rounded up: means over blocks of pixels (at an odd edge, of those there are), or the filter fir,
+    of which they are the case (1, 1).
+    """
+
+    def __init__(self, dims: int = 2, fir: Sequence[float] | None = None) -> None:
+        super().__init__(dims, fir)
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """x (B, C, n, ...) to (B, C, ceil(n / 2), ...); `size` is for the interface of `Double`."""
+        if self.kernel is None:
+            if self.dims < 3:
+                return (F.avg_pool1d, F.avg_pool2d)[self.dims - 1](x, 2, ceil_mode=True)
+            # torch 2.13 has no avg_pool3d for an axis of length 1, nor, on the CPU, in half precision.
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = F.pad(wide, [p for n in reversed(x.shape[2:]) for p in (0, n % 2)], mode="replicate")
+            return F.avg_pool3d(wide, 2).to(x.dtype)
+        C, before = x.shape[1], (self.length - 1) // 2
+        pads = [p for n in reversed(x.shape[2:]) for p in (before, self.length - 2 - before + n % 2)]
+        kernel = self.kernel.expand(C, 1, *self.kernel.shape[2:])
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+        return convolve(F.pad(x, pads, mode="replicate"), kernel, stride=2, groups=C)
+
+
+class Double(_Resample):
+    """Twice the size, or one less, as the skip that it meets: nearest neighbours, or the filter fir, of which they are
+    the case (1, 1).
+    """
+
+    def __init__(self, dims: int = 2, fir: Sequence[float] | None = None) -> None:
+        super().__init__(dims, fir, gain=2.0)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """x (B, C, n, ...) to (B, C, *size)."""
+        if self.kernel is None:
+            return F.interpolate(x, size=size, mode="nearest")
+        C, p = x.shape[1], (self.length - 1) // 2
+        before, after = (self.length - 1 - p) // 2, (p + 1) // 2
+        kernel = self.kernel.expand(C, 1, *self.kernel.shape[2:])
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.dims - 1]
+        h = convolve(F.pad(x, self.dims * [before, after], mode="replicate"), kernel, stride=2, groups=C)
+        for axis, n in enumerate(size, start=2):
+            h = h.narrow(axis, 2 * before + p, n)
+        return h
+
+
+class ResidualBlock(nn.Module):
+    """s (x + conv(SiLU(norm(conv(SiLU(norm(x)))) (1 + scale) + shift))), the last convolution starting at zero.
+
+    Args:
+        inputs, outputs: channels of x and of the result.
+        embedding: width of the embedding that scale and shift come from.
+        dropout: probability, before the last convolution.
+        dims: axes of the data.
+        resample: "down" halves x and the branch before its first convolution, "up" doubles them (BigGAN's blocks).
+        fir: the filter for that, or None.
+        skip_scale: s.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        embedding: int,
+        dropout: float,
+        *,
+        dims: int = 2,
+        resample: Literal["down", "up"] | None = None,
+        fir: Sequence[float] | None = None,
+        skip_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_option(("down", "up", None), resample=resample)
+        self.skip_scale = skip_scale
+        self.norm1, self.conv1 = group_norm(inputs), conv(dims, inputs, outputs, 3)
+        self.modulate = nn.Linear(embedding, 2 * outputs)
+        self.norm2, self.conv2 = group_norm(outputs), zero(conv(dims, outputs, outputs, 3))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Identity() if inputs == outputs else conv(dims, inputs, outputs, 1)
+        self.resample = None if resample is None else {"down": Halve, "up": Double}[resample](dims, fir)
+
+    def forward(self, x: Tensor, embedding: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """x (B, inputs, ...) and embedding (B, embedding) to (B, outputs, ...); of that size where it doubles."""
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            h, x = self.resample(h, size), self.resample(x, size)
+        h = self.conv1(h)
+        modulation = self.modulate(F.silu(embedding))
+        scale, shift = modulation.reshape(*modulation.shape, *(x.dim() - 2) * (1,)).chunk(2, dim=1)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
+        return _scaled(self.skip(x) + h, self.skip_scale)
