@@ -1,0 +1,50 @@
+"""Data: sets by name or from files, what a network trains on, in which order, and the loader.
+
+    data = training_data("cifar10:/data/cifar", flip=True)      # uint8 in memory, [-1, 1] in a batch
+    order = Order(len(data), batch_size=128, seed=0)            # of every step, forever
+    for x, labels in loader(data, order, start_step=1000): ...  # resumed where it stood
+
+`read_data` gives the items themselves, all of them, in memory.
+"""
+
+from scoresde.data.cifar import CIFAR10_CLASSES, cifar10, cifar10_levels
+from scoresde.data.download import fetch
+from scoresde.data.folder import ImageFolder
+from scoresde.data.idx import FASHION_MNIST, fashion_mnist, fashion_mnist_levels, mnist, mnist_levels
+from scoresde.data.levels import scaled
+from scoresde.data.loader import loader
+from scoresde.data.order import Order
+from scoresde.data.sources import BUILT_IN, Data, digit_levels, digits, read_data
+from scoresde.data.toys import TOYS, checkerboard, eight_gaussians, rings, spiral, swiss_roll, two_moons
+from scoresde.data.training import Batch, TrainingData, training_data
+
+__all__ = [
+    "BUILT_IN",
+    "CIFAR10_CLASSES",
+    "FASHION_MNIST",
+    "TOYS",
+    "Batch",
+    "Data",
+    "ImageFolder",
+    "Order",
+    "TrainingData",
+    "checkerboard",
+    "cifar10",
+    "cifar10_levels",
+    "digit_levels",
+    "digits",
+    "eight_gaussians",
+    "fashion_mnist",
+    "fashion_mnist_levels",
+    "fetch",
+    "loader",
+    "mnist",
+    "mnist_levels",
+    "read_data",
+    "rings",
+    "scaled",
+    "spiral",
+    "swiss_roll",
+    "training_data",
+    "two_moons",
+]
