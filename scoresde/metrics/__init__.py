@@ -1,0 +1,49 @@
+"""Distances between samples and data, in any feature space, with their errors and their floor.
+
+    frechet.py      frechet_distance, and Statistics: mean and covariance of a stream, merged, saved and loaded
+    kernel.py       mmd and kid: maximum mean discrepancy without bias, of polynomial and Gaussian kernels
+    neighbours.py   precision, recall, density and coverage
+    transport.py    sliced Wasserstein and energy distance
+    features.py     feature spaces: pixels, principal components, random layers, networks, Inception
+    classifier.py   small classifiers whose hidden layer is a feature space, and those that come with the package
+    evaluate.py     all of it in one call: values, standard errors, and what real data scores against real data
+
+No such number means anything without its feature space, sample sizes and floor: quote them with it.
+"""
+
+from scoresde.metrics.classifier import Classifier, classifier_features, load_classifier
+from scoresde.metrics.evaluate import METRICS, Evaluation, Score, evaluate
+from scoresde.metrics.features import PCA, Features, NetworkFeatures, Pixels, RandomFeatures, inception
+from scoresde.metrics.frechet import Statistics, frechet_distance
+from scoresde.metrics.kernel import KID, GaussianKernel, Kernel, PolynomialKernel, kid, median_distance, mmd
+from scoresde.metrics.neighbours import PrecisionRecall, precision_recall
+from scoresde.metrics.transport import energy_distance, sliced_wasserstein
+
+__all__ = [
+    "KID",
+    "METRICS",
+    "PCA",
+    "Classifier",
+    "Evaluation",
+    "Features",
+    "GaussianKernel",
+    "Kernel",
+    "NetworkFeatures",
+    "Pixels",
+    "PolynomialKernel",
+    "PrecisionRecall",
+    "RandomFeatures",
+    "Score",
+    "Statistics",
+    "classifier_features",
+    "energy_distance",
+    "evaluate",
+    "frechet_distance",
+    "inception",
+    "kid",
+    "load_classifier",
+    "median_distance",
+    "mmd",
+    "precision_recall",
+    "sliced_wasserstein",
+]
