@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,9 +21,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         write: called with the temporary file, open for bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".partial", dir=path.parent)
+    temporary = path.parent / f"{path.name}.{secrets.token_hex(4)}.partial"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # with the permissions of any new file, which mkstemp's has not
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -23,6 +23,7 @@ from common import Nonlinear, generator, normal
 
 from scoresde import EDMSDE, VESDE, VPSDE, DDPMChain, EpsDenoiser, FlowSDE, Grid, SubVPSDE, sample
 from scoresde.exact import Gaussian, GaussianMixture
+from scoresde.likelihood.interval import student_interval
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP, Heun, UniPC, available
 
 QUICK = ["--jobs", "1", "--nfe", "5", "8", "--grids", "log-SNR", "uniform"]
@@ -332,13 +333,17 @@ def test_coverage_of_a_known_law():
         def run(denoiser, x, seed, **options):
             fine = case.fine[0].repeat(len(x) // 8)
             noise = 0.0 if isinstance(denoiser, likelihood.ExactTrace) else normal(len(x), seed=seed[0] % 1000)
-            return likelihood.Found(fine + noise, 1, torch.full_like(fine, stated))
+            stderr = torch.full_like(fine, stated)
+            interval = student_interval(fine + noise, stderr, torch.full_like(fine, math.inf))
+            return likelihood.Found(fine + noise, 1, stderr, None, interval)
 
         return likelihood.coverage(case, likelihood.Method("", 1, run), 8, 500)
 
     found = covered(1.0)
     five = 5 * (0.95 * 0.05 / 4000) ** 0.5
     assert found.own == found.fine == pytest.approx(0.95, abs=five)
+    assert found.plain == pytest.approx(found.own, abs=1e-3)  # 1.96 and 1.95996
+    assert found.width == pytest.approx(1, abs=5 / 8000**0.5)
     assert found.ratio == pytest.approx(1, abs=5 / 8000**0.5)
     assert covered(0.5).own == pytest.approx(math.erf(0.98 / 2**0.5), abs=5 * (0.67 * 0.33 / 4000) ** 0.5)
 
