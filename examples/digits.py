@@ -99,7 +99,7 @@ def train(training: Tensor, args: argparse.Namespace) -> Denoiser:
     except CheckpointError as error:
         raise SystemExit(f"{error}\n(--fresh forgets that run, --out names another folder)") from error
     if trainer.step:
-        print(f"going on from step {trainer.step} of {config.steps} in {trainer.path} (--fresh starts anew)")
+        print(f"going on from step {trainer.step} of {config.steps}, {trainer.path} (--fresh starts anew)")
     parameters = sum(p.numel() for p in net.parameters())
     print(f"training a U-Net of {parameters:,} parameters on {len(training)} digits, {config.steps} steps")
     return trainer.fit().ema

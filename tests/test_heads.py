@@ -18,7 +18,7 @@ from scoresde.solvers import DDPM
 from scoresde.solvers.optimal_variance import OptimalVariance
 from scoresde.solvers.rows import forgotten
 from scoresde.tensors import expand_like, precise
-from scoresde.training import CheckpointError, TrainConfig, Trainer, UniformTimes, dsm_loss, load_ema
+from scoresde.training import CheckpointError, Part, TrainConfig, Trainer, UniformTimes, dsm_loss, load_ema
 from scoresde.variance import (
     LearnedRangeDenoiser,
     NPRDenoiser,
@@ -392,10 +392,10 @@ def test_a_head_resumes_with_the_same_bits_and_not_under_another_loss(tmp_path):
     broken = head_trainer(10, tmp_path)
     original = broken._train_step
 
-    def interrupt():
+    def interrupt(*args):
         if broken.step == 7:
             raise KeyboardInterrupt
-        return original()
+        return original(*args)
 
     broken._train_step = interrupt
     with pytest.raises(KeyboardInterrupt):
@@ -403,13 +403,24 @@ def test_a_head_resumes_with_the_same_bits_and_not_under_another_loss(tmp_path):
     resumed = head_trainer(10, tmp_path, seed=3)
     assert resumed.step == 5
     resumed.fit(progress=False)
-    left, right = resumed._average.state_dict(), whole._average.state_dict()
+    left, right = (trainer.averages[0].module.state_dict() for trainer in (resumed, whole))
     assert [k for k in left if not torch.equal(left[k], right[k])] == []
     with pytest.raises(CheckpointError, match="loss: npr_loss in the file, sn_loss here"):
         head_trainer(10, tmp_path, loss=sn_loss)
-    loaded = NPRDenoiser(load_ema(tmp_path / "checkpoint.pt", trunk_model(4, dropout=0.2)))
+    loaded = NPRDenoiser(load_ema(tmp_path, trunk_model(4, dropout=0.2)))
     x, label = normal(2, 1, 8, 8, dtype=torch.float32), torch.tensor([0, 1])
     assert torch.equal(loaded(x, 0.4, label=label).var, NPRDenoiser(whole.ema)(x, 0.4, label=label).var)
+
+
+@pytest.mark.parametrize("loss", [sn_loss, npr_loss, ocm_loss])
+def test_a_head_trains_on_parts_of_a_batch(loss):
+    """The draws are those of the whole batch, OCM's signs too: the first 5 of 12 samples have their own losses."""
+    images, labels = digits()
+    model = trunk_model(0).with_net(trunk_model(0).net.double())
+    x0, labels = images[:12].double(), labels[:12]
+    whole = loss(model, None, x0, generator=generator(3), cond={"label": labels}, reduction="none")
+    first = loss(model, None, x0[:5], generator=Part(generator(3), 0, 12), cond={"label": labels[:5]}, reduction="none")
+    torch.testing.assert_close(first, whole[:5], rtol=1e-10, atol=1e-12)
 
 
 def test_a_loss_brings_its_own_weighting():

@@ -26,6 +26,7 @@ from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.training import (
     ImportanceTimes,
     LogNormalTimes,
+    Part,
     UniformTimes,
     dsm_loss,
     edm,
@@ -260,6 +261,17 @@ def test_a_chain_is_trained_on_its_nodes():
     )
     dsm_loss(denoiser, torch.zeros(2000, 1), generator=generator())
     assert torch.equal(labels[0].unique(), torch.arange(10))
+
+
+@pytest.mark.parametrize("times", [UniformTimes(), ImportanceTimes(), LogNormalTimes(stratified=False)])
+def test_the_parts_of_a_batch_draw_what_the_whole_batch_does(times):
+    model, x0 = Nonlinear(VPSDE()), normal(10, 2, 3)
+    options = {"times": times, "reduction": "none"}
+    whole = dsm_loss(model, x0, generator=generator(3), **options)
+    parts = [dsm_loss(model, x0[i:j], generator=Part(generator(3), i, 10), **options) for i, j in ((0, 4), (4, 10))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="4 items from 7 on do not lie in a batch of 10"):
+        dsm_loss(model, x0[:4], generator=Part(generator(), 7, 10))
 
 
 def test_dsm_loss_leaves_the_global_generator_and_reproduces():

@@ -1,8 +1,13 @@
 """Training by denoising score matching: the loss, where it puts its effort, and a trainer."""
 
 from scoresde.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from scoresde.training.loss import dsm_loss
-from scoresde.training.trainer import NonFiniteLossError, TrainConfig, Trainer, load_ema
+from scoresde.training.config import TrainConfig
+from scoresde.training.feed import DataSource
+from scoresde.training.loss import Part, dsm_loss
+from scoresde.training.model import ModelConfig, load, load_ema
+from scoresde.training.parallel import start
+from scoresde.training.step import NonFiniteLossError
+from scoresde.training.trainer import Trainer
 from scoresde.training.weights import (
     ImportanceTimes,
     LogNormalTimes,
@@ -18,9 +23,12 @@ from scoresde.training.weights import (
 
 __all__ = [
     "CheckpointError",
+    "DataSource",
     "ImportanceTimes",
     "LogNormalTimes",
+    "ModelConfig",
     "NonFiniteLossError",
+    "Part",
     "TimeSampler",
     "TrainConfig",
     "Trainer",
@@ -29,10 +37,12 @@ __all__ = [
     "dsm_loss",
     "edm",
     "likelihood",
+    "load",
     "load_ema",
     "min_snr",
     "read_checkpoint",
     "simple",
+    "start",
     "uniform_in",
     "write_checkpoint",
 ]

@@ -1,7 +1,9 @@
-"""Checkpoints: written whole or not at all, and read without executing anything."""
+"""Single files of tensors and numbers: written whole or not at all, and read without executing anything. A training
+run has a folder instead (`scoresde.training.folder`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,17 @@ def read_checkpoint(path: str | Path, made_for: dict[str, Any], *, whole: bool =
     unknown = set(found) - {"format", "made_for", "content"}
     if unknown:
         raise CheckpointError(f"{path} has unknown keys {sorted(unknown)}: it is from another version, or altered")
-    theirs = found["made_for"]
+    check_made_for(path, found["made_for"], made_for, whole=whole)
+    content: dict[str, Any] = found["content"]
+    return content
+
+
+def check_made_for(path: Path, theirs: Mapping[str, Any], made_for: Mapping[str, Any], *, whole: bool) -> None:
+    """Check that what a checkpoint was made for is `made_for`, and, if whole, nothing besides.
+
+    Raises:
+        CheckpointError: naming each difference.
+    """
     different = [
         f"{key}: {theirs.get(key, 'nothing')} in the file, {made_for.get(key, 'nothing')} here"
         for key in (sorted({*theirs, *made_for}) if whole else made_for)
@@ -63,5 +75,3 @@ def read_checkpoint(path: str | Path, made_for: dict[str, Any], *, whole: bool =
     ]
     if different:
         raise CheckpointError(f"{path} was made for something else. " + "; ".join(different))
-    content: dict[str, Any] = found["content"]
-    return content

@@ -9,7 +9,8 @@ digit is lost at either end and one formula serves eps, x0, v, score, velocity a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,7 +22,47 @@ from scoresde.tensors import as_time, check_batch, expand_like, known_any
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
 from scoresde.views import check_time, combine
 
-__all__ = ["NoisyBatch", "dsm_loss", "noisy_batch"]
+__all__ = ["Draws", "NoisyBatch", "Part", "dsm_loss", "noisy_batch"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a batch, in place of the generator of the whole of it: what is drawn for it is what the whole batch would
+    have been given, so that a batch may be split between processes, or in time, and its loss stays the same.
+
+    Args:
+        generator: of the whole batch, each part having its own copy in the same state.
+        start: the first item of the part.
+        size: items in the whole batch.
+    """
+
+    generator: torch.Generator
+    start: int
+    size: int
+
+    @classmethod
+    def of(cls, draws: torch.Generator | Part | None, items: int, device: torch.device) -> Part:
+        """A generator as the part that is the whole batch of `items`; freshly seeded on `device` if there is none.
+
+        Raises:
+            ValueError: if a part of so many items goes beyond its batch.
+        """
+        if isinstance(draws, Part):
+            if not 0 <= draws.start <= draws.size - items:
+                raise ValueError(f"{items} items from {draws.start} on do not lie in a batch of {draws.size}")
+            return draws
+        if draws is None:
+            draws = torch.Generator(device)
+            draws.seed()
+        return cls(draws, 0, items)
+
+    def draw(self, shape: Sequence[int], draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """The part's share, of that shape, of what `draw` makes for the shape of the whole batch."""
+        return draw((self.size, *shape[1:]))[self.start : self.start + shape[0]]
+
+
+Draws = torch.Generator | Part
+"""Where a loss draws from: a generator for the whole batch, or a part of it."""
 
 
 def dsm_loss(
@@ -32,7 +73,7 @@ def dsm_loss(
     times: TimeSampler | None = None,
     t: Tensor | None = None,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Draws | None = None,
     cond: Mapping[str, Any] | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
@@ -45,7 +86,8 @@ def dsm_loss(
         times: the distribution of t; uniform and stratified by default.
         t: instead of drawing, the times, shape () or (B,), above 0.
         noise: instead of drawing, eps, shape of x0.
-        generator: where t and noise are drawn from, on its own device; freshly seeded if not given.
+        generator: where t and noise are drawn from, on its own device; freshly seeded if not given. A `Part` where x0
+            is part of a batch.
         cond: keyword arguments for the network.
         reduction: "mean" over the batch, or "none" for shape (B,).
 
@@ -73,14 +115,14 @@ def dsm_loss(
 
 class NoisyBatch(NamedTuple):
     """Noisy data x_t = alpha x_0 + sigma noise at t (B,), float64, the weights `ratio` (B,) of the times that were
-    drawn, and the generator that drew.
+    drawn, and what they were drawn from.
     """
 
     t: Tensor
     ratio: Tensor
     noise: Tensor
     x_t: Tensor
-    generator: torch.Generator
+    part: Part
 
 
 def noisy_batch(
@@ -89,18 +131,16 @@ def noisy_batch(
     times: TimeSampler | None,
     t: Tensor | None,
     noise: Tensor | None,
-    generator: torch.Generator | None,
+    generator: Draws | None,
 ) -> NoisyBatch:
     """What the losses see of a batch: t and noise as given, or drawn, times before noise. Arguments and errors as for
     `dsm_loss`.
     """
-    if generator is None:
-        generator = torch.Generator(x0.device)
-        generator.seed()
-    times = times or UniformTimes()
+    part = Part.of(generator, len(x0), x0.device)
+    source, sampler = part.generator, times or UniformTimes()
     if t is None:
-        t = times.draw(sde, len(x0), generator)
-        ratio = times.ratio(sde, t)
+        t = part.draw((len(x0),), lambda shape: sampler.draw(sde, shape[0], source))
+        ratio = sampler.ratio(sde, t)
     else:
         t = as_time(t).double()
         check_time(t, len(x0), sde, sde.t_max)
@@ -109,6 +149,8 @@ def noisy_batch(
             raise ValueError("t = 0: the data itself holds no noise to be learned, so its loss is undefined")
         ratio = torch.ones_like(t)
     if noise is None:
-        noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=generator.device).to(x0.device)
+        noise = part.draw(
+            x0.shape, lambda shape: torch.randn(shape, generator=source, dtype=x0.dtype, device=source.device)
+        ).to(x0.device)
     x_t = sde.perturb(x0, t, noise)
-    return NoisyBatch(t, ratio, noise, x_t, generator)
+    return NoisyBatch(t, ratio, noise, x_t, part)

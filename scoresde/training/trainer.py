@@ -1,139 +1,97 @@
-"""A small trainer: denoising score matching with Adam, an averaged copy of the weights, and runs that survive a kill.
+"""The trainer: denoising score matching with AdamW, averaged weights, one or several processes, and runs that survive a
+kill.
 
 Everything random in step n (which items, which t, which noise, the network's dropout) is a function of the seed and n
 alone. So a checkpoint needs no generator states, and a run that was killed and resumed ends, on a CPU, with the same
-bits as one that was not.
+bits as one that was not. t and noise are drawn for the whole batch of a step, whoever takes which part of it, so W
+processes, or a batch taken in parts, have the losses and gradients of one process with the whole batch, up to rounding
+(and the masks of dropout).
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
-from numbers import Integral
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from scoresde.data.order import Order
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.noise import derive_seed
-from scoresde.sde import SDE
-from scoresde.tensors import check_batch
-from scoresde.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from scoresde.training.loss import dsm_loss
+from scoresde.training import parallel
+from scoresde.training.average import Average, in_place_of
+from scoresde.training.checkpoint import CheckpointError
+from scoresde.training.config import TrainConfig
+from scoresde.training.feed import DataSource, batches, source_of, split
+from scoresde.training.folder import NETWORK, OPTIMISER, average_file, check_safetensors, newest, write
+from scoresde.training.identity import identity, probe, values_of, versions
+from scoresde.training.log import Log, TensorBoard, check_tensorboard
+from scoresde.training.loss import Draws, Part, dsm_loss
+from scoresde.training.model import ModelConfig, check_model, opened
+from scoresde.training.signals import Signals
+from scoresde.training.step import Autocast, Interval, Loss, Worker, seeded_global_generators
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
 
-__all__ = ["Loss", "NonFiniteLossError", "TrainConfig", "Trainer", "load_ema"]
+__all__ = ["Evaluate", "Trainer"]
 
-Loss = Callable[[NetworkDenoiser, Tensor, torch.Generator, Mapping[str, Any]], Tensor]
-"""loss(denoiser, x0, generator, cond) of a batch: a scalar, drawn from the generator alone."""
+Evaluate = Callable[[NetworkDenoiser, int], Mapping[str, float]]
+"""evaluate(denoiser, step): numbers by name, of the denoiser with averaged weights."""
 
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; `step` says when. Nothing was saved since."""
-
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(
-            f"the loss is {loss} at step {step}: training stopped, and the last checkpoint is from before it; lower "
-            "the learning rate, or look at the data of that step"
-        )
-        self.step = step
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What a run is, beside its model and data.
-
-    Args:
-        steps: optimiser steps in all.
-        batch_size: items a step; a smaller data set is repeated.
-        lr: learning rate of Adam, reached linearly over `warmup` steps.
-        warmup: steps.
-        schedule: after the warm-up, "constant", or "cosine" down to zero at `steps`; only a constant one can be resumed
-            with more steps.
-        weight_decay: decoupled, as in AdamW.
-        grad_clip: largest norm of the gradient.
-        ema_decay: of the averaged weights, per step; early on min(ema_decay, (1 + n) / (10 + n)) after n steps.
-        seed: of everything random.
-        checkpoint_every: steps between checkpoints; one is always written at the end.
-        log_every: steps between readings of the loss.
-
-    Raises:
-        ValueError: on a value out of its range.
-    """
-
-    steps: int
-    batch_size: int = 128
-    lr: float = 1e-3
-    warmup: int = 100
-    schedule: Literal["constant", "cosine"] = "cosine"
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    ema_decay: float = 0.999
-    seed: int = 0
-    checkpoint_every: int = 500
-    log_every: int = 20
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
-        if not (self.lr > 0 and self.grad_clip > 0 and self.warmup >= 0 and self.weight_decay >= 0 and self.seed >= 0):
-            raise ValueError(f"{self}: expected lr, grad_clip > 0 and warmup, weight_decay, seed >= 0")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: expected a number in [0, 1)")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule={self.schedule!r}: expected 'constant' or 'cosine'")
-
-    def lr_factor(self, step: int) -> float:
-        """The learning rate of that step (from 0), as a share of lr."""
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        if self.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+# What may differ between two sessions of a run, rounding aside.
+_FREE = ("checkpoint_every", "log_every", "evaluate_every", "keep", "tensorboard", "workers", "accumulate", "compile")
 
 
 class Trainer:
-    """Trains the network of a denoiser on data in memory.
+    """Trains the network of a denoiser.
 
     Args:
         denoiser: an `EpsDenoiser(net, sde, time=...)` or another adapter around an `nn.Module`; trained in place.
-        data: clean data, shape (N, ...), floating point.
+        data: clean data, shape (N, ...), floating point; or a `DataSource`, an object with a length and
+            `batch(items, epochs) -> (x, cond)`: `scoresde.data.training_data(...)` returns one.
         config: see `TrainConfig`.
         cond: for each keyword of the network, a tensor of N entries, given with the data item.
         weighting, times: of the loss; see `dsm_loss`.
         loss: another loss than `dsm_loss`, a `Loss`; a checkpoint knows it by its name only. It has its own weighting
             and times.
-        folder: where the checkpoint lives (`checkpoint.pt`); None to keep nothing.
-        augment: a function (batch, generator) -> batch, applied to each batch of data.
+        folder: of the run: `checkpoints` and `log.csv` go there. None to keep nothing.
+        augment: a function (batch, generator) -> batch, applied to each whole batch of data.
+        evaluate: a function (denoiser, step) -> numbers by name, called with the averaged weights in place at each
+            `config.evaluate_every` steps and at the end, by rank 0; its numbers go to the log.
+        model: what the denoiser is in words, kept in the checkpoints so that `scoresde.training.load` can build it.
 
     Attributes:
         step: steps done so far.
         losses: mean loss of each interval of log_every steps, with the step that ended it.
+        evaluations: what `evaluate` returned, with the step.
+        path: the last checkpoint's folder, or None.
 
     Raises:
-        ValueError: if data, cond or the network do not fit; by `fit` and at construction. If both a loss and a
-            weighting or times are given.
-        CheckpointError: if `folder` holds a checkpoint of another SDE, parameterisation, configuration or network.
+        TypeError, ValueError: if data, cond or the network do not fit; by `fit` and at construction. If both a loss and
+            a weighting or times are given; if model is of another denoiser; if the batch cannot be split.
+        ImportError: if a folder is given without safetensors, or config.tensorboard without TensorBoard.
+        CheckpointError: if `folder` holds a checkpoint of another SDE, parameterisation, configuration or network, or
+            damaged ones only.
 
-    If `folder` has a checkpoint, the run continues from it.
+    If `folder` has a checkpoint, the run continues from it: from the newest that is whole, with a warning if there are
+    newer ones.
+
+    Where torch.distributed is initialised (`scoresde.training.start`), every process makes the same Trainer, on its own
+    device, and each takes part of every batch; checkpoints and logs are written by rank 0. A run may go on with another
+    number of processes. Gradients go through DistributedDataParallel, for which every weight that takes a gradient must
+    be used in every step.
     """
 
     def __init__(
         self,
         denoiser: NetworkDenoiser,
-        data: Tensor,
+        data: Tensor | DataSource,
         config: TrainConfig,
         *,
         cond: Mapping[str, Tensor] | None = None,
@@ -142,244 +100,302 @@ class Trainer:
         loss: Loss | None = None,
         folder: str | Path | None = None,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        evaluate: Evaluate | None = None,
+        model: ModelConfig | None = None,
     ) -> None:
         if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.net, nn.Module):
             raise ValueError(
                 f"a Trainer needs an adapter around an nn.Module, EpsDenoiser(net, sde) say, not {denoiser!r}"
             )
-        check_batch(data, "data")
-        if len(data) == 0:
-            raise ValueError(f"data has shape {tuple(data.shape)}: expected (N, ...), N >= 1")
-        if not bool(data.isfinite().all()):
-            bad = (~data.reshape(len(data), -1).isfinite().all(1)).nonzero().flatten().tolist()
-            raise ValueError(f"data items {bad[:8]} are not finite")
-        self.cond = dict(cond or {})
-        for key, value in self.cond.items():
-            if len(value) != len(data):
-                raise ValueError(f"cond[{key!r}] has {len(value)} entries for {len(data)} data items")
         if loss is not None and (times is not None or weighting is not simple):
             raise ValueError("weighting= and times= are dsm_loss's: give them to your loss itself, or leave loss= out")
-        self.denoiser, self.data, self.config, self.loss = denoiser, data, config, loss
+        self.data, self._about_data = source_of(data, cond)
+        self._parts = split(config.batch_size, config.accumulate, parallel.rank(), parallel.world())
+        if model is not None:
+            check_model(model, denoiser)
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            check_safetensors()
+        if config.tensorboard:
+            check_tensorboard()
+            if self.folder is None:
+                raise ValueError("TrainConfig(tensorboard=True) writes into the run's folder: give folder=")
+        self.denoiser, self.config, self.loss, self.model = denoiser, config, loss, model
         self.weighting, self.times, self.augment = weighting, times or UniformTimes(), augment
+        self.evaluate = evaluate
         self.net: nn.Module = denoiser.net
-        self._average = AveragedModel(self.net, multi_avg_fn=_ema(config.ema_decay), use_buffers=True)
-        self._optimiser = torch.optim.AdamW(self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        self._epochs: dict[int, Tensor] = {}
-        self.step = 0
+        self.averages = [Average(self.net, decay) for decay in config.ema_decays]
+        fused = denoiser.device.type in ("cpu", "cuda", "mps", "xpu")  # where torch has it
+        self._optimiser = torch.optim.AdamW(
+            self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused
+        )
+        self._order = Order(len(self.data), config.batch_size, config.seed)
+        self._made_for = self._describe()
+        self.step, self.seconds = 0, 0.0
         self.losses: list[tuple[int, float]] = []
-        self.path = None if folder is None else Path(folder) / "checkpoint.pt"
-        if self.path is not None and self.path.exists():
-            self.load(self.path)
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
+        self.path: Path | None = None
+        self._interval = Interval()
+        if self.folder is not None and (path := parallel.by_first(self._find)) is not None:
+            self.load(path)
 
     @property
     def ema(self) -> NetworkDenoiser:
-        """The denoiser with the averaged weights, in eval mode: what to sample from."""
-        net = copy.deepcopy(self._average.module).eval()
+        """The denoiser with the (first) averaged weights, a copy in eval mode: what to sample from."""
+        net = copy.deepcopy(self.averages[0].module).eval()
         return self.denoiser.with_net(net.requires_grad_(False))
+
+    @contextmanager
+    def averaged(self, i: int = 0) -> Iterator[NetworkDenoiser]:
+        """With the i-th averaged weights in the trained network itself, in eval mode; afterwards its own are back, to
+        the last bit, also after an exception.
+
+        Raises:
+            IndexError: if there is no such average.
+        """
+        with in_place_of(self.net, self.averages[i].module):
+            yield self.denoiser
+
+    # ---- the loop ----
 
     def fit(self, progress: bool = True) -> Trainer:
         """Train up to config.steps, from wherever the run stands.
 
+        SIGTERM and Ctrl-C, in the main thread, let the current step end and save: the first then exits with status 143,
+        the other raises KeyboardInterrupt (a second Ctrl-C does at once, and saves nothing).
+
         Raises:
-            NonFiniteLossError: if the loss is not finite, naming the step. Nothing is saved after it.
+            NonFiniteLossError: if the loss or its gradient is not finite, naming the step. Nothing is saved after it.
+            ValueError: if the processes were not given the same.
         """
-        config = self.config
-        bar = tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not progress)
-        if self.losses:
-            bar.set_postfix(loss=f"{self.losses[-1][1]:.4f}")
-        pending: list[Tensor] = []
+        config, lead = self.config, parallel.rank() == 0
+        parallel.agreed("runs", {**self._made_for, "step": self.step})
+        voice, worker = parallel.Voice(), self._worker()
+        writers: list[Log | TensorBoard] = []
+        if lead and self.folder is not None and self.step < config.steps:
+            writers.append(Log(self.folder / "log.csv", self.step))
+            if config.tensorboard:
+                writers.append(TensorBoard(self.folder / "tensorboard", self.step))
+        bar = tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not (progress and lead))
         self.net.train()
+        self._interval.start()
         try:
-            while self.step < config.steps:
-                pending.append(self._train_step())
-                self.step += 1
-                bar.update()
-                save = self.step % config.checkpoint_every == 0 or self.step == config.steps
-                # One read of the device an interval, and before every save.
-                if save or self.step % config.log_every == 0:
-                    losses = torch.stack(pending)
-                    if not bool(losses.isfinite().all()):
-                        first = int((~losses.isfinite()).int().argmax())
-                        raise NonFiniteLossError(self.step - len(pending) + first, float(losses[first]))
-                    self.losses.append((self.step, float(losses.mean())))
-                    bar.set_postfix(loss=f"{self.losses[-1][1]:.4f}")
-                    pending = []
-                if save and self.path is not None:
-                    self.save(self.path)
+            with Signals() as signals, closing(self._batches()) as feed:
+                while self.step < config.steps:
+                    self._interval.add(*self._train_step(worker, *next(feed)))
+                    self.step += 1
+                    bar.update()
+                    stop, last = voice.largest(signals.received), self.step == config.steps
+                    log = last or self.step % config.log_every == 0
+                    test = self.evaluate is not None and (
+                        last or (config.evaluate_every is not None and self.step % config.evaluate_every == 0)
+                    )
+                    save = last or stop or self.step % config.checkpoint_every == 0
+                    if log or save:
+                        self._interval.read(self.step)
+                    row: dict[str, float] = {}
+                    if log:
+                        row = self._report()
+                        bar.set_postfix(loss=f"{row['loss']:.4f}", items=f"{row['items_per_second']:.0f}/s")
+                    if test:
+                        row |= self._evaluate()
+                    if row and lead:
+                        for writer in writers:
+                            writer.add({"step": self.step, "epoch": self._epoch, **row})
+                    if save and self.folder is not None:
+                        self._save()
+                    if stop:
+                        signals.leave(stop)
         finally:
             bar.close()
             self.net.eval()
+            for writer in writers:
+                if isinstance(writer, TensorBoard):
+                    writer.close()
         return self
 
-    def _train_step(self) -> Tensor:
-        config, device = self.config, self.denoiser.device
+    def _worker(self) -> Worker | DistributedDataParallel:
+        """What makes the loss of a part: under torch.distributed, gradients are averaged over the processes."""
+        net: nn.Module = self.net
+        if self.config.precision == "bfloat16":
+            net = Autocast(net, self.denoiser.device.type)
+        if self.config.compile:
+            backend = self.config.compile if isinstance(self.config.compile, str) else "inductor"
+            net = torch.compile(net, backend=backend)  # type: ignore[assignment]
+        worker = Worker(net, self.denoiser if net is self.net else self.denoiser.with_net(net), self._loss_of)
+        return DistributedDataParallel(worker) if parallel.world() > 1 else worker
+
+    def _batches(self) -> Generator[tuple[Tensor, dict[str, Any]], None, None]:
+        """This process's items of each step; the whole batch where it is to be augmented."""
+        share = (0, 1) if self.augment is not None else (parallel.rank(), parallel.world())
+        return batches(self.data, self._order.share(*share), self.step, self.config.steps, self.config.workers)
+
+    def _train_step(self, worker: nn.Module, items: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """One optimiser step: this process's share of the loss, and the gradient's norm."""
+        config, device, B = self.config, self.denoiser.device, self.config.batch_size
         generator = torch.Generator(device).manual_seed(derive_seed(config.seed, 1, self.step))
-        index = self._batch(self.step)
-        x0 = self.data[index].to(device)
-        if self.augment is not None:
-            x0 = self.augment(x0, generator)
-        cond = {key: value[index].to(device) for key, value in self.cond.items()}
+        x0, cond = self._own(items, cond, generator)
+        parted = len(x0) < B or len(self._parts) > 1
+        state = generator.get_state() if parted else None
         for group in self._optimiser.param_groups:
             group["lr"] = config.lr * config.lr_factor(self.step)
-        with _seeded_global_generators(derive_seed(config.seed, 2, self.step), device):
-            if self.loss is not None:
-                loss = self.loss(self.denoiser, x0, generator, cond)
-            else:
-                loss = dsm_loss(
-                    self.denoiser, x0, weighting=self.weighting, times=self.times, generator=generator, cond=cond
-                )
-            self._optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), config.grad_clip)
+        self._optimiser.zero_grad(set_to_none=True)
+        offset, losses = self._parts[0][0], []
+        for start, stop in self._parts:
+            own, share = slice(start - offset, stop - offset), (stop - start) / B
+            draws: Draws = generator
+            if state is not None:
+                draws = Part(generator.set_state(state), start, B)
+            key = (2, self.step, start) if parted else (2, self.step)
+            last = stop == self._parts[-1][1]
+            quiet = worker.no_sync() if isinstance(worker, DistributedDataParallel) and not last else nullcontext()
+            with quiet, seeded_global_generators(derive_seed(config.seed, *key), device):
+                loss = worker(x0[own], draws, {name: value[own] for name, value in cond.items()})
+                # DistributedDataParallel takes the mean over the processes where the sum is wanted.
+                (loss * (share * parallel.world()) if parted else loss).backward()
+            losses.append(loss.detach() * share if parted else loss.detach())
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), config.grad_clip)
         self._optimiser.step()
-        self._average.update_parameters(self.net)
-        return loss.detach()
+        for average in self.averages:
+            average.update(self.net, self.step)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), norm
 
-    def _batch(self, step: int) -> Tensor:
-        """Indices of a step's items: consecutive entries of an endless sequence of shuffled epochs."""
-        N, size = len(self.data), self.config.batch_size
-        first, last = step * size, (step + 1) * size - 1
-        wanted = range(first // N, last // N + 1)
-        self._epochs = {e: self._epochs[e] if e in self._epochs else self._permutation(e) for e in wanted}
-        return torch.cat(list(self._epochs.values()))[first % N : first % N + size]
+    def _own(self, x0: Tensor, cond: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """This process's items, on its device. An augmentation sees the whole batch, and draws for it."""
+        device, own = self.denoiser.device, slice(self._parts[0][0], self._parts[-1][1])
+        x0, cond = x0.to(device, non_blocking=True), {k: v.to(device, non_blocking=True) for k, v in cond.items()}
+        if self.augment is None:
+            return x0, cond
+        x0 = self.augment(x0, generator)
+        if own == slice(0, len(x0)):
+            return x0, cond
+        return x0[own], {key: value[own] for key, value in cond.items()}
 
-    def _permutation(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, 0, epoch))
-        return torch.randperm(len(self.data), generator=generator)
+    def _loss_of(self, denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
+        if self.loss is not None:
+            return self.loss(denoiser, x0, draws, cond)
+        return dsm_loss(denoiser, x0, weighting=self.weighting, times=self.times, generator=draws, cond=cond)
 
-    def _made_for(self) -> dict[str, Any]:
-        # How long a run is, and how often it reports, may change between sessions with a constant learning rate only.
-        config = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        for name in ("checkpoint_every", "log_every", *(["steps"] if self.config.schedule == "constant" else [])):
+    # ---- what it says ----
+
+    @property
+    def _epoch(self) -> float:
+        return round(self.step * self.config.batch_size / len(self.data), 4)
+
+    def _report(self) -> dict[str, float]:
+        """The row of an interval, which ends here."""
+        loss, norm, steps, seconds = self._interval.end()
+        self.losses.append((self.step, loss))
+        lr = self.config.lr * self.config.lr_factor(self.step - 1)
+        speed = steps * self.config.batch_size / max(seconds, 1e-9)
+        self.seconds += seconds
+        return {
+            "loss": loss,
+            "lr": lr,
+            "gradient_norm": norm,
+            "items_per_second": float(f"{speed:.4g}"),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate by rank 0; the numbers are for all."""
+        evaluate = self.evaluate
+        assert evaluate is not None
+
+        def work() -> dict[str, float]:
+            with self.averaged() as denoiser:
+                return {name: float(value) for name, value in evaluate(denoiser, self.step).items()}
+
+        with self._interval.paused():
+            found = parallel.by_first(work)
+        self.evaluations.append((self.step, found))
+        return found
+
+    # ---- checkpoints ----
+
+    def _describe(self) -> dict[str, Any]:
+        """What a checkpoint is made for. How long a run is, and how often it reports, may change between sessions; its
+        length with a constant learning rate only."""
+        config = self.config.to_dict()
+        for name in (*_FREE, *(["steps"] if self.config.schedule == "constant" else [])):
             del config[name]
         sde, u = self.denoiser.sde, torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
         return {
-            **_identity(self.denoiser),
-            "data": f"{tuple(self.data.shape)} in [{self.data.min():.4g}, {self.data.max():.4g}], {_digest(self.data)}",
-            "cond": ", ".join(f"{key} {_digest(value)}" for key, value in sorted(self.cond.items())) or "none",
-            "weighting": _values(self.weighting(sde, _probe(sde))),
-            "times": f"{type(self.times).__name__}, quantiles {_values(self.times.quantile(sde, u))}",
+            **identity(self.denoiser),
+            **self._about_data,
+            "weighting": values_of(self.weighting(sde, probe(sde))),
+            "times": f"{type(self.times).__name__}, quantiles {values_of(self.times.quantile(sde, u))}",
             **({} if self.loss is None else {"loss": getattr(self.loss, "__name__", type(self.loss).__name__)}),
             **{f"config.{name}": value for name, value in config.items()},
         }
 
-    def save(self, path: str | Path) -> None:
-        """Write a checkpoint, atomically."""
-        content = {
-            "step": self.step,
+    def save(self, folder: str | Path) -> Path:
+        """Write a checkpoint into a run folder: whole, or not at all. Call it in one process.
+
+        Returns:
+            the checkpoint's folder.
+        """
+        self._interval.read(self.step)
+        networks = {NETWORK: self.net, **{average_file(i): a.module for i, a in enumerate(self.averages)}}
+        progress = {
             "losses": self.losses,
-            "net": self.net.state_dict(),
-            "average": self._average.state_dict(),
-            "optimiser": self._optimiser.state_dict(),
-            "config": asdict(self.config),
-            "versions": _versions(),
+            "evaluations": self.evaluations,
+            "seconds": self.seconds + self._interval.seconds,
+            "interval": self._interval.values,
         }
-        write_checkpoint(path, content, self._made_for())
+        manifest = {
+            "made_for": self._made_for,
+            "config": self.config.to_dict(),
+            "model": None if self.model is None else self.model.to_dict(),
+            "progress": progress,
+            "versions": versions(),
+        }
+        return write(Path(folder), self.step, networks, self._optimiser.state_dict(), manifest, self.config.keep)
+
+    def _save(self) -> None:
+        """Rank 0 writes, the others wait for it."""
+        assert self.folder is not None
+        folder = self.folder
+        self.path = parallel.by_first(lambda: self.save(folder))
+
+    def _find(self) -> Path | None:
+        assert self.folder is not None
+        found = newest(self.folder)
+        return None if found is None else found.path
 
     def load(self, path: str | Path) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint: a run folder's newest, or the one that has this folder.
 
         Raises:
+            FileNotFoundError: if there is none.
             CheckpointError: if it is damaged, lacks or has unknown keys, or was made for another run.
         """
-        content = read_checkpoint(path, self._made_for())
-        expected = {"step", "losses", "net", "average", "optimiser", "config", "versions"}
-        if set(content) != expected:
-            raise CheckpointError(f"{path} has the keys {sorted(content)}, expected {sorted(expected)}")
-        if content["versions"] != _versions():
+        found = opened(path)
+        found.check(self._made_for)
+        manifest = found.manifest
+        expected = {"losses", "evaluations", "seconds", "interval"}
+        if set(manifest["progress"]) != expected:
+            raise CheckpointError(
+                f"{found.path} has the keys {sorted(manifest['progress'])}, expected {sorted(expected)}"
+            )
+        if manifest["versions"] != versions():
             warnings.warn(
-                f"{path} was written with {content['versions']}, this is {_versions()}: the run goes on, but its last "
-                "bits will be others",
+                f"{found.path} was written with {manifest['versions']}, this is {versions()}: the run goes on, but "
+                "its last bits will be others",
                 stacklevel=2,
             )
+        optimiser = found.optimiser()
+        found.weights(NETWORK, self.net)
+        for i, average in enumerate(self.averages):
+            found.weights(average_file(i), average.module)
         try:
-            self.net.load_state_dict(content["net"])
-            self._average.load_state_dict(content["average"])
-            self._optimiser.load_state_dict(content["optimiser"])
+            self._optimiser.load_state_dict(optimiser)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} does not fit this network: {error}") from error
-        self.step = content["step"]
-        self.losses = [tuple(entry) for entry in content["losses"]]
-
-
-def load_ema(path: str | Path, denoiser: NetworkDenoiser) -> NetworkDenoiser:
-    """The denoiser with the averaged weights of a trainer's checkpoint, in eval mode: to sample without the data.
-
-    Args:
-        path: the `checkpoint.pt` of a `Trainer`.
-        denoiser: built as for training; its network's weights do not matter, and are not changed.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        CheckpointError: if it is damaged, or was made for another SDE, parameterisation, time label or network.
-    """
-    if not isinstance(denoiser.net, nn.Module):
-        raise ValueError(f"load_ema needs an adapter around an nn.Module, not {denoiser!r}")
-    content = read_checkpoint(path, _identity(denoiser), whole=False)
-    average = AveragedModel(denoiser.net, use_buffers=True)
-    try:
-        average.load_state_dict(content["average"])
-    except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path} does not fit this network: {error}") from error
-    return denoiser.with_net(average.module.eval().requires_grad_(False))
-
-
-def _probe(sde: SDE) -> Tensor:
-    """A few times: functions cannot be compared, so their values there are."""
-    return torch.linspace(sde.t_min, sde.t_min + 0.9 * (sde.t_max - sde.t_min), 4, dtype=torch.float64)
-
-
-def _identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
-    """What a network's weights are only good for."""
-    sde, t = denoiser.sde, _probe(denoiser.sde)
-    assert isinstance(denoiser.net, nn.Module)
-    return {
-        "sde": f"{type(sde).__name__}, alpha {_values(sde.alpha(t))}, sigma {_values(sde.sigma(t))} at t {_values(t)}",
-        "parameterisation": type(denoiser).__name__,
-        "scale of the output": _values(denoiser.affine(t)[1]),
-        "time label": _values(denoiser.label(t)),
-        "network": f"{type(denoiser.net).__name__}, {sum(p.numel() for p in denoiser.net.parameters())} parameters",
-    }
-
-
-def _versions() -> str:
-    return f"scoresde {version('scoresde')}, torch {torch.__version__}"
-
-
-def _values(x: Tensor) -> str:
-    """The numbers, to the six digits that name a function and not its rounding."""
-    return ", ".join(f"{value:.6g}" for value in x.detach().cpu().double().flatten().tolist())
-
-
-def _digest(x: Tensor) -> str:
-    """A hash of a tensor's content."""
-    content: Any = x.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"
-
-
-def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
-    """torch's averaging rule for `AveragedModel`: exponential, with a warm-up that forgets the initial weights."""
-
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
-        n = int(num_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        for average, value in zip(averaged, current, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, weight)
-            else:
-                average.copy_(value)
-
-    return update
-
-
-@contextmanager
-def _seeded_global_generators(seed: int, device: torch.device) -> Any:
-    """Seed the global generators, which dropout draws from, and put them back as they were."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU, and not put them back
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
+            raise CheckpointError(
+                f"{found.path / OPTIMISER} does not fit this network ({type(error).__name__}: {error})"
+            ) from error
+        progress = manifest["progress"]
+        self.step, self.path, self.seconds = manifest["step"], found.path, progress["seconds"]
+        self.losses = [(step, loss) for step, loss in progress["losses"]]
+        self.evaluations = [(step, values) for step, values in progress["evaluations"]]
+        self._interval = Interval(progress["interval"])

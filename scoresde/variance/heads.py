@@ -31,8 +31,8 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser, NetworkDenoiser, Posterior
 from scoresde.solvers.base import check_option
 from scoresde.tensors import Time, check_batch, expand_like, known_any, precise
-from scoresde.training.loss import NoisyBatch, noisy_batch
-from scoresde.training.trainer import Loss
+from scoresde.training.loss import Draws, NoisyBatch, noisy_batch
+from scoresde.training.step import Loss
 from scoresde.training.weights import TimeSampler
 from scoresde.variance.table import check_range
 from scoresde.variance.trunk import Head, Pair
@@ -151,7 +151,7 @@ def sn_loss(
     times: TimeSampler | None = None,
     t: Tensor | None = None,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Draws | None = None,
     cond: Mapping[str, Any] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -165,7 +165,8 @@ def sn_loss(
         times: the distribution of t; uniform and stratified by default.
         t: instead of drawing, the times, shape () or (B,), above 0.
         noise: instead of drawing, eps, shape of x0.
-        generator: where t and noise are drawn from, on its own device; freshly seeded if not given.
+        generator: where t and noise are drawn from, on its own device; freshly seeded if not given. A `Part` where x0
+            is part of a batch (`scoresde.training.loss`).
         cond: keyword arguments for the networks.
         reduction: "mean" over the batch, or "none" for shape (B,).
 
@@ -187,7 +188,7 @@ def npr_loss(
     times: TimeSampler | None = None,
     t: Tensor | None = None,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Draws | None = None,
     cond: Mapping[str, Any] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -210,7 +211,7 @@ def ocm_loss(
     t: Tensor | None = None,
     noise: Tensor | None = None,
     probe: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Draws | None = None,
     cond: Mapping[str, Any] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -226,7 +227,8 @@ def ocm_loss(
     batch = noisy(pair, x0, times, t, noise, generator)
     task = Regression(pair, batch, cond or {}, reduction)
     if probe is None:
-        bits = torch.randint(2, x0.shape, generator=batch.generator, device=batch.generator.device)
+        source = batch.part.generator
+        bits = batch.part.draw(x0.shape, lambda shape: torch.randint(2, shape, generator=source, device=source.device))
         probe = (2 * bits - 1).to(x0)
     with torch.enable_grad():
         x_t = batch.x_t.detach().requires_grad_()
@@ -256,7 +258,7 @@ def training_loss(loss: Callable[..., Tensor], denoiser: Denoiser | None = None,
     torch.Size([32, 1, 8, 8])
     """
 
-    def train(trained: NetworkDenoiser, x0: Tensor, generator: torch.Generator, cond: Mapping[str, Any]) -> Tensor:
+    def train(trained: NetworkDenoiser, x0: Tensor, generator: Draws, cond: Mapping[str, Any]) -> Tensor:
         beside, head = (trained, None) if denoiser is None else (denoiser, trained)
         return loss(beside, head, x0, generator=generator, cond=cond, **options)
 
@@ -273,7 +275,7 @@ def noisy(
     times: TimeSampler | None,
     t: Tensor | None,
     noise: Tensor | None,
-    generator: torch.Generator | None,
+    generator: Draws | None,
 ) -> NoisyBatch:
     """What the losses see of x0, with t on its device. Arguments and errors: `sn_loss`."""
     check_batch(x0, "x0")

@@ -1,0 +1,73 @@
+"""Averaged weights, from those after the first step on: after n more steps
+
+average <- d_n average + (1 - d_n) weights,    d_n = min(decay, (1 + n) / (10 + n))
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Average", "in_place_of"]
+
+
+class Average:
+    """A network with averaged weights and buffers.
+
+    torch's `AveragedModel` holds n in a tensor and reads it each step, which would make the host wait for a GPU: here
+    n is given.
+
+    Args:
+        net: whose weights; copied.
+        decay: the largest d_n.
+
+    Attributes:
+        module: the averaged network.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.module, self.decay = copy.deepcopy(net), decay
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, n: int) -> None:
+        """Take the weights in, n updates having been made before."""
+        floats: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for mine, theirs in zip(_tensors(self.module), _tensors(net), strict=True):
+            if n > 0 and mine.is_floating_point():
+                floats[0].append(mine)
+                floats[1].append(theirs)
+            else:
+                mine.copy_(theirs)
+        if floats[0]:
+            torch._foreach_lerp_(*floats, 1 - min(self.decay, (1 + n) / (10 + n)))
+
+
+@contextmanager
+def in_place_of(net: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Give a network the other's weights and eval mode, and at the end its own back, to the last bit, whatever happens
+    inside."""
+    kept = [x.detach().clone() for x in _tensors(net)]
+    modes = {module: module.training for module in net.modules()}
+    try:
+        _copy(net, _tensors(other))
+        net.eval()
+        yield
+    finally:
+        _copy(net, iter(kept))
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def _copy(net: nn.Module, values: Iterator[Tensor]) -> None:
+    for mine, value in zip(_tensors(net), values, strict=True):
+        mine.detach().copy_(value)
+
+
+def _tensors(net: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(net.parameters(), net.buffers())

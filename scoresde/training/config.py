@@ -1,0 +1,126 @@
+"""What a run is, beside its model and data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral
+from typing import Any, Literal
+
+from scoresde.solvers.base import check_option
+
+__all__ = ["TrainConfig", "check_keys"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run is, beside its model and data.
+
+    Args:
+        steps: optimiser steps in all.
+        batch_size: items a step, in all processes together; a smaller data set is repeated.
+        lr: learning rate of AdamW, reached linearly over `warmup` steps.
+        warmup: steps.
+        schedule: after the warm-up, "constant", or "cosine" down to zero at `steps`; only a constant one can be resumed
+            with more steps.
+        weight_decay: decoupled, as in AdamW.
+        grad_clip: largest norm of the gradient.
+        ema_decay: of the averaged weights, per step; early on min(ema_decay, (1 + n) / (10 + n)) after n steps. Several
+            numbers for several averages.
+        seed: of everything random.
+        checkpoint_every: steps between checkpoints; one is always written at the end.
+        log_every: steps between readings of the loss.
+        keep: checkpoints that are kept; older ones are removed once a new one stands.
+        accumulate: parts that a step's batch is taken in, one after the other, to need less memory: at least so many in
+            all processes together, as many in each. Changes the loss by rounding only (dropout's masks apart).
+        precision: "float32", which is the network's own precision, or "bfloat16": the network under autocast, weights,
+            loss and optimiser staying as they are.
+        compile: the network by torch.compile; the name of a backend is taken too.
+        evaluate_every: steps between evaluations, where the trainer has any; there is always one at the end.
+        workers: processes that decode images, where the data are not in memory.
+        tensorboard: write TensorBoard's files too, into the run folder.
+
+    Raises:
+        ValueError: on a value out of its range.
+    """
+
+    steps: int
+    batch_size: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    ema_decay: float | tuple[float, ...] = 0.999
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 20
+    keep: int = 3
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool | str = False
+    evaluate_every: int | None = None
+    workers: int = 2
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "keep", "accumulate", "evaluate_every"):
+            value = getattr(self, name)
+            if name == "evaluate_every" and value is None:
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
+        least = min(self.warmup, self.weight_decay, self.seed, self.workers)
+        if not (self.lr > 0 and self.grad_clip > 0 and least >= 0):
+            raise ValueError(f"{self}: expected lr, grad_clip > 0 and warmup, weight_decay, seed, workers >= 0")
+        if isinstance(self.ema_decay, list | tuple):
+            object.__setattr__(self, "ema_decay", tuple(self.ema_decay))
+        if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
+            raise ValueError(f"ema_decay={self.ema_decay}: expected a number in [0, 1), or several")
+        check_option(("constant", "cosine"), schedule=self.schedule)
+        check_option(("float32", "bfloat16"), precision=self.precision)
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate={self.accumulate}: a batch of {self.batch_size} has not so many parts")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> TrainConfig:
+        """From a mapping, what TOML or JSON gives.
+
+        Raises:
+            ValueError: on a key that is none of the arguments, naming it; on a value out of its range, or no `steps`.
+
+        >>> TrainConfig.of({"steps": 10, "ema_decay": [0.9, 0.99]}).ema_decay
+        (0.9, 0.99)
+        """
+        check_keys(cls.__name__, settings, (f.name for f in fields(cls)))
+        if "steps" not in settings:
+            raise ValueError("TrainConfig needs steps, the number of optimiser steps")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `of` takes, of JSON's types."""
+        found = asdict(self)
+        if isinstance(self.ema_decay, tuple):
+            found["ema_decay"] = list(self.ema_decay)
+        return found
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """The decay of each average."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of that step (from 0), as a share of lr."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+def check_keys(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError, naming each, if some of the given keys are not known."""
+    known = list(known)
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"{name} has no {', '.join(map(repr, unknown))}: it knows {', '.join(known)}")

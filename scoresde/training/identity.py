@@ -1,0 +1,42 @@
+"""What weights are only good for, in words that two sessions can compare."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scoresde.denoiser import NetworkDenoiser
+from scoresde.sde import SDE
+
+__all__ = ["identity", "probe", "values_of", "versions"]
+
+
+def probe(sde: SDE) -> Tensor:
+    """A few times: functions cannot be compared, so their values there are."""
+    return torch.linspace(sde.t_min, sde.t_min + 0.9 * (sde.t_max - sde.t_min), 4, dtype=torch.float64)
+
+
+def identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
+    """What a network's weights are only good for."""
+    sde, t = denoiser.sde, probe(denoiser.sde)
+    assert isinstance(denoiser.net, nn.Module)
+    return {
+        "sde": f"{type(sde).__name__}, alpha {values_of(sde.alpha(t))}, sigma {values_of(sde.sigma(t))} at t "
+        f"{values_of(t)}",
+        "parameterisation": type(denoiser).__name__,
+        "scale of the output": values_of(denoiser.affine(t)[1]),
+        "time label": values_of(denoiser.label(t)),
+        "network": f"{type(denoiser.net).__name__}, {sum(p.numel() for p in denoiser.net.parameters())} parameters",
+    }
+
+
+def versions() -> str:
+    return f"scoresde {version('scoresde')}, torch {torch.__version__}"
+
+
+def values_of(x: Tensor) -> str:
+    """The numbers, to the six digits that name a function and not its rounding."""
+    return ", ".join(f"{value:.6g}" for value in x.detach().cpu().double().flatten().tolist())

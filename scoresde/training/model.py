@@ -1,0 +1,233 @@
+"""A model in words: what TOML, a command line and a checkpoint's manifest can say of a denoiser, and its building."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import scoresde.nn as networks
+from scoresde.chain import DDPMChain
+from scoresde.denoiser import (
+    EDMDenoiser,
+    EpsDenoiser,
+    NetworkDenoiser,
+    ScoreDenoiser,
+    VDenoiser,
+    VelocityDenoiser,
+    X0Denoiser,
+)
+from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
+from scoresde.solvers.base import check_option
+from scoresde.training.checkpoint import CheckpointError
+from scoresde.training.config import check_keys
+from scoresde.training.folder import NETWORK, Checkpoint, average_file, newest
+from scoresde.training.identity import identity
+
+__all__ = ["ModelConfig", "check_model", "load", "load_ema", "opened"]
+
+SDE_KINDS: dict[str, Callable[..., SDE]] = {
+    "vp": VPSDE,
+    "subvp": SubVPSDE,
+    "cosine": CosineVPSDE,
+    "ve": VESDE,
+    "edm": EDMSDE,
+    "flow": FlowSDE,
+    "chain": DDPMChain.linear,
+    "cosine-chain": DDPMChain.cosine,
+}
+PREDICTIONS: dict[str, type[NetworkDenoiser]] = {
+    "eps": EpsDenoiser,
+    "v": VDenoiser,
+    "x0": X0Denoiser,
+    "score": ScoreDenoiser,
+    "velocity": VelocityDenoiser,
+    "edm": EDMDenoiser,
+}
+NETWORKS = {"unet": "UNet", "dit": "DiT", "mlp": "MLP"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A denoiser in words.
+
+    Args:
+        sde: "vp", "subvp", "cosine", "ve", "edm", "flow", or a DDPM chain, "chain" and "cosine-chain".
+        sde_options: keyword arguments of its class (of `DDPMChain.linear` and `DDPMChain.cosine` for the chains).
+        network: "unet", "dit" or "mlp": the classes of `scoresde.nn`.
+        preset: a size or name that the network's class has a preset for, `UNet.preset(32, **options)` say.
+        options: keyword arguments of the network's class, or on top of the preset.
+        predicts: "eps", "v", "x0", "score", "velocity", or "edm" for Karras preconditioning.
+        time_scale: the network is told time_scale * t; by default t itself (ln(sigma / alpha) / 4 for "edm").
+        sigma_data: of "edm" alone, standard deviation of the data.
+
+    Raises:
+        ValueError: on another name, an option that is not known (naming it), or one that JSON cannot hold.
+
+    >>> config = ModelConfig(network="mlp", options={"event_shape": 2, "width": 16}, predicts="v", time_scale=999)
+    >>> config.build()
+    VDenoiser(MLP, VPSDE(beta_min=0.1, beta_max=20.0, t_min=1e-05, t_max=1.0))
+    """
+
+    sde: str = "vp"
+    sde_options: dict[str, Any] = field(default_factory=dict)
+    network: str = "unet"
+    preset: int | str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    predicts: str = "eps"
+    time_scale: float | None = None
+    sigma_data: float | None = None
+
+    def __post_init__(self) -> None:
+        check_option(SDE_KINDS, sde=self.sde)
+        check_option(PREDICTIONS, predicts=self.predicts)
+        check_option([key for key, name in NETWORKS.items() if hasattr(networks, name)], network=self.network)
+        for name in ("sde_options", "options"):
+            try:
+                # As they will be when they have been read back: lists for tuples.
+                object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
+            except TypeError as error:
+                raise ValueError(f"{name}={getattr(self, name)!r}: JSON cannot hold it ({error})") from error
+        check_keys(f"sde {self.sde!r}", self.sde_options, inspect.signature(SDE_KINDS[self.sde]).parameters)
+        check_keys(f"network {self.network!r}", self.options, inspect.signature(self._class).parameters)
+        if self.preset is not None and not hasattr(self._class, "preset"):
+            raise ValueError(f"preset={self.preset!r}: network {self.network!r} has no presets")
+        if self.sigma_data is not None and self.predicts != "edm":
+            raise ValueError(f"sigma_data={self.sigma_data} is of predicts='edm', not of {self.predicts!r}")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> ModelConfig:
+        """From a mapping, what TOML or JSON gives.
+
+        Raises:
+            ValueError: on a key that is none of the arguments, naming it, and as the class does.
+        """
+        check_keys(cls.__name__, settings, (f.name for f in fields(cls)))
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `of` takes, of JSON's types."""
+        return asdict(self)
+
+    @property
+    def _class(self) -> type[nn.Module]:
+        found: type[nn.Module] = getattr(networks, NETWORKS[self.network])
+        return found
+
+    def build(self, seed: int | None = None) -> NetworkDenoiser:
+        """The denoiser, with initial weights.
+
+        Args:
+            seed: of the weights; drawn by the operating system if None. The global generator stays as it is.
+        """
+        with torch.random.fork_rng(devices=[]):
+            if seed is None:
+                torch.default_generator.seed()
+            else:
+                torch.default_generator.manual_seed(seed)
+            return self.around(self.net())
+
+    def net(self) -> nn.Module:
+        """The network, with weights drawn from the global generator."""
+        if self.preset is not None:
+            made: nn.Module = getattr(self._class, "preset")(self.preset, **self.options)  # noqa: B009
+            return made
+        return self._class(**self.options)
+
+    def around(self, net: nn.Module) -> NetworkDenoiser:
+        """The denoiser around a network."""
+        kind, sde = PREDICTIONS[self.predicts], SDE_KINDS[self.sde](**self.sde_options)
+        time = None if self.time_scale is None else _Scaled(self.time_scale)
+        more = {} if self.sigma_data is None else {"sigma_data": self.sigma_data}
+        return kind(net, sde, time=time, **more)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """t to factor t."""
+
+    factor: float
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return self.factor * t
+
+
+def load(path: str | Path, average: int | None = 0, device: torch.device | str = "cpu") -> NetworkDenoiser:
+    """A trained denoiser, ready to sample from: built anew from what the run's manifest says, in eval mode.
+
+    Args:
+        path: the run folder of a `Trainer(..., model=ModelConfig(...), folder=...)`, or one of its checkpoints.
+        average: which of the averaged weights, where there are several; None for the weights without averaging.
+        device: where to.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if none is whole, the model's description is missing or from another version, or there is no
+            such average.
+    """
+    found = opened(path)
+    if found.manifest["model"] is None:
+        raise CheckpointError(
+            f"{found.path} does not say what the model is, the Trainer having been given no model=ModelConfig(...): "
+            "build the denoiser as for training, and call scoresde.training.load_ema(path, denoiser)"
+        )
+    try:
+        config = ModelConfig.of(found.manifest["model"])
+        denoiser = config.build()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{found.path} describes a model that this version cannot build: {error}") from error
+    assert isinstance(denoiser.net, nn.Module)
+    found.weights(NETWORK if average is None else average_file(average), denoiser.net)
+    denoiser.net.to(device).eval().requires_grad_(False)
+    return denoiser
+
+
+def load_ema(path: str | Path, denoiser: NetworkDenoiser, average: int = 0) -> NetworkDenoiser:
+    """The denoiser with the averaged weights of a trainer's checkpoint, in eval mode: to sample without the data.
+
+    Args:
+        path: the run folder of a `Trainer`, for its newest checkpoint, or one checkpoint's folder.
+        denoiser: built as for training; its network's weights do not matter, and are not changed.
+        average: which of the averages, where there are several.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is damaged, or was made for another SDE, parameterisation, time label or network.
+    """
+    if not isinstance(denoiser.net, nn.Module):
+        raise ValueError(f"load_ema needs an adapter around an nn.Module, not {denoiser!r}")
+    found = opened(path)
+    found.check(identity(denoiser), whole=False)
+    net = copy.deepcopy(denoiser.net)
+    found.weights(average_file(average), net)
+    return denoiser.with_net(net.eval().requires_grad_(False))
+
+
+def opened(path: str | Path) -> Checkpoint:
+    """The newest checkpoint there, or the one that has this folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if none is whole.
+    """
+    found = newest(Path(path))
+    if found is None:
+        raise FileNotFoundError(f"there is no checkpoint in {path}")
+    return found
+
+
+def check_model(model: ModelConfig, denoiser: NetworkDenoiser) -> None:
+    """Raises ValueError if the words are of another denoiser."""
+    with torch.device("meta"):
+        net = model.net()
+    assert isinstance(denoiser.net, nn.Module)
+    theirs, ours = identity(model.around(net)), identity(denoiser)
+    if different := [f"{key}: {theirs[key]} in words, {ours[key]} given" for key in ours if theirs[key] != ours[key]]:
+        raise ValueError("model= describes another denoiser (model.build() makes its own). " + "; ".join(different))

@@ -1,0 +1,143 @@
+"""What a step of training is made of: the loss as a module, autocast, the generators, and what was measured since the
+last report.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scoresde.denoiser import NetworkDenoiser
+from scoresde.training import parallel
+from scoresde.training.loss import Draws
+
+__all__ = ["Autocast", "Interval", "Loss", "NonFiniteLossError", "Totals", "Worker", "seeded_global_generators"]
+
+Loss = Callable[[NetworkDenoiser, Tensor, Draws, Mapping[str, Any]], Tensor]
+"""loss(denoiser, x0, draws, cond) of a batch: a scalar, its mean over the items, drawn from `draws` alone: a generator,
+or a `Part` where x0 is part of a batch."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss, or its gradient, became NaN or infinite; `step` says when. Nothing was saved since."""
+
+    def __init__(self, step: int, value: float, what: str = "loss") -> None:
+        super().__init__(
+            f"the {what} is {value} at step {step}: training stopped, and the last checkpoint is from before it; lower "
+            "the learning rate, or look at the data of that step"
+        )
+        self.step = step
+
+
+class Worker(nn.Module):
+    """The loss as a module: DistributedDataParallel then sees the whole of it, whichever way the loss calls the network
+    (heads ask for two outputs)."""
+
+    def __init__(self, net: nn.Module, denoiser: NetworkDenoiser, loss: Loss) -> None:
+        super().__init__()
+        self.net, self._denoiser, self._loss = net, denoiser, loss
+
+    def forward(self, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
+        return self._loss(self._denoiser, x0, draws, cond)
+
+
+class Autocast(nn.Module):
+    """A network in bfloat16 where autocast finds it safe; its outputs come back in float32."""
+
+    def __init__(self, net: nn.Module, device: str) -> None:
+        super().__init__()
+        self.net, self._device = net, device
+        if hasattr(net, "both"):
+            self.both = self._both
+
+    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+        with torch.autocast(self._device, torch.bfloat16):
+            out: Tensor = self.net(x, time, **cond)
+        return out.float()
+
+    def _both(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self._device, torch.bfloat16):
+            first, second = self.net.both(x, time, **cond)  # type: ignore[operator]
+        return first.float(), second.float()
+
+
+class Totals(NamedTuple):
+    loss: float
+    norm: float
+    steps: int
+    seconds: float
+
+
+class Interval:
+    """The losses and gradient norms since the last report: on the device until they are read, once for many steps."""
+
+    def __init__(self, values: list[list[float]] | None = None) -> None:
+        self.values = [list(pair) for pair in values or []]
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._steps, self._start = 0, time.perf_counter()
+
+    def start(self) -> None:
+        """The clock starts now."""
+        self._steps, self._start = 0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since then."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not on the clock."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """Of one step; the loss is this process's share."""
+        self._pending.append((loss, norm))
+        self._steps += 1
+
+    def read(self, step: int) -> None:
+        """Read what is on the device, `step` steps having been done, and add up the processes' shares.
+
+        Raises:
+            NonFiniteLossError: if a loss or a norm is not finite.
+        """
+        if not self._pending:
+            return
+        losses = parallel.total(torch.stack([loss for loss, _ in self._pending]))
+        norms = torch.stack([norm for _, norm in self._pending])
+        found = torch.stack([losses.double(), norms.to(losses.device).double()], 1).tolist()
+        for i, values in enumerate(found):
+            for what, value in zip(("loss", "gradient's norm"), values, strict=True):
+                if not math.isfinite(value):
+                    raise NonFiniteLossError(step - len(found) + i, value, what)
+        self.values += found
+        self._pending = []
+
+    def end(self) -> Totals:
+        """Means of the interval, and the steps and seconds of this session's part of it; the next one begins."""
+        losses, norms = zip(*self.values, strict=True)
+        n = len(losses)
+        found = Totals(math.fsum(losses) / n, math.fsum(norms) / n, self._steps, self.seconds)
+        self.values = []
+        self.start()
+        return found
+
+
+@contextmanager
+def seeded_global_generators(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators, which dropout draws from, and put them back as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU, and not put them back
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

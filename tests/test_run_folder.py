@@ -1,0 +1,320 @@
+"""Run folders: what is kept, what a kill costs, what is refused, and that nothing in a file is executed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common import normal
+from test_trainer import DATA, Net, assert_same, make
+
+from scoresde import VESDE, VPSDE, EpsDenoiser, VDenoiser
+from scoresde.nn import MLP
+from scoresde.training import (
+    CheckpointError,
+    ImportanceTimes,
+    TrainConfig,
+    likelihood,
+    load_ema,
+    read_checkpoint,
+    write_checkpoint,
+)
+from scoresde.training.folder import checkpoints
+
+# Forks, one after the other, a process for each line that it reads: `folder event`. The process trains there, and kills
+# itself at that event: a file or folder opened, made, renamed or removed, or a training step. Its status is printed,
+# with the number of events, or the step that it had come to.
+SERVER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_trainer import make, torch
+torch.set_num_threads(1)
+import safetensors.torch, torch._dynamo  # what is imported late
+EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "step"}
+
+def train(folder, at):
+    count = 0
+
+    def hook(event, args):
+        nonlocal count
+        if event in EVENTS:
+            count += 1
+            if count == at:
+                if trainer is not None:
+                    os.write(answer[1], str(trainer.step).encode())
+                os.kill(os.getpid(), signal.SIGTERM if folder.endswith("terminated") else signal.SIGKILL)
+
+    trainer = None
+    sys.addaudithook(hook)
+    trainer = make(folder, keep=2, steps=12, checkpoint_every=3)
+    trainer.augment = lambda batch, generator: sys.audit("step") or batch
+    trainer.fit(progress=False)
+    os.write(answer[1], str(count).encode())
+
+for line in sys.stdin:
+    folder, at = line.split()
+    answer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            train(folder, int(at))
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        finally:
+            os._exit(status)
+    os.close(answer[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(status, os.read(answer[0], 99).decode() or -1, flush=True)
+"""
+
+
+class Server:
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(Path(__file__).parent)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def __call__(self, folder, at=0):
+        print(folder, at, file=self.process.stdin, flush=True)
+        return tuple(map(int, self.process.stdout.readline().split()))
+
+
+def test_killed_at_random_moments_a_run_loses_an_interval_at_most(tmp_path):
+    """SIGKILL at 20 random moments, most of them in a save: the bits at the end are those of the whole run."""
+    server = Server()
+    try:
+        status, events = server(tmp_path / "whole")
+        assert status == 0
+        assert events > 90
+        whole = make(tmp_path / "whole", steps=12)
+        for seed in range(20):
+            folder = tmp_path / str(seed)
+            status, reached = server(folder, random.Random(seed).randint(1, events))
+            assert status == -signal.SIGKILL
+            resumed = make(folder, steps=12, checkpoint_every=3)
+            before = resumed.step
+            assert reached - 3 <= before <= max(reached, 0)
+            assert_same(resumed.fit(progress=False), whole)
+            assert [p.name for p in checkpoints(folder)][:2] == ["00000012", "00000009"]
+            assert before == 12 or not list(folder.glob("checkpoints/.*"))
+            assert rows(folder) == rows(tmp_path / "whole")
+        status, reached = server(tmp_path / "terminated", events // 2)
+        assert status == 143
+        assert make(tmp_path / "terminated", steps=12).step in (reached, reached + 1)
+    finally:
+        server.process.communicate()
+
+
+def rows(folder):
+    """The log, but for what it says of time."""
+    lines = (folder / "log.csv").read_text().splitlines()
+    return [line.split(",")[:5] for line in lines]
+
+
+def seal(path):
+    """Make the manifest agree with the files, as somebody could who means harm."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in manifest["files"]:
+        manifest["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+FILES = ["network.safetensors", "average.safetensors", "optimiser.pt", "manifest.json"]
+
+
+def test_a_run_folder_has_its_last_checkpoints(tmp_path):
+    trainer = make(tmp_path, steps=45, keep=2).fit(progress=False)
+    assert [p.name for p in checkpoints(tmp_path)] == ["00000045", "00000040"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log.csv"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000040", "00000045"]
+    assert trainer.path == tmp_path / "checkpoints" / "00000045"
+    assert sorted(p.name for p in trainer.path.iterdir()) == sorted(FILES)
+    manifest = json.loads((trainer.path / "manifest.json").read_text())
+    assert TrainConfig.of(manifest["config"]) == trainer.config
+    assert manifest["versions"].startswith("scoresde ")
+
+
+def test_saved_loaded_and_saved_again_is_the_same(tmp_path):
+    first = make(tmp_path / "a", steps=10, ema_decay=(0.9, 0.99)).fit(progress=False)
+    second = make(steps=10, net=Net(seed=9), ema_decay=(0.9, 0.99))
+    second.load(first.path)
+    again = second.save(tmp_path / "b")
+    for name in ("network.safetensors", "average.safetensors", "average-1.safetensors"):
+        assert (first.path / name).read_bytes() == (again / name).read_bytes()
+    one, two = (torch.load(p / "optimiser.pt", weights_only=True) for p in (first.path, again))
+    assert one["param_groups"] == two["param_groups"]
+    for i, slots in one["state"].items():
+        assert all(torch.equal(value, two["state"][i][k]) for k, value in slots.items())
+    manifests = [json.loads((p / "manifest.json").read_text()) for p in (first.path, again)]
+    for manifest in manifests:
+        del manifest["files"]["optimiser.pt"], manifest["progress"]["seconds"]
+    assert manifests[0] == manifests[1]
+
+
+def test_tied_weights_and_other_layouts_are_saved(tmp_path):
+    net = Net()
+    net.body[0].weight = torch.nn.Parameter(normal(16, 3, dtype=torch.float32).T.contiguous().T)
+    net.twin = net.body[0]
+    trainer = make(tmp_path, net=net, steps=2, weight_decay=0.1).fit(progress=False)
+    loaded = load_ema(tmp_path, EpsDenoiser(copy.deepcopy(net), VPSDE())).net
+    expected = trainer.ema.net
+    assert torch.equal(loaded.body[0].weight, expected.body[0].weight)
+    assert loaded.twin is loaded.body[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["truncated", "empty", "missing", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(name, harm, tmp_path):
+    whole = make(tmp_path / "whole", steps=30).fit(progress=False)
+    trainer = make(tmp_path, steps=30).fit(progress=False)
+    path = trainer.path / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if harm == "missing":
+        path.unlink()
+    else:
+        changed = content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+        path.write_bytes({"truncated": content[:middle], "empty": b"", "flipped": changed}[harm])
+    with pytest.warns(UserWarning, match=rf"30/{name} .*older checkpoint .*00000020 is used"):
+        resumed = make(tmp_path, steps=30, net=Net(seed=3))
+    assert resumed.step == 20
+    assert_same(resumed.fit(progress=False), whole)
+    assert [p.name for p in checkpoints(tmp_path)] == ["00000030", "00000020", "00000010"]
+    assert make(tmp_path, steps=30).step == 30  # the damaged one has been replaced
+    (trainer.path / "manifest.json").write_text("{")
+    with pytest.warns(UserWarning, match="older checkpoint"):
+        load_ema(tmp_path, EpsDenoiser(Net(), VPSDE()))
+    with pytest.raises(CheckpointError, match="00000030"):
+        load_ema(trainer.path, EpsDenoiser(Net(), VPSDE()))
+    for other in checkpoints(tmp_path):
+        (other / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .*30.*20.*10"):
+        make(tmp_path, steps=30)
+
+
+def test_what_a_killed_save_leaves_is_no_checkpoint_and_is_cleared(tmp_path):
+    make(tmp_path, steps=10).fit(progress=False)
+    left = tmp_path / "checkpoints" / ".00000020.123.partial"
+    left.mkdir()
+    (left / "network.safetensors").write_bytes(b"half")
+    trainer = make(tmp_path, steps=10)
+    assert trainer.step == 10
+    trainer.save(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["00000010"]
+
+
+class Payload:
+    def __repr__(self):
+        return "payload"
+
+    def __reduce__(self):
+        return os.system, ("touch /tmp/scoresde-was-here",)
+
+
+@pytest.mark.parametrize(
+    "content", [Payload(), {"format": "other"}, [1, 2], {"a": Payload()}], ids=lambda c: type(c).__name__
+)
+@pytest.mark.parametrize("name", FILES)
+def test_foreign_files_are_refused_and_not_executed(name, content, tmp_path):
+    """Even if the manifest vouches for them."""
+    path = make(tmp_path, steps=10).fit(progress=False).path
+    for write in (lambda: torch.save(content, path / name), lambda: (path / name).write_bytes(pickle.dumps(content))):
+        write()
+        if name != "manifest.json":
+            seal(path)
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            make(tmp_path, steps=10)
+    assert not Path("/tmp/scoresde-was-here").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"sde": VESDE()}, "sde: VPSDE"),
+        ({"adapter": VDenoiser}, "parameterisation: EpsDenoiser in the file, VDenoiser here"),
+        ({"net": MLP(3)}, "network: Net"),
+        ({"data": DATA[:20]}, "data: "),
+        ({"data": DATA + 100}, "data: "),
+        ({"data": DATA.flip(0)}, "data: "),
+        ({"time": lambda t: 999 * t}, "time label: "),
+        ({"weighting": likelihood}, "weighting: "),
+        ({"times": ImportanceTimes()}, "times: UniformTimes"),
+        ({"cond": {"shift": torch.zeros(50)}}, "cond: none in the file"),
+        ({"lr": 0.5}, "config.lr"),
+        ({"seed": 3}, "config.seed"),
+        ({"steps": 20}, "config.steps"),  # the cosine schedule depends on it
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_checkpoint_of_another_run_is_refused(change, named, tmp_path):
+    make(tmp_path, steps=10).fit(progress=False)
+    with pytest.raises(CheckpointError, match=named):
+        make(tmp_path, **{"steps": 10, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"checkpoint_every": 7, "log_every": 9, "keep": 1}, {"accumulate": 2}, {"evaluate_every": 4}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_may_change_between_sessions(change, tmp_path):
+    make(tmp_path, steps=10).fit(progress=False)
+    assert make(tmp_path, steps=10, **change).step == 10
+
+
+def test_unknown_keys_are_refused(tmp_path):
+    path = make(tmp_path, steps=10).fit(progress=False).path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "extra": 1}))
+    with pytest.raises(CheckpointError, match=r"unknown keys \['extra'\]"):
+        make(tmp_path, steps=10)
+    manifest["progress"]["surplus"] = 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="surplus"):
+        make(tmp_path, steps=10)
+    with pytest.raises(ValueError, match=r"TrainConfig has no 'stesp', 'momentum': it knows steps, batch_size"):
+        TrainConfig.of({"stesp": 3, "momentum": 0.9})
+    with pytest.raises(ValueError, match="needs steps"):
+        TrainConfig.of({})
+
+
+def test_a_file_outside_the_checkpoint_is_not_read(tmp_path):
+    path = make(tmp_path, steps=10).fit(progress=False).path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../../log.csv"] = "0"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        make(tmp_path, steps=10)
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "c.pt"
+    write_checkpoint(path, {"a": torch.ones(3)}, {"sde": "x"})
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+        write_checkpoint(path, {"a": lambda: None}, {"sde": "x"})
+    assert torch.equal(read_checkpoint(path, {"sde": "x"})["a"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_another_version_is_warned_of(tmp_path):
+    path = make(tmp_path, steps=10).fit(progress=False).path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "versions": "scoresde 0.0.0, torch 1.0"}))
+    with pytest.warns(UserWarning, match=r"written with scoresde 0\.0\.0"):
+        assert make(tmp_path, steps=10).step == 10
