@@ -28,6 +28,7 @@ from scoresde.noise import sample_seeds
 from scoresde.sampling import NonFiniteError, Solution, sample
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
 from scoresde.tableau import State, Tableau
+from scoresde.training import load
 from scoresde.wrappers import Clip, DynamicThreshold
 
 __version__ = version("scoresde")
@@ -63,6 +64,7 @@ __all__ = [
     "diagnose",
     "elbo",
     "encode",
+    "load",
     "log_prob",
     "sample",
     "sample_seeds",

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from scoresde import VPSDE
+from scoresde.cli import likelihood as command
 from scoresde.cli import main
 from scoresde.data import digit_levels, read_data
 from scoresde.exact import Gaussian
-from scoresde.likelihood import command
 from scoresde.likelihood.bound import elbo
 from scoresde.likelihood.discrete import bits_per_dim, dequantized, outer_edges
 from scoresde.likelihood.flow import log_prob
@@ -129,8 +129,8 @@ def test_a_run_that_dies_keeps_its_batches(here, capsys, monkeypatch):
         return measure(job, which)
 
     monkeypatch.setattr(command._Job, "measure", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(capsys, *FAST)
+    status, _, printed = run(capsys, *FAST)
+    assert (status, "the same command goes on" in printed) == (130, True)
     assert not (here / "out.json").exists()
     assert len((here / "out.batches.jsonl").read_bytes().splitlines()) == 3
     monkeypatch.setattr(command._Job, "measure", lambda job, which: measure(job, which))

@@ -2,11 +2,11 @@
 
 flow.py         log_prob: the density that the probability-flow ODE gives a sample
 volume.py       the volume along the way, by a table or an adaptive integrator
-divergence.py   the trace of a derivative, exact or by random probes, and its variance
+divergence.py   the trace of a derivative, exact or by random probes, its variance, and how well that is known
+interval.py     intervals by Student's t from such a variance
 discrete.py     bits_per_dim: whole levels, dequantised
 bound.py        elbo: the variational bound, of a chain's steps or in continuous time
 coding.py       encode and decode, and what to do with a latent
-command.py      the command `scoresde likelihood`
 """
 
 from scoresde.likelihood.bound import Elbo, elbo

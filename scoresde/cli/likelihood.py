@@ -8,29 +8,24 @@ them. Image i is measured with its own seed, so that where the run was killed ch
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib
-import inspect
-import json
 import math
-import os
-import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.data import BUILT_IN, Data, read_data
-from scoresde.denoiser import Denoiser, networks
+from scoresde.cli.cells import Cells
+from scoresde.cli.common import add_quiet, check_file, command_parser, going_on, record, session, write_json
+from scoresde.cli.measuring import add_data_arguments, data_config
+from scoresde.cli.models import About, Model, add_denoiser, digest, is_run, load_denoiser, open_run, placed
+from scoresde.data import Data, read_data
 from scoresde.errors import NonFiniteError, not_finite
-from scoresde.files import write_whole
-from scoresde.info import environment
 from scoresde.likelihood.bound import elbo
 from scoresde.likelihood.discrete import (
     Dequantize,
@@ -42,29 +37,44 @@ from scoresde.likelihood.discrete import (
     outer_edges,
 )
 from scoresde.solvers.base import check_count
+from scoresde.training import parallel
 
-__all__ = ["add_arguments", "likelihood"]
-
-FORMAT = "scoresde-likelihood-1"
+__all__ = ["add_parser", "run"]
 
 _NOISE = ("dequantize", "repeats", "importance", "t")
 _FOR_LEVELS = ("levels", "range", "levels_at_ends", *_NOISE)
 _FOR_ODE = ("divergence", "probes", "steps", "rtol", "atol")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+TEXT = """bits/dim of images, or log p of other data, from a run folder or your own model; goes on where it was killed
+
+The likelihood is that of the probability-flow ODE. Finished batches are kept beside --out; the same command goes on
+from them. Image i is measured with its own seed, whatever the batch."""
+
+EXAMPLES = """
+scoresde likelihood runs/fm --data fashion-mnist-test --limit 1000 --out bits.json
+scoresde likelihood runs/fm --data cifar10-test:/data/cifar --download --steps 40 --bound --out bits.json
+scoresde likelihood digits --denoiser my_model:denoiser --steps 40 --bound --out bits.json
+scoresde likelihood images.npy --denoiser my_model:load --checkpoint model.pt --out bits.json
+torchrun --nproc-per-node=4 -m scoresde likelihood runs/fm --data fashion-mnist-test --out bits.json
+"""
+
+
+def add_parser(commands: Any) -> None:
     """The arguments of `likelihood`."""
+    parser = command_parser(commands, "likelihood", TEXT, EXAMPLES)
+    parser.set_defaults(action=run)
     add = parser.add_argument
-    add("data", help=f"{', '.join(BUILT_IN)}; a .npy or .npz array of whole levels (N, C, H, W) or of floating-point "
-        "data; or a folder of PNG and JPEG images")  # fmt: skip
-    add("--denoiser", required=True, metavar="MODULE:NAME", help="a Denoiser, or a function that returns one")
-    add("--checkpoint", type=Path, metavar="FILE", help="given to that function, as its only argument")
+    add("source", nargs="?", metavar="RUN", help="a run folder of `scoresde train`; with --denoiser, the data")
     add("--out", type=Path, required=True, metavar="FILE.json", help="result; finished batches are kept beside it")
+    add_data_arguments(parser, "what is measured (what the run was trained on)")
+    add_denoiser(parser)
+    add("--average", type=int, default=0, metavar="I", help="which averaged weights of a run (0)")
     add("--fresh", action="store_true", help="forget the finished batches of an earlier run")
     add("--limit", type=int, metavar="N", help="the first N items (all)")
-    add("--batch", type=int, default=64, metavar="N", help="items that the network takes at once (64)")
+    add("--batch", "--batch-size", type=int, default=64, metavar="N", help="items that the network takes at once (64)")
     add("--seed", type=int, default=0, help="of the probes and of the noise in the bins (0)")
-    add("--device", help="moves the network there (where it is)")
+    add_quiet(parser)
     ode = parser.add_argument_group("the ODE")
     ode.add_argument("--divergence", choices=("hutchinson", "exact", "hutch++"), help="(hutchinson)")
     ode.add_argument("--probes", type=int, metavar="N", help="of the divergence")
@@ -86,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bound.add_argument("--draws", type=int, metavar="N", help="of lambda, per item (64)")
 
 
-def likelihood(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Run the command: measure, write args.out, print a summary.
 
     Raises:
@@ -96,86 +106,80 @@ def likelihood(args: argparse.Namespace) -> None:
         ArithmeticError: if the evaluations ran out before an ODE's end.
     """
     check_count(**{name: value for name in ("batch", "limit", "draws") if (value := getattr(args, name)) is not None})
-    if args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a folder: give a file")
-    denoiser, made_for = load_denoiser(args.denoiser, args.checkpoint)
-    job = _Job(args, placed(denoiser, args.device), read_data(args.data))
-    made_for |= {
-        **job.settings(),
-        "seed": args.seed,
-        "device": denoiser.device.type,
-        "versions": f"scoresde {version('scoresde')}, torch {torch.__version__}",
-    }
-    kept = Batches(args.out.with_suffix(".batches.jsonl"), made_for, args.fresh)
-    with tqdm(desc="likelihood", total=len(job.x), unit="item", disable=None, leave=False) as bar:
-        for first in range(0, len(job.x), args.batch):
-            which = range(len(job.x))[first : first + args.batch]
-            if first not in kept.done:
-                start = time.perf_counter()
-                record = job.measure(which)
-                kept.write({"first": first, **record, "seconds": time.perf_counter() - start})
-            bar.update(len(which))
-    result = _result(args, job, kept)
-    _write_json(args.out, result)
-    print(f"{_summary(result)}\nwrote {args.out}")
+    check_file(args.out)
+    with session(args.device) as device:
+        model, data = _opened(args, device)
+        job = _Job(args, model, data)
+        made_for = model.made_for | {
+            **job.settings(),
+            "seed": args.seed,
+            "device": job.denoiser.device.type,
+            "versions": f"scoresde {version('scoresde')}, torch {torch.__version__}",
+        }
+        path = args.out.with_suffix(".batches.jsonl")
+        kept = parallel.by_first(lambda: Batches(path, made_for, args.fresh))
+        lead = parallel.rank() == 0
+        with (
+            going_on("finished batches are kept, and the same command goes on"),
+            tqdm(desc="likelihood", total=len(job.x), unit="item", disable=args.quiet or not lead or None) as bar,
+        ):
+            batches = [range(len(job.x))[first : first + args.batch] for first in range(0, len(job.x), args.batch)]
+            bar.update(sum(len(which) for which in batches if which.start in kept.done))
+            todo = [which for which in batches if which.start not in kept.done]
+            for i in range(0, len(todo), parallel.world()):
+                for record in _gathered([job.timed(todo[k]) for k in [i + parallel.rank()] if k < len(todo)]):
+                    kept.write(record)
+                    bar.update(len(record["each"]))
+        if lead:
+            result = _result(args, job, kept)
+            write_json(args.out, result)
+            print(f"{_summary(result)}\nwrote {args.out}")
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+def _opened(args: argparse.Namespace, device: torch.device) -> tuple[Model, Data]:
+    """The model and the data: of a run folder and --data, or of --denoiser and the data in their place."""
+    if args.denoiser is not None:
+        source = args.data or args.source
+        if source is None:
+            raise ValueError("--denoiser needs data: scoresde likelihood DATA --denoiser MODULE:NAME")
+        denoiser, made_for = load_denoiser(args.denoiser, args.checkpoint)
+        denoiser = placed(denoiser, None if args.device is None else str(device))
+        data = read_data(source, size=args.size, mode=args.mode, download=args.download)
+        args.data = source
+        return Model(denoiser, About(tuple(data.x.shape[1:])), made_for), data
+    if args.source is None:
+        raise ValueError("name a run folder, or data and --denoiser MODULE:NAME")
+    if not is_run(Path(args.source)):
+        raise ValueError(f"{args.source} is no run folder: name one, or the data and --denoiser MODULE:NAME")
+    model = open_run(Path(args.source), args.average, device)
+    about, chosen = model.about, data_config(args, model.data())
+    args.data = chosen.source
+    data = read_data(
+        chosen.source,
+        labels=about.num_classes is not None,
+        size=chosen.size,
+        mode=chosen.mode,
+        download=chosen.download,
+    )
+    if tuple(data.x.shape[1:]) != about.shape:
+        raise ValueError(f"{chosen.source} has items {tuple(data.x.shape[1:])}, the run {args.source} {about.shape}")
+    if about.num_classes is None:
+        data = data._replace(labels=None)
+    if chosen.limit is not None:  # the run's own data
+        data = data._replace(x=data.x[: chosen.limit])
+    if not data.x.is_floating_point() and data.data_range is None:  # as training scales them
+        levels = args.levels or chosen.levels or about.levels or 256
+        data = data._replace(levels=levels, data_range=outer_edges(-1.0, 1.0, levels))
+    return model, data
 
 
-def load_denoiser(text: str, checkpoint: Path | None = None) -> tuple[Denoiser, dict[str, str]]:
-    """The denoiser that module:name is or makes, and what tells it from others: hashes of the module, the checkpoint
-    and the weights.
-
-    Raises:
-        ImportError: if the module cannot be imported.
-        ValueError: if it has no such name, or that is no Denoiser and makes none.
-        FileNotFoundError: if there is no such checkpoint.
-    """
-    module_name, _, name = text.partition(":")
-    if not module_name or not name:
-        raise ValueError(f"--denoiser {text!r}: expected MODULE:NAME, my_model:denoiser say")
-    if checkpoint is not None and not checkpoint.is_file():
-        raise FileNotFoundError(f"--checkpoint {checkpoint}: there is no such file")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # a console script's path does not have it
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ImportError(f"--denoiser {text}: {error}") from error
-    if not hasattr(module, name):
-        raise ValueError(f"--denoiser {text}: {module.__name__} has no {name!r}")
-    found = getattr(module, name)
-    if isinstance(found, Denoiser) and checkpoint is not None:
-        raise ValueError(f"--denoiser {text} is a Denoiser already: with --checkpoint, name a function of its path")
-    if not isinstance(found, Denoiser) and callable(found):
-        found = found() if checkpoint is None else found(checkpoint)
-    if not isinstance(found, Denoiser):
-        raise ValueError(f"--denoiser {text} gives {type(found).__name__}: expected a scoresde Denoiser")
-    return found, {
-        "denoiser": f"{text}, {_source_digest(module)}",
-        "checkpoint": "none" if checkpoint is None else _sha(checkpoint.read_bytes()),
-        "weights": _weights_digest(found),
-    }
-
-
-def placed(denoiser: Denoiser, device: str | None) -> Denoiser:
-    """The denoiser with its network on that device, in eval mode.
-
-    Raises:
-        ValueError: if it cannot be moved there.
-    """
-    try:
-        for net in networks(denoiser):
-            net.eval()
-            if device is not None:
-                net.to(device)
-        device = None if device is None else torch.device(device).type
-    except (RuntimeError, AssertionError) as error:  # no such device, or not in this build
-        raise ValueError(f"--device {device}: {error}") from error
-    if device is not None and denoiser.device.type != device:
-        raise ValueError(f"--device {device}: {denoiser!r} is on {denoiser.device} and has no network to move")
-    return denoiser
+def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of all processes, in the first; none in the others."""
+    if parallel.world() == 1:
+        return records
+    parts: list[Any] | None = [None] * parallel.world() if parallel.rank() == 0 else None
+    dist.gather_object(records, parts)
+    return [] if parts is None else [record for part in parts for record in part]
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -184,8 +188,11 @@ def placed(denoiser: Denoiser, device: str | None) -> Denoiser:
 class _Job:
     """What is measured of each item: bits/dim of levels, log p of floating-point data, and the bound of either."""
 
-    def __init__(self, args: argparse.Namespace, denoiser: Denoiser, data: Data) -> None:
-        self.denoiser, self.x = denoiser, data.x[: args.limit]
+    def __init__(self, args: argparse.Namespace, model: Model, data: Data) -> None:
+        self.denoiser, self.x = model.denoiser, data.x[: args.limit]
+        self.labels = None if model.about.num_classes is None or data.labels is None else data.labels[: args.limit]
+        if model.about.num_classes is not None and self.labels is None:
+            raise ValueError("the model has classes, and the data no labels: expected those of each item")
         self.names = None if data.names is None else data.names[: len(self.x)]
         self.seeds = image_seeds(args.seed, len(self.x))
         self.options = {name: value for name in _FOR_ODE if (value := getattr(args, name)) is not None}
@@ -209,15 +216,24 @@ class _Job:
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""
-        made_for = {"data": f"{tuple(self.x.shape)} {self.x.dtype}, {_digest(self.x)}", "batch": self.batch}
-        return made_for | self.options | (self.images or {}) | {"bound": self.bound, "draws": self.draws}
+        made_for = {"data": f"{tuple(self.x.shape)} {self.x.dtype}, {digest(self.x)}", "batch": self.batch}
+        labels = {} if self.labels is None else {"labels": digest(self.labels)}
+        return made_for | labels | self.options | (self.images or {}) | {"bound": self.bound, "draws": self.draws}
+
+    def timed(self, which: range) -> dict[str, Any]:
+        """The record of these items, and the seconds that it took."""
+        start = time.perf_counter()
+        record = self.measure(which)
+        return {"first": which.start, **record, "seconds": time.perf_counter() - start}
 
     def measure(self, which: range) -> dict[str, Any]:
         """The record of these items."""
         x, seeds = self.x[which.start : which.stop], self.seeds[which.start : which.stop]
+        labels = None if self.labels is None else self.labels[which.start : which.stop]
+        cond = {} if labels is None else {"cond": {"label": labels.to(self.denoiser.device)}}
         try:
-            record = self._density(x, seeds) if self.images is None else self._bits_per_dim(x, seeds)
-            return record | (self._bound(x, seeds) if self.bound else {})
+            record = self._density(x, seeds, cond) if self.images is None else self._bits_per_dim(x, seeds, cond)
+            return record | (self._bound(x, seeds, cond) if self.bound else {})
         except NonFiniteError as stop:
             first = which.start + stop.samples[0]
             name = "" if self.names is None else f" ({self.names[first]})"
@@ -228,9 +244,10 @@ class _Job:
                 stop.step, stop.time, samples,
             ) from stop  # fmt: skip
 
-    def _bits_per_dim(self, x: Tensor, seeds: list[int]) -> dict[str, Any]:
+    def _bits_per_dim(self, x: Tensor, seeds: list[int], cond: dict[str, Any]) -> dict[str, Any]:
         assert self.images is not None
-        found = bits_per_dim(self.denoiser, x, seed=seeds, batch_size=self.batch, **self.images, **self.options)
+        options = self.images | self.options | cond
+        found = bits_per_dim(self.denoiser, x, seed=seeds, batch_size=self.batch, **options)
         return {
             "each": found.per_image.tolist(),
             "each_stderr": found.per_image_stderr.tolist(),
@@ -241,8 +258,8 @@ class _Job:
             "offset": found.offset,
         }
 
-    def _density(self, x: Tensor, seeds: list[int]) -> dict[str, Any]:
-        found = log_density(self.denoiser, x, range(len(x)), seed=seeds, **self.options)
+    def _density(self, x: Tensor, seeds: list[int], cond: dict[str, Any]) -> dict[str, Any]:
+        found = log_density(self.denoiser, x, range(len(x)), seed=seeds, **self.options, **cond)
         return {
             "each": found.value.tolist(),
             "each_stderr": found.stderr.tolist(),
@@ -251,12 +268,12 @@ class _Job:
             "nfe": found.nfe,
         }
 
-    def _bound(self, x: Tensor, seeds: list[int]) -> dict[str, Any]:
+    def _bound(self, x: Tensor, seeds: list[int], cond: dict[str, Any]) -> dict[str, Any]:
         """Of log p; of bits/dim with uniform noise in the bins, whatever noise the likelihood has."""
         if self.images is not None:
             (lo, hi), levels = self.images["data_range"], self.images["levels"]
             x = dequantized(x, levels, data_range=(lo, hi), seed=seeds)
-        found = elbo(self.denoiser, x.to(self.denoiser.device), draws=self.draws, seed=seeds)
+        found = elbo(self.denoiser, x.to(self.denoiser.device), draws=self.draws, seed=seeds, **cond)
         value, stderr = found.value.double(), found.stderr.double()
         if self.images is not None:
             value, stderr = (
@@ -297,80 +314,27 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-class Batches:
-    """Finished batches in a file of JSON lines, the first of which says what they are good for.
-
-    A line that was being written when the run was killed is dropped: it has no end.
-
-    Raises:
-        ValueError: if the file is damaged, is another file, or was made for something else; the message names it, and
-            each difference.
-    """
+class Batches(Cells):
+    """Finished batches, by their first items."""
 
     def __init__(self, path: Path, made_for: dict[str, Any], fresh: bool = False) -> None:
-        self.path, self.made_for = path, json.loads(json.dumps(made_for))
-        self.done: dict[int, dict[str, Any]] = {}
-        if fresh:
-            path.unlink(missing_ok=True)
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        head, *lines = whole.decode(errors="replace").splitlines() or [""]
-        if head or not content.startswith(b'{"format"'[: len(content)]):
-            self._check(head)
-        for number, line in enumerate(lines, 2):
-            record = self._parse(number, line)
-            self.done[record["first"]] = record
-        os.truncate(path, len(whole))
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Keep a batch, from its first item on."""
-        record = json.loads(json.dumps(_without_nan(record)))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            head = "" if file.tell() else json.dumps({"format": FORMAT, "made_for": self.made_for}) + "\n"
-            file.write(head + json.dumps(record) + "\n")
-        self.done[record["first"]] = record
-
-    def _check(self, line: str) -> None:
-        made_for = self.made_for
-        try:
-            head = json.loads(line)
-            known, theirs = head["format"] == FORMAT, dict(head["made_for"])
-        except (ValueError, TypeError, KeyError):
-            known, theirs = False, {}
-        if not known:
-            raise ValueError(f"{self.path} is not a file of `scoresde likelihood`: give another --out, or remove it")
-        different = [
-            f"{key}: {theirs.get(key, 'nothing')} in the file, {made_for.get(key, 'nothing')} now"
-            for key in sorted({*theirs, *made_for})
-            if theirs.get(key) != made_for.get(key)
-        ]
-        if different:
-            raise ValueError(
-                f"{self.path} holds batches of another run: {'; '.join(different)}. --fresh forgets them, another "
-                "--out keeps them"
-            )
-
-    def _parse(self, number: int, line: str) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-            if isinstance(record["first"], int) and len(record["each"]) == len(record["each_stderr"]) > 0:
-                return dict(record)
-        except (ValueError, TypeError, KeyError):
-            pass
-        raise ValueError(f"{self.path}: line {number} is damaged; --fresh forgets the file, or remove that line")
+        super().__init__(path, "likelihood", "batches", made_for, _first, fresh)
 
     def column(self, key: str) -> list[Any]:
         """An entry of every batch, in the order of the items; None is NaN."""
-        values = (self.done[first].get(key) for first in sorted(self.done))
+        values = (self.done[first].get(key) for first in sorted(self.done, key=int))  # type: ignore[arg-type]
         return [math.nan if value is None else value for value in values]
 
     def items(self, key: str) -> Tensor:
         """An entry of every item, float64, shape (N,)."""
         numbers = [math.nan if value is None else value for part in self.column(key) for value in part]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+def _first(record: dict[str, Any]) -> int:
+    if not isinstance(record["first"], int) or not len(record["each"]) == len(record["each_stderr"]) > 0:
+        raise ValueError("no batch")
+    return record["first"]
 
 
 def _result(args: argparse.Namespace, job: _Job, kept: Batches) -> dict[str, Any]:
@@ -399,23 +363,7 @@ def _result(args: argparse.Namespace, job: _Job, kept: Batches) -> dict[str, Any
         result[key] = kept.items(key).tolist()
     if job.names is not None:
         result["names"] = job.names
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result |= {"arguments": arguments, "environment": environment(job.denoiser.device)}
-    return result
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def _without_nan(content: Any) -> Any:
-    """NaN, which JSON has not, as null."""
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    return result | record(args, job.denoiser.device)
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -428,26 +376,3 @@ def _summary(result: dict[str, Any]) -> str:
     if "bound" in result:
         text += f"\nvariational bound {shown(result['bound']['value'], result['bound']['stderr'])} {result['unit']}"
     return text
-
-
-def _source_digest(module: ModuleType) -> str:
-    source = inspect.getsourcefile(module)
-    return "no source" if source is None else _sha(Path(source).read_bytes())
-
-
-def _weights_digest(denoiser: Denoiser) -> str:
-    nets, total = list(networks(denoiser)), hashlib.sha256()
-    for net in nets:
-        for name, value in net.state_dict().items():
-            if isinstance(value, Tensor):
-                total.update(f"{name} {_digest(value)}".encode())
-    return f"sha256 {total.hexdigest()[:12]}" if nets else "none"
-
-
-def _digest(x: Tensor) -> str:
-    content: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return _sha(content)
-
-
-def _sha(content: Any) -> str:
-    return f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"

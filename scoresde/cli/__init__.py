@@ -1,0 +1,83 @@
+"""The command `scoresde`, also `python -m scoresde`: a module for each of its commands.
+
+train.py  sample.py  evaluate.py  variance.py  likelihood.py  compare.py  info.py
+config.py      a training run in words: dataclasses, TOML, --set
+models.py      run folders and other models
+drawing.py     samples by number, in any batch and on any number of processes
+measuring.py   real data and feature spaces by name
+cells.py       finished parts of a long computation, in a file that a killed run goes on from
+images.py      PNG files
+common.py      how commands stop, what they say
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from scoresde import __version__
+from scoresde.cli import compare, evaluate, info, likelihood, sample, train, variance
+from scoresde.cli.common import sigterm
+from scoresde.cli.drawing import GRIDS, SOLVERS
+from scoresde.cli.info import SDES
+from scoresde.training.checkpoint import CheckpointError
+
+__all__ = ["GRIDS", "SDES", "SOLVERS", "main"]
+
+EXAMPLES = """examples:
+  scoresde train --data my_folder --size 32 --out runs/mine
+  scoresde sample runs/mine --n 64 --solver unipc3 --nfe 20 --out samples.png
+  scoresde evaluate runs/mine --n 1000 --data held_out_folder --out scores.json
+  scoresde likelihood runs/mine --data held_out_folder --out bits.json
+  scoresde variance runs/mine --out table.npz
+  scoresde compare runs/mine --solvers ddim unipc3 --nfe 5 10 20 --out runs/compare
+  scoresde COMMAND --help          all of a command's options, and more examples
+
+exit status: 0; 1 where numbers are not finite or a budget ran out; 2 where an argument or a file is wrong; 130 after
+Ctrl-C and 143 after SIGTERM, what is finished being kept."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
+    found = argparse.ArgumentParser(
+        prog="scoresde",
+        description="Score-based generative models: SDEs, denoisers and solvers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("--version", action="version", version=f"scoresde {__version__}")
+    commands = found.add_subparsers(dest="command", required=True, metavar="command")
+    for module in (train, sample, evaluate, likelihood, variance, compare):
+        module.add_parser(commands)
+    info.add_parsers(commands)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 2 where an argument or a file is wrong, 1 where numbers are not
+    finite or a budget ran out, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    args = parser().parse_args(argv)
+    try:
+        with sigterm():
+            args.action(args)
+    except (TypeError, ValueError, ImportError, OSError, CheckpointError, ArithmeticError) as error:
+        print(f"scoresde: {error}", file=sys.stderr)
+        return 1 if isinstance(error, ArithmeticError) else 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"scoresde: {error} (a smaller --batch-size needs less)", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not str(error).startswith("rank 0 failed"):  # which then says why itself
+            raise
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        if not isinstance(stop.code, int):
+            raise
+        return stop.code
+    return 0

@@ -1,0 +1,476 @@
+"""A training run in words: dataclasses, the TOML file that they are read from and written to, and `--set`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from scoresde.data import ImageFolder, TrainingData, training_data
+from scoresde.files import write_whole
+from scoresde.metrics import METRICS
+from scoresde.sde import SDE
+from scoresde.solvers.base import check_count, check_option
+from scoresde.training.config import TrainConfig, check_keys
+from scoresde.training.model import ModelConfig
+from scoresde.training.weights import (
+    ImportanceTimes,
+    LogNormalTimes,
+    TimeSampler,
+    UniformTimes,
+    Weighting,
+    edm,
+    likelihood,
+    min_snr,
+    simple,
+    uniform_in,
+)
+
+__all__ = [
+    "CHOSEN",
+    "DataConfig",
+    "EvaluateConfig",
+    "LossConfig",
+    "RunConfig",
+    "completed",
+    "override",
+    "read_toml",
+    "section",
+    "to_toml",
+    "toml_value",
+    "write_toml",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, or measured: `scoresde.data.training_data`.
+
+    Args:
+        source: a name, file or folder.
+        classes: keep the labels: the network is conditional on them.
+        size, mode: to make of a folder's images.
+        levels: of integers that are not 8-bit.
+        flip: mirror images at random.
+        limit: the first N items only.
+        in_memory: decode a folder's images once, into memory.
+        download: a data set that is not at its folder, into it.
+    """
+
+    source: str
+    classes: bool = False
+    size: int | tuple[int, int] | None = None
+    mode: Literal["L", "RGB"] | None = None
+    levels: int | None = None
+    flip: bool = False
+    limit: int | None = None
+    in_memory: bool = False
+    download: bool = False
+
+    def open(self, *, seed: int = 0, lazy: bool | None = None) -> TrainingData:
+        """The data.
+
+        Args:
+            seed: of the flips.
+            lazy: decode a folder's images when they are wanted; by default unless in_memory.
+
+        Raises:
+            As `training_data`; ValueError if limit is no number of items.
+        """
+        data = training_data(
+            self.source,
+            labels=self.classes,
+            levels=self.levels,
+            size=self.size,
+            mode=self.mode,
+            flip=self.flip,
+            seed=seed,
+            lazy=not self.in_memory if lazy is None else lazy,
+            download=self.download,
+        )
+        if self.limit is None:
+            return data
+        check_count(limit=self.limit)
+        if isinstance(data.x, ImageFolder):
+            raise ValueError(f"limit={self.limit} needs the images of {self.source} in memory: in_memory=true")
+        labels = None if data.labels is None else data.labels[: self.limit]
+        return replace(data, x=data.x[: self.limit], labels=labels)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Where the loss puts its effort: `scoresde.training.weights`.
+
+    Args:
+        weighting: weight 1 on the error of the noise ("simple"), x0, v, velocity or score; "min-snr", "edm" (with the
+            model's sigma_data) or "likelihood".
+        gamma: of "min-snr".
+        times: "uniform", "log-normal" or "importance" (for "likelihood").
+        mean, std: of "log-normal" times, of log(sigma / alpha).
+        stratified: spread each batch evenly over the times.
+    """
+
+    weighting: Literal["simple", "min-snr", "edm", "likelihood", "x0", "v", "velocity", "score"] = "simple"
+    gamma: float = 5.0
+    times: Literal["uniform", "log-normal", "importance"] = "uniform"
+    mean: float = -1.2
+    std: float = 1.2
+    stratified: bool = True
+
+    def __post_init__(self) -> None:
+        self.weight(None)
+        self.sampler()
+
+    def weight(self, sigma_data: float | None) -> Weighting:
+        """The weighting, sigma_data being the model's."""
+        if self.weighting == "min-snr":
+            return min_snr(self.gamma)
+        if self.weighting == "edm":
+            return edm() if sigma_data is None else edm(sigma_data)
+        plain: dict[str, Callable[[SDE, Tensor], Tensor]] = {"simple": simple, "likelihood": likelihood}
+        return plain[self.weighting] if self.weighting in plain else uniform_in(self.weighting)
+
+    def sampler(self) -> TimeSampler:
+        """The distribution of times."""
+        if self.times == "log-normal":
+            return LogNormalTimes(self.mean, self.std, self.stratified)
+        return (UniformTimes if self.times == "uniform" else ImportanceTimes)(self.stratified)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is drawn and measured every `train.evaluate_every` steps, and at the end.
+
+    Args:
+        grid: images in the picture samples/STEP.png; 0 for none.
+        solver, nfe: how they are drawn; a name that `scoresde solvers` lists.
+        clip: the posterior mean to [-1, 1].
+        seed: of the samples: the same noise every time.
+        batch_size: samples that the network takes at once.
+        data: real data to compare with, as `--data`; without, no metrics.
+        n: samples that the metrics are of.
+        metrics: names out of `scoresde.metrics.METRICS`.
+        features: of the metrics; see `scoresde evaluate --help`.
+    """
+
+    grid: int = 64
+    solver: str = "unipc3"
+    nfe: int = 20
+    clip: bool = False
+    seed: int = 0
+    batch_size: int = 64
+    data: str | None = None
+    n: int = 500
+    metrics: tuple[str, ...] = ("frechet",)
+    features: str | None = None
+
+    def __post_init__(self) -> None:
+        check_count(nfe=self.nfe, batch_size=self.batch_size)
+        if self.grid < 0 or self.seed < 0 or self.n < 12:
+            raise ValueError(f"grid={self.grid}, seed={self.seed}, n={self.n}: expected grid, seed >= 0 and n >= 12")
+        for name in self.metrics:
+            check_option(("precision_recall", *METRICS), metrics=name)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run: what `config.toml` says, a section each."""
+
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> RunConfig:
+        """From a mapping of mappings.
+
+        Raises:
+            ValueError: on a section or key that is not known, one that is missing, or a value of another type or out of
+                its range; the message names it.
+        """
+        check_sections(settings)
+        return cls(**{name: section(kind, name, settings.get(name, {})) for name, kind in SECTIONS.items()})
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """What `of` takes, of TOML's types: None is left out, being every such key's default."""
+        found = {name: asdict(getattr(self, name)) for name in SECTIONS}
+        return {name: {k: v for k, v in section.items() if v is not None} for name, section in found.items()}
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def check_sections(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming them, if there are sections or keys that are not known."""
+    check_keys("the configuration", settings, SECTIONS)
+    for name, section in settings.items():
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{name} = {section!r}: expected a section, {name}.KEY = VALUE")
+        check_keys(f"section {name!r}", section, (f.name for f in fields(SECTIONS[name])))
+
+
+def section(kind: type[T], name: str, settings: Mapping[str, Any]) -> T:
+    """A dataclass from a section, every value of the type that it is declared with."""
+    declared = fields(kind)  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    lacking = [f.name for f in declared if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [key for key in lacking if key not in settings]:
+        raise ValueError(f"{name}.{missing[0]} is missing")
+    return kind(**{key: _checked(f"{name}.{key}", value, hints[key]) for key, value in settings.items()})
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table"}
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """The value as its type: a whole number as a float, a list as a tuple.
+
+    Raises:
+        ValueError: if it is of another type.
+    """
+    for option in get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]:
+        fits, made = _as(value, option)
+        if fits:
+            return made
+    raise ValueError(f"{name} = {value!r}: expected {_described(hint)}")
+
+
+def _as(value: Any, hint: Any) -> tuple[bool, Any]:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args, value
+    if origin is tuple:
+        of = [args[0]] * len(value) if isinstance(value, list | tuple) and args[-1] is Ellipsis else list(args)
+        if not isinstance(value, list | tuple) or len(value) != len(of):
+            return False, None
+        made = [_as(item, one) for item, one in zip(value, of, strict=True)]
+        return all(fits for fits, _ in made), tuple(item for _, item in made)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return True, float(value)
+    plain = origin or hint
+    return isinstance(value, plain) and (plain is bool or not isinstance(value, bool)), value
+
+
+def _described(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return ", or ".join(_described(option) for option in args if option is not NoneType)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin is tuple:
+        return f"a list of {_described(args[0]).removeprefix('a ')}s"
+    return _WORDS.get(origin or hint, str(hint))
+
+
+# --- what is not said ------------------------------------------------------------------------------------------------
+
+_PREDICTS = {"ve": "edm", "edm": "edm", "flow": "velocity"}
+_WEIGHTING = {"eps": "simple", "score": "simple", "velocity": "velocity", "edm": "edm"}
+CHOSEN = {
+    "model.network",
+    "model.predicts",
+    "loss.weighting",
+    "loss.times",
+    "train.steps",
+    "train.batch_size",
+    "train.lr",
+}
+"""Entries that `completed` chooses, whatever the dataclass's own default."""
+
+_LR = {8: 1e-3, 28: 5e-4, 32: 2e-4, 64: 1e-4}
+
+
+def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> RunConfig:
+    """A configuration with what it leaves open chosen for the data:
+
+    - the network: a U-Net of the preset nearest in size to images, an MLP for vectors, with the data's channels, axes
+      and classes;
+    - what it predicts: v, but velocity for "flow", and Karras preconditioning for "ve" and "edm"; the time label, and
+      sigma_data from the data;
+    - the loss that goes with it: min-SNR for v and x0, EDM's with its log-normal times, or the plain one;
+    - 20,000 steps of 64 items (128 for the preset of 32 pixels), the learning rate by the network's size.
+
+    Args:
+        settings: by section; see `RunConfig`.
+        data: what `settings["data"]` says.
+
+    Raises:
+        ValueError: as `RunConfig.of`; if the network's options contradict the data.
+    """
+    check_sections(settings)
+    found = {name: dict(settings.get(name, {})) for name in SECTIONS}
+    model, train, loss = found["model"], found["train"], found["loss"]
+    shape, options = data.shape, dict(model.get("options", {}))
+    network = model.setdefault("network", "mlp" if len(shape) == 1 else "unet")
+    if network != "mlp":
+        model.setdefault("preset", _preset(max(shape[1:], default=0)))
+    for key, value in _about(network, shape, data).items():
+        if options.setdefault(key, value) != value:
+            raise ValueError(f"model.options.{key} = {options[key]!r}, but the data's is {value!r}: leave it out")
+    model["options"] = options
+    sde = model.setdefault("sde", "vp")
+    predicts = model.setdefault("predicts", _PREDICTS.get(sde, "v"))
+    if predicts == "edm":
+        model.setdefault("sigma_data", _std(data))
+    elif sde not in ("edm", "chain", "cosine-chain"):  # whose times are no fractions of 1
+        model.setdefault("time_scale", 999.0)
+    loss.setdefault("weighting", _WEIGHTING.get(predicts, "min-snr"))
+    loss.setdefault("times", "log-normal" if loss["weighting"] == "edm" else "uniform")
+    preset = model.get("preset", 8)
+    train.setdefault("steps", 20_000)
+    train.setdefault("batch_size", 128 if preset == 32 else 64)
+    train.setdefault("lr", _LR.get(preset, 2e-4))
+    train.setdefault("evaluate_every", 1000)
+    return RunConfig.of(found)
+
+
+def _preset(size: int) -> int:
+    return 8 if size <= 12 else 28 if size <= 28 else 32 if size <= 48 else 64
+
+
+def classes_of(data: TrainingData) -> int | None:
+    """How many classes there are, or None where the data have no labels."""
+    if data.labels is None:
+        return None
+    return len(data.classes) if data.classes else int(data.labels.max()) + 1
+
+
+def _about(network: str, shape: tuple[int, ...], data: TrainingData) -> dict[str, Any]:
+    """The options of a network that the data settle."""
+    found: dict[str, Any] = {"event_shape": list(shape)} if network == "mlp" else {"image_channels": shape[0]}
+    if network != "mlp" and len(shape) != 3:
+        found["dims"] = len(shape) - 1
+    if (classes := classes_of(data)) is not None:
+        found["num_classes"] = classes
+    return found
+
+
+def _std(data: TrainingData, n: int = 2048) -> float:
+    """The standard deviation of some of the data, evenly chosen."""
+    items = torch.linspace(0, len(data) - 1, min(len(data), n), device="cpu").round().long()
+    return float(f"{float(data.batch(items).x.double().std(correction=0)):.3g}")
+
+
+# --- TOML ------------------------------------------------------------------------------------------------------------
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+        ValueError: if it is none; the message names it.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except ValueError as error:  # tomllib's own and UnicodeDecodeError
+        raise ValueError(f"{path} is no TOML: {error}") from error
+
+
+def to_toml(settings: Mapping[str, Any]) -> str:
+    """Tables of numbers, texts, lists and tables, as TOML.
+
+    Raises:
+        ValueError: on another value.
+
+    >>> print(to_toml({"train": {"steps": 10, "lr": 1e-05}}), end="")
+    [train]
+    steps = 10
+    lr = 1e-05
+    """
+    lines: list[str] = []
+    _table(settings, [], lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def write_toml(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write them, whole or not at all."""
+    content = to_toml(settings).encode()
+    write_whole(path, lambda file: file.write(content))
+
+
+def _table(settings: Mapping[str, Any], where: list[str], lines: list[str]) -> None:
+    tables = {key: value for key, value in settings.items() if isinstance(value, Mapping)}
+    if where and (len(tables) < len(settings) or not settings):
+        lines += ["", f"[{'.'.join(where)}]"]
+    lines += [f"{_key(key)} = {toml_value(value)}" for key, value in settings.items() if key not in tables]
+    for key, table in tables.items():
+        _table(table, [*where, _key(key)], lines)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML has it.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else f"{value:+f}"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
+    raise ValueError(f"TOML cannot hold {value!r}")
+
+
+def override(settings: dict[str, Any], changes: Iterable[str]) -> None:
+    """Change settings in place by texts SECTION.KEY=VALUE, the value as TOML has it; a word needs no quotes.
+
+    Raises:
+        ValueError: if one is not of that form.
+
+    >>> settings = {"train": {"steps": 10}}
+    >>> override(settings, ["train.steps=20", "model.sde=ve", "model.options.multipliers=[1, 2]"])
+    >>> settings
+    {'train': {'steps': 20}, 'model': {'sde': 've', 'options': {'multipliers': [1, 2]}}}
+    """
+    for change in changes:
+        path, equals, text = change.partition("=")
+        keys = [key.strip() for key in path.split(".")]
+        if not equals or len(keys) < 2 or not all(keys):
+            raise ValueError(f"--set {change!r}: expected SECTION.KEY=VALUE, train.steps=3000 say")
+        place = settings
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--set {change!r}: {key} is no section")
+        place[keys[-1]] = _parsed(change, text.strip())
+
+
+def _parsed(change: str, text: str) -> Any:
+    try:
+        found = tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
+    except tomllib.TOMLDecodeError as error:
+        if not text or text[0] in "[{\"'":
+            raise ValueError(f"--set {change!r}: {text or 'nothing'} is no TOML value ({error})") from error
+        return text
+    return text if isinstance(found, datetime.date | datetime.time) else found

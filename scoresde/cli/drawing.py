@@ -1,0 +1,230 @@
+"""Samples from a model, in batches: sample i is a function of the seed and i alone, whatever the batch size, and on any
+number of processes."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scoresde import solvers
+from scoresde.cli.images import to_levels
+from scoresde.cli.models import Model
+from scoresde.data import scaled
+from scoresde.denoiser import Denoiser
+from scoresde.errors import NonFiniteError, some
+from scoresde.grid import Grid
+from scoresde.noise import derive_seed
+from scoresde.sampling import sample
+from scoresde.solvers import OptimalVariance, Solver, available
+from scoresde.solvers.base import check_count, check_option
+from scoresde.training import parallel
+from scoresde.variance import AnalyticDenoiser, VarianceTable
+from scoresde.wrappers import Clip
+
+__all__ = ["GRIDS", "SOLVERS", "Recipe", "add_solver_arguments", "draw", "recipe", "rounded", "solver_of"]
+
+SOLVERS = {entry.name: entry for entry in available()}
+ALIASES = {"unipc": "unipc3", "dpm++": "dpm++2m", "deis": "deis3", "ipndm": "ipndm4"}
+GRIDS = ("default", "uniform", "quadratic", "log_snr", "karras", "power", "strided")
+
+
+def solver_of(text: str) -> Solver:
+    """The solver of a name that `scoresde solvers` lists, or of a call: unipc3, ddim, 'DDIM(eta=0.2)'.
+
+    Raises:
+        ValueError: if there is none.
+
+    >>> solver_of("DDIM(0.2)"), solver_of("heun")
+    (DDIM(eta=0.2), Heun(variable='sigma'))
+    """
+    if (name := ALIASES.get(text, text)) in SOLVERS:
+        return SOLVERS[name].solver
+    with suppress(SyntaxError, ValueError, AttributeError):
+        call = ast.parse(text.strip(), mode="eval").body
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in solvers.__all__:
+            args = [ast.literal_eval(arg) for arg in call.args]
+            options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+            try:
+                made = getattr(solvers, call.func.id)(*args, **options)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"--solver {text}: {error}") from error
+            if isinstance(made, Solver):
+                return made
+    raise ValueError(f"--solver {text}: expected a call, 'DDIM(eta=0.2)' say, or one of {', '.join(SOLVERS)}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How samples are drawn.
+
+    Attributes:
+        model: from which.
+        denoiser: the model's, perhaps wrapped.
+        solver: with what.
+        options: of `sample`: steps, nfe or a grid.
+        seed: of all samples.
+        label: the class of all, or None: the classes in turn.
+    """
+
+    model: Model
+    denoiser: Denoiser
+    solver: Solver
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    label: int | None = None
+
+    def __call__(self, items: range) -> Tensor:
+        """The samples of these numbers, on the denoiser's device.
+
+        Raises:
+            NonFiniteError: naming them, if some are not finite.
+            ArithmeticError: if an adaptive solver's budget ran out.
+        """
+        cond = self.model.labels(self.label, items)
+        seeds = [derive_seed(self.seed, i) for i in items]
+        shape = (len(items), *self.model.about.shape)
+        try:
+            found = sample(self.denoiser, shape, self.solver, seed=seeds, cond=cond, **self.options)
+        except NonFiniteError as stop:
+            samples = [items[i] for i in stop.samples]
+            where = "" if stop.step is None else f" in step {stop.step}, at t = {stop.time:.6g}"
+            text = f"samples {some(samples)} became non-finite{where}"
+            raise NonFiniteError(text, stop.step, stop.time, samples) from stop
+        if found.status != "complete":
+            raise ArithmeticError(f"the budget of {found.nfe} evaluations ran out at t = {found.t:.4g}: raise --nfe")
+        return found.x
+
+    def describe(self) -> dict[str, str]:
+        """What tells it from others."""
+        options = {name: str(value) for name, value in self.options.items()}
+        return {
+            **self.model.made_for,
+            "sampled from": repr(self.denoiser),
+            "solver": repr(self.solver),
+            **options,
+            "seed": str(self.seed),
+            "class": "in turn" if self.label is None else str(self.label),
+        }
+
+
+def add_solver_arguments(parser: argparse.ArgumentParser, n: int = 64) -> None:
+    """How many samples, and how they are drawn."""
+    group = parser.add_argument_group("the samples")
+    add = group.add_argument
+    add("--n", "--number", type=int, default=n, metavar="N", help=f"how many ({n})")
+    add("--solver", default="unipc3", help="a name from `scoresde solvers`, or a call, 'DDIM(eta=0.2)' (unipc3)")
+    add("--nfe", type=int, help="evaluations of the network (20, unless --steps; a budget for adaptive solvers)")
+    add("--steps", type=int, help="steps, instead of --nfe")
+    add("--grid", choices=GRIDS, default="default", help="spacing of the steps (the solver's own)")
+    add_draw_arguments(group)
+
+
+def add_draw_arguments(group: Any) -> None:
+    """What does not depend on the solver."""
+    add = group.add_argument
+    add("--seed", type=int, default=0, help="of the samples (0)")
+    add("--class", dest="label", metavar="K", help="of all samples: 0, 1, ..., or its name (each class in turn)")
+    add("--clip", action="store_true", help="clip the posterior mean to [-1, 1] at each evaluation")
+    add("--variance", type=Path, metavar="TABLE.npz", help="from `scoresde variance`: the optimal variance (Analytic-"
+        "DPM), for one-step solvers (ddpm, ddim, ...)")  # fmt: skip
+    add("--batch-size", type=int, default=64, metavar="N", help="samples that the network takes at once (64)")
+
+
+def recipe(args: argparse.Namespace, model: Model, **changes: Any) -> Recipe:
+    """How the arguments want samples drawn; all of them are checked.
+
+    Args:
+        args: of `add_solver_arguments`.
+        model: from which.
+        **changes: other values than the arguments', of solver, nfe, steps and grid.
+
+    Raises:
+        ValueError: if they do not go together, or with the model.
+        FileNotFoundError, CheckpointError: if the table of --variance cannot be read.
+    """
+    given: dict[str, Any] = {
+        name: changes.get(name, getattr(args, name, None)) for name in ("solver", "nfe", "steps", "grid")
+    }
+    counts = {name: given[name] for name in ("nfe", "steps") if given[name] is not None}
+    check_count(batch_size=args.batch_size, **counts)
+    if args.seed < 0:
+        raise ValueError(f"seed={args.seed}: expected a whole number >= 0")
+    label = model.class_of(args.label)
+    solver, denoiser = solver_of(given["solver"]), model.denoiser
+    if args.variance is not None:
+        table = VarianceTable.load(args.variance, denoiser.sde)
+        denoiser = AnalyticDenoiser(denoiser, table, (-1.0, 1.0) if model.about.levels is not None else None)
+        solver = OptimalVariance(solver)
+    if args.clip:
+        denoiser = Clip(denoiser)
+    if len(counts) == 2:
+        raise ValueError("give one of --nfe and --steps")
+    options = _on(solver, denoiser, counts, given["grid"])
+    return Recipe(model, denoiser, solver, options, args.seed, label)
+
+
+def _on(solver: Solver, denoiser: Denoiser, counts: dict[str, int], name: str | None) -> dict[str, Any]:
+    """The arguments of `sample` that say how many steps there are, and where."""
+    if name not in (None, "default"):
+        check_option(GRIDS, grid=name)
+        if solver.adaptive:
+            raise ValueError(f"--grid {name}: {solver!r} chooses its own times")
+        make, sde = getattr(Grid, str(name)), denoiser.sde
+        steps = counts.get("steps")
+        if steps is None:
+            nfe = counts.get("nfe", 20)
+            steps = bisect_right(range(1, nfe + 1), nfe, key=lambda n: solver.evaluations(make(sde, n)) or 0)
+            if steps == 0:
+                raise ValueError(f"{solver!r} needs more than --nfe {nfe} evaluations for a single step")
+        return {"grid": make(sde, steps)}
+    if not counts and not solver.adaptive:
+        counts = {"nfe": 20}
+    if "nfe" in counts:
+        solver.within(denoiser.sde, counts["nfe"])  # raises if not one step fits
+    return counts
+
+
+def share(n: int) -> range:
+    """The samples of this process."""
+    rank, world = parallel.rank(), parallel.world()
+    return range(n * rank // world, n * (rank + 1) // world)
+
+
+def draw(made: Recipe, items: range, batch_size: int, progress: bool) -> Iterator[tuple[range, Tensor]]:
+    """These samples, batch by batch, on the CPU."""
+    with tqdm(desc="sample", total=len(items), unit="sample", disable=not progress, leave=False) as bar:
+        for first in range(0, len(items), batch_size):
+            which = items[first : first + batch_size]
+            yield which, made(which).cpu()
+            bar.update(len(which))
+
+
+def draw_all(made: Recipe, n: int, batch_size: int, progress: bool) -> Tensor | None:
+    """n samples, on the CPU, drawn by all processes together; None in others than the first."""
+    parts = [x for _, x in draw(made, share(n), batch_size, progress and parallel.rank() == 0)]
+    return gathered(torch.cat(parts) if parts else torch.empty(0, *made.model.about.shape))
+
+
+def gathered(x: Tensor) -> Tensor | None:
+    """The processes' parts, one after the other, in the first; None in the others."""
+    if parallel.world() == 1:
+        return x
+    parts: list[Any] | None = [None] * parallel.world() if parallel.rank() == 0 else None
+    dist.gather_object(x, parts)
+    return None if parts is None else torch.cat(parts)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Images as they are once they have been files: of 256 levels, in [-1, 1]."""
+    return scaled(to_levels(x), 256)

@@ -1,0 +1,283 @@
+"""The model that a command works on: a run folder of `scoresde train`, or a denoiser of the user's own."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde.cli.common import write_json
+from scoresde.cli.config import DataConfig, RunConfig, classes_of, read_toml
+from scoresde.cli.images import is_picture
+from scoresde.data import TrainingData
+from scoresde.denoiser import Denoiser, networks
+from scoresde.solvers.base import check_count
+from scoresde.training import CheckpointError
+from scoresde.training.folder import newest
+from scoresde.training.model import load
+
+__all__ = ["About", "Model", "add_model_arguments", "digest", "load_denoiser", "open_model", "placed", "run_config"]
+
+CONFIG, ABOUT = "config.toml", "data.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a model was trained on.
+
+    Attributes:
+        shape: of an item.
+        levels: how many it had, None for floating-point data.
+        num_classes: that the network is conditional on, or None.
+        classes: their names, or None.
+    """
+
+    shape: tuple[int, ...]
+    levels: int | None = None
+    num_classes: int | None = None
+    classes: list[str] | None = None
+
+    @classmethod
+    def of(cls, data: TrainingData) -> About:
+        return cls(data.shape, data.levels, classes_of(data), data.classes)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether items are images in [-1, 1]."""
+        return self.levels is not None and is_picture(self.shape)
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / ABOUT, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> About | None:
+        """What a run folder says; None if it does not.
+
+        Raises:
+            CheckpointError: if the file is damaged.
+        """
+        path = folder / ABOUT
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text())
+            return cls(**{**found, "shape": tuple(int(n) for n in found["shape"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser, and what is known of it.
+
+    Attributes:
+        denoiser: on its device, in eval mode.
+        about: the data that it was trained on, as far as it is known.
+        made_for: what tells it from others.
+        folder: of its run, or None.
+    """
+
+    denoiser: Denoiser
+    about: About
+    made_for: dict[str, str]
+    folder: Path | None = None
+
+    def data(self) -> DataConfig | None:
+        """The data of its run, if it is known."""
+        return None if self.folder is None or not (self.folder / CONFIG).exists() else run_config(self.folder).data
+
+    def class_of(self, text: str | None) -> int | None:
+        """The number of a class, by its number or name.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        K, names = self.about.num_classes, self.about.classes or []
+        if text is None or text in names:
+            return None if text is None else names.index(text)
+        if K is None:
+            raise ValueError(f"--class {text}: the model has no classes (`scoresde train --classes` makes them)")
+        if not text.isdecimal() or int(text) >= K:
+            raise ValueError(f"--class {text}: there are {K}, 0 to {K - 1}{': ' * bool(names)}{', '.join(names)}")
+        return int(text)
+
+    def labels(self, chosen: int | None, items: range) -> dict[str, Tensor]:
+        """The condition of these samples: the class chosen, or the classes in turn."""
+        K = self.about.num_classes
+        if K is None:
+            return {}
+        labels = [i % K if chosen is None else chosen for i in items]
+        return {"label": torch.tensor(labels, device=self.denoiser.device)}
+
+
+def run_config(folder: Path) -> RunConfig:
+    """The configuration of a run folder."""
+    return RunConfig.of(read_toml(folder / CONFIG))
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, what: str = "a run folder of `scoresde train`") -> None:
+    """Which model: a run folder, or --denoiser."""
+    parser.add_argument("run", nargs="?", type=Path, help=what)
+    group = parser.add_argument_group("the model")
+    add_denoiser(group)
+    group.add_argument("--shape", type=int, nargs="+", metavar="N", help="of an item, C H W of images: with --denoiser")
+    group.add_argument("--average", type=int, default=0, metavar="I", help="which averaged weights of a run (0)")
+
+
+def add_denoiser(group: Any) -> None:
+    """--denoiser and --checkpoint."""
+    group.add_argument("--denoiser", metavar="MODULE:NAME", help="a Denoiser, or a function that returns one")
+    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="given to that function, as its only argument")
+
+
+def open_model(args: argparse.Namespace, device: torch.device) -> Model:
+    """The model that the arguments name, on a device.
+
+    Raises:
+        ValueError: if they name none, or two; if its data's shape is not known.
+        FileNotFoundError, CheckpointError, ImportError: as `scoresde.training.load` and `load_denoiser`.
+    """
+    if (args.run is None) == (args.denoiser is None):
+        raise ValueError("name one model: a run folder, or --denoiser MODULE:NAME")
+    if args.run is not None:
+        return open_run(args.run, args.average, device, args.shape)
+    if not args.shape:
+        raise ValueError("--denoiser needs --shape, that of one item: --shape 3 32 32")
+    denoiser, made_for = load_denoiser(args.denoiser, args.checkpoint)
+    check_count(**{f"shape {i}": n for i, n in enumerate(args.shape)})
+    about = About(tuple(args.shape), 256 if is_picture(args.shape) else None)
+    return Model(placed(denoiser, None if args.device is None else str(device)), about, made_for)
+
+
+def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", shape: list[int] | None = None) -> Model:
+    """The model of a run folder, or of one of its checkpoints.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `scoresde.training.load`.
+        ValueError: if the run does not say what its data were, and no shape is given.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such run folder")
+    found = newest(path)
+    denoiser = load(path, average, device)
+    assert found is not None
+    folder = found.path.parents[1]
+    about = About.read(folder)
+    if about is None:
+        if not shape:
+            raise ValueError(f"{folder} does not say what its data were, no {ABOUT}: give --shape, that of one item")
+        options = found.manifest["model"]["options"]
+        about = About(tuple(shape), 256 if is_picture(shape) else None, options.get("num_classes"))
+    weights = {"weights": _weights_digest(denoiser), "sde": repr(denoiser.sde), "denoiser": type(denoiser).__name__}
+    return Model(denoiser, about, weights, folder)
+
+
+def is_run(path: Path) -> bool:
+    """Whether it is a run folder, or a checkpoint."""
+    return (path / "checkpoints").is_dir() or (path / "manifest.json").exists() or (path / CONFIG).exists()
+
+
+def load_denoiser(text: str, checkpoint: Path | None = None) -> tuple[Denoiser, dict[str, str]]:
+    """The denoiser that module:name is or makes, and what tells it from others: hashes of the module, the checkpoint
+    and the weights.
+
+    Raises:
+        ImportError: if the module cannot be imported.
+        ValueError: if it has no such name, or that is no Denoiser and makes none.
+        FileNotFoundError: if there is no such checkpoint.
+    """
+    if checkpoint is not None and not checkpoint.is_file():
+        raise FileNotFoundError(f"--checkpoint {checkpoint}: there is no such file")
+    found, module = attribute("--denoiser", text)
+    if isinstance(found, Denoiser) and checkpoint is not None:
+        raise ValueError(f"--denoiser {text} is a Denoiser already: with --checkpoint, name a function of its path")
+    if not isinstance(found, Denoiser) and callable(found):
+        found = found() if checkpoint is None else found(checkpoint)
+    if not isinstance(found, Denoiser):
+        raise ValueError(f"--denoiser {text} gives {type(found).__name__}: expected a scoresde Denoiser")
+    return found, {
+        "denoiser": f"{text}, {_source_digest(module)}",
+        "checkpoint": "none" if checkpoint is None else sha(checkpoint.read_bytes()),
+        "weights": _weights_digest(found),
+    }
+
+
+def attribute(option: str, text: str) -> tuple[Any, ModuleType]:
+    """What MODULE:NAME is, and its module; the working folder is looked in too.
+
+    Raises:
+        ImportError: if the module cannot be imported.
+        ValueError: if it has no such name.
+    """
+    module_name, _, name = text.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{option} {text!r}: expected MODULE:NAME, my_model:denoiser say")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # a console script's path does not have it
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ImportError(f"{option} {text}: {error}") from error
+    if not hasattr(module, name):
+        raise ValueError(f"{option} {text}: {module.__name__} has no {name!r}")
+    return getattr(module, name), module
+
+
+def placed(denoiser: Denoiser, device: str | None) -> Denoiser:
+    """The denoiser with its network on that device, in eval mode.
+
+    Raises:
+        ValueError: if it cannot be moved there.
+    """
+    try:
+        for net in networks(denoiser):
+            net.eval()
+            if device is not None:
+                net.to(device)
+        device = None if device is None else torch.device(device).type
+    except (RuntimeError, AssertionError) as error:  # no such device, or not in this build
+        raise ValueError(f"--device {device}: {error}") from error
+    if device is not None and denoiser.device.type != device:
+        raise ValueError(f"--device {device}: {denoiser!r} is on {denoiser.device} and has no network to move")
+    return denoiser
+
+
+def parameters(denoiser: Denoiser) -> int:
+    """How many numbers its networks have."""
+    return sum(math.prod(p.shape) for net in networks(denoiser) for p in net.parameters())
+
+
+def _source_digest(module: ModuleType) -> str:
+    source = inspect.getsourcefile(module)
+    return "no source" if source is None else sha(Path(source).read_bytes())
+
+
+def _weights_digest(denoiser: Denoiser) -> str:
+    nets, total = list(networks(denoiser)), hashlib.sha256()
+    for net in nets:
+        for name, value in net.state_dict().items():
+            if isinstance(value, Tensor):
+                total.update(f"{name} {digest(value)}".encode())
+    return f"sha256 {total.hexdigest()[:12]}" if nets else "none"
+
+
+def digest(x: Tensor) -> str:
+    """A hash of a tensor's content."""
+    content: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return sha(content)
+
+
+def sha(content: Any) -> str:
+    """A hash of bytes."""
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"

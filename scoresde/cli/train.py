@@ -1,0 +1,279 @@
+"""`scoresde train`: a network on data, in a run folder that survives anything."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import textwrap
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scoresde.cli.common import DATA_HELP, add_quiet, command_parser, going_on, say, session
+from scoresde.cli.config import (
+    CHOSEN,
+    SECTIONS,
+    DataConfig,
+    EvaluateConfig,
+    RunConfig,
+    check_sections,
+    completed,
+    override,
+    read_toml,
+    section,
+    toml_value,
+    write_toml,
+)
+from scoresde.cli.drawing import Recipe, draw, rounded, solver_of
+from scoresde.cli.images import check_pillow, grid, to_levels, write_png
+from scoresde.cli.measuring import features_of, reference_of
+from scoresde.cli.models import CONFIG, About, Model, parameters
+from scoresde.data import TrainingData
+from scoresde.denoiser import NetworkDenoiser
+from scoresde.errors import NonFiniteError
+from scoresde.metrics import evaluate
+from scoresde.training import CheckpointError, Trainer, parallel
+from scoresde.wrappers import Clip
+
+__all__ = ["add_parser", "run"]
+
+TEXT = """train a network on images, vectors or a built-in data set; goes on where it stopped
+
+Everything about a run can be left to its defaults, written in a TOML file (--config), or set one by one (--set); the
+whole configuration is kept in OUT/config.toml. The same command again goes on with the run from its last checkpoint, on
+any number of processes (torchrun); `scoresde train --out OUT` does too."""
+
+EXAMPLES = """
+scoresde train --data my_folder --size 32 --out runs/mine          a folder of images, cropped and resized
+scoresde train --data fashion-mnist --classes --out runs/fm        a network conditional on the class
+scoresde train --data two-moons:10000 --steps 3000 --out runs/moons
+scoresde train --data cifar10:/data/cifar --set data.download=true --set data.flip=true --out runs/cifar
+scoresde train --config run.toml --set train.steps=3000 --set model.options.channels=64 --out runs/small
+scoresde train --data fashion-mnist --set evaluate.data=fashion-mnist-test --out runs/fm     Frechet distance on the way
+scoresde train --data my_folder --size 64 --set train.precision=bfloat16 --set train.compile=true --out runs/mine
+torchrun --nproc-per-node=4 -m scoresde train --data my_folder --size 64 --out runs/mine
+scoresde train --out runs/mine                                     goes on
+"""
+
+FILES = """files in OUT:
+  config.toml     the configuration, all of it; sections data, model, loss, train, evaluate
+  log.csv         loss, learning rate, speed and metrics
+  checkpoints/    the last few; `scoresde sample OUT` and `scoresde.load(OUT)` read the newest
+  samples/        a grid of samples every train.evaluate_every steps (images)"""
+
+
+def add_parser(commands: Any) -> None:
+    """The arguments of `train`."""
+    parser = command_parser(commands, "train", TEXT, EXAMPLES)
+    parser.epilog = f"{parser.epilog}\n\n{FILES}\n\n{_keys()}"
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="FOLDER", help="of the run")
+    add("--data", metavar="DATA", help=DATA_HELP)
+    add("--config", type=Path, metavar="FILE.toml", help="sections data, model, loss, train and evaluate")
+    add("--set", dest="changes", action="append", default=[], metavar="SECTION.KEY=VALUE",
+        help="an entry of the configuration, as in TOML; as often as you like")  # fmt: skip
+    short = parser.add_argument_group("short for --set")
+    add = short.add_argument
+    add("--classes", action="store_true", default=None, help="data.classes=true: conditional on the data's classes")
+    add("--size", type=int, metavar="PIXELS", help="data.size, to make of a folder's images")
+    add("--mode", choices=("L", "RGB"), help="data.mode, to make of a folder's images: grey or colour")
+    add("--steps", type=int, help="train.steps (20000)")
+    add("--batch-size", type=int, metavar="N", help="train.batch_size (64)")
+    add("--lr", type=float, help="train.lr, the largest learning rate (by the network's size)")
+    add("--preset", help="model.preset: 8, 28, 32 or 64, the size of the network (the images' own)")
+    add("--sde", help="model.sde: vp, subvp, cosine, ve, edm, flow, chain or cosine-chain (vp)")
+    add("--predicts", help="model.predicts: eps, v, x0, score, velocity or edm (by the SDE)")
+    add("--seed", type=int, help="train.seed, of everything random (0)")
+    add_quiet(parser)
+    parser.set_defaults(action=run)
+
+
+SHORT = {
+    "data": ("data", "source"),
+    "classes": ("data", "classes"),
+    "size": ("data", "size"),
+    "mode": ("data", "mode"),
+    "steps": ("train", "steps"),
+    "batch_size": ("train", "batch_size"),
+    "lr": ("train", "lr"),
+    "seed": ("train", "seed"),
+    "preset": ("model", "preset"),
+    "sde": ("model", "sde"),
+    "predicts": ("model", "predicts"),
+}
+
+
+def _keys() -> str:
+    """What --set and --config can say."""
+    lines = ["keys of --set and --config, with their defaults where these do not depend on the data:"]
+    for name, kind in SECTIONS.items():
+        plain = [f.name for f in fields(kind) if f.default in (MISSING, None) or f"{name}.{f.name}" in CHOSEN]
+        keys = [f.name if f.name in plain else f"{f.name}={toml_value(f.default)}" for f in fields(kind)]
+        text = ", ".join(keys)
+        lines += textwrap.wrap(text, 118, initial_indent=f"  {name:9s} ", subsequent_indent=" " * 12)
+    return "\n".join(lines)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration that the arguments give: the file's, then --set, then the short flags.
+
+    Raises:
+        ValueError: if something is not known, or there are no data.
+    """
+    path = args.config
+    if path is None and args.data is None and (args.out / CONFIG).exists():
+        path = args.out / CONFIG  # the run itself
+    settings: dict[str, Any] = {} if path is None else read_toml(path)
+    check_sections(settings)
+    override(settings, args.changes)
+    check_sections(settings)
+    for name, (part, key) in SHORT.items():
+        if (value := getattr(args, name)) is not None:
+            whole = name == "preset" and value.isdecimal()
+            settings.setdefault(part, {})[key] = int(value) if whole else value
+    if "source" not in settings.get("data", {}):
+        raise ValueError(f"give --data, or data.source in --config ({args.out} has no run to go on with)")
+    return settings
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        TypeError, ValueError, ImportError, OSError, CheckpointError: if an argument or a file is wrong, before a step
+            is done.
+        NonFiniteLossError: if the loss is not finite.
+    """
+    settings = settings_of(args)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: give a folder")
+    data_config = section(DataConfig, "data", settings["data"])
+    with session(args.device) as device:
+        data = data_config.open(seed=settings.get("train", {}).get("seed", 0))
+        config = completed(settings, data)
+        trainer = prepare(config, data, args.out, device)
+        if parallel.rank() == 0:
+            write_toml(args.out / CONFIG, config.to_dict())
+            About.of(data).write(args.out)
+        remarks(args, config, trainer, device)
+        again = f"scoresde train --out {args.out} goes on from the last checkpoint"
+        with going_on(again):
+            trainer.fit(progress=not args.quiet)
+        if parallel.rank() == 0:
+            print(summary(trainer, args.out))
+
+
+def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.device) -> Trainer:
+    """The trainer, continued from the folder's checkpoint if there is one."""
+    denoiser = config.model.build(config.train.seed)
+    assert isinstance(denoiser.net, nn.Module)
+    denoiser.net.to(device)
+    if len(data.shape) == 3:
+        denoiser.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster on a CPU
+    evaluation = Evaluation.of(config, data, out, device)
+    if device.type == "cuda" and isinstance(data.x, torch.Tensor) and data.x.nbytes < 2**31:
+        data = data.to(device)
+    try:
+        return Trainer(
+            denoiser,
+            data,
+            config.train,
+            weighting=config.loss.weight(config.model.sigma_data),
+            times=config.loss.sampler(),
+            folder=out,
+            evaluate=evaluation,
+            model=config.model,
+        )
+    except CheckpointError as error:
+        hint = f"`scoresde train --out {out}` goes on with the run as it is, another --out begins another"
+        raise CheckpointError(f"{error} ({hint})") from error
+
+
+def remarks(args: argparse.Namespace, config: RunConfig, trainer: Trainer, device: torch.device) -> None:
+    """What is trained, on what, and from where."""
+    if trainer.step:
+        what = "done" if trainer.step >= config.train.steps else "going on"
+        say(args, f"{args.out} is at step {trainer.step} of {config.train.steps}: {what}")
+    size = parameters(trainer.denoiser)
+    about = About.of(trainer.data) if isinstance(trainer.data, TrainingData) else None
+    what = "" if about is None or about.num_classes is None else f" of {about.num_classes} classes"
+    say(args, f"{trainer.denoiser}, {size / 1e6:.3g} million parameters, on {len(trainer.data)} items{what}, {device}")
+    if device.type == "cpu" and size > 10e6:
+        say(args, "this network is large for a CPU: --preset 28 or --preset 8 is smaller")
+
+
+def summary(trainer: Trainer, out: Path) -> str:
+    """What came of it."""
+    text = f"{out}: {trainer.step} steps"
+    if trainer.losses:
+        text += f", loss {trainer.losses[-1][1]:.5f}"
+    if trainer.evaluations:
+        text += "".join(f", {name} {value:.4g}" for name, value in trainer.evaluations[-1][1].items())
+    return text
+
+
+class Evaluation:
+    """What is drawn and measured during a run: a `scoresde.training.trainer.Evaluate`.
+
+    Args:
+        config: what.
+        about: the training data.
+        out: run folder; pictures go to samples/STEP.png.
+        reference, features: of the metrics, or None for none.
+    """
+
+    def __init__(self, config: EvaluateConfig, about: About, out: Path, reference: Any, features: Any) -> None:
+        self.config, self.about, self.out = config, about, out
+        self.reference, self.features = reference, features
+        self.solver = solver_of(config.solver)
+
+    @classmethod
+    def of(cls, config: RunConfig, data: TrainingData, out: Path, device: torch.device) -> Evaluation | None:
+        """None if there is nothing to do. Everything is read here, before a step is done."""
+        about, wanted = About.of(data), config.evaluate
+        solver_of(wanted.solver)
+        if not about.pictures or wanted.grid == 0:
+            wanted = replace(wanted, grid=0)
+        else:
+            try:
+                check_pillow()
+            except ImportError as error:
+                raise ImportError(f"{error}; or train without pictures, --set evaluate.grid=0") from error
+        if wanted.data is None:
+            return cls(wanted, about, out, None, None) if wanted.grid else None
+        like = replace(config.data, source=wanted.data, flip=False, limit=None, classes=False)
+        reference = reference_of(_plain(like))
+        if len(reference) < 12:
+            raise ValueError(f"evaluate.data {wanted.data} has {len(reference)} items: expected 12 at least")
+        if tuple(reference.shape[1:]) != about.shape:
+            raise ValueError(f"evaluate.data {wanted.data}: items {tuple(reference.shape[1:])}, not {about.shape}")
+        return cls(wanted, about, out, reference, features_of(wanted.features, wanted.data, reference, device))
+
+    def __call__(self, denoiser: NetworkDenoiser, step: int) -> dict[str, float]:
+        """A picture of samples, and metrics by name."""
+        config, model = self.config, Model(denoiser, self.about, {})
+        made = Recipe(model, Clip(denoiser) if config.clip else denoiser, self.solver, {}, config.seed)
+        if not self.solver.adaptive:
+            made = replace(made, options={"nfe": config.nfe})
+        n = max(config.grid, config.n if self.reference is not None else 0)
+        try:
+            x = torch.cat([part for _, part in draw(made, range(n), config.batch_size, progress=False)])
+        except NonFiniteError as error:
+            print(f"\nscoresde: no picture and metrics of step {step}: {error}", file=sys.stderr)
+            return {}
+        if config.grid:
+            write_png(self.out / "samples" / f"{step:08d}.png", grid(to_levels(x[: config.grid])))
+        if self.reference is None:
+            return {}
+        x = rounded(x[: config.n]) if self.about.pictures else x[: config.n]
+        found = evaluate(x, self.reference, config.metrics, self.features, halves=0, floors=0)
+        return {name: score.value for name, score in found.scores.items() if math.isfinite(score.value)}
+
+
+def _plain(data: DataConfig) -> DataConfig:
+    """Without what is a folder's, if it is none."""
+    return data if Path(data.source).is_dir() else replace(data, size=None, mode=None)

@@ -1,0 +1,119 @@
+"""`scoresde variance`: the optimal reverse variance of a network (Analytic-DPM), once for all solvers and steps."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scoresde.cli.common import add_quiet, check_file, command_parser, say, session
+from scoresde.cli.measuring import add_data_arguments, data_config, items_of
+from scoresde.cli.models import add_model_arguments, open_model
+from scoresde.solvers.base import check_count
+from scoresde.training import parallel
+from scoresde.variance import VarianceTable, estimate
+
+__all__ = ["add_parser", "run"]
+
+TEXT = """estimate a network's table of posterior variances (Analytic-DPM) from the data that it was trained on
+
+The table is good for any one-step solver and number of steps: `scoresde sample --variance TABLE.npz`, and in Python
+AnalyticDenoiser(denoiser, VarianceTable.load("TABLE.npz"))."""
+
+EXAMPLES = """
+scoresde variance runs/fm --samples 100 --out table.npz            on what the run was trained on
+scoresde variance runs/fm --data fashion-mnist --samples 1000 --batch-size 256 --out table.npz
+scoresde variance --denoiser my_model:load --shape 3 32 32 --data images.npy --out table.npz
+scoresde sample runs/fm --solver ddpm --nfe 20 --variance table.npz --out samples.png
+torchrun --nproc-per-node=4 -m scoresde variance runs/fm --samples 1000 --out table.npz
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """The arguments of `variance`."""
+    parser = command_parser(commands, "variance", TEXT, EXAMPLES)
+    add_model_arguments(parser)
+    add_data_arguments(parser, "what x_0 is drawn from (what the run was trained on)")
+    add = parser.add_argument
+    add("--samples", type=int, default=100, metavar="M", help="draws at each time (100)")
+    add("--times", type=int, metavar="R", help="how many, uniform in half log-SNR (100; all nodes of a chain)")
+    add("--limit", type=int, metavar="N", help="the first N of the data (all)")
+    add("--seed", type=int, default=0, help="of the draws (0)")
+    add("--batch-size", type=int, default=256, metavar="N", help="samples that the network takes at once (256)")
+    add("--out", type=Path, required=True, metavar="TABLE.npz", help="the table")
+    add_quiet(parser)
+    parser.set_defaults(action=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        TypeError, ValueError, ImportError, OSError, CheckpointError: if an argument or a file is wrong, before the
+            first evaluation.
+        NonFiniteError: if the network's output is not finite.
+    """
+    check_count(**{name: n for name in ("limit", "times") if (n := getattr(args, name)) is not None})
+    check_file(args.out, ".npz")
+    with session(args.device) as device:
+        model = open_model(args, device)
+        own, about = model.data(), model.about
+        chosen = data_config(args, own)
+        if about.num_classes is not None:
+            chosen = replace(chosen, classes=True)
+        x, labels = items_of(chosen, args.limit)
+        if tuple(x.shape[1:]) != about.shape:
+            raise ValueError(f"{chosen.source} has items {tuple(x.shape[1:])}, the model's are {about.shape}")
+        cond = {} if labels is None else {"label": labels.to(model.denoiser.device)}
+        say(args, f"{args.samples} draws at each time, from {len(x)} items of {chosen.source}")
+        rank, world = parallel.rank(), parallel.world()
+        table = estimate(
+            model.denoiser,
+            x,
+            _times(model.denoiser.sde, args.times),
+            samples=args.samples,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            cond=cond,
+            progress=not args.quiet and rank == 0,
+            shard=(rank, world),
+        )
+        if world > 1:
+            parts: list[Any] | None = [None] * world if rank == 0 else None
+            dist.gather_object(table, parts)
+            if parts is None:
+                return
+            table = VarianceTable.merge(parts)
+        table.save(args.out)
+        print(summary(table))
+        say(args, f"wrote {args.out}")
+
+
+def _times(sde: Any, count: int | None) -> torch.Tensor | None:
+    """So many times, spaced as those that `estimate` takes by itself; None for those."""
+    if count is None:
+        return None
+    from scoresde.grid import Grid
+    from scoresde.solvers.motion import legs
+
+    if count < 2:
+        raise ValueError(f"--times {count}: expected 2 at least")
+    start = legs(Grid(sde, [sde.t_max, sde.t_min]), free=True)[-1].t
+    return Grid.log_snr(sde, count - 1, start=start, end=sde.t_min).times
+
+
+def summary(table: VarianceTable) -> str:
+    """A few rows of it."""
+    rows = [("t", "E|eps|^2 / d", "stderr", "E Var[x_0 | x_t]")]
+    chosen = torch.linspace(0, len(table.t) - 1, min(7, len(table.t))).round().long().unique()
+    for i in chosen.tolist():
+        t = table.t[i]
+        numbers = (t, table.eps_square[i], table.stderr[i], table.covariance(t))
+        rows.append(tuple(f"{float(number):.4g}" for number in numbers))  # type: ignore[arg-type]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, f"{len(table.t)} times, {table.samples} draws at each"])
