@@ -39,7 +39,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ from scoresde.data import digit_levels, fashion_mnist_levels
 from scoresde.files import write_whole
 from scoresde.info import environment
 from scoresde.likelihood import outer_edges
-from scoresde.metrics import RandomFeatures, frechet_distance
+from scoresde.metrics import RandomFeatures, classifier_features, frechet_distance
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
 from scoresde.solvers import DDIM, DDPM, OptimalVariance, Solver
@@ -153,6 +153,8 @@ class Experiment:
         data: makes the split.
         data_range: of the data.
         levels: of grey, or None for densities.
+        features: name of the space of the Frechet distance: of a classifier (`scoresde.metrics.classifier_features`),
+            "module:attribute", or "random" for two fixed random layers.
         denoiser: makes the denoiser, untrained if there is `training`.
         training, heads: how network and heads are trained; None for as they are, and for no heads.
         steps: K.
@@ -166,6 +168,7 @@ class Experiment:
     data: Callable[[], Split]
     data_range: tuple[float, float]
     levels: int | None
+    features: str
     denoiser: Callable[[], Denoiser]
     training: TrainConfig | None
     heads: TrainConfig | None
@@ -206,6 +209,7 @@ EXPERIMENTS = {
         _digits,
         (-1.0, 1.0),
         17,
+        "digits",
         _network(),
         TrainConfig(steps=4000, batch_size=128, lr=2e-3, ema_decay=0.998),
         TrainConfig(steps=1500, batch_size=128, lr=1e-3, ema_decay=0.995),
@@ -221,6 +225,7 @@ EXPERIMENTS = {
         _fashion_mnist,
         (-1.0, 1.0),
         256,
+        "fashion-mnist",
         _network(patch=2),
         TrainConfig(steps=3000, batch_size=64, lr=1e-3, ema_decay=0.998),
         TrainConfig(steps=1000, batch_size=64, lr=1e-3, ema_decay=0.995),
@@ -405,24 +410,40 @@ def _write_json(path: Path, content: Any) -> None:
 
 @dataclass
 class Cells:
-    """The finished numbers: kind|method|K to a list, of sets of samples or of images."""
+    """The finished numbers: kind|method|K to a list, of sets of samples or of images; kind is "bits" or "frechet".
+
+    Attributes:
+        path: the file.
+        model: and how much of it is measured: numbers of another are not taken.
+        features: of the Frechet distances.
+    """
 
     path: Path
     model: str
+    features: str
     found: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path, model: str) -> Cells:
+    def of(cls, path: Path, model: str, features: str) -> Cells:
         """Those of an earlier run, if they are of the same model and the same measurement."""
         kept = json.loads(path.read_text()) if path.exists() else {}
-        return cls(path, model, kept["found"] if kept.get("model") == model else {})
+        return cls(path, model, features, kept["found"] if kept.get("model") == model else {})
 
     def get(self, kind: str, name: str, K: int) -> list[float] | None:
-        return self.found.get(f"{kind}|{name}|{K}")
+        return self.found.get(self._key(kind, name, K))
 
     def put(self, kind: str, name: str, K: int, values: Sequence[float]) -> None:
-        self.found[f"{kind}|{name}|{K}"] = [float(f"{value:.7g}") for value in values]
-        _write_json(self.path, asdict(self) | {"path": self.path.name})
+        self.found[self._key(kind, name, K)] = [float(f"{value:.7g}") for value in values]
+        _write_json(self.path, {"model": self.model, "found": self.found})
+
+    def scores(self, kind: str, steps: Sequence[int]) -> dict[tuple[str, int], Score]:
+        """(method, K) to its score, for those K."""
+        names = dict.fromkeys(key.split("|")[1] for key in self.found)
+        found = {(name, K): self.get(kind, name, K) for name in names for K in steps}
+        return {at: Score.of(values) for at, values in found.items() if values is not None}
+
+    def _key(self, kind: str, name: str, K: int) -> str:
+        return f"{kind if kind == 'bits' else f'{kind} in {self.features}'}|{name}|{K}"
 
 
 def samples_of(model: Model, method: Method, K: int, number: int) -> Tensor:
@@ -477,6 +498,13 @@ def measure(model: Model, features: Callable[[Tensor], Tensor], cells: Cells) ->
                 cells.put(kind, name, K, bits_of(model, methods[name], K).tolist())
 
 
+def features_of(name: str, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """The features of that name: `Experiment.features`."""
+    if name == "random":
+        return RandomFeatures(shape)
+    return attribute(name) if ":" in name else classifier_features(name)
+
+
 def floor(model: Model, features: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     """What real data score: mean and standard deviation over 20 sets of training data of the samples' size."""
     reference, scores = features(model.data.held_out), []
@@ -504,16 +532,6 @@ class Score(NamedTuple):
 
 
 Scores = Mapping[tuple[str, int], Score]
-
-
-def scores_of(cells: Cells, kind: str) -> dict[tuple[str, int], Score]:
-    """(method, K) to its score."""
-    found = {}
-    for key, values in cells.found.items():
-        of, name, K = key.split("|")
-        if of == kind:
-            found[name, int(K)] = Score.of(values)
-    return found
 
 
 def number(value: float) -> str:
@@ -680,7 +698,7 @@ def draw_samples(model: Model, path: Path, side: int = 5) -> None:
 def report(model: Model, cells: Cells, features: Callable[[Tensor], Tensor], out: Path) -> str:
     """Everything that is written."""
     experiment, steps = model.experiment, model.experiment.steps
-    frechet, bits = scores_of(cells, "frechet"), scores_of(cells, "bits")
+    frechet, bits = cells.scores("frechet", steps), cells.scores("bits", steps)
     real, real_std = floor(model, features)
     found = {"bits": orderings("bits", bits, steps), "frechet": orderings("frechet", frechet, steps)}
     made_on = environment(model.device)
@@ -707,8 +725,8 @@ def report(model: Model, cells: Cells, features: Callable[[Tensor], Tensor], out
         "",
         "## Frechet distance",
         "",
-        f"To held-out data, mean over the sets and, in brackets, its standard error. Real data against real data: "
-        f"{real:.2f} (standard deviation {real_std:.2g}).",
+        f"To held-out data in the features `{cells.features}`: mean over the sets and, in brackets, its standard "
+        f"error. Real data against real data: {real:.2f} (standard deviation {real_std:.2g}).",
         "",
         *markdown(frechet, PUBLISHED_FRECHET, steps),
         "",
@@ -768,6 +786,7 @@ def of_user(args: argparse.Namespace) -> Experiment:
         data=lambda: Split(user_data(args.data), user_data(args.held_out)),
         data_range=(args.range[0], args.range[1]),
         levels=args.levels,
+        features=args.features or "random",
         denoiser=lambda: user_denoiser(args.denoiser),
         training=None,
         heads=TrainConfig(steps=args.head_steps, batch_size=64) if args.head_steps else None,
@@ -789,7 +808,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--levels", type=int, help="of your data, for code lengths; without, densities")
     parser.add_argument("--no-clip", action="store_true", help="leave your means as they are: data without bounds")
     parser.add_argument("--head-steps", type=int, default=0, help="training steps of the heads on your UNet (0: none)")
-    parser.add_argument("--features", help="features of a batch: module:attribute (two fixed random layers)")
+    parser.add_argument("--features", help="digits, fashion-mnist, random, or module:attribute (yours: random)")
     parser.add_argument("--steps", type=int, nargs="+", help="K")
     parser.add_argument("--samples", type=int, help="in a set")
     parser.add_argument("--sets", type=int, help="of samples")
@@ -815,10 +834,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = replace(of_user(args) if args.denoiser else EXPERIMENTS[args.experiment], **chosen)
     folder = args.out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
+    if args.features:
+        experiment = replace(experiment, features=args.features)
     model = Model(experiment, folder, args.device, Clock(folder / "seconds.json"))
-    features = attribute(args.features) if args.features else RandomFeatures(model.data.training.shape[1:])
-    fixed = (experiment.samples, experiment.sets, experiment.images, experiment.draws, args.features, experiment.clip)
-    cells = Cells.of(folder / "cells.json", f"{fingerprint(model.denoiser)} {fixed}")
+    features = features_of(experiment.features, model.data.training.shape[1:])
+    fixed = (experiment.samples, experiment.sets, experiment.images, experiment.draws, experiment.clip)
+    cells = Cells.of(folder / "cells.json", f"{fingerprint(model.denoiser)} {fixed}", experiment.features)
     measure(model, features, cells)
     print(report(model, cells, features, args.out))
     print(f"written into {args.out}: README.md, results.json, race.png, samples.png")
