@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=512, help="images per solver and step count, at least 4 (512)")
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50], help="evaluations (5 10 20 50)")
     parser.add_argument("--long", type=int, default=1000, help="evaluations of DDPM's long run (1000)")
+    parser.add_argument("--images", type=int, default=500, help="held-out images of the likelihood (500)")
     parser.add_argument("--seed", type=int, default=0, help="of split, weights, training and sampling (0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier run in --out")
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nsampling {args.samples} images with each solver")
     results, drawn = race(denoiser, training, held_out, args)
     sampled = time.perf_counter()
-    results["likelihood"] = likelihood(denoiser, order[:500], args)
+    results["likelihood"] = likelihood(denoiser, order[:500][: args.images], args)
     now = time.perf_counter()
     seconds = {"train": trained - start, "sample": sampled - trained, "likelihood": now - sampled}
     seconds = {name: round(value, 1) for name, value in seconds.items()}

@@ -98,6 +98,8 @@ def test_the_demo_runs_and_goes_on(tmp_path, capsys, monkeypatch):
         "3",
         "--long",
         "4",
+        "--images",
+        "8",
         "--device",
         "cpu",
     ]

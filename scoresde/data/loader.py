@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,9 @@ def _elsewhere(
         worker_init_fn=_ignore_signals,
         generator=torch.Generator("cpu").manual_seed(0),  # else it draws from the global one
     )
-    for batch in batches:
+    with _blocked():  # the workers start so: a signal may come before their first line of code
+        found = iter(batches)
+    for batch in found:
         yield _checked(batch)
 
 
@@ -117,6 +120,22 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """With the signals of a scheduler held back, here and in the processes that are started meanwhile."""
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_signals(worker: int) -> None:
     """In a worker: SIGTERM ends it only if its parent sent it, SIGINT never.
 
@@ -124,12 +143,11 @@ def _ignore_signals(worker: int) -> None:
     """
     if not hasattr(signal, "sigwaitinfo"):
         return
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # of the threads to come, too
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # of the threads to come, too
 
     def wait() -> None:
         while True:
-            found = signal.sigwaitinfo(signals)
+            found = signal.sigwaitinfo(_SIGNALS)
             if found.si_signo == signal.SIGTERM and found.si_pid == os.getppid():
                 os._exit(0)
 
