@@ -62,6 +62,7 @@ from scoresde.metrics import RandomFeatures, classifier_features, frechet_distan
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
 from scoresde.solvers import DDIM, DDPM, OptimalVariance, Solver
+from scoresde.solvers.optimal_variance import quiet_last
 from scoresde.tableau import Tableau
 from scoresde.training import TrainConfig, Trainer
 from scoresde.variance import (
@@ -269,8 +270,7 @@ class QuietLast(Solver):
 
     def tableau(self, grid: Grid) -> Tableau:
         base = self.solver.tableau(grid)
-        c, noisy = base.c.clone(), (grid.sde.sigma(grid.times[1:]) > 0).nonzero().flatten()[-1:]
-        c[noisy] = c[noisy].clamp(max=self.last * (torch.pi / 2) ** 0.5)
+        c = quiet_last(grid, base.c, self.last)
         return Tableau(grid, a=base.a, b=base.b, c=c, view=(base.p, base.q), t=base.t, step=base.step)
 
 

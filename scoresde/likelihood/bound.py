@@ -347,10 +347,7 @@ class _Chain(NamedTuple):
     @property
     def decoder(self) -> float:
         """The conventional standard deviation of the decoder."""
-        sde, last = self.table.grid.sde, self.table.t[-1]
-        if isinstance(sde, DDPMChain) and sde.steps > 1 and float(last) == 1:
-            return float(sde.sigma(last) * forgotten(sde, 2 * last, last).sqrt())
-        return _relative_noise(sde, float(last))
+        return decoder_std(self.table.grid.sde, float(self.table.t[-1]))
 
     def terms(self, denoiser: Denoiser, x0: Tensor, decode: _Decoder, cond: dict[str, Any], tick: Tick) -> _Terms:
         alpha_t, sigma_t, alpha_s, _ = self.table.grid.pairs()
@@ -588,6 +585,14 @@ def _kl(dim: int, ratio: Any, square: Tensor) -> Tensor:
     excess = ratio - 1
     log = torch.log1p(excess) if isinstance(excess, Tensor) else math.log1p(excess)
     return (dim * (excess - log) + square) / 2
+
+
+def decoder_std(sde: SDE, t: float) -> float:
+    """The decoder's standard deviation, by the rule of `elbo`, of a chain whose last noisy time is t."""
+    if isinstance(sde, DDPMChain) and sde.steps > 1 and t == 1:
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
+        return float(sde.sigma(one) * forgotten(sde, 2 * one, one).sqrt())
+    return _relative_noise(sde, t)
 
 
 def _relative_noise(sde: SDE, t: float) -> float:

@@ -33,7 +33,7 @@ from scoresde.tableau import State, Tableau
 from scoresde.variance.denoiser import AnalyticDenoiser
 from scoresde.variance.table import VarianceTable
 
-__all__ = ["OptimalVariance", "optimal_tableau"]
+__all__ = ["OptimalVariance", "optimal_tableau", "quiet_last"]
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,7 @@ class OptimalVariance(Solver):
         if self.clamp is not None and isinstance(self.solver, DDIM):
             raw = -a * alpha_t  # a' x + b' D = a' (x - alpha_t D) + (b' + a' alpha_t) D
         noisy = grid.sde.sigma(grid.times[1:]) > 0
-        most = torch.full_like(a, math.inf)
-        if self.last is not None:
-            most[_last_noisy(grid)] = _largest_std(self.last)
-        columns = (base.t, a, b - raw, raw, base.c**2, b**2, noisy, most)
+        columns = (base.t, a, b - raw, raw, base.c**2, b**2, noisy, _most(grid, self.last))
         return [_Row(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _loop(
@@ -207,9 +204,9 @@ def optimal_tableau(
     _, b = _in_x0(base)
     c = (base.c**2 + b**2 * table.covariance(base.t, data_range)).sqrt()
     c = torch.where(grid.sde.sigma(grid.times[1:]) == 0, 0.0, c)
-    if last is not None:
-        c[_last_noisy(grid)] = c[_last_noisy(grid)].clamp(max=_largest_std(last))
-    return Tableau(grid, a=base.a, b=base.b, c=c, view=(base.p, base.q), t=base.t, step=base.step)
+    return Tableau(
+        grid, a=base.a, b=base.b, c=quiet_last(grid, c, last), view=(base.p, base.q), t=base.t, step=base.step
+    )
 
 
 _HINT = "take a solver of one evaluation a step, DDPM(), DDIM(eta) or ExponentialSDE(tau)"
@@ -239,14 +236,21 @@ def _in_x0(table: Tableau) -> tuple[Tensor, Tensor]:
     return table.a + table.b[:, 0] * table.p, table.b[:, 0] * table.q
 
 
-def _last_noisy(grid: Grid) -> Tensor:
-    """Index, shape (1,) or (0,), of the last step that lands where there is noise."""
-    return (grid.sde.sigma(grid.times[1:]) > 0).nonzero().flatten()[-1:]
+def quiet_last(grid: Grid, c: Tensor, last: float | None) -> Tensor:
+    """c, the standard deviations of a grid's N steps, with that of the last noisy one cut as `OptimalVariance(last=)`
+    says.
+    """
+    return c.minimum(_most(grid, last))
 
 
-def _largest_std(last: float) -> float:
-    """Of noise with E |noise| <= last: E |N(0, s^2)| = s sqrt(2 / pi)."""
-    return last * math.sqrt(math.pi / 2)
+def _most(grid: Grid, last: float | None) -> Tensor:
+    """The largest standard deviation of each step, shape (N,): of the last that lands where there is noise that of
+    E |noise| = last, E |N(0, s^2)| = s sqrt(2 / pi).
+    """
+    most = torch.full((grid.steps,), math.inf, dtype=torch.float64, device="cpu")
+    if last is not None:
+        most[(grid.sde.sigma(grid.times[1:]) > 0).nonzero().flatten()[-1:]] = last * math.sqrt(math.pi / 2)
+    return most
 
 
 def _check_last(last: float | None) -> None:

@@ -38,7 +38,6 @@ from scoresde.grid import Grid
 from scoresde.noise import derive_seed
 from scoresde.sde import SDE
 from scoresde.solvers.base import check_count, check_option
-from scoresde.solvers.rows import forgotten
 from scoresde.tensors import check_batch, widen
 from scoresde.variance.table import check_range
 
@@ -356,7 +355,11 @@ def measure_errors(
         ValueError: before any evaluation, if data or times do not fit, or are not finite.
         NonFiniteError: if an output of the network is not finite, with its time and samples, indices into data.
     """
-    from scoresde.likelihood.bound import _Decoder, _square  # it imports the solvers, and one of these this package
+    from scoresde.likelihood.bound import (  # it imports the solvers, and one of these this package
+        _Decoder,
+        _square,
+        decoder_std,
+    )
 
     check_batch(data, "data")
     check_count(samples=samples, batch_size=batch_size)
@@ -372,7 +375,7 @@ def measure_errors(
     r, s = denoiser.affine(t)
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     k, m = (r * alpha - 1).tolist(), (r * sigma).tolist()  # D - x_0 = k x_0 + m eps + s N
-    stds = [_decoder_std(sde, u) for u in t.tolist()]
+    stds = [decoder_std(sde, u) for u in t.tolist()]
     output, squares, costs = denoiser.outputs(t), torch.zeros_like(t), torch.zeros_like(t)
     total = len(t) * math.ceil(samples / batch_size)
     with torch.no_grad(), tqdm(desc="costs", total=total, unit="nfe", disable=not progress, leave=False) as bar:
@@ -436,14 +439,6 @@ def _candidates(sde: SDE, times: Tensor | Grid | None) -> Tensor:
     if not 0 < float(t[0]) <= float(t[-1]) <= sde.t_max:
         raise ValueError(f"times run from {float(t[0])!r} to {float(t[-1])!r}: expected (0, {sde.t_max}] of {sde!r}")
     return t
-
-
-def _decoder_std(sde: SDE, t: float) -> float:
-    """The decoder's standard deviation by `elbo`'s rule, of a chain whose last noisy time is t."""
-    if isinstance(sde, DDPMChain) and sde.steps > 1 and t == 1:
-        one = torch.ones(1, dtype=torch.float64, device="cpu")
-        return float(sde.sigma(one) * forgotten(sde, 2 * one, one).sqrt())
-    return float((-sde.half_log_snr(t)).exp())
 
 
 def _take(value: Any, index: Tensor, n: int) -> Any:
