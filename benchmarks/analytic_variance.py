@@ -33,13 +33,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,11 +47,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, from wherever it is run
+from kept import Cells, Clock, Score, floor, number, write_json
 from problems import attribute, user_data, user_denoiser
 
 from scoresde import DDPMChain, Denoiser, EpsDenoiser, Grid, NetworkDenoiser, elbo, sample
 from scoresde.data import digit_levels, fashion_mnist_levels
-from scoresde.files import write_whole
 from scoresde.info import environment
 from scoresde.likelihood import outer_edges
 from scoresde.metrics import RandomFeatures, classifier_features, frechet_distance
@@ -379,73 +375,6 @@ class Model:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Seconds spent on each part, of the wall clock and of all cores together, added up over interrupted runs."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
-
-    @property
-    def minutes(self) -> tuple[float, float]:
-        """Of the wall clock, and of all cores together."""
-        wall, cores = (sum(part[i] for part in self.seconds.values()) / 60 for i in range(2))
-        return wall, cores
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter(), time.process_time()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start[0], time.process_time() - start[1]
-            before = self.seconds.get(name, [0.0, 0.0])
-            self.seconds[name] = [round(a + b, 1) for a, b in zip(before, spent, strict=True)]
-            _write_json(self.path, self.seconds)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_whole(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
-
-
-@dataclass
-class Cells:
-    """The finished numbers: kind|method|K to a list, of sets of samples or of images; kind is "bits" or "frechet".
-
-    Attributes:
-        path: the file.
-        model: and how much of it is measured: numbers of another are not taken.
-        features: of the Frechet distances.
-    """
-
-    path: Path
-    model: str
-    features: str
-    found: dict[str, list[float]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, path: Path, model: str, features: str) -> Cells:
-        """Those of an earlier run, if they are of the same model and the same measurement."""
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        return cls(path, model, features, kept["found"] if kept.get("model") == model else {})
-
-    def get(self, kind: str, name: str, K: int) -> list[float] | None:
-        return self.found.get(self._key(kind, name, K))
-
-    def put(self, kind: str, name: str, K: int, values: Sequence[float]) -> None:
-        self.found[self._key(kind, name, K)] = [float(f"{value:.7g}") for value in values]
-        _write_json(self.path, {"model": self.model, "found": self.found})
-
-    def scores(self, kind: str, steps: Sequence[int]) -> dict[tuple[str, int], Score]:
-        """(method, K) to its score, for those K."""
-        names = dict.fromkeys(key.split("|")[1] for key in self.found)
-        found = {(name, K): self.get(kind, name, K) for name in names for K in steps}
-        return {at: Score.of(values) for at, values in found.items() if values is not None}
-
-    def _key(self, kind: str, name: str, K: int) -> str:
-        return f"{kind if kind == 'bits' else f'{kind} in {self.features}'}|{name}|{K}"
-
-
 def samples_of(model: Model, method: Method, K: int, number: int) -> Tensor:
     """One set of samples, clipped to the data's range; the same x_T and noise for every method."""
     assert method.sampler is not None
@@ -505,37 +434,10 @@ def features_of(name: str, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
     return attribute(name) if ":" in name else classifier_features(name)
 
 
-def floor(model: Model, features: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """What real data score: mean and standard deviation over 20 sets of training data of the samples' size."""
-    reference, scores = features(model.data.held_out), []
-    for k in range(20):
-        generator = torch.Generator().manual_seed(derive_seed(0, k))
-        chosen = torch.randperm(len(model.data.training), generator=generator)[: model.experiment.samples]
-        scores.append(frechet_distance(features(model.data.training[chosen]), reference))
-    return statistics.mean(scores), statistics.stdev(scores)
-
-
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-class Score(NamedTuple):
-    """A mean and its standard error; `values` are paired between methods."""
-
-    mean: float
-    stderr: float
-    values: Tensor
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Score:
-        x = torch.tensor(values, dtype=torch.float64)
-        return cls(float(x.mean()), float(x.std() / len(x) ** 0.5) if len(x) > 1 else float("nan"), x)
-
-
 Scores = Mapping[tuple[str, int], Score]
-
-
-def number(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def markdown(scores: Scores, published: Mapping[str, Sequence[float]], steps: Sequence[int]) -> list[str]:
@@ -699,7 +601,8 @@ def report(model: Model, cells: Cells, features: Callable[[Tensor], Tensor], out
     """Everything that is written."""
     experiment, steps = model.experiment, model.experiment.steps
     frechet, bits = cells.scores("frechet", steps), cells.scores("bits", steps)
-    real, real_std = floor(model, features)
+    reference = features(model.data.held_out)
+    real, real_std = floor(model.data.training, reference, features, experiment.samples)
     found = {"bits": orderings("bits", bits, steps), "frechet": orderings("frechet", frechet, steps)}
     made_on = environment(model.device)
     trained = experiment.training and f"{experiment.training.steps} steps of {experiment.training.batch_size}"
@@ -760,7 +663,7 @@ def report(model: Model, cells: Cells, features: Callable[[Tensor], Tensor], out
         "frechet": _nested(frechet),
         "bits": _nested(bits),
     }
-    _write_json(out / "results.json", record)
+    write_json(out / "results.json", record)
     text = "\n".join(page) + "\n"
     (out / "README.md").write_text(text)
     draw_race(frechet, bits, real, steps, out / "race.png")
