@@ -402,9 +402,10 @@ def test_a_folder_is_decoded_when_wanted(pictures):
     here = training_data(pictures, labels=True, lazy=False)
     there = training_data(pictures, labels=True)
     for data in (here, there):
-        x, labels = data.batch(torch.tensor([9, 2]))
+        x, cond = data.batch(torch.tensor([9, 2]))
         assert torch.equal(x, scaled(torch.from_numpy(np.stack([ramp(8)[None], ramp(6)[None]]))))
-        assert (labels.tolist(), data.classes, data.levels, data.shape) == ([1, 0], folder.classes, 256, (1, 6, 8))
+        assert cond["label"].tolist() == [1, 0]
+        assert (data.classes, data.levels, data.shape) == (folder.classes, 256, (1, 6, 8))
     assert (here.lazy, there.lazy) == (False, True)
     assert read_data(pictures, labels=True).labels.equal(folder.labels)
     assert read_data(pictures).labels is None
@@ -742,9 +743,14 @@ forks = pytest.mark.filterwarnings(
 
 def taken(batches, count):
     """The first few, and the loader is let go."""
-    found = [(x.clone(), labels.clone()) for (x, labels), _ in zip(batches, range(count), strict=False)]
+    found = pairs(itertools.islice(batches, count))
     batches.close()
     return found
+
+
+def pairs(batches):
+    """Items and their labels."""
+    return [(x.clone(), cond["label"].clone()) for x, cond in batches]
 
 
 def same(one, other):
@@ -761,7 +767,7 @@ def test_workers_memory_and_resuming_do_not_change_batches(pictures):
         assert same(whole, taken(loader(lazy, order, workers=workers), steps))
         assert multiprocessing.active_children() == []
     assert same(whole[7:], taken(loader(lazy, order, 7, workers=1), steps - 7))  # in the middle of epoch 2
-    assert same(whole[7:9], list(loader(lazy, order, 7, 9, workers=2)))
+    assert same(whole[7:9], pairs(loader(lazy, order, 7, 9, workers=2)))
     assert multiprocessing.active_children() == []
     halves = [taken(loader(lazy, order.share(rank, 2), workers=rank), steps) for rank in range(2)]
     assert same(whole, [tuple(map(torch.cat, zip(*pair, strict=True))) for pair in zip(*halves, strict=True)])
@@ -779,7 +785,7 @@ def test_signals_that_a_scheduler_sends_to_all_do_not_end_workers(pictures):
     for worker in multiprocessing.active_children():
         for name in ("TERM", "INT"):
             subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
-    assert same(found + list(batches), list(loader(data, order, 0, 40, workers=0)))
+    assert same(pairs(found + list(batches)), pairs(loader(data, order, 0, 40, workers=0)))
     batches = loader(data, order, workers=1)
     next(batches)
     (worker,) = multiprocessing.active_children()

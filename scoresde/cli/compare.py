@@ -142,7 +142,8 @@ class Race:
             for nfe in args.nfe
         ]
         check_measurable(self.names, samples=args.n, data=len(reference))
-        recipe(args, model, solver="ddim", nfe=1000, steps=None, grid=None)  # the rest of the arguments
+        # The rest of the arguments.
+        self.told = recipe(args, model, solver="ddim", nfe=1000, steps=None, grid=None).told
         self._real: Tensor | None = None
 
     def made_for(self, source: str) -> dict[str, Any]:
@@ -155,6 +156,7 @@ class Race:
             "features": _title(self.features),
             "metrics": ", ".join(self.names),
             "samples": f"{args.n} from seed {args.seed}, class {'in turn' if args.label is None else args.label}",
+            **({} if self.told is None else {"conditions of": self.told.fingerprint}),
             "clip": args.clip,
             "variance": "none" if args.variance is None else sha(args.variance.read_bytes()),
             "device": self.model.denoiser.device.type,

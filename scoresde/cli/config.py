@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
-from scoresde.data import ImageFolder, TrainingData, training_data
+from scoresde.data import Condition, Given, ImageFolder, Shown, TrainingData, condition_of, training_data
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS
 from scoresde.sde import SDE
@@ -64,6 +64,12 @@ class DataConfig:
         size, mode: to make of a folder's images.
         levels: of integers that are not 8-bit.
         flip: mirror images at random.
+        condition: what else the network is told, a function of the item; several of them as a list.
+            "super-resolution:4" (the image as one 4 times smaller shows it), "inpainting" (with random boxes cut out;
+            "inpainting:noise" fills them with noise), "uncropping" (likewise, with one side or all cut off),
+            "colourisation" (in grey), "jpeg:5-30" (after JPEG of such a quality), "given:PATH" (a vector or an image
+            for each item, from a file or folder).
+        drop: the probability of telling it nothing (no class, zeros), for guidance without a classifier: 0.1 say.
         limit: the first N items only.
         in_memory: decode a folder's images once, into memory.
         download: a data set that is not at its folder, into it.
@@ -75,6 +81,8 @@ class DataConfig:
     mode: Literal["L", "RGB"] | None = None
     levels: int | None = None
     flip: bool = False
+    condition: str | tuple[str, ...] | None = None
+    drop: float = 0.0
     limit: int | None = None
     in_memory: bool = False
     download: bool = False
@@ -83,7 +91,7 @@ class DataConfig:
         """The data.
 
         Args:
-            seed: of the flips.
+            seed: of the flips, conditions and dropping.
             lazy: decode a folder's images when they are wanted; by default unless in_memory.
 
         Raises:
@@ -96,6 +104,8 @@ class DataConfig:
             size=self.size,
             mode=self.mode,
             flip=self.flip,
+            conditions=self.conditions,
+            drop=self.drop,
             seed=seed,
             lazy=not self.in_memory if lazy is None else lazy,
             download=self.download,
@@ -105,8 +115,50 @@ class DataConfig:
         check_count(limit=self.limit)
         if isinstance(data.x, ImageFolder):
             raise ValueError(f"limit={self.limit} needs the images of {self.source} in memory: in_memory=true")
-        labels = None if data.labels is None else data.labels[: self.limit]
-        return replace(data, x=data.x[: self.limit], labels=labels)
+        return data.first(self.limit)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What else the network is told, one by one."""
+        told = self.condition or ()
+        return (told,) if isinstance(told, str) else told
+
+    def plain(self) -> DataConfig:
+        """The same items, unmirrored, and nothing told of them but their classes."""
+        return replace(self, flip=False, condition=None, drop=0.0)
+
+    def told(self, source: str | None = None, shape: tuple[int, ...] = (), measured: bool = False) -> TrainingData:
+        """The items whose conditions samples are drawn for: as in training, but not mirrored, none dropped, random ones
+        from seed 0.
+
+        Args:
+            source: other items than those of the training; where the condition was given ("given:PATH"), the conditions
+                themselves.
+            shape: of an item, where these are not known.
+            measured: source has what the network is told already (`Condition.taken`), not the items.
+
+        Raises:
+            As `open`; ValueError if source cannot be both, or does not fit the condition.
+        """
+        own = replace(self, flip=False, drop=0.0)
+        if source is None:
+            return own.open()
+        if not measured and not any(told.startswith("given:") for told in self.conditions):
+            alike = own if Path(source).is_dir() else replace(own, size=None, mode=None)
+            return replace(alike, source=source, limit=None, in_memory=False).open()
+        if len(self.conditions) > 1:
+            raise ValueError(f"{source}: the network is told {', '.join(self.conditions)}; only its own data have all")
+        size = self.size if Path(source).is_dir() and not measured else None
+        condition = condition_of(f"given:{source}", size=size, lazy=not measured)
+        assert isinstance(condition, Given)
+        n = len(condition)
+        if measured:
+            y = condition(torch.zeros(n), Shown(torch.arange(n, device="cpu"), n))
+            condition = Given(self._own_condition().taken(y, shape))
+        return TrainingData(torch.zeros(1).expand(n, *shape), conditions=(condition,))
+
+    def _own_condition(self) -> Condition:
+        return condition_of(self.conditions[0], size=self.size)
 
 
 @dataclass(frozen=True)
@@ -303,8 +355,8 @@ _LR = {8: 1e-3, 28: 5e-4, 32: 2e-4, 64: 1e-4}
 def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> RunConfig:
     """A configuration with what it leaves open chosen for the data:
 
-    - the network: a U-Net of the preset nearest in size to images, an MLP for vectors, with the data's channels, axes
-      and classes;
+    - the network: a U-Net of the preset nearest in size to images, an MLP for vectors, with the data's channels, axes,
+      classes and conditions;
     - what it predicts: v, but velocity for "flow", and Karras preconditioning for "ve" and "edm"; the time label, and
       sigma_data from the data;
     - the loss that goes with it: min-SNR for v and x0, EDM's with its log-normal times, or the plain one;
@@ -348,26 +400,18 @@ def _preset(size: int) -> int:
     return 8 if size <= 12 else 28 if size <= 28 else 32 if size <= 48 else 64
 
 
-def classes_of(data: TrainingData) -> int | None:
-    """How many classes there are, or None where the data have no labels."""
-    if data.labels is None:
-        return None
-    return len(data.classes) if data.classes else int(data.labels.max()) + 1
-
-
 def _about(network: str, shape: tuple[int, ...], data: TrainingData) -> dict[str, Any]:
     """The options of a network that the data settle."""
     found: dict[str, Any] = {"event_shape": list(shape)} if network == "mlp" else {"image_channels": shape[0]}
     if network != "mlp" and len(shape) != 3:
         found["dims"] = len(shape) - 1
-    if (classes := classes_of(data)) is not None:
-        found["num_classes"] = classes
-    return found
+    return found | data.network_options
 
 
 def _std(data: TrainingData, n: int = 2048) -> float:
     """The standard deviation of some of the data, evenly chosen."""
     items = torch.linspace(0, len(data) - 1, min(len(data), n), device="cpu").round().long()
+    data = replace(data, conditions=(), drop=0.0)
     return float(f"{float(data.batch(items).x.double().std(correction=0)):.3g}")
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from scoresde import solvers
 from scoresde.cli.images import to_levels
 from scoresde.cli.models import Model
-from scoresde.data import scaled
+from scoresde.data import TrainingData, scaled
 from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError, some
 from scoresde.grid import Grid
@@ -75,6 +75,8 @@ class Recipe:
         options: of `sample`: steps, nfe or a grid.
         seed: of all samples.
         label: the class of all, or None: the classes in turn.
+        told: items with their conditions, where the network is told some: sample i has those of item i, and where
+            there are too few they begin again; its class, too, unless there is a label.
     """
 
     model: Model
@@ -83,6 +85,23 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     label: int | None = None
+    told: TrainingData | None = None
+
+    def cond(self, items: range) -> dict[str, Tensor]:
+        """What the network is told for the samples of these numbers."""
+        cond = self.model.labels(self.label, items)
+        if self.told is not None:
+            which = torch.tensor([i % len(self.told) for i in items], dtype=torch.long, device="cpu")
+            own = {key: value.to(self.denoiser.device) for key, value in self.told.batch(which).cond.items()}
+            cond = {**cond, **own} if self.label is None else {**own, **cond}
+        return cond
+
+    def labels(self, items: range) -> Tensor | None:
+        """The classes of the samples of these numbers, or None."""
+        if self.told is None or self.told.labels is None or self.label is not None:
+            return self.model.labels(self.label, items).get("label")
+        which = torch.tensor([i % len(self.told) for i in items], dtype=torch.long, device="cpu")
+        return self.told.labels[which]
 
     def __call__(self, items: range) -> Tensor:
         """The samples of these numbers, on the denoiser's device.
@@ -91,7 +110,7 @@ class Recipe:
             NonFiniteError: naming them, if some are not finite.
             ArithmeticError: if an adaptive solver's budget ran out.
         """
-        cond = self.model.labels(self.label, items)
+        cond = self.cond(items)
         seeds = [derive_seed(self.seed, i) for i in items]
         shape = (len(items), *self.model.about.shape)
         try:
@@ -115,6 +134,7 @@ class Recipe:
             **options,
             "seed": str(self.seed),
             "class": "in turn" if self.label is None else str(self.label),
+            **({} if self.told is None else {"conditions of": self.told.fingerprint}),
         }
 
 
@@ -135,6 +155,10 @@ def add_draw_arguments(group: Any) -> None:
     add = group.add_argument
     add("--seed", type=int, default=0, help="of the samples (0)")
     add("--class", dest="label", metavar="K", help="of all samples: 0, 1, ..., or its name (each class in turn)")
+    add("--condition-from", metavar="DATA", help="items whose conditions the network is told, sample i that of item i: "
+        "of a run of `scoresde train --condition` (what it was trained on)")  # fmt: skip
+    add("--measured", action="store_true", help="--condition-from has not the items but what is known of them: small "
+        "images, grey ones, JPEG files; with holes, and a last channel that is white where they are known")  # fmt: skip
     add("--clip", action="store_true", help="clip the posterior mean to [-1, 1] at each evaluation")
     add("--variance", type=Path, metavar="TABLE.npz", help="from `scoresde variance`: the optimal variance (Analytic-"
         "DPM), for one-step solvers (ddpm, ddim, ...)")  # fmt: skip
@@ -171,7 +195,13 @@ def recipe(args: argparse.Namespace, model: Model, **changes: Any) -> Recipe:
     if len(counts) == 2:
         raise ValueError("give one of --nfe and --steps")
     options = _on(solver, denoiser, counts, given["grid"])
-    return Recipe(model, denoiser, solver, options, args.seed, label)
+    told = model.told(args.condition_from, args.measured, classes=label is None)
+    K = model.about.num_classes
+    if told is not None and told.num_classes is not None and K is not None and told.num_classes > K:
+        raise ValueError(f"--condition-from {args.condition_from} has {told.num_classes} classes, the model {K}")
+    if told is not None and told.shape != model.about.shape:
+        raise ValueError(f"--condition-from {args.condition_from}: items {told.shape}, not {model.about.shape}")
+    return Recipe(model, denoiser, solver, options, args.seed, label, told)
 
 
 def _on(solver: Solver, denoiser: Denoiser, counts: dict[str, int], name: str | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def data_config(args: argparse.Namespace, default: DataConfig | None, source: st
     if source is None:
         if default is None:
             raise ValueError("give --data")
-        return replace(default, flip=False)
+        return default.plain()
     folder = Path(source).is_dir()
     # A folder beside the one that a run was trained on is to be made alike.
     size = args.size or (default.size if default and folder else None)
@@ -74,8 +73,8 @@ def items_of(data: DataConfig, limit: int | None = None) -> tuple[Tensor, Tensor
     """Items in floating point, images in [-1, 1], all in memory; and their labels, if they were asked for."""
     found = data.open()
     items = torch.arange(len(found) if limit is None else min(limit, len(found)), device="cpu")
-    x, labels = found.batch(items)
-    return x if x.is_floating_point() else x.float(), labels
+    batch = found.batch(items)
+    return batch.x if batch.x.is_floating_point() else batch.x.float(), batch.labels
 
 
 def reference_of(data: DataConfig, limit: int | None = None) -> Tensor:

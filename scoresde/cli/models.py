@@ -9,7 +9,8 @@ import inspect
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from scoresde.cli.common import write_json
-from scoresde.cli.config import DataConfig, RunConfig, classes_of, read_toml
+from scoresde.cli.config import DataConfig, RunConfig, read_toml
 from scoresde.cli.images import is_picture
 from scoresde.data import TrainingData
+from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser, networks
 from scoresde.solvers.base import check_count
 from scoresde.training import CheckpointError
@@ -41,16 +43,19 @@ class About:
         levels: how many it had, None for floating-point data.
         num_classes: that the network is conditional on, or None.
         classes: their names, or None.
+        conditions: what else the network is told, in words.
     """
 
     shape: tuple[int, ...]
     levels: int | None = None
     num_classes: int | None = None
     classes: list[str] | None = None
+    conditions: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, data: TrainingData) -> About:
-        return cls(data.shape, data.levels, classes_of(data), data.classes)
+        told = tuple(repr(condition) for condition in data.conditions)
+        return cls(data.shape, data.levels, data.num_classes, data.classes, told)
 
     @property
     def pictures(self) -> bool:
@@ -72,7 +77,8 @@ class About:
             return None
         try:
             found = json.loads(path.read_text())
-            return cls(**{**found, "shape": tuple(int(n) for n in found["shape"])})
+            told = tuple(map(str, found.get("conditions", ())))  # which runs of before they were there have not
+            return cls(**{**found, "shape": tuple(int(n) for n in found["shape"]), "conditions": told})
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
@@ -97,6 +103,31 @@ class Model:
         """The data of its run, if it is known."""
         return None if self.folder is None or not (self.folder / CONFIG).exists() else run_config(self.folder).data
 
+    def told(self, source: str | None = None, measured: bool = False, classes: bool = True) -> TrainingData | None:
+        """The items whose conditions samples are drawn for; None if the network is told nothing but a class.
+
+        Args:
+            source: other items than those of the run.
+            measured: it has what the network is told already.
+            classes: whether the items' classes are wanted, too.
+
+        Raises:
+            ValueError: if there is a source and no condition, or none of the run's configuration; as `DataConfig.told`.
+        """
+        if measured and source is None:
+            raise ValueError("--measured says what --condition-from DATA is: give that, too")
+        if not self.about.conditions:
+            if source is not None:
+                raise ValueError(
+                    f"--condition-from {source}: the model has no condition but a class (`scoresde train "
+                    "--condition` makes them)"
+                )
+            return None
+        own = self.data()
+        if own is None:
+            raise ValueError(f"{self.folder} has no {CONFIG}, which says what the network is told of an item")
+        return _told(own if classes else replace(own, classes=False), source, self.about.shape, measured)
+
     def class_of(self, text: str | None) -> int | None:
         """The number of a class, by its number or name.
 
@@ -119,6 +150,11 @@ class Model:
             return {}
         labels = [i % K if chosen is None else chosen for i in items]
         return {"label": torch.tensor(labels, device=self.denoiser.device)}
+
+
+@lru_cache(maxsize=1)  # a comparison asks for every solver
+def _told(own: DataConfig, source: str | None, shape: tuple[int, ...], measured: bool) -> TrainingData:
+    return own.told(source, shape, measured)
 
 
 def run_config(folder: Path) -> RunConfig:
@@ -270,12 +306,6 @@ def _weights_digest(denoiser: Denoiser) -> str:
             if isinstance(value, Tensor):
                 total.update(f"{name} {digest(value)}".encode())
     return f"sha256 {total.hexdigest()[:12]}" if nets else "none"
-
-
-def digest(x: Tensor) -> str:
-    """A hash of a tensor's content."""
-    content: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return sha(content)
 
 
 def sha(content: Any) -> str:

@@ -26,7 +26,11 @@ TEXT = """draw samples from a trained network: a PNG grid, a .npz file, or a fol
 Sample i depends on the seed and i alone: it is the same in any number of samples, batch size (up to rounding; with
 adaptive solvers, their tolerance) and number of processes. A .npz file holds `images`, 8-bit, (N, C, H, W), where the
 data were images, else `x`, float32; and `labels`, where the network has classes. After Ctrl-C or SIGTERM the file holds
-what was finished."""
+what was finished.
+
+A network that was trained with --condition (super-resolution, inpainting, ...) is told that of --condition-from: these
+are whole images, of which the condition is made as in training; or with --measured, and where training was told
+given:PATH, the conditions themselves. Sample i is for item i; with another --seed it is another one for the same."""
 
 EXAMPLES = """
 scoresde sample runs/fm --out samples.png                          64 of them, UniPC, 20 evaluations
@@ -34,6 +38,8 @@ scoresde sample runs/fm --n 5000 --solver ddim --nfe 50 --out samples.npz
 scoresde sample runs/fm --class 3 --solver 'DDIM(eta=0.2)' --steps 100 --clip --out threes.png
 scoresde sample runs/fm --solver ddpm --nfe 50 --variance table.npz --out analytic.png
 scoresde sample runs/fm --n 1000 --out folder/                     a PNG file each
+scoresde sample runs/sr --condition-from test_folder --out again.png          from large images, made small
+scoresde sample runs/sr --condition-from small_folder --measured --out large.png
 scoresde sample --denoiser my_model:load --checkpoint model.pt --shape 3 32 32 --out samples.png
 torchrun --nproc-per-node=4 -m scoresde sample runs/fm --number 50000 --batch-size 256 --out samples.npz
 """
@@ -63,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
     with session(args.device) as device:
         model = open_model(args, device)
         made = recipe(args, model)
+        if made.told is not None and args.condition_from is None:
+            say(args, "conditions are those of what the network was trained on: --condition-from names other items")
         writer = Writer(args, model)
         mine = share(args.n)
         kept: list[Tensor] = []
@@ -124,8 +132,8 @@ class Writer:
             arrays["images"] = to_levels(x).numpy()
         if self.floating or not arrays:
             arrays["x"] = x.float().numpy()
-        if cond := self.model.labels(made.label, range(len(x))):
-            arrays["labels"] = cond["label"].cpu().numpy().astype(np.int64)
+        if (labels := made.labels(range(len(x)))) is not None:
+            arrays["labels"] = labels.cpu().numpy().astype(np.int64)
         file = io.BytesIO()
         np.savez(file, **arrays)
         write_whole(self.out, lambda out: out.write(file.getvalue()))

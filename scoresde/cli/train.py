@@ -32,7 +32,7 @@ from scoresde.cli.drawing import Recipe, draw, rounded, solver_of
 from scoresde.cli.images import check_pillow, grid, to_levels, write_png
 from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import CONFIG, About, Model, parameters
-from scoresde.data import TrainingData
+from scoresde.data import Given, TrainingData
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.errors import NonFiniteError
 from scoresde.metrics import evaluate
@@ -55,6 +55,8 @@ scoresde train --data cifar10:/data/cifar --set data.download=true --set data.fl
 scoresde train --config run.toml --set train.steps=3000 --set model.options.channels=64 --out runs/small
 scoresde train --data fashion-mnist --set evaluate.data=fashion-mnist-test --out runs/fm     Frechet distance on the way
 scoresde train --data my_folder --size 64 --set train.precision=bfloat16 --set train.compile=true --out runs/mine
+scoresde train --data my_folder --size 64 --condition super-resolution:4 --out runs/sr     details of small images
+scoresde train --data fashion-mnist --classes --drop 0.1 --out runs/guided     for guidance without a classifier
 torchrun --nproc-per-node=4 -m scoresde train --data my_folder --size 64 --out runs/mine
 scoresde train --out runs/mine                                     goes on
 """
@@ -79,6 +81,9 @@ def add_parser(commands: Any) -> None:
     short = parser.add_argument_group("short for --set")
     add = short.add_argument
     add("--classes", action="store_true", default=None, help="data.classes=true: conditional on the data's classes")
+    add("--condition", metavar="TASK", help="data.condition, an image that the network is told of: super-resolution:4, "
+        "inpainting, uncropping, colourisation, jpeg:5-30, or given:PATH, one for each item")  # fmt: skip
+    add("--drop", type=float, metavar="P", help="data.drop: tell it nothing with this probability (0)")
     add("--size", type=int, metavar="PIXELS", help="data.size, to make of a folder's images")
     add("--mode", choices=("L", "RGB"), help="data.mode, to make of a folder's images: grey or colour")
     add("--steps", type=int, help="train.steps (20000)")
@@ -95,6 +100,8 @@ def add_parser(commands: Any) -> None:
 SHORT = {
     "data": ("data", "source"),
     "classes": ("data", "classes"),
+    "condition": ("data", "condition"),
+    "drop": ("data", "drop"),
     "size": ("data", "size"),
     "mode": ("data", "mode"),
     "steps": ("train", "steps"),
@@ -175,7 +182,7 @@ def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.devi
     if len(data.shape) == 3:
         denoiser.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster on a CPU
     evaluation = Evaluation.of(config, data, out, device)
-    if device.type == "cuda" and isinstance(data.x, torch.Tensor) and data.x.nbytes < 2**31:
+    if device.type == "cuda" and isinstance(data.x, torch.Tensor) and data.x.nbytes < 2**31 and not data.lazy:
         data = data.to(device)
     try:
         return Trainer(
@@ -222,12 +229,21 @@ class Evaluation:
     Args:
         config: what.
         about: the training data.
+        told: items with their conditions, where the network is told some.
         out: run folder; pictures go to samples/STEP.png.
         reference, features: of the metrics, or None for none.
     """
 
-    def __init__(self, config: EvaluateConfig, about: About, out: Path, reference: Any, features: Any) -> None:
-        self.config, self.about, self.out = config, about, out
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        about: About,
+        told: TrainingData | None,
+        out: Path,
+        reference: Any,
+        features: Any,
+    ) -> None:
+        self.config, self.about, self.told, self.out = config, about, told, out
         self.reference, self.features = reference, features
         self.solver = solver_of(config.solver)
 
@@ -243,20 +259,24 @@ class Evaluation:
                 check_pillow()
             except ImportError as error:
                 raise ImportError(f"{error}; or train without pictures, --set evaluate.grid=0") from error
+        told = replace(data, flip=False, drop=0.0) if data.conditions else None
         if wanted.data is None:
-            return cls(wanted, about, out, None, None) if wanted.grid else None
-        like = replace(config.data, source=wanted.data, flip=False, limit=None, classes=False)
+            return cls(wanted, about, told, out, None, None) if wanted.grid else None
+        like = replace(config.data.plain(), source=wanted.data, limit=None, classes=False)
         reference = reference_of(_plain(like))
         if len(reference) < 12:
             raise ValueError(f"evaluate.data {wanted.data} has {len(reference)} items: expected 12 at least")
         if tuple(reference.shape[1:]) != about.shape:
             raise ValueError(f"evaluate.data {wanted.data}: items {tuple(reference.shape[1:])}, not {about.shape}")
-        return cls(wanted, about, out, reference, features_of(wanted.features, wanted.data, reference, device))
+        if told is not None and not any(isinstance(condition, Given) for condition in data.conditions):
+            told = config.data.told(wanted.data)
+        return cls(wanted, about, told, out, reference, features_of(wanted.features, wanted.data, reference, device))
 
     def __call__(self, denoiser: NetworkDenoiser, step: int) -> dict[str, float]:
         """A picture of samples, and metrics by name."""
         config, model = self.config, Model(denoiser, self.about, {})
-        made = Recipe(model, Clip(denoiser) if config.clip else denoiser, self.solver, {}, config.seed)
+        shown = Clip(denoiser) if config.clip else denoiser
+        made = Recipe(model, shown, self.solver, {}, config.seed, told=self.told)
         if not self.solver.adaptive:
             made = replace(made, options={"nfe": config.nfe})
         n = max(config.grid, config.n if self.reference is not None else 0)

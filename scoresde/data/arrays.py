@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Collection
@@ -12,9 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ARRAYS", "read_arrays"]
+__all__ = ["ARRAYS", "digest", "read_arrays"]
 
 ARRAYS = (".npy", ".npz", ".safetensors")
+
+
+def digest(x: Tensor) -> str:
+    """A hash of a tensor's content."""
+    content: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def read_arrays(path: Path, labels: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -37,11 +37,12 @@ def loader(
     """The batches of the steps start_step, start_step + 1, ...: forever, or up to stop_step, which is not among them.
 
     Args:
-        data: in memory they are indexed here and now; images that are decoded when wanted are so by `workers`.
+        data: in memory they are indexed here and now; images that are decoded when wanted, and conditions that are
+            made slowly, are so by `workers`.
         order: which items; `Order.share` gives the part of a process.
         start_step: >= 0.
         stop_step: None for no end.
-        workers: processes that decode images; 0 for none beside this one.
+        workers: processes that do; 0 for none beside this one.
         prefetch: batches that each of them has ready.
         pin: page-locked memory, for copies to a GPU that do not wait; by default where there is CUDA.
 
@@ -113,7 +114,7 @@ def _checked(batch: Batch | ValueError) -> Batch:
 
 
 def _pinned(batch: Batch) -> Batch:
-    return Batch(batch.x.pin_memory(), None if batch.labels is None else batch.labels.pin_memory())
+    return Batch(batch.x.pin_memory(), {key: value.pin_memory() for key, value in batch.cond.items()})
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,22 +1,25 @@
-"""What a network trains on: levels in memory, or images decoded when they are wanted, in [-1, 1] in a batch."""
+"""What a network trains on: levels in memory, or images decoded when they are wanted, in [-1, 1] in a batch; and what
+it is told of them."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from scoresde.data.arrays import digest
+from scoresde.data.conditions import Condition, Given, dropped
 from scoresde.data.folder import ImageFolder, Mode
 from scoresde.data.levels import scaled
 from scoresde.data.order import check_whole
+from scoresde.data.shown import Shown, drops, flips, mirrored
 from scoresde.data.sources import find_data
+from scoresde.data.tasks import condition_of
 from scoresde.likelihood.discrete import outer_edges
-from scoresde.noise import derive_seed
 
 __all__ = ["Batch", "TrainingData", "training_data"]
 
@@ -26,29 +29,41 @@ class Batch(NamedTuple):
 
     Attributes:
         x: floating point, shape (B, ...).
-        labels: shape (B, ...), or None.
+        cond: what a network is told of them, by its keyword: label, vector, image; B entries each.
     """
 
     x: Tensor
-    labels: Tensor | None
+    cond: dict[str, Tensor]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """cond["label"], or None; the null class where it was dropped."""
+        return self.cond.get("label")
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
     """Items, and how they become a network's input.
 
+    All that is random is a function of the seed, the epoch and the item alone.
+
     Args:
         x: shape (N, ...). Whole levels, uint8 images (N, C, H, W) say, become float32 in [-1, 1], both ends exactly
             (`scaled`); floating-point data are taken as they are. Or an `ImageFolder`.
         labels: of the items, N entries.
         levels: how many there are, 256 in 8-bit images; None for floating-point data.
-        flip: mirror each image, left to right, with probability 1/2, anew in every epoch: a function of the seed, the
-            epoch and the item alone.
-        seed: of the flips.
+        flip: mirror each image, left to right, with probability 1/2, anew in every epoch.
+        seed: of the flips, of random conditions and of dropping.
         classes: what the labels stand for.
+        num_classes: K, how many classes there are, in whole labels (N,): as many as have names, or occur.
+        conditions: what else the network is told: functions of the item, as it is shown (`scoresde.data.conditions`).
+            Several images are concatenated, and several vectors.
+        drop: the probability of telling it nothing, as guidance without a classifier needs (0.1 say): the null class K
+            for the label, zeros for vector and image, all at once.
 
     Raises:
-        ValueError: if these do not go together, a level is out of range or a number is not finite, naming the items.
+        ValueError: if these do not go together, a level is out of range or a number is not finite, naming the items; if
+            a label is none of the classes, or drop no probability.
     """
 
     x: Tensor | ImageFolder
@@ -57,6 +72,9 @@ class TrainingData:
     flip: bool = False
     seed: int = 0
     classes: list[str] | None = None
+    num_classes: int | None = None
+    conditions: tuple[Condition, ...] = ()
+    drop: float = 0.0
 
     def __post_init__(self) -> None:
         check_whole(seed=self.seed)
@@ -69,6 +87,19 @@ class TrainingData:
             raise ValueError(f"labels have the shape {tuple(self.labels.shape)}: expected one for each of {len(self)}")
         if self.flip and len(self.shape) != 3:
             raise ValueError(f"flip=True is for images (C, H, W): an item has the shape {self.shape}")
+        object.__setattr__(self, "num_classes", self._count())
+        object.__setattr__(self, "conditions", tuple(self.conditions))
+        for condition in self.conditions:
+            condition.check(self.shape, len(self))
+            _check_names(self.x, condition)
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop={self.drop}: expected a probability, 0 <= drop <= 1")
+        if self.drop and not self.conditions and self.labels is None:
+            raise ValueError(f"drop={self.drop}: there are no labels and no conditions to drop")
+        if self.drop and self.labels is not None and self.num_classes is None:
+            raise ValueError(
+                f"drop={self.drop}: labels are {_described(self.labels)}, expected classes, whole numbers (N,)"
+            )
 
     def __len__(self) -> int:
         return len(self.x)
@@ -85,58 +116,98 @@ class TrainingData:
 
     @property
     def lazy(self) -> bool:
-        """Whether items are decoded when they are wanted: `loader` does it in other processes."""
-        return not isinstance(self.x, Tensor)
+        """Whether items, or what is told of them, are made when wanted: `loader` does it in other processes."""
+        return not isinstance(self.x, Tensor) or any(condition.lazy for condition in self.conditions)
 
-    def batch(self, items: Tensor, epochs: Tensor | int = 0) -> Batch:
-        """Some items, on the data's device.
+    @property
+    def network_options(self) -> dict[str, int]:
+        """What a network of `scoresde.nn` is to be built with to be told the conditions: num_classes, and the channels
+        image_condition and the length vector."""
+        found: dict[str, int] = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        for condition in self.conditions:
+            option = "image_condition" if condition.key == "image" else condition.key
+            found[option] = found.get(option, 0) + condition.channels(self.shape)
+        return found
 
-        Args:
-            items: which, int64, shape (B,): `Order.items`.
-            epochs: in which epoch each is shown: `Order.epochs`. Flips depend on it, nothing else.
-
-        Raises:
-            ValueError: if a file is damaged; the message names it.
-        """
-        labels = None if self.labels is None else self.labels.index_select(0, items.to(self.labels.device))
-        x = self.x.index_select(0, items.to(self.x.device)) if isinstance(self.x, Tensor) else self.x.batch(items)
-        if self.flip:
-            which = self._flipped(items, epochs).nonzero().flatten().to(x.device)
-            x.index_copy_(0, which, x.index_select(0, which).flip(-1))
-        return Batch(x if self.levels is None else scaled(x, self.levels), labels)
-
-    def to(self, device: torch.device | str) -> TrainingData:
-        """The same in another device's memory: a small set is fastest on the GPU itself.
+    def first(self, n: int) -> TrainingData:
+        """The first n items alone.
 
         Raises:
             ValueError: if the images are decoded when they are wanted.
         """
         if not isinstance(self.x, Tensor):
             raise ValueError(f"{self.x!r} is not in memory: training_data(..., lazy=False) reads it")
-        return replace(self, x=self.x.to(device), labels=None if self.labels is None else self.labels.to(device))
+        labels = None if self.labels is None else self.labels[:n]
+        conditions = tuple(condition.first(n) for condition in self.conditions)
+        return replace(self, x=self.x[:n], labels=labels, conditions=conditions)
+
+    def batch(self, items: Tensor, epochs: Tensor | int = 0) -> Batch:
+        """Some items, on the data's device.
+
+        Args:
+            items: which, int64, shape (B,): `Order.items`.
+            epochs: in which epoch each is shown: `Order.epochs`. What is random depends on it, nothing else.
+
+        Raises:
+            ValueError: if a file is damaged; the message names it. If there is not one epoch for each item.
+        """
+        shown = Shown(items, len(self), epochs, self.seed)
+        x = self.x.index_select(0, items.to(self.x.device)) if isinstance(self.x, Tensor) else self.x.batch(items)
+        if self.flip:
+            shown = replace(shown, mirrored=flips(shown))
+            x = mirrored(x, shown.mirrored)
+        x = x if self.levels is None else scaled(x, self.levels)
+        cond = {} if self.labels is None else {"label": self.labels.index_select(0, items.to(self.labels.device))}
+        for condition in self.conditions:
+            told = condition(x, shown)
+            cond[condition.key] = torch.cat([cond[condition.key], told], 1) if condition.key in cond else told
+        return Batch(x, dropped(cond, drops(shown, self.drop), self.num_classes) if self.drop else cond)
+
+    def to(self, device: torch.device | str) -> TrainingData:
+        """The same in another device's memory: a small set is fastest on the GPU itself.
+
+        Raises:
+            ValueError: if images are decoded when they are wanted.
+        """
+        if not isinstance(self.x, Tensor):
+            raise ValueError(f"{self.x!r} is not in memory: training_data(..., lazy=False) reads it")
+        labels = None if self.labels is None else self.labels.to(device)
+        conditions = tuple(condition.to(device) for condition in self.conditions)
+        return replace(self, x=self.x.to(device), labels=labels, conditions=conditions)
 
     @property
     def fingerprint(self) -> str:
         """What tells these data from others, for a checkpoint: a hash of the content; of a folder, of its files' names
         and lengths."""
         if isinstance(self.x, Tensor):
-            content: Any = self.x.detach().cpu().contiguous().view(torch.uint8).numpy()
-            digest = f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"
-            text = f"{tuple(self.x.shape)} in [{self.x.min():.4g}, {self.x.max():.4g}], {digest}"
+            text = f"{tuple(self.x.shape)} in [{self.x.min():.4g}, {self.x.max():.4g}], {digest(self.x)}"
         else:
             text = f"{(len(self), *self.shape)} images, {self.x.digest()}"
-        levels = "" if self.levels is None else f", {self.levels} levels"
-        return text + levels + (f", flips from seed {self.seed}" if self.flip else "")
+        parts = [text] if self.levels is None else [text, f"{self.levels} levels"]
+        if self.flip:
+            parts.append(f"flips from seed {self.seed}")
+        parts += [f"{condition.fingerprint} from seed {self.seed}" for condition in self.conditions]
+        if self.drop:
+            parts.append(f"drop {self.drop} from seed {self.seed}")
+        return ", ".join(parts)
 
-    def _flipped(self, items: Tensor, epochs: Tensor | int) -> Tensor:
-        """Whether each is, bool, shape (B,)."""
-        items = items.cpu()
-        epochs = torch.as_tensor(epochs, device="cpu").expand(len(items))
-        flipped = torch.empty(len(items), dtype=torch.bool, device="cpu")
-        for epoch in epochs.unique().tolist():
-            shown = epochs == epoch
-            flipped[shown] = _coins(len(self), self.seed, epoch)[items[shown]]
-        return flipped
+    def _count(self) -> int | None:
+        """How many classes there are, or None where the labels are none.
+
+        Raises:
+            ValueError: if a label is none of them.
+        """
+        labels = self.labels
+        if labels is None or labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+            if self.num_classes is not None:
+                found = "there are no labels" if labels is None else f"labels are {_described(labels)}"
+                raise ValueError(f"num_classes={self.num_classes}: {found}, expected whole numbers (N,)")
+            return None
+        lo, hi = int(labels.min()), int(labels.max())
+        K = self.num_classes or (len(self.classes) if self.classes else hi + 1)
+        if lo < 0 or hi >= K:
+            raise ValueError(f"labels are {lo} to {hi}: there are {K} classes, 0 to {K - 1}")
+        return K
 
 
 def training_data(
@@ -147,6 +218,8 @@ def training_data(
     size: int | tuple[int, int] | None = None,
     mode: Mode | None = None,
     flip: bool = False,
+    conditions: Sequence[Condition | str] = (),
+    drop: float = 0.0,
     seed: int = 0,
     lazy: bool = True,
     download: bool = False,
@@ -157,7 +230,8 @@ def training_data(
         source, size, mode, download: as in `read_data`.
         labels: keep them; from a folder, the classes are its folders.
         levels: of integers that are not uint8, or not 0 to 255: how many.
-        flip, seed: see `TrainingData`.
+        flip, drop, seed: see `TrainingData`.
+        conditions: `scoresde.data.conditions`, or their names, "super-resolution:4" say (`condition_of`).
         lazy: a folder's images are decoded when they are wanted; False: once, into memory.
 
     Raises:
@@ -177,7 +251,8 @@ def training_data(
         if levels is not None and found.levels not in (None, levels):
             raise ValueError(f"levels={levels}: {source} has {found.levels}")
     try:
-        return TrainingData(x, kept, levels or known, flip, seed, classes)
+        told = [condition_of(c, size=size, lazy=lazy) if isinstance(c, str) else c for c in conditions]
+        return TrainingData(x, kept, levels or known, flip, seed, classes, None, tuple(told), drop)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
@@ -205,8 +280,15 @@ def _check(x: Tensor, levels: int | None) -> None:
         raise ValueError(f"x has the shape {tuple(x.shape)}: images are (N, C, H, W), take x.movedim(-1, 1)")
 
 
-@lru_cache(maxsize=4)
-def _coins(n: int, seed: int, epoch: int) -> Tensor:
-    """Of every item in an epoch, bool; a stream beside that of the epoch's permutation."""
-    generator = torch.Generator("cpu").manual_seed(derive_seed(seed, 0, epoch, 1))
-    return torch.rand(n, generator=generator, device="cpu") < 0.5
+def _check_names(x: Tensor | ImageFolder, condition: Condition) -> None:
+    """Raises ValueError if items and given images are files whose names differ in more than their endings."""
+    if isinstance(condition, Given) and isinstance(condition.values, ImageFolder) and isinstance(x, ImageFolder):
+        for one, other in zip(x.names, condition.values.names, strict=True):
+            if Path(one).with_suffix("") != Path(other).with_suffix(""):
+                raise ValueError(
+                    f"{x.folder / one} and {condition.values.folder / other} have other names: expected a pair"
+                )
+
+
+def _described(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"

@@ -4,13 +4,12 @@ parts, of which part k of M takes those from floor(k B / M) on.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
+from scoresde.data.arrays import digest
 from scoresde.data.loader import loader
 from scoresde.data.order import Order
 from scoresde.tensors import check_batch
@@ -127,9 +126,3 @@ def split(size: int, accumulate: int, rank: int, world: int) -> list[tuple[int, 
         raise ValueError(f"batch_size={size}: {world} processes and accumulate={accumulate} make {M} parts of it")
     edges = [size * k // M for k in range(M + 1)]
     return [(edges[k], edges[k + 1]) for k in range(rank * each, (rank + 1) * each)]
-
-
-def digest(x: Tensor) -> str:
-    """A hash of a tensor's content."""
-    content: Any = x.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"

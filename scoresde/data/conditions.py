@@ -1,0 +1,239 @@
+"""What a network is told of an item x beside x_t: its class, a vector, an image; a function of the item.
+
+    label     the class, 0 to K - 1, which `TrainingData` has by itself
+    vector    a given row of numbers
+    image     A(x, u), of the size of x, concatenated to x_t: what a task leaves of x (`scoresde.data.tasks`), or a
+              given image (segmentation: x is its mask)
+
+For guidance without a classifier (Ho and Salimans, 2022) a network is told nothing with probability p, and then all of
+it is nothing at once. **Nothing** is K, the null class, for a label, and zeros for a vector and an image (mid-grey in
+[-1, 1]; of an inpainting that fills with zeros just what it is where no pixel is known): `nothing`, `dropped`.
+
+All that is random, u and who is told nothing, is a function of the seed, the epoch and the item alone (`Shown`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scoresde.data.arrays import digest
+from scoresde.data.folder import ImageFolder
+from scoresde.data.levels import scaled
+from scoresde.data.shown import Shown, mirrored
+
+__all__ = ["Condition", "Given", "dropped", "nothing", "same_number"]
+
+
+def nothing(cond: Mapping[str, Tensor], num_classes: int | None = None) -> dict[str, Tensor]:
+    """The same keys, and nothing told: for `label` the null class, `num_classes`; for others zeros.
+
+    Args:
+        cond: of a network, by keyword.
+        num_classes: K; needed where there is a label.
+
+    Raises:
+        ValueError: if there is a label, and it is not given.
+
+    >>> nothing({"label": torch.tensor([3, 1]), "vector": torch.ones(2, 1)}, num_classes=10)
+    {'label': tensor([10, 10]), 'vector': tensor([[0.],
+            [0.]])}
+    """
+    if "label" in cond and num_classes is None:
+        raise ValueError("a label's null class is num_classes: say how many classes there are")
+    return {
+        key: torch.full_like(value, num_classes) if key == "label" and num_classes else torch.zeros_like(value)
+        for key, value in cond.items()
+    }
+
+
+def dropped(cond: Mapping[str, Tensor], which: Tensor, num_classes: int | None = None) -> dict[str, Tensor]:
+    """The conditions, and `nothing` where `which` says so.
+
+    Args:
+        cond: of a network, by keyword, B entries each.
+        which: bool, shape (B,).
+        num_classes: as in `nothing`.
+
+    Raises:
+        ValueError: if a condition has not B entries; as `nothing`.
+
+    >>> dropped({"label": torch.tensor([3, 1, 4])}, torch.tensor([False, True, False]), num_classes=10)
+    {'label': tensor([ 3, 10,  4])}
+    """
+    for key, value in cond.items():
+        if value.ndim == 0 or len(value) != len(which):
+            raise ValueError(f"condition {key!r} has the shape {tuple(value.shape)}: expected {len(which)} entries")
+    null = nothing(cond, num_classes)
+    return {
+        key: torch.where(which.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), null[key], value)
+        for key, value in cond.items()
+    }
+
+
+class Condition(ABC):
+    """condition(x, shown): what a network is told of the items x, shape (B, C, ...), floating point.
+
+    x is as it is shown, mirrored where it is; levels are in [-1, 1].
+    """
+
+    @property
+    def key(self) -> Literal["image", "vector"]:
+        """The keyword by which the networks of `scoresde.nn` take it."""
+        return "image"
+
+    @property
+    def lazy(self) -> bool:
+        """Whether it is made on the CPU, slowly: `loader` does it in other processes."""
+        return False
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from others."""
+        return repr(self)
+
+    @abstractmethod
+    def channels(self, shape: Sequence[int]) -> int:
+        """How many channels (of a vector: entries) it has for items of that shape: `image_condition` of a network.
+
+        Raises:
+            ValueError: if it is none for such items.
+        """
+
+    @abstractmethod
+    def __call__(self, x: Tensor, shown: Shown) -> Tensor:
+        """Floating point, on the device of x: an image (B, channels, ...) of the size of x, or a vector (B, channels).
+
+        Raises:
+            ValueError: if there are not as many items as `shown` says.
+        """
+
+    def check(self, shape: Sequence[int], n: int) -> None:
+        """Raises ValueError unless it is for n items of that shape."""
+        self.channels(shape)
+
+    def taken(self, y: Tensor, shape: Sequence[int]) -> Tensor:
+        """What a network is told where y has been measured already, and x is not known: y itself; but small images are
+        enlarged for super-resolution, colour is taken from them for colourisation, and what is not known is filled.
+
+        Args:
+            y: shape (B, ...), floating point; of masked images with a last channel that is positive where they are
+                known.
+            shape: of an item x.
+
+        Raises:
+            ValueError: if y is none of this condition.
+        """
+        expected = (self.channels(shape), *(shape[1:] if self.key == "image" else ()))
+        if tuple(y.shape[1:]) != expected:
+            raise ValueError(f"{self!r}: measurements of shape {tuple(y.shape[1:])}, expected {expected}")
+        return y
+
+    def to(self, device: torch.device | str) -> Condition:
+        """The same, with what it holds in another device's memory."""
+        return self
+
+    def first(self, n: int) -> Condition:
+        """The same, for the first n items alone."""
+        return self
+
+
+def same_number(x: Tensor, shown: Shown) -> None:
+    if len(x) != len(shown):
+        raise ValueError(f"x has {len(x)} items, but {len(shown)} are shown: give the items that x is of")
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Condition):
+    """What was given for each item: a vector (N, length); or an image (N, channels, ...), of the size of x, which is
+    mirrored with it. For segmentation x is the mask, and the image is given.
+
+    Args:
+        values: N of them; whole levels become float32 in [-1, 1]. Or an `ImageFolder`, decoded when wanted.
+        levels: how many there are, 256 in 8-bit images; None for floating-point values.
+
+    Raises:
+        ValueError: if values and levels do not go together, or a number is not finite.
+    """
+
+    values: Tensor | ImageFolder
+    levels: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.values, ImageFolder):
+            if self.levels not in (None, 256):
+                raise ValueError(f"levels={self.levels}: a folder's images have 256")
+            object.__setattr__(self, "levels", 256)
+            return
+        values = self.values
+        if values.ndim < 2 or values.numel() == 0 or values.is_complex() or values.dtype == torch.bool:
+            raise ValueError(
+                f"values are {values.dtype} of shape {tuple(values.shape)}: expected (N, length) or (N, channels, ...)"
+            )
+        if values.is_floating_point():
+            if self.levels is not None or not bool(values.isfinite().all()):
+                raise ValueError(f"values are {values.dtype}, levels={self.levels}: expected finite numbers, no levels")
+            return
+        if self.levels is None or self.levels < 2 or int(values.min()) < 0 or int(values.max()) >= self.levels:
+            raise ValueError(
+                f"values are whole, {int(values.min())} to {int(values.max())}, and levels={self.levels}: expected 0 "
+                "to levels - 1"
+            )
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __repr__(self) -> str:
+        return f"Given({self.key} {self._shape}: {len(self)})"
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.values.shape if isinstance(self.values, ImageFolder) else tuple(self.values.shape[1:])
+
+    @property
+    def key(self) -> Literal["image", "vector"]:
+        return "vector" if len(self._shape) == 1 else "image"
+
+    @property
+    def lazy(self) -> bool:
+        return isinstance(self.values, ImageFolder)
+
+    @property
+    def fingerprint(self) -> str:
+        values = self.values
+        return f"{self!r}, {values.digest() if isinstance(values, ImageFolder) else digest(values)}"
+
+    def channels(self, shape: Sequence[int]) -> int:
+        if self.key == "image" and self._shape[1:] != tuple(shape[1:]):
+            raise ValueError(f"{self!r} is for items of {self._shape[1:]}: an item has the shape {tuple(shape)}")
+        return self._shape[0]
+
+    def check(self, shape: Sequence[int], n: int) -> None:
+        self.channels(shape)
+        if len(self) != n:
+            raise ValueError(f"{self!r} has {len(self)} entries for {n} items: give one for each")
+
+    def __call__(self, x: Tensor, shown: Shown) -> Tensor:
+        same_number(x, shown)
+        values = self.values
+        if isinstance(values, ImageFolder):
+            found = values.batch(shown.items)
+        else:
+            found = values.index_select(0, shown.items.to(values.device))
+        found = (found if self.levels is None else scaled(found, self.levels)).to(x)
+        return mirrored(found, shown.mirrored) if self.key == "image" else found
+
+    def to(self, device: torch.device | str) -> Condition:
+        if isinstance(self.values, ImageFolder):
+            raise ValueError(f"{self.values!r} is not in memory: give it as a tensor")
+        return replace(self, values=self.values.to(device))
+
+    def first(self, n: int) -> Condition:
+        if isinstance(self.values, ImageFolder):
+            raise ValueError(f"{self.values!r} is not in memory: give it as a tensor")
+        return replace(self, values=self.values[:n])
