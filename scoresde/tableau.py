@@ -41,7 +41,7 @@ class State(NamedTuple):
         step: index of the grid step that the row belongs to.
         done: whether the row ends its step, so that x stands at grid.times[step + 1].
         t: time of the evaluation; in a loop that stops short of the grid's end, the time that x has reached.
-        x: the state after the row, shape (B, ...).
+        x: the state after the row, shape (B, ...): the loop's own tensor, which its driver may change in place.
     """
 
     row: int

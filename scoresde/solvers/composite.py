@@ -237,22 +237,26 @@ class TimeTravel(_Composite):
         solver: makes the steps.
         jump: steps of a block.
         repeats: how often each block is made: 1 is `solver` itself.
+        u_min: blocks that end below this level, u = sigma / alpha, are made once too: where the condition is one that
+            holds above it only, the model alone would take back what the condition has brought.
 
     Raises:
-        ValueError: unless jump and repeats are whole numbers >= 1 and solver is a `SingleStep`.
+        ValueError: unless jump and repeats are whole numbers >= 1, u_min >= 0 and solver is a `SingleStep`.
     """
 
     solver: SingleStep = DDPM()  # noqa: RUF009 (frozen)
     jump: int = 10
     repeats: int = 10
+    u_min: float = 0.0
 
     def __post_init__(self) -> None:
         check_count(jump=self.jump, repeats=self.repeats)
+        check_nonnegative(u_min=self.u_min)
         self._check_solver()
 
     def tableau(self, grid: Grid) -> Tableau:
         times, moves = grid.times.tolist(), list[_Move]()
-        noisy = (grid.sde.sigma(grid.times) > 0).tolist()
+        noisy = (_level(grid.sde, grid.times) > self.u_min).tolist()
         for i in range(grid.steps):
             end = i + self.jump
             if i % self.jump == 0 and end <= grid.steps and noisy[end]:
