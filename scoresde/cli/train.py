@@ -58,6 +58,8 @@ scoresde train --data my_folder --size 64 --set train.precision=bfloat16 --set t
 scoresde train --data my_folder --size 64 --condition super-resolution:4 --out runs/sr     details of small images
 scoresde train --data fashion-mnist --classes --drop 0.1 --out runs/guided     for guidance without a classifier
 torchrun --nproc-per-node=4 -m scoresde train --data my_folder --size 64 --out runs/mine
+torchrun --nproc-per-node=8 -m scoresde train --config large.toml --set train.shard=true --out runs/large
+                                                                   a network too large for one GPU
 scoresde train --out runs/mine                                     goes on
 """
 
@@ -178,7 +180,8 @@ def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.devi
     """The trainer, continued from the folder's checkpoint if there is one."""
     denoiser = config.model.build(config.train.seed)
     assert isinstance(denoiser.net, nn.Module)
-    denoiser.net.to(device)
+    if not (config.train.shard and parallel.world() > 1):  # FSDP2 moves a shard of it
+        denoiser.net.to(device)
     if len(data.shape) == 3:
         denoiser.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster on a CPU
     evaluation = Evaluation.of(config, data, out, device)

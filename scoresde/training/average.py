@@ -5,7 +5,6 @@ average <- d_n average + (1 - d_n) weights,    d_n = min(decay, (1 + n) / (10 + 
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,31 +12,33 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Average", "in_place_of"]
+from scoresde.training.parallel import local
+
+__all__ = ["Average", "in_place_of", "local_tensors", "tensors"]
 
 
 class Average:
-    """A network with averaged weights and buffers.
+    """A network with averaged weights and buffers. Sharded ones are averaged shard by shard.
 
     torch's `AveragedModel` holds n in a tensor and reads it each step, which would make the host wait for a GPU: here
     n is given.
 
     Args:
-        net: whose weights; copied.
+        module: a copy of the network, for the averages.
         decay: the largest d_n.
 
     Attributes:
         module: the averaged network.
     """
 
-    def __init__(self, net: nn.Module, decay: float) -> None:
-        self.module, self.decay = copy.deepcopy(net), decay
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module, self.decay = module, decay
 
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
         """Take the weights in, n updates having been made before."""
         floats: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for mine, theirs in zip(_tensors(self.module), _tensors(net), strict=True):
+        for mine, theirs in zip(local_tensors(self.module), local_tensors(net), strict=True):
             if n > 0 and mine.is_floating_point():
                 floats[0].append(mine)
                 floats[1].append(theirs)
@@ -51,10 +52,10 @@ class Average:
 def in_place_of(net: nn.Module, other: nn.Module) -> Iterator[None]:
     """Give a network the other's weights and eval mode, and at the end its own back, to the last bit, whatever happens
     inside."""
-    kept = [x.detach().clone() for x in _tensors(net)]
+    kept = [x.detach().clone() for x in local_tensors(net)]
     modes = {module: module.training for module in net.modules()}
     try:
-        _copy(net, _tensors(other))
+        _copy(net, local_tensors(other))
         net.eval()
         yield
     finally:
@@ -63,11 +64,17 @@ def in_place_of(net: nn.Module, other: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def tensors(net: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, each once."""
+    return itertools.chain(net.parameters(), net.buffers())
+
+
+def local_tensors(net: nn.Module) -> Iterator[Tensor]:
+    """Those, as this process holds them."""
+    return map(local, tensors(net))
+
+
 @torch.no_grad()
 def _copy(net: nn.Module, values: Iterator[Tensor]) -> None:
-    for mine, value in zip(_tensors(net), values, strict=True):
+    for mine, value in zip(local_tensors(net), values, strict=True):
         mine.detach().copy_(value)
-
-
-def _tensors(net: nn.Module) -> Iterator[Tensor]:
-    return itertools.chain(net.parameters(), net.buffers())

@@ -40,6 +40,11 @@ class TrainConfig:
         evaluate_every: steps between evaluations, where the trainer has any; there is always one at the end.
         workers: processes that decode images, where the data are not in memory.
         tensorboard: write TensorBoard's files too, into the run folder.
+        shard: of several processes each holds a part of the weights, gradients, optimiser and averages (FSDP2), and
+            saves its own: for networks that do not fit into one. Without, each holds them whole (DDP). A run may go on
+            either way.
+        async_save: checkpoints are written in the background, from a copy in main memory, while training goes on; one
+            at a time, and each counts once it is whole, so that a kill may cost two intervals instead of one.
 
     Raises:
         ValueError: on a value out of its range.
@@ -63,6 +68,8 @@ class TrainConfig:
     evaluate_every: int | None = None
     workers: int = 2
     tensorboard: bool = False
+    shard: bool = False
+    async_save: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "keep", "accumulate", "evaluate_every"):

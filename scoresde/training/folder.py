@@ -5,6 +5,10 @@
                            optimiser.pt             read as data only
                            manifest.json            what it is, what it was made for, and a hash of each other file
     F/log.csv
+    F/.lock                                         while a run writes there
+
+A sharded run has, instead of the first three, shard-RRRRR-model-KKKKK-of-NNNNN.safetensors: what process R holds of the
+network, the averages (K = 1, 2, ...) and the optimiser (K = N); see `scoresde.training.shard_files`.
 
 A checkpoint is made in a folder of another name, each file flushed to the disk and the manifest last, and then renamed.
 Reading takes the newest that is whole, and says which one it had to pass over. Nothing in a file is ever executed.
@@ -17,7 +21,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +31,20 @@ from torch import Tensor, nn
 
 from scoresde.training.checkpoint import CheckpointError, check_made_for
 
-__all__ = ["Checkpoint", "average_file", "check_safetensors", "checkpoints", "newest", "write"]
+__all__ = [
+    "SHARDED",
+    "WHOLE",
+    "Checkpoint",
+    "average_file",
+    "begin",
+    "check_safetensors",
+    "checkpoints",
+    "finish",
+    "newest",
+    "snapshot",
+]
 
-FORMAT = "scoresde-run-1"
+WHOLE, SHARDED = "scoresde-run-1", "scoresde-shards-1"
 KEYS = {"format", "step", "made_for", "config", "model", "progress", "versions", "files"}
 NETWORK, OPTIMISER, MANIFEST = "network.safetensors", "optimiser.pt", "manifest.json"
 
@@ -75,7 +90,7 @@ class Checkpoint:
             manifest = json.loads(where.read_text())
         except (OSError, ValueError) as error:
             raise DamagedError(f"{where} cannot be read: missing, truncated or damaged ({error})") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        if not isinstance(manifest, dict) or manifest.get("format") not in (WHOLE, SHARDED):
             raise DamagedError(f"{where} is not the manifest of a scoresde checkpoint")
         if set(manifest) != KEYS:
             unknown, lacking = sorted(set(manifest) - KEYS), sorted(KEYS - set(manifest))
@@ -99,12 +114,16 @@ class Checkpoint:
         check_made_for(self.path, self.manifest["made_for"], made_for, whole=whole)
 
     def weights(self, name: str, net: nn.Module) -> None:
-        """Load a file of weights into a network.
+        """Load a file of weights into a network, whole or sharded.
 
         Raises:
             CheckpointError: if there is none of that name, or it does not fit.
         """
         check_safetensors()
+        if self.manifest["format"] == SHARDED:
+            from scoresde.training import shard_files
+
+            return shard_files.read_weights(self, name, net)
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -112,16 +131,22 @@ class Checkpoint:
             there = ", ".join(file for file in self.manifest["files"] if file.endswith(".safetensors"))
             raise CheckpointError(f"{self.path} has no {name}, but {there}")
         try:
-            net.load_state_dict(load_file(self.path / name))
+            wanted = net.state_dict()
+            found = load_file(self.path / name)
+            net.load_state_dict({key: _laid_out(value, wanted.get(key)) for key, value in found.items()})
         except (SafetensorError, RuntimeError, OSError) as error:
             raise CheckpointError(f"{self.path / name} does not fit this network: {error}") from error
 
-    def optimiser(self) -> dict[str, Any]:
-        """The content of the optimiser's file, on the CPU.
+    def optimiser(self, optimiser: torch.optim.Optimizer, net: nn.Module) -> None:
+        """Load the optimiser's state, whole or sharded as its network is.
 
         Raises:
-            CheckpointError: if it is not a file of tensors and numbers.
+            CheckpointError: if it is not one of tensors and numbers, or does not fit.
         """
+        if self.manifest["format"] == SHARDED:
+            from scoresde.training import shard_files
+
+            return shard_files.read_optimiser(self, optimiser, net)
         path = self.path / OPTIMISER
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -129,57 +154,91 @@ class Checkpoint:
             raise CheckpointError(f"{path} cannot be read: damaged, or not a file of tensors ({error})") from error
         if not isinstance(found, dict):
             raise CheckpointError(f"{path} holds {type(found).__name__}: expected an optimiser's state")
-        return found
+        parameters = list(net.parameters())
+        try:
+            found["state"] = {
+                i: {slot: _laid_out(value, parameters[i]) for slot, value in slots.items()}
+                for i, slots in found["state"].items()
+            }
+            optimiser.load_state_dict(found)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not fit this network ({type(error).__name__}: {error})") from error
 
 
-def write(
-    folder: Path,
-    step: int,
-    networks: Mapping[str, nn.Module],
-    optimiser: Mapping[str, Any],
-    manifest: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write a checkpoint, and remove those that are too many once it stands.
+def _laid_out(value: Any, wanted: Any) -> Any:
+    """A whole tensor as the one that it is for: this process's shard of it, if that is sharded and of its shape."""
+    if not isinstance(value, Tensor) or not hasattr(wanted, "placements") or value.shape != wanted.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has read the whole, so nothing has to be sent.
+    return distribute_tensor(value, wanted.device_mesh, wanted.placements, src_data_rank=None)
+
+
+def begin(folder: Path, step: int) -> Path:
+    """A new folder for a checkpoint in the making; what killed runs left of theirs is removed."""
+    check_safetensors()
+    parent = folder / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(".*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = parent / f".{step:08d}.{os.getpid()}.partial"
+    partial.mkdir()
+    return partial
+
+
+def snapshot(
+    folder: Path, networks: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer, copied: bool
+) -> Callable[[], list[str]]:
+    """Writes networks, by file name, and the optimiser's state, whole.
 
     Args:
-        folder: of the run.
-        step: of the run.
+        folder: where to; it exists.
         networks: file name -> network.
         optimiser: its state.
-        manifest: the rest of it.
+        copied: whether what is written is the state of now, and not that of when it is written.
+
+    Returns:
+        what writes, and gives the files' names.
+    """
+    from safetensors.torch import save_file
+
+    contents = {name: _tensors(net, copied) for name, net in networks.items()}
+    state = _on_cpu(optimiser.state_dict()) if copied else optimiser.state_dict()
+
+    def write() -> list[str]:
+        for name, content in contents.items():
+            save_file(content, folder / name)
+            _sync(folder / name)
+        _write(folder / OPTIMISER, lambda file: torch.save(state, file))
+        return [*contents, OPTIMISER]
+
+    return write
+
+
+def finish(partial: Path, files: Iterable[str], manifest: Mapping[str, Any], keep: int) -> Path:
+    """Make a checkpoint of a folder that `begin` gave and whose files are written: the manifest, the flush, the name.
+    Then remove those that are too many.
+
+    Args:
+        partial: the folder.
+        files: their names.
+        manifest: all of it but their hashes.
         keep: how many checkpoints there are to be up to this one.
 
     Returns:
         its folder.
     """
-    check_safetensors()
-    from safetensors.torch import save_file
-
-    parent = folder / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(".*.partial"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    text = json.dumps({**manifest, "files": {name: _sha256(partial / name) for name in files}}, indent=1) + "\n"
+    _write(partial / MANIFEST, lambda file: file.write(text.encode()))
+    _sync(partial)
+    step, parent = manifest["step"], partial.parent
     path = parent / f"{step:08d}"
-    partial = parent / f".{path.name}.{os.getpid()}.partial"
-    partial.mkdir()
-    try:
-        for name, net in networks.items():
-            save_file(_tensors(net), partial / name)
-            _sync(partial / name)
-        _write(partial / OPTIMISER, lambda file: torch.save(dict(optimiser), file))
-        files = {name: _sha256(partial / name) for name in [*networks, OPTIMISER]}
-        text = json.dumps({"format": FORMAT, "step": step, **manifest, "files": files}, indent=1) + "\n"
-        _write(partial / MANIFEST, lambda file: file.write(text.encode()))
-        _sync(partial)
-        if path.exists():  # a damaged one, which the run has come past again
-            _remove(path)
-        partial.rename(path)
-        _sync(parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for old in [other for other in checkpoints(folder) if int(other.name) <= step][keep:]:
+    if path.exists():  # a damaged one, which the run has come past again
+        _remove(path)
+    partial.rename(path)
+    _sync(parent)
+    for old in [other for other in checkpoints(parent.parent) if int(other.name) <= step][keep:]:
         _remove(old)
     return path
 
@@ -217,19 +276,29 @@ def newest(path: Path) -> Checkpoint | None:
     return None
 
 
-def _tensors(net: nn.Module) -> dict[str, Tensor]:
-    """A state_dict as safetensors takes it: contiguous, each with memory of its own."""
+def _tensors(net: nn.Module, copied: bool) -> dict[str, Tensor]:
+    """A state_dict as safetensors takes it: contiguous, each with memory of its own; if copied, not the network's."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in net.state_dict().items():
         if not isinstance(value, Tensor):
             raise TypeError(f"the network's state holds {name}, {type(value).__name__}: only tensors can be saved")
         tensor = value.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
+        shared = copied and tensor.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+        if shared or tensor.untyped_storage().data_ptr() in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         found[name] = tensor
     return found
+
+
+def _on_cpu(content: Any) -> Any:
+    """Containers with copies of their tensors, in main memory."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: _on_cpu(value) for key, value in content.items()}
+    return [_on_cpu(value) for value in content] if isinstance(content, list) else content
 
 
 def _write(path: Path, write: Callable[[Any], Any]) -> None:

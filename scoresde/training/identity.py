@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.sde import SDE
 
-__all__ = ["identity", "probe", "values_of", "versions"]
+__all__ = ["identity", "network_name", "probe", "values_of", "versions"]
 
 
 def probe(sde: SDE) -> Tensor:
@@ -29,8 +29,13 @@ def identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
         "parameterisation": type(denoiser).__name__,
         "scale of the output": values_of(denoiser.affine(t)[1]),
         "time label": values_of(denoiser.label(t)),
-        "network": f"{type(denoiser.net).__name__}, {sum(p.numel() for p in denoiser.net.parameters())} parameters",
+        "network": f"{network_name(denoiser.net)}, {sum(p.numel() for p in denoiser.net.parameters())} parameters",
     }
+
+
+def network_name(net: nn.Module) -> str:
+    """Its class, of which FSDP2 makes one of its own."""
+    return type(net).__name__.removeprefix("FSDP")
 
 
 def versions() -> str:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Voice", "agreed", "by_first", "rank", "start", "total", "world"]
+__all__ = ["Voice", "agreed", "by_first", "gathered", "local", "rank", "start", "together", "total", "world"]
 
 T = TypeVar("T")
 
@@ -81,28 +81,50 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
+def local(x: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, with its memory; any other tensor itself."""
+    # Not isinstance(x, DTensor): importing that takes a second, and only who shards has it.
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The whole of a sharded tensor, for which every process must call; any other tensor itself."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
 def by_first(work: Callable[[], T]) -> T:
     """What rank 0 makes of it, a picklable object, given to all; the others wait.
 
     Raises:
         RuntimeError: in the others, if rank 0 failed, with its message. Rank 0 raises what it raised.
     """
+    return together(work if rank() == 0 else lambda: None)  # type: ignore[return-value]
+
+
+def together(work: Callable[[], T]) -> T:
+    """What rank 0's work gives, a picklable object, given to all once every process has done its own.
+
+    Raises:
+        RuntimeError: in all, if one failed, with its message. That one raises what it raised.
+    """
     if world() == 1:
         return work()
-    box: list[Any] = [None, None]
+    mine: list[Any] = [None, None]
     failure: Exception | None = None
-    if rank() == 0:
-        try:
-            box[0] = work()
-        except Exception as error:  # for the others, who would wait for ever
-            failure, box[1] = error, f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(box)
+    try:
+        result = work()
+        mine[0] = result if rank() == 0 else None
+    except Exception as error:  # for the others, who would wait for ever
+        failure, mine[1] = error, f"{type(error).__name__}: {error}"
+    every: list[Any] = [None] * world()
+    dist.all_gather_object(every, mine)
     if failure is not None:
         raise failure
-    if box[1] is not None:
-        raise RuntimeError(f"rank 0 failed. {box[1]}")
-    result: T = box[0]
-    return result
+    for other, (_, message) in enumerate(every):
+        if message is not None:
+            raise RuntimeError(f"rank {other} failed. {message}")
+    first: T = every[0][0]
+    return first
 
 
 def agreed(what: str, value: dict[str, Any]) -> None:

@@ -10,16 +10,14 @@ processes, or a batch taken in parts, have the losses and gradients of one proce
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from scoresde.data.order import Order
@@ -30,11 +28,14 @@ from scoresde.training.average import Average, in_place_of
 from scoresde.training.checkpoint import CheckpointError
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource, batches, source_of, split
-from scoresde.training.folder import NETWORK, OPTIMISER, average_file, check_safetensors, newest, write
+from scoresde.training.folder import NETWORK, Checkpoint, average_file, check_safetensors, newest
 from scoresde.training.identity import identity, probe, values_of, versions
+from scoresde.training.layout import layout_of
+from scoresde.training.lock import held
 from scoresde.training.log import Log, TensorBoard, check_tensorboard
 from scoresde.training.loss import Draws, Part, dsm_loss
 from scoresde.training.model import ModelConfig, check_model, opened
+from scoresde.training.saver import Saver
 from scoresde.training.signals import Signals
 from scoresde.training.step import Autocast, Interval, Loss, Worker, seeded_global_generators
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
@@ -45,7 +46,10 @@ Evaluate = Callable[[NetworkDenoiser, int], Mapping[str, float]]
 """evaluate(denoiser, step): numbers by name, of the denoiser with averaged weights."""
 
 # What may differ between two sessions of a run, rounding aside.
-_FREE = ("checkpoint_every", "log_every", "evaluate_every", "keep", "tensorboard", "workers", "accumulate", "compile")
+_FREE = (
+    *("checkpoint_every", "log_every", "evaluate_every", "keep", "tensorboard", "workers", "accumulate", "compile"),
+    *("shard", "async_save"),
+)
 
 
 class Trainer:
@@ -63,29 +67,32 @@ class Trainer:
         folder: of the run: `checkpoints` and `log.csv` go there. None to keep nothing.
         augment: a function (batch, generator) -> batch, applied to each whole batch of data.
         evaluate: a function (denoiser, step) -> numbers by name, called with the averaged weights in place at each
-            `config.evaluate_every` steps and at the end, by rank 0; its numbers go to the log.
+            `config.evaluate_every` steps and at the end, by rank 0 alone (with a whole copy, where the run is sharded);
+            its numbers go to the log.
         model: what the denoiser is in words, kept in the checkpoints so that `scoresde.training.load` can build it.
 
     Attributes:
         step: steps done so far.
         losses: mean loss of each interval of log_every steps, with the step that ended it.
         evaluations: what `evaluate` returned, with the step.
-        path: the last checkpoint's folder, or None.
+        path: the folder of the last checkpoint that stands, or None.
 
     Raises:
         TypeError, ValueError: if data, cond or the network do not fit; by `fit` and at construction. If both a loss and
             a weighting or times are given; if model is of another denoiser; if the batch cannot be split.
-        ImportError: if a folder is given without safetensors, or config.tensorboard without TensorBoard.
+        ImportError: if a folder is given without safetensors, config.tensorboard without TensorBoard, or config.shard
+            without FSDP2.
         CheckpointError: if `folder` holds a checkpoint of another SDE, parameterisation, configuration or network, or
             damaged ones only.
 
     If `folder` has a checkpoint, the run continues from it: from the newest that is whole, with a warning if there are
-    newer ones.
+    newer ones. While `fit` runs, no other run can write there.
 
     Where torch.distributed is initialised (`scoresde.training.start`), every process makes the same Trainer, on its own
-    device, and each takes part of every batch; checkpoints and logs are written by rank 0. A run may go on with another
-    number of processes. Gradients go through DistributedDataParallel, for which every weight that takes a gradient must
-    be used in every step.
+    device, and each takes part of every batch; logs are written by rank 0. A run may go on with another number of
+    processes. Gradients go through DistributedDataParallel, for which every weight that takes a gradient must be used
+    in every step; or, with config.shard, through FSDP2: `scoresde.training.sharded`. Then `denoiser`, `ema` and
+    `averaged` are for all processes to call together; `ema` is whole, and whoever has it can use it alone.
     """
 
     def __init__(
@@ -124,25 +131,29 @@ class Trainer:
         self.weighting, self.times, self.augment = weighting, times or UniformTimes(), augment
         self.evaluate = evaluate
         self.net: nn.Module = denoiser.net
-        self.averages = [Average(self.net, decay) for decay in config.ema_decays]
+        self._made_for = self._describe()
+        parallel.agreed("runs", {"config.shard": config.shard})
+        self._layout = layout_of(config)
+        self._layout.place(self.net)
+        self._saver = Saver(self._layout)
+        self.averages = [Average(self._layout.twin(self.net), decay) for decay in config.ema_decays]
         fused = denoiser.device.type in ("cpu", "cuda", "mps", "xpu")  # where torch has it
         self._optimiser = torch.optim.AdamW(
             self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused
         )
         self._order = Order(len(self.data), config.batch_size, config.seed)
-        self._made_for = self._describe()
         self.step, self.seconds = 0, 0.0
         self.losses: list[tuple[int, float]] = []
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         self.path: Path | None = None
         self._interval = Interval()
-        if self.folder is not None and (path := parallel.by_first(self._find)) is not None:
-            self.load(path)
+        if folder is not None and (found := parallel.by_first(lambda: newest(Path(folder)))) is not None:
+            self._continue(found)
 
     @property
     def ema(self) -> NetworkDenoiser:
         """The denoiser with the (first) averaged weights, a copy in eval mode: what to sample from."""
-        net = copy.deepcopy(self.averages[0].module).eval()
+        net = self._layout.whole(self.averages[0].module).eval()
         return self.denoiser.with_net(net.requires_grad_(False))
 
     @contextmanager
@@ -166,10 +177,16 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: if the loss or its gradient is not finite, naming the step. Nothing is saved after it.
+            InUseError: if another run is writing into the folder.
             ValueError: if the processes were not given the same.
         """
-        config, lead = self.config, parallel.rank() == 0
         parallel.agreed("runs", {**self._made_for, "step": self.step})
+        with self._held(self.folder if self.step < self.config.steps else None):
+            self._run(progress)
+        return self
+
+    def _run(self, progress: bool) -> None:
+        config, lead = self.config, parallel.rank() == 0
         voice, worker = parallel.Voice(), self._worker()
         writers: list[Log | TensorBoard] = []
         if lead and self.folder is not None and self.step < config.steps:
@@ -203,27 +220,31 @@ class Trainer:
                         for writer in writers:
                             writer.add({"step": self.step, "epoch": self._epoch, **row})
                     if save and self.folder is not None:
-                        self._save()
+                        self._land()
+                        background = config.async_save and not (last or stop)
+                        self._start_save(self.folder, background)
+                        if not background:
+                            self._land()
                     if stop:
                         signals.leave(stop)
         finally:
+            self._saver.settle()
             bar.close()
             self.net.eval()
             for writer in writers:
                 if isinstance(writer, TensorBoard):
                     writer.close()
-        return self
 
-    def _worker(self) -> Worker | DistributedDataParallel:
+    def _worker(self) -> nn.Module:
         """What makes the loss of a part: under torch.distributed, gradients are averaged over the processes."""
         net: nn.Module = self.net
         if self.config.precision == "bfloat16":
             net = Autocast(net, self.denoiser.device.type)
         if self.config.compile:
             backend = self.config.compile if isinstance(self.config.compile, str) else "inductor"
-            net = torch.compile(net, backend=backend)  # type: ignore[assignment]
+            net = self._layout.compiled(net, backend)
         worker = Worker(net, self.denoiser if net is self.net else self.denoiser.with_net(net), self._loss_of)
-        return DistributedDataParallel(worker) if parallel.world() > 1 else worker
+        return self._layout.worker(worker)
 
     def _batches(self) -> Generator[tuple[Tensor, dict[str, Any]], None, None]:
         """This process's items of each step; the whole batch where it is to be augmented."""
@@ -247,14 +268,13 @@ class Trainer:
             if state is not None:
                 draws = Part(generator.set_state(state), start, B)
             key = (2, self.step, start) if parted else (2, self.step)
-            last = stop == self._parts[-1][1]
-            quiet = worker.no_sync() if isinstance(worker, DistributedDataParallel) and not last else nullcontext()
+            quiet = nullcontext() if stop == self._parts[-1][1] else self._layout.quiet(worker)
             with quiet, seeded_global_generators(derive_seed(config.seed, *key), device):
                 loss = worker(x0[own], draws, {name: value[own] for name, value in cond.items()})
-                # DistributedDataParallel takes the mean over the processes where the sum is wanted.
+                # The layouts take the mean over the processes where the sum is wanted.
                 (loss * (share * parallel.world()) if parted else loss).backward()
             losses.append(loss.detach() * share if parted else loss.detach())
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), config.grad_clip)
+        norm = parallel.gathered(nn.utils.clip_grad_norm_(self.net.parameters(), config.grad_clip))
         self._optimiser.step()
         for average in self.averages:
             average.update(self.net, self.step)
@@ -302,12 +322,9 @@ class Trainer:
         evaluate = self.evaluate
         assert evaluate is not None
 
-        def work() -> dict[str, float]:
-            with self.averaged() as denoiser:
-                return {name: float(value) for name, value in evaluate(denoiser, self.step).items()}
-
-        with self._interval.paused():
-            found = parallel.by_first(work)
+        with self._interval.paused(), self._layout.lent(self.net, self.averages[0].module) as net:
+            denoiser = self.denoiser.with_net(net)
+            found = parallel.by_first(lambda: {k: float(v) for k, v in evaluate(denoiser, self.step).items()})
         self.evaluations.append((self.step, found))
         return found
 
@@ -329,19 +346,43 @@ class Trainer:
             **{f"config.{name}": value for name, value in config.items()},
         }
 
+    @contextmanager
+    def _held(self, folder: Path | None) -> Iterator[None]:
+        """Rank 0 keeps other runs from writing into the folder."""
+        with ExitStack() as stack:
+            if folder is not None:
+                parallel.by_first(lambda: stack.enter_context(held(folder)))
+            yield
+
     def save(self, folder: str | Path) -> Path:
-        """Write a checkpoint into a run folder: whole, or not at all. Call it in one process.
+        """Write a checkpoint into a run folder: whole, or not at all. Every process calls it, and waits for the end.
 
         Returns:
             the checkpoint's folder.
+
+        Raises:
+            InUseError: if another run is writing into the folder.
         """
+        self._land()
+        with self._held(Path(folder)):
+            self._start_save(Path(folder), background=False)
+            found = self._saver.wait()
+        assert found is not None
+        return found
+
+    def _land(self) -> None:
+        """Until the checkpoint under way stands."""
+        self.path = self._saver.wait() or self.path
+
+    def _start_save(self, folder: Path, background: bool) -> None:
+        """The saver is to write the state of now."""
         self._interval.read(self.step)
         networks = {NETWORK: self.net, **{average_file(i): a.module for i, a in enumerate(self.averages)}}
         progress = {
-            "losses": self.losses,
-            "evaluations": self.evaluations,
+            "losses": list(self.losses),
+            "evaluations": list(self.evaluations),
             "seconds": self.seconds + self._interval.seconds,
-            "interval": self._interval.values,
+            "interval": list(self._interval.values),
         }
         manifest = {
             "made_for": self._made_for,
@@ -350,27 +391,19 @@ class Trainer:
             "progress": progress,
             "versions": versions(),
         }
-        return write(Path(folder), self.step, networks, self._optimiser.state_dict(), manifest, self.config.keep)
-
-    def _save(self) -> None:
-        """Rank 0 writes, the others wait for it."""
-        assert self.folder is not None
-        folder = self.folder
-        self.path = parallel.by_first(lambda: self.save(folder))
-
-    def _find(self) -> Path | None:
-        assert self.folder is not None
-        found = newest(self.folder)
-        return None if found is None else found.path
+        self._saver.start(folder, self.step, networks, self._optimiser, manifest, self.config.keep, background)
 
     def load(self, path: str | Path) -> None:
-        """Continue from a checkpoint: a run folder's newest, or the one that has this folder.
+        """Continue from a checkpoint: a run folder's newest, or the one that has this folder. Every process calls it.
 
         Raises:
             FileNotFoundError: if there is none.
             CheckpointError: if it is damaged, lacks or has unknown keys, or was made for another run.
         """
-        found = opened(path)
+        self._continue(parallel.by_first(lambda: opened(path)))
+
+    def _continue(self, found: Checkpoint) -> None:
+        self._land()
         found.check(self._made_for)
         manifest = found.manifest
         expected = {"losses", "evaluations", "seconds", "interval"}
@@ -382,18 +415,12 @@ class Trainer:
             warnings.warn(
                 f"{found.path} was written with {manifest['versions']}, this is {versions()}: the run goes on, but "
                 "its last bits will be others",
-                stacklevel=2,
+                stacklevel=3,
             )
-        optimiser = found.optimiser()
         found.weights(NETWORK, self.net)
         for i, average in enumerate(self.averages):
             found.weights(average_file(i), average.module)
-        try:
-            self._optimiser.load_state_dict(optimiser)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{found.path / OPTIMISER} does not fit this network ({type(error).__name__}: {error})"
-            ) from error
+        found.optimiser(self._optimiser, self.net)
         progress = manifest["progress"]
         self.step, self.path, self.seconds = manifest["step"], found.path, progress["seconds"]
         self.losses = [(step, loss) for step, loss in progress["losses"]]
