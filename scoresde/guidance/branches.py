@@ -1,0 +1,239 @@
+"""Several evaluations of one state, of the same network under other conditions or of other models, that a guidance
+combines: evaluated in as few calls as can be, and brought to what one of the networks predicts.
+
+With D = r x + s N for one and D_i = r_i x + s_i N_i for another, D_i is what the first would have called
+
+    N = ((r_i - r) / s) x + (s_i / s) N_i
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde.denoiser import Denoiser, Posterior
+from scoresde.guidance.base import check_entries, known_all, ratio
+from scoresde.tensors import Time
+from scoresde.views import Affine, combine
+from scoresde.wrappers import SameMean, Wrapper
+
+__all__ = ["Branch", "Branching", "Call", "Conditioned", "evaluate", "replaced", "translated"]
+
+Branch = tuple[Denoiser, Mapping[str, Any]]
+"""A denoiser and the conditions that it is evaluated under."""
+
+Call = Callable[[Denoiser, Tensor, Mapping[str, Any]], Tensor]
+"""call(denoiser, x, cond): its output N at the time of the evaluation; x may hold the batch several times over."""
+
+
+class Conditioned(SameMean):
+    """A denoiser under conditions of its own: one network, several models.
+
+    Args:
+        denoiser: the denoiser to wrap.
+        drop: names of conditions that it is not given.
+        cond: conditions that it is given in place of the call's: a number or a tensor for all samples, or one entry per
+            sample.
+
+    Raises:
+        TypeError: if denoiser is none.
+        ValueError: if a condition is both given and dropped; by the call, if it has neither one entry nor one per
+            sample.
+
+    >>> from scoresde import EpsDenoiser, VPSDE
+    >>> denoiser = EpsDenoiser(lambda x, t, label: x * label, VPSDE())
+    >>> Conditioned(denoiser, label=3).eps(torch.ones(2, 1), 0.5).flatten()
+    tensor([3., 3.])
+    """
+
+    def __init__(self, denoiser: Denoiser, drop: Sequence[str] = (), **cond: Any) -> None:
+        super().__init__(denoiser)
+        self.drop, self.cond = (drop,) if isinstance(drop, str) else tuple(drop), cond
+        if both := [name for name in self.drop if name in cond]:
+            raise ValueError(f"conditions {both} are both given and dropped")
+
+    def conditions(self, cond: Mapping[str, Any], x: Tensor) -> Mapping[str, Any]:
+        """What the wrapped denoiser is given where the call has these conditions."""
+        kept = {name: value for name, value in cond.items() if name not in self.drop}
+        return replaced(kept, self.cond, x)
+
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
+        return self.denoiser.posterior(x, t, **self.conditions(cond, x))
+
+    def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
+        return self.denoiser.view(name, x, t, **self.conditions(cond, x))
+
+    def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
+        return self.denoiser.output(x, t, **self.conditions(cond, x))
+
+    def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
+        output = self.denoiser.outputs(times)
+        return lambda i, x, cond: output(i, x, self.conditions(cond, x))
+
+    def __repr__(self) -> str:
+        return f"Conditioned({self.denoiser!r}, drop={self.drop!r}, {', '.join(self.cond)})"
+
+
+class Branching(Wrapper):
+    """A wrapper that combines branches. It steps in what the first denoiser's network predicts."""
+
+    def __init__(self, denoisers: Sequence[Denoiser]) -> None:
+        if not denoisers:
+            raise ValueError(f"{type(self).__name__} was given no denoiser")
+        super().__init__(denoisers[0])
+        for other in denoisers[1:]:
+            if not isinstance(other, Denoiser):
+                raise TypeError(f"{type(self).__name__} takes Denoisers, not {type(other).__name__}")
+            if other.sde != self.sde:
+                raise ValueError(f"denoisers of {self.sde!r} and of {other.sde!r}: they must have one SDE")
+        self.denoisers = tuple(denoisers)
+
+    @abstractmethod
+    def combined(self, x: Tensor, t: Time, cond: Mapping[str, Any], call: Call) -> Tensor:
+        """The output N: of D = r x + s N with (r, s) of `affine`."""
+
+    def alone(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Branch | None:
+        """The one branch that is left at t, if it is known on the host that only one counts."""
+        return None
+
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
+        if branch := self.alone(x, t, cond):
+            return branch[0].posterior(x, t, **branch[1])
+        N = self.output(x, t, **cond)
+        r, s = self.affine(t)
+        return Posterior(combine(r, x, s, N))
+
+    def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
+        if branch := self.alone(x, t, cond):
+            return branch[0].view(name, x, t, **branch[1])
+        return super().view(name, x, t, **cond)
+
+    def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
+        def call(denoiser: Denoiser, many: Tensor, cond: Mapping[str, Any]) -> Tensor:
+            repeated = isinstance(t, Tensor) and t.ndim == 1 and len(t) > 1
+            return denoiser.output(many, t.repeat(len(many) // len(x)) if repeated else t, **cond)  # type: ignore[union-attr]
+
+        return self.combined(x, t, cond, call)
+
+    def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
+        numbers = times.tolist()
+        known = {id(root): root.outputs(times) for root in map(_root, self.denoisers)}
+
+        def at(i: int, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
+            return self.combined(x, numbers[i], cond, lambda denoiser, x, cond: known[id(denoiser)](i, x, cond))
+
+        return at
+
+    def affine(self, t: Time) -> Affine:
+        return self.denoiser.affine(t)
+
+    def check_times(self, t: Tensor) -> None:
+        for denoiser in self.denoisers:
+            denoiser.check_times(t)
+
+
+def evaluate(branches: Sequence[Branch], x: Tensor, call: Call, batched: bool) -> list[Tensor]:
+    """The outputs N_i of the branches, each what its own network predicts: the branches of one denoiser in one call on
+    the batch as often as there are branches, if batched and their conditions allow it, else one call after the other.
+    """
+    branches = [_unwrapped(branch, x) for branch in branches]
+    found: list[Tensor | None] = [None] * len(branches)
+    for i, (denoiser, cond) in enumerate(branches):
+        if found[i] is not None:
+            continue
+        mine = [k for k, (other, _) in enumerate(branches) if other is denoiser]
+        together = _merged([branches[k][1] for k in mine], x) if batched and len(mine) > 1 else None
+        if together is None:
+            found[i] = call(denoiser, x, cond)
+        else:
+            N = call(denoiser, torch.cat([x] * len(mine)), together)
+            for k, part in zip(mine, N.split(len(x)), strict=True):
+                found[k] = part
+    return [N for N in found if N is not None]
+
+
+def translated(N: Tensor, source: Denoiser, target: Denoiser, x: Tensor, t: Time) -> Tensor:
+    """What the target's network would have predicted for the D that the source's network did."""
+    if source is target:
+        return N
+    (r, s), (r_i, s_i) = target.affine(t), source.affine(t)
+    if known_all((r == r_i) & (s == s_i)):
+        return N
+    return combine(ratio(r_i - r, s), x, ratio(s_i, s), N)
+
+
+def replaced(cond: Mapping[str, Any], values: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
+    """cond with some of its conditions replaced: each value by itself, or shaped like the tensor that it replaces.
+
+    Raises:
+        ValueError: if a value does not fit.
+    """
+    made = dict(cond)
+    for name, value in values.items():
+        before = cond.get(name)
+        shape = (len(x), *before.shape[1:]) if isinstance(before, Tensor) else ()
+        if isinstance(before, Tensor) and isinstance(value, int | float):
+            value = torch.full(shape, value, dtype=before.dtype, device=before.device)
+        elif isinstance(before, Tensor) and isinstance(value, Tensor):
+            try:
+                value = value.to(before).expand(shape)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{name} of shape {tuple(value.shape)} cannot stand for one of shape {shape}: give one entry, or "
+                    "one per sample"
+                ) from error
+        elif isinstance(value, Tensor):
+            check_entries(name, value, len(x))
+        made[name] = value
+    return made
+
+
+def _root(denoiser: Denoiser) -> Denoiser:
+    while isinstance(denoiser, Conditioned):
+        denoiser = denoiser.denoiser
+    return denoiser
+
+
+def _unwrapped(branch: Branch, x: Tensor) -> Branch:
+    """The branch with the conditions of `Conditioned` among its own."""
+    denoiser, cond = branch
+    while isinstance(denoiser, Conditioned):
+        cond = denoiser.conditions(cond, x)
+        denoiser = denoiser.denoiser
+    return denoiser, cond
+
+
+def _merged(conds: Sequence[Mapping[str, Any]], x: Tensor) -> dict[str, Any] | None:
+    """The conditions of one call on the batch repeated, or None where they cannot be put together."""
+    if any(cond.keys() != conds[0].keys() for cond in conds):
+        return None
+    merged: dict[str, Any] = {}
+    for name in conds[0]:
+        values = [cond[name] for cond in conds]
+        first = values[0]
+        if not any(isinstance(value, Tensor) for value in values) and all(
+            value is first or (isinstance(value, int | float) and value == first) for value in values
+        ):
+            merged[name] = first
+            continue
+        parts = [_per_sample(value, x) for value in values]
+        if any(part is None or part.shape != parts[0].shape for part in parts):  # type: ignore[union-attr]
+            return None
+        merged[name] = torch.cat([part for part in parts if part is not None])
+    return merged
+
+
+def _per_sample(value: Any, x: Tensor) -> Tensor | None:
+    """A condition with an entry per sample, or None if it is no number and no tensor."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        dtype = torch.int64 if isinstance(value, int) else x.dtype
+        return torch.full((len(x),), value, dtype=dtype, device=x.device)
+    if not isinstance(value, Tensor):
+        return None
+    if value.ndim == 0 or (len(value) == 1 and len(x) > 1):
+        value = value.expand(len(x), *value.shape[1:])
+    return value if len(value) == len(x) else None
