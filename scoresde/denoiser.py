@@ -208,7 +208,7 @@ class NetworkDenoiser(Denoiser):
         scale = self.input_scale(times)
         dtype = self._dtype(x)
         label = self.label(times)
-        time = label.to(device=x.device, dtype=_label_dtype(label, dtype)).expand(len(x), *label.shape[1:])
+        time = label.to(device=x.device, dtype=dtype_of_label(label, dtype)).expand(len(x), *label.shape[1:])
         return self._evaluate(x, x if scale is None else expand_like(scale, x) * x, time, dtype, cond)
 
     def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
@@ -223,7 +223,7 @@ class NetworkDenoiser(Denoiser):
         def at(i: int, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
             B, dtype = x.shape[0], x.dtype if parameter is None else parameter.dtype
             if dtype not in label_dtypes:
-                label_dtypes[dtype] = _label_dtype(label, dtype)
+                label_dtypes[dtype] = dtype_of_label(label, dtype)
             label_dtype = label_dtypes[dtype]
             if labels is not None:
                 time = torch.full((B,), labels[i], dtype=label_dtype, device=x.device)
@@ -342,7 +342,7 @@ class EDMDenoiser(NetworkDenoiser):
         return 1 / self._total_std(t)
 
 
-def _label_dtype(label: Tensor, dtype: torch.dtype) -> torch.dtype:
+def dtype_of_label(label: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Floating-point labels reach the network in float32 at least."""
     return torch.promote_types(dtype, torch.float32) if label.is_floating_point() else label.dtype
 
@@ -370,11 +370,12 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
 
 def networks(denoiser: Denoiser) -> Iterator[torch.nn.Module]:
     """The modules that a denoiser holds, itself or in the denoisers that it wraps."""
-    for value in vars(denoiser).values():
-        if isinstance(value, torch.nn.Module):
-            yield value
-        elif isinstance(value, Denoiser):
-            yield from networks(value)
+    for attribute in vars(denoiser).values():
+        for value in attribute if isinstance(attribute, list | tuple) else [attribute]:
+            if isinstance(value, torch.nn.Module):
+                yield value
+            elif isinstance(value, Denoiser):
+                yield from networks(value)
 
 
 def _warn_of_training_mode(denoiser: Denoiser) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -154,6 +154,75 @@ class GaussianMixture:
         if bool((sigma == 0).any()) and bool((self._variances == 0).any()):
             raise ValueError("this distribution has components of zero width, so no density at sigma = 0: give t > 0")
         return torch.logsumexp(self._log_joint(flat, alpha, sigma), dim=1).to(x.dtype)
+
+    def measured(self, operator: Callable[[Tensor], Tensor], noise_std: float) -> GaussianMixture:
+        """The law of y = A x_0 + noise_std eta, eta ~ N(0, I): sum_k w_k N(A m_k, A C_k A^T + noise_std^2 I).
+
+        Args:
+            operator: A, linear: (B, *event) to (B, *measurement).
+            noise_std: >= 0.
+
+        >>> law = Gaussian(mean=[1.0, 5.0], std=1.0).measured(lambda x: 2 * x[:, :1], noise_std=1.0)
+        >>> [moment.tolist() for moment in law.moments()]
+        [[2.0], [[5.0]]]
+        """
+        A, event = self._matrix(operator)
+        S = A @ self._covariances() @ A.T + noise_std**2 * torch.eye(len(A), dtype=A.dtype, device=A.device)
+        means = (self._means @ A.T).reshape(-1, *event)
+        return GaussianMixture(means, self._log_weights.exp(), cov=(S + S.mT) / 2)
+
+    def given(self, operator: Callable[[Tensor], Tensor], y: Numbers, noise_std: float) -> GaussianMixture:
+        """The law of x_0 given y = A x_0 + noise_std eta, eta ~ N(0, I). With S_k = A C_k A^T + noise_std^2 I and the
+        gain G_k = C_k A^T S_k^-1 it is the mixture of
+
+            N(m_k + G_k (y - A m_k), (I - G_k A) C_k),    weights in proportion to w_k N(y; A m_k, S_k)
+
+        Components whose weight is zero in float64 are left out.
+
+        Args:
+            operator: A, linear: (B, *event) to (B, *measurement).
+            y: one measurement, shape (*measurement).
+            noise_std: >= 0.
+
+        Raises:
+            ValueError: if y is not of the measurement's shape, or some S_k is singular: noise_std = 0 and a measurement
+                that says the same twice, or of what has no spread.
+
+        >>> posterior = Gaussian(mean=[0.0, 0.0], std=1.0).given(lambda x: x[:, :1], [1.0], noise_std=1.0)
+        >>> posterior.moments()[0], posterior.moments()[1].diagonal()
+        (tensor([0.5000, 0.0000], dtype=torch.float64), tensor([0.5000, 1.0000], dtype=torch.float64))
+        """
+        A, event = self._matrix(operator)
+        y = _float64(y, "y").to(A.device)
+        if tuple(y.shape) != event:
+            raise ValueError(f"y has shape {tuple(y.shape)}: expected one measurement, {event}")
+        C, noise = self._covariances(), noise_std**2
+        L, failed = torch.linalg.cholesky_ex(A @ C @ A.T + noise * torch.eye(len(A), dtype=A.dtype, device=A.device))
+        if bool(failed.any()):
+            raise ValueError(f"A C A^T + noise_std^2 I is singular at noise_std={noise_std}: give noise_std > 0")
+        G = torch.cholesky_solve(A @ C, L).mT  # (K, D, M)
+        e = y.reshape(-1) - self._means @ A.T
+        z = torch.linalg.solve_triangular(L, e[..., None], upper=False)[..., 0]
+        log_weights = self._log_weights - (z**2).sum(-1) / 2 - L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        weights = (log_weights - log_weights.max()).exp()
+        rest = torch.eye(A.shape[1], dtype=A.dtype, device=A.device) - G @ A
+        cov = rest @ C @ rest.mT + noise * G @ G.mT  # (I - G A) C, positive whatever the rounding
+        means, kept = self._means + torch.einsum("kdm,km->kd", G, e), weights > 0
+        return GaussianMixture(means[kept].reshape(-1, *self.event_shape), weights[kept], cov=(cov + cov.mT)[kept] / 2)
+
+    def _matrix(self, operator: Callable[[Tensor], Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+        """A as a matrix (M, D), float64, and the shape of a measurement."""
+        D = self._means.shape[1]
+        basis = torch.eye(D, dtype=torch.float64, device=self._means.device)
+        columns = operator(basis.reshape(D, *self.event_shape))
+        return columns.reshape(D, -1).T, tuple(columns.shape[1:])
+
+    def _covariances(self) -> Tensor:
+        """C_k, shape (K, D, D)."""
+        variances = self._variances.expand(self._means.shape)
+        if self._basis is None:
+            return torch.diag_embed(variances)
+        return self._basis * variances[:, None] @ self._basis.mT
 
     # Below, x is (B, D), alpha and sigma are (B,) or (1,), all float64; K components.
 

@@ -669,6 +669,14 @@ def test_classifier_free_is_autoguidance_by_the_unconditional_model() -> None:
 # --------------------------------------------------------------------------------------------------------------- energy
 
 
+def test_a_network_without_a_derivative_is_named() -> None:
+    """D = r x + s N has one, which would be wrong in silence."""
+    detached = EpsDenoiser(lambda x, t: x.detach(), VPSDE())
+    guided = Energy(detached, lambda D: D.square().sum(1), clean=True)
+    with pytest.raises(ValueError, match="no derivative by x"):
+        guided(torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), 0.5)
+
+
 @pytest.mark.parametrize("name", SDES)
 def test_quadratic_energy_gives_the_tilted_gaussian(name: str) -> None:
     """N(m, s^2) e^{-a |x - c|^2 / 2} is a Gaussian. Exact by E(D) with scale 1 / (1 + a v_t), v_t = Var[x_0 | x_t], and

@@ -32,6 +32,7 @@ from scoresde import (
     sample_seeds,
 )
 from scoresde.exact import Empirical, Gaussian, GaussianMixture
+from scoresde.guidance import Product
 from scoresde.noise import SeededNoise
 from scoresde.solvers import DDIM, DDPM, Euler, EulerMaruyama, Heun
 
@@ -459,10 +460,13 @@ def test_a_network_in_training_mode_is_warned_of():
     denoiser = Clip(EpsDenoiser(lambda x, t: x, VPSDE()))
     denoiser.denoiser.net = net
     net.forward = lambda x, t: x
-    with pytest.warns(UserWarning, match="call net.eval"):
-        sample(denoiser, (1, 3), DDIM(), steps=2, seed=0)
+    several = Product([denoiser, Clip(denoiser)])
+    for each in (denoiser, several):
+        with pytest.warns(UserWarning, match="call net.eval"):
+            sample(each, (1, 3), DDIM(), steps=2, seed=0)
     net.eval()
-    sample(denoiser, (1, 3), DDIM(), steps=2, seed=0)
+    for each in (denoiser, several):
+        sample(each, (1, 3), DDIM(), steps=2, seed=0)
 
 
 def test_tables_do_not_follow_the_default_device():

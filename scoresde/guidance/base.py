@@ -31,6 +31,7 @@ from scoresde.wrappers import Wrapper
 __all__ = [
     "Guidance",
     "Scale",
+    "check_derivative",
     "check_entries",
     "check_scale",
     "gradient",
@@ -131,6 +132,16 @@ def gradient(log_density: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor
     return values, g
 
 
+def check_derivative(N: Tensor, x: Tensor, output: Callable[[Tensor], Tensor]) -> None:
+    """Raises ValueError if N = output(x), for an x that requires gradients, changes with x and cannot be differentiated
+    by it: D = r x + s N can, and its gradient would be silently wrong."""
+    if x.requires_grad and not N.requires_grad and not torch.equal(N, output(1.1 * x + 0.1)):
+        raise ValueError(
+            "the network's output has no derivative by x: it runs under no_grad or inference_mode, or detaches x; take "
+            "that away"
+        )
+
+
 def gradient_of_mean(
     denoiser: Denoiser, log_density: Callable[[Tensor], Tensor], x: Tensor, t: Time, cond: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,6 +154,7 @@ def gradient_of_mean(
 
     def of_mean(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         N = denoiser.output(x, t, **cond)
+        check_derivative(N, x, lambda x: denoiser.output(x, t, **cond))
         r, s = denoiser.affine(t)
         D = combine(r, x, s, N)
         return log_density(D), (N, D)

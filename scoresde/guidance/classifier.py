@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scoresde.denoiser import Denoiser, _label_dtype
+from scoresde.denoiser import Denoiser, dtype_of_label
 from scoresde.guidance.base import Guidance, Scale, check_entries, guided_by, usable
 from scoresde.sde import SDE
 from scoresde.tensors import Time, known_any, precise, widen
@@ -181,7 +181,7 @@ def _logits(
     if t is not None:
         times = precise(t).reshape(-1)
         told = times if time is None else time(times)
-        kind = _label_dtype(told, dtype)
+        kind = dtype_of_label(told, dtype)
         if told.shape == (1,) and told.device.type == "cpu":  # a copy to a GPU would stall it
             seen += (torch.full((len(x),), told.item(), dtype=kind, device=x.device),)
         else:

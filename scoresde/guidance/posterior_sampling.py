@@ -1,0 +1,448 @@
+"""Posterior sampling for inverse problems, y = A(x_0) + noise_std eta with eta ~ N(0, I). With D = E[x_0 | x_t],
+J = dD/dx_t and the residual e = y - A(D), three guesses of grad log p(y | x_t):
+
+    DPS              J^T A^T e / noise_std^2
+    PiGDM            J^T A^T (noise_std^2 I + r_t^2 A A^T)^-1 e
+    moment matching  J^T A^T (noise_std^2 I + A V A^T)^-1 e,          V = Cov[x_0 | x_t] = (sigma^2 / alpha) J
+
+Each is the score of N(y; A D, S) in which S is taken not to depend on x_t: S = noise_std^2 I leaves out that x_0 is
+uncertain given x_t, S = noise_std^2 I + r_t^2 A A^T takes all of x_0 to be uncertain alike, and the third has the first
+two moments of p(y | x_t) right (Tweedie's second-order formula), so it is exact where the data is Gaussian. Where A is
+not linear it is replaced in S and in front of e by its derivative at D.
+
+DPS is biased, however many the steps. On data N(m, v) and y = x_0 + noise of variance n, the ODE ends in a Gaussian
+with (F the Dawson function, k = v / (2 n); exact is mean m + (y - m) v / (v + n), variance v n / (v + n))
+
+    mean  m + (y - m) 2 sqrt(k) F(sqrt(k)),    variance  v e^{-2 k}
+
+so for accurate measurements its spread is exponentially too small: at n = v the mean goes 0.72 instead of 0.5 of the
+way, with a standard deviation of 0.61 sqrt(v) instead of 0.71 sqrt(v).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from scoresde.denoiser import Denoiser
+from scoresde.guidance.base import Scale, check_derivative, check_entries, gradient, known_all, scaled, shifted, usable
+from scoresde.guidance.operators import LinearOperator, Mask, check_adjoint, match_measurement
+from scoresde.guidance.particles import Twist, Twisted
+from scoresde.sde import VPSDE, check_positive
+from scoresde.solvers.base import check_count, check_option
+from scoresde.tensors import Time, expand_like, known_any, precise
+from scoresde.views import combine
+
+__all__ = ["DPS", "MomentMatching", "PiGDM"]
+
+Operator = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]
+
+
+class _Measured(Twisted):
+    """What the three share: the measurement, and its likelihood."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        operator: Operator,
+        y: Tensor,
+        noise_std: Tensor | float | None,
+        scale: Scale,
+    ) -> None:
+        super().__init__(denoiser, scale)
+        if not callable(operator):
+            raise TypeError(f"operator is {type(operator).__name__}: expected an Operator, or a function of x")
+        if noise_std is not None:
+            std = precise(noise_std)
+            if std.ndim > 1 or known_any(~(std.isfinite() & (std >= 0))):
+                raise ValueError(f"noise_std={noise_std}: expected finite numbers >= 0, one or one per sample")
+        self.operator, self.y, self.noise_std = operator, y, noise_std
+        self._tested = set[tuple[int, ...]]()
+
+    def _variance(self, batch: int) -> Tensor:
+        """noise_std^2, float64, of shape () or (B,)."""
+        if self.noise_std is None:
+            raise ValueError(
+                f"{type(self).__name__} without noise_std= has no log p(y | x): give the noise of the measurement"
+            )
+        std = precise(self.noise_std)
+        check_entries("noise_std", std, batch)
+        return std**2
+
+    def _measurement(self, x: Tensor) -> Tensor:
+        """y for events of the shape of x, checked before the network is called: (1, *measurement) or (B, ...)."""
+        if isinstance(self.operator, LinearOperator) and tuple(x.shape[1:]) not in self._tested:
+            check_adjoint(self.operator, x.shape[1:])
+            self._tested.add(tuple(x.shape[1:]))
+        y = usable(match_measurement(self.operator, self.y, x))  # type: ignore[arg-type]
+        return self.operator(y) if isinstance(self.operator, Mask) else y  # which reads only what it knows
+
+    def _known(self, y: Tensor) -> int:
+        """Numbers in a measurement that say something."""
+        if isinstance(self.operator, Mask):
+            return int(self.operator(torch.ones_like(y[:1])).sum())
+        return y[0].numel()
+
+    def log_likelihood(self, x0: Tensor) -> Tensor:
+        y, n = self._measurement(x0), self._variance(len(x0)).to(x0.device)
+        squares = _squares((y - self.operator(x0)).double())
+        return -squares / (2 * n) - self._known(y) / 2 * (2 * math.pi * n).log()
+
+    def check_groups(self, x: Tensor, particles: int) -> None:
+        n, y = self._variance(len(x)), self._measurement(x)
+        if known_any(n == 0):
+            raise ValueError("noise_std is 0, so p(y | x) is no density to weigh particles by: give a number > 0")
+        for name, value in (("y", y), ("noise_std", n)):
+            if value.ndim and len(value) == len(x) > 1:
+                group = value.reshape(-1, particles, *value.shape[1:])
+                if known_any(group != group[:, :1]):
+                    raise ValueError(
+                        f"{name} differs within a group of {particles} particles: give the measurement of each group "
+                        f"as often, {name}.repeat_interleave({particles}, dim=0)"
+                    )
+
+
+class DPS(_Measured):
+    """Diffusion posterior sampling (Chung et al., 2023, "Diffusion posterior sampling for general noisy inverse
+    problems"), for any operator that can be differentiated: with e = y - A(D(x_t)),
+
+        noise_std given    g = -grad |e|^2 / (2 noise_std^2)      with N(y; A(D), noise_std^2 I) for p(y | x_t)
+        noise_std None     g = -(N / beta(t)) grad |e|^2 / |e|    the published step, normalised
+
+    The second is the limit of the paper's algorithm 1, x_s <- x_s - zeta grad |e|^2 / |e| after each of N steps of
+    DDPM, with the scale as zeta and `steps` as N: on the VP SDE with N equal steps in t, and DDPM, it is that algorithm
+    but for terms of order 1 / N. beta(t) is that SDE's at the same half log-SNR: so it means the same on every SDE.
+    It is no likelihood, and its law is not that of x_0 given y.
+
+    Both are biased, the first as the module says, however many the steps; with a small noise_std it also needs many. As
+    a proposal in `TwistedSMC` the first is exact.
+
+    Args:
+        denoiser: the model.
+        operator: A, a function of (B, *event), differentiable.
+        y: shape (1, *measurement) or (B, *measurement).
+        scale: w, in the second form zeta, for which the paper has 0.3 to 1.
+        noise_std: standard deviation of the measurement's noise, one number or (B,).
+        steps: N of the second form.
+
+    Raises:
+        TypeError: if the denoiser is none, or the operator no function.
+        ValueError: on numbers out of range; by the call, if y, noise_std or scale have neither one entry nor one per
+            sample, y is not of the operator's shape, or the operator's adjoint is not its own.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        operator: Operator,
+        y: Tensor,
+        scale: Scale = 1.0,
+        *,
+        noise_std: Tensor | float | None = None,
+        steps: int = 100,
+    ) -> None:
+        super().__init__(denoiser, operator, y, noise_std, scale)
+        if noise_std is not None and known_any(precise(noise_std) == 0):
+            raise ValueError("noise_std=0: DPS divides by it; leave it away for the published step")
+        check_count(steps=steps)
+        self.steps = steps
+
+    def twist(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Twist:
+        y = self._measurement(x)
+        half_precision = None if self.noise_std is None else usable(1 / (2 * self._variance(len(x)).to(x)))
+
+        def log_density(D: Tensor) -> Tensor:
+            squares = _squares(y - self.operator(D))
+            return -squares if half_precision is None else -squares * half_precision
+
+        with _usable_gradients():
+            found = _differentiated(self.denoiser, usable(x), t, {name: usable(value) for name, value in cond.items()})
+            log_prob, by_mean = gradient(log_density, found.mean)
+            if half_precision is None:
+                norm = (-log_prob).sqrt()
+                by_mean = scaled(by_mean, torch.where(norm > 0, self._rate(t).to(norm) / norm, 0.0))
+            return Twist(found.output, found.mean, log_prob, found.transposed(by_mean))
+
+    def _rate(self, t: Time) -> Tensor:
+        """N / beta at the time of the VP SDE that has the half log-SNR of t, shape () or (B,); at its end if there is
+        more noise.
+        """
+        vp = VPSDE()
+        level = self.sde.half_log_snr(precise(t)).clamp(min=float(vp.half_log_snr(vp.t_max)))
+        return self.steps / vp.beta(vp.time_at(level))
+
+
+class _Matched(_Measured):
+    """g = J^T A^T S^-1 e, S = noise_std^2 I + A V A^T, by conjugate gradients."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        operator: Operator,
+        y: Tensor,
+        noise_std: Tensor | float,
+        scale: Scale,
+        iterations: int,
+    ) -> None:
+        super().__init__(denoiser, operator, y, noise_std, scale)
+        if noise_std is None:
+            raise ValueError(
+                f"noise_std=None: {type(self).__name__} needs the noise of the measurement, 0 if it has none"
+            )
+        check_count(iterations=iterations)
+        self.iterations = iterations
+
+    wants_variance = False
+
+    @abstractmethod
+    def _covariance(self, found: _Mean, x: Tensor, t: Time) -> Product:
+        """v -> V v."""
+
+    def twist(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Twist:
+        y, n = self._measurement(x), usable(self._variance(len(x)))
+        with _usable_gradients():
+            return self._twist(usable(x), t, y, n, {name: usable(value) for name, value in cond.items()})
+
+    def _twist(self, x: Tensor, t: Time, y: Tensor, n: Tensor, cond: Mapping[str, Any]) -> Twist:
+        found = _differentiated(self.denoiser, x, t, cond, self.wants_variance)
+        value, forward, adjoint = _derivative(self.operator, found.mean)
+        V = self._covariance(found, x, t)
+        e = y - value
+
+        def S(u: Tensor) -> Tensor:
+            return expand_like(n, u) * u + forward(V(adjoint(u)))
+
+        u = _conjugate_gradients(S, e, self.iterations)
+        log_prob = -_dot(e, u) / 2
+        return Twist(found.output, found.mean, log_prob, found.transposed(adjoint(u)))
+
+
+class PiGDM(_Matched):
+    """Pseudo-inverse guidance (Song et al., 2023, "Pseudoinverse-guided diffusion models for inverse problems"): x_0
+    given x_t is taken to be N(D, r_t^2 I), with
+
+        r_t^2 = s^2 sigma^2 / (alpha^2 s^2 + sigma^2)
+
+    which is right for data N(m, s^2 I), where it is exact; at s = 1 it is the paper's choice, at noise_std = 0 the
+    gradient is J^T A^+ e / r_t^2. (The paper then multiplies by weights of its own: a function of t as `scale`.) One
+    call of the network and one backward pass through it.
+
+    Args:
+        denoiser, operator, y: as for `DPS`; an operator that is not linear is linearised at D.
+        noise_std: standard deviation of the measurement's noise, one number or (B,), 0 allowed.
+        data_std: s, in units of the data.
+        r2: instead, the function from t, float64 of shape () or (B,), to r_t^2 > 0, of the same shape.
+        scale: w.
+        iterations: of conjugate gradients for S, at most; they evaluate the operator only, end when they have
+            converged, and are 1 or 2 for masks and the like.
+
+    Raises:
+        TypeError, ValueError: as `DPS`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        operator: Operator,
+        y: Tensor,
+        noise_std: Tensor | float,
+        *,
+        data_std: float = 1.0,
+        r2: Callable[[Tensor], Tensor] | None = None,
+        scale: Scale = 1.0,
+        iterations: int = 100,
+    ) -> None:
+        super().__init__(denoiser, operator, y, noise_std, scale, iterations)
+        check_positive(data_std=data_std)
+        if r2 is not None and not callable(r2):
+            raise TypeError(f"r2 is {type(r2).__name__}: expected a function of t")
+        self.data_std, self._r2 = data_std, r2
+
+    def r2(self, t: Time) -> Tensor:
+        """r_t^2, float64, of the shape of t."""
+        t = precise(t)
+        if self._r2 is not None:
+            return precise(self._r2(t))
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        return (self.data_std * sigma / torch.hypot(alpha * self.data_std, sigma)) ** 2
+
+    def _covariance(self, found: _Mean, x: Tensor, t: Time) -> Product:
+        r2 = self.r2(t)
+        return lambda v: scaled(v, r2)
+
+
+class MomentMatching(_Matched):
+    """Moment matching with the posterior covariance (Rozet et al., 2024, MMPS; Boys et al., 2023, "Tweedie moment
+    projected diffusions for inverse problems"), exact for Gaussian data in the limit of many steps.
+
+    covariance
+    "jacobian"   V = (sigma^2 / alpha) J, in products only: MMPS. One call of the network and 1 + iterations backward
+                 passes
+    "row sum"    V = diag((sigma^2 / alpha) J^T 1), of Boys et al.: two backward passes. Sums of rows can be negative
+                 where the data is anti-correlated, and are then taken to be 0
+    "variance"   V = diag(Posterior.var), of a denoiser that knows it (an `AnalyticDenoiser`, or the exact ones): one
+                 backward pass
+
+    J is symmetric where D is a posterior mean; of a network it is nearly so. Where it is not positive, conjugate
+    gradients end for that sample with what they have. At noise_std = 0 the system is as ill-conditioned as A V A^T.
+
+    Args:
+        denoiser, operator, y: as for `DPS`; an operator that is not linear is linearised at D.
+        noise_std: standard deviation of the measurement's noise, one number or (B,), 0 allowed.
+        covariance: see above.
+        scale: w.
+        iterations: of conjugate gradients for S, at most; as many as y has entries are exact. Rozet et al. find few to
+            be enough.
+
+    Raises:
+        TypeError, ValueError: as `DPS`; on another covariance; by the call, for "variance", if the denoiser knows none.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        operator: Operator,
+        y: Tensor,
+        noise_std: Tensor | float,
+        *,
+        covariance: Literal["jacobian", "row sum", "variance"] = "jacobian",
+        scale: Scale = 1.0,
+        iterations: int = 5,
+    ) -> None:
+        super().__init__(denoiser, operator, y, noise_std, scale, iterations)
+        check_option(("jacobian", "row sum", "variance"), covariance=covariance)
+        self.covariance, self.wants_variance = covariance, covariance == "variance"
+
+    def _covariance(self, found: _Mean, x: Tensor, t: Time) -> Product:
+        if self.covariance == "jacobian":
+            return lambda v: self._times_ratio(found.transposed(v), t)
+        if self.covariance == "row sum":
+            diagonal = self._times_ratio(found.transposed(torch.ones_like(x)), t).clamp(min=0)
+        else:
+            assert found.var is not None
+            diagonal = found.var
+        return lambda v: diagonal * v
+
+    def _times_ratio(self, v: Tensor, t: Time) -> Tensor:
+        """(sigma^2 / alpha) v; 0 where alpha is, where J is zero and V not known by it."""
+        return shifted(torch.zeros_like(v), v, self.sde, t)
+
+
+class _Mean(NamedTuple):
+    """The denoiser at x.
+
+    Attributes:
+        mean: D.
+        transposed: v -> J^T v.
+        output: N.
+        var: the variance, if asked for.
+    """
+
+    mean: Tensor
+    transposed: Product
+    output: Tensor
+    var: Tensor | None = None
+
+
+@contextmanager
+def _usable_gradients() -> Iterator[None]:
+    """Leaves inference mode, in which nothing can be differentiated, with gradients recorded where they were before."""
+    again = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(again):  # the first would turn gradients on
+        yield
+
+
+def _differentiated(denoiser: Denoiser, x: Tensor, t: Time, cond: Mapping[str, Any], variance: bool = False) -> _Mean:
+    """The denoiser and products with dD/dx, from one call of it. It differentiates under no_grad too; in grad mode the
+    results can be differentiated again.
+
+    Raises:
+        ValueError: if the network cannot be differentiated, or the variance is wanted and not known.
+    """
+    r, s = denoiser.affine(t)
+
+    def called(x: Tensor) -> tuple[Tensor, ...]:
+        """N; or D and the variance."""
+        if not variance:
+            return (denoiser.output(x, t, **cond),)
+        D, var = denoiser.posterior(x, t, **cond)
+        if var is None:
+            raise ValueError(
+                f"covariance='variance' needs Posterior.var, which {denoiser!r} does not know: wrap it in an "
+                "AnalyticDenoiser, or take 'jacobian'"
+            )
+        return D, var
+
+    def whole(x: Tensor, first: Tensor, *var: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """D, and N and the variance."""
+        return (first, (combine(1 / s, first, -r / s, x), *var)) if variance else (combine(r, x, s, first), (first,))
+
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # where requires_grad_ is not allowed
+        D, vjp, rest = cast(Any, torch.func.vjp(lambda x: whole(x, *called(x)), x, has_aux=True))
+        return _Mean(D, lambda v: vjp(v)[0], *rest)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not (again and x.requires_grad):
+            x = x.detach().requires_grad_()
+        found = called(x)
+        check_derivative(found[0], x, lambda x: called(x)[0])
+        D, rest = whole(x, *found)
+
+    def transposed(v: Tensor) -> Tensor:
+        if not D.requires_grad:  # a constant
+            return torch.zeros_like(v)
+        (product,) = torch.autograd.grad(D, x, v, retain_graph=True, create_graph=again, materialize_grads=True)
+        return product
+
+    if again:
+        return _Mean(D, transposed, *rest)
+    return _Mean(D.detach(), transposed, *(value.detach() for value in rest))
+
+
+def _derivative(operator: Operator, x: Tensor) -> tuple[Tensor, Product, Product]:
+    """A(x), and products with its derivative at x and with the transpose of that."""
+    if isinstance(operator, LinearOperator):
+        return operator(x), operator, operator.adjoint
+    value, vjp = cast(Any, torch.func.vjp(operator, x))
+    return value, lambda v: torch.func.jvp(operator, (x,), (v,))[1], lambda u: vjp(u)[0]
+
+
+def _conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
+    """u with product(u) = b from u = 0 (Hestenes and Stiefel, 1952), for a symmetric, positive product, each sample
+    with steps of its own. One that has converged, or along whose direction the product is not positive, stays.
+    """
+    u, residual, p = torch.zeros_like(b), b, b
+    rr = _dot(b, b)
+    target = (8 * torch.finfo(b.dtype).eps) ** 2 * rr
+    for _ in range(min(iterations, b[0].numel())):
+        q = product(p)
+        curvature = _dot(p, q)
+        on = (rr > target) & (curvature > 0)
+        if known_all(~on):  # on a GPU, where a look would stall it, all iterations are made
+            break
+        step = torch.where(on, rr, 0.0) / torch.where(on, curvature, 1.0)
+        u = u + expand_like(step, u) * p
+        residual = residual - expand_like(step, q) * q
+        before, rr = rr, _dot(residual, residual)
+        p = (
+            torch.where(expand_like(on.to(b.dtype), p) == 1, residual, 0.0)
+            + expand_like(torch.where(on, rr, 0.0) / torch.where(on, before, 1.0), p) * p
+        )
+    return u
+
+
+def _squares(x: Tensor) -> Tensor:
+    """|x|^2 of each sample, shape (B,)."""
+    return _dot(x, x)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of each sample, shape (B,)."""
+    return (a * b).reshape(len(a), -1).sum(1)
