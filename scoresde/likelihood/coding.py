@@ -106,7 +106,7 @@ def encode(
     True
     """
     check_batch(x, "x")
-    solver, grid = _plan(denoiser, solver, steps, nfe, grid)
+    solver, grid = plan(denoiser, solver, steps, nfe, grid)
     code = sample(denoiser, x, solver, grid=grid.reversed(), cond=cond, differentiable=differentiable)
     error = None
     if check and code.status == "complete":
@@ -143,7 +143,7 @@ def decode(
         TypeError, ValueError, NonFiniteError: as for `encode`.
     """
     check_batch(latent, "latent")
-    solver, grid = _plan(denoiser, solver, steps, nfe, grid)
+    solver, grid = plan(denoiser, solver, steps, nfe, grid)
     return sample(denoiser, latent, solver, grid=grid, cond=cond, differentiable=differentiable)
 
 
@@ -229,17 +229,23 @@ def rescale(latent: Tensor, temperature: float | Tensor) -> Tensor:
     return (expand_like(tau.sqrt(), widen(latent)) * widen(latent)).to(latent.dtype)
 
 
-def _plan(
-    denoiser: Denoiser, solver: Solver | None, steps: int | None, nfe: int | None, grid: Grid | None
-) -> tuple[Solver, Grid]:
-    """The solver, and the decreasing grid to noise that it runs on in both directions."""
+def check_pair(denoiser: Denoiser, solver: Solver) -> None:
+    """Raises TypeError unless they are a denoiser and an instance of a solver."""
     if not isinstance(denoiser, Denoiser):
         raise TypeError(
             f"expected a Denoiser, not {type(denoiser).__name__}: wrap the network, EpsDenoiser(net, sde, time=...)"
         )
-    solver, sde = AdaptiveODE() if solver is None else solver, denoiser.sde
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be an instance of a solver (UniPC() say), not {solver!r}")
+
+
+def plan(
+    denoiser: Denoiser, solver: Solver | None, steps: int | None, nfe: int | None, grid: Grid | None
+) -> tuple[Solver, Grid]:
+    """The solver, and the decreasing grid to noise that it runs on in both directions; errors as of `encode`."""
+    solver = AdaptiveODE() if solver is None else solver
+    check_pair(denoiser, solver)
+    sde = denoiser.sde
     if grid is not None and not isinstance(grid, Grid):
         raise TypeError(f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times) for your own times")
     if grid is not None and grid.increasing:
