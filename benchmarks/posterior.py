@@ -303,12 +303,13 @@ def table(rows: Sequence[Row], noise: float) -> str:
     return "\n".join(lines)
 
 
-def report(results: dict[str, list[Row]], args: argparse.Namespace, command: str) -> str:
+def report(results: dict[str, list[Row]], args: argparse.Namespace, made_on: dict[str, Any]) -> str:
     assert __doc__ is not None
     meanings = __doc__.split("\n\n    sliced W2")[1].split("\n\nEach is")[0]
     lines = [
         "# Inverse problems: samples against the exact posterior",
-        f"    {command}",
+        f"`{made_on['command']}`, {made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}, torch "
+        f"{made_on['torch']}, scoresde {made_on['scoresde']} at {made_on['commit']}.",
         f"Exact denoisers on the VP SDE, DDPM with {args.steps} steps (RePaint: blocks of 10, made five times where "
         f"it replaces anything), {args.measurements} measurements and {args.samples} samples of each; SMC: groups of "
         f"{args.samples} particles, PiGDM the twist; PiGDM and DDNM are told the data's standard deviation. Exact "
@@ -448,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
     record = {"environment": info, "steps": args.steps, "measurements": args.measurements, "samples": args.samples}
     rows_of = {name: [asdict(row) for row in rows] for name, rows in results.items()}
     (args.out / "results.json").write_text(json.dumps(record | {"problems": rows_of}, indent=1) + "\n")
-    page = report(results, args, str(info["command"]))
+    page = report(results, args, info)
     (args.out / "README.md").write_text(page)
     draw_errors(results, args, args.out / "posterior.png")
     if kept:
