@@ -20,7 +20,7 @@ import torch
 
 import scoresde
 from scoresde import VPSDE, Clip, sample, sample_seeds
-from scoresde.cli import compare, evaluate, likelihood, main, parser, train, variance
+from scoresde.cli import compare, edit, evaluate, export, likelihood, main, parser, restore, train, variance
 from scoresde.cli import sample as sampling
 from scoresde.cli.cells import Cells
 from scoresde.cli.config import SECTIONS, DataConfig, RunConfig, completed, override, to_toml
@@ -73,7 +73,10 @@ def here(tmp_path, monkeypatch):
 
 # --- help ------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("train", "sample", "evaluate", "likelihood", "variance", "compare", "info", "solvers", "tableau")
+COMMANDS = (
+    *("train", "sample", "edit", "restore", "evaluate", "likelihood", "variance", "compare", "export"),
+    *("info", "solvers", "tableau"),
+)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -650,5 +653,5 @@ def test_info_of_a_run(digits_run, capsys):
 
 
 def test_every_command_has_a_module():
-    for module in (train, sampling, evaluate, likelihood, variance, compare):
+    for module in (train, sampling, edit, restore, evaluate, likelihood, variance, compare, export):
         assert module.__all__ == ["add_parser", "run"]

@@ -1,6 +1,7 @@
 """The command `scoresde`, also `python -m scoresde`: a module for each of its commands.
 
-train.py  sample.py  evaluate.py  variance.py  likelihood.py  compare.py  info.py
+train.py  sample.py  edit.py  restore.py  evaluate.py  variance.py  likelihood.py  compare.py  export.py
+info.py
 config.py      a training run in words: dataclasses, TOML, --set
 models.py      run folders and other models
 drawing.py     samples by number, in any batch and on any number of processes
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from scoresde import __version__
-from scoresde.cli import compare, evaluate, info, likelihood, sample, train, variance
+from scoresde.cli import compare, edit, evaluate, export, info, likelihood, restore, sample, train, variance
 from scoresde.cli.common import sigterm
 from scoresde.cli.drawing import GRIDS, SOLVERS
 from scoresde.cli.info import SDES
@@ -30,10 +31,13 @@ __all__ = ["GRIDS", "SDES", "SOLVERS", "main"]
 EXAMPLES = """examples:
   scoresde train --data my_folder --size 32 --out runs/mine
   scoresde sample runs/mine --n 64 --solver unipc3 --nfe 20 --out samples.png
+  scoresde edit runs/mine --input strokes.png --strength 0.5 --out edited.png
+  scoresde restore runs/mine --input photo.png --operator box:8,8,12,12 --out restored.png
   scoresde evaluate runs/mine --n 1000 --data held_out_folder --out scores.json
   scoresde likelihood runs/mine --data held_out_folder --out bits.json
   scoresde variance runs/mine --out table.npz
   scoresde compare runs/mine --solvers ddim unipc3 --nfe 5 10 20 --out runs/compare
+  scoresde export runs/mine --out mine --dtype float16
   scoresde COMMAND --help          all of a command's options, and more examples
 
 exit status: 0; 1 where numbers are not finite or a budget ran out; 2 where an argument or a file is wrong; 130 after
@@ -50,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--version", action="version", version=f"scoresde {__version__}")
     commands = found.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (train, sample, evaluate, likelihood, variance, compare):
+    for module in (train, sample, edit, restore, evaluate, likelihood, variance, compare, export):
         module.add_parser(commands)
     info.add_parsers(commands)
     return found

@@ -157,6 +157,7 @@ class Race:
             "metrics": ", ".join(self.names),
             "samples": f"{args.n} from seed {args.seed}, class {'in turn' if args.label is None else args.label}",
             **({} if self.told is None else {"conditions of": self.told.fingerprint}),
+            **_guidance(args),
             "clip": args.clip,
             "variance": "none" if args.variance is None else sha(args.variance.read_bytes()),
             "device": self.model.denoiser.device.type,
@@ -286,6 +287,13 @@ class Race:
         figure.tight_layout()
         write_whole(self.args.out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=120))
         return True
+
+
+def _guidance(args: argparse.Namespace) -> dict[str, str]:
+    if args.guidance is None:
+        return {}
+    low, high = args.guidance_interval or (0, math.inf)
+    return {"guidance": f"{args.guidance:g} at levels {low:g} to {high:g}"}
 
 
 def _shown(score: dict[str, Any] | None) -> str:

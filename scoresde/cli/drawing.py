@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 import ast
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from scoresde import solvers
 from scoresde.cli.images import to_levels
 from scoresde.cli.models import Model
-from scoresde.data import TrainingData, scaled
+from scoresde.data import TrainingData, nothing, scaled
 from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError, some
 from scoresde.grid import Grid
+from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.noise import derive_seed
 from scoresde.sampling import sample
 from scoresde.solvers import OptimalVariance, Solver, available
@@ -32,7 +33,22 @@ from scoresde.training import parallel
 from scoresde.variance import AnalyticDenoiser, VarianceTable
 from scoresde.wrappers import Clip
 
-__all__ = ["GRIDS", "SOLVERS", "Recipe", "add_solver_arguments", "draw", "recipe", "rounded", "solver_of"]
+__all__ = [
+    "GRIDS",
+    "SOLVERS",
+    "Recipe",
+    "add_draw_arguments",
+    "add_solver_arguments",
+    "add_step_arguments",
+    "draw",
+    "draw_all",
+    "gathered",
+    "on_grid",
+    "recipe",
+    "rounded",
+    "share",
+    "solver_of",
+]
 
 SOLVERS = {entry.name: entry for entry in available()}
 ALIASES = {"unipc": "unipc3", "dpm++": "dpm++2m", "deis": "deis3", "ipndm": "ipndm4"}
@@ -74,7 +90,7 @@ class Recipe:
         solver: with what.
         options: of `sample`: steps, nfe or a grid.
         seed: of all samples.
-        label: the class of all, or None: the classes in turn.
+        label: the class of all (K, of K classes: none), or None: the classes in turn.
         told: items with their conditions, where the network is told some: sample i has those of item i, and where
             there are too few they begin again; its class, too, unless there is a label.
     """
@@ -98,6 +114,8 @@ class Recipe:
 
     def labels(self, items: range) -> Tensor | None:
         """The classes of the samples of these numbers, or None."""
+        if self.label is not None and self.label == self.model.about.num_classes:
+            return None
         if self.told is None or self.told.labels is None or self.label is not None:
             return self.model.labels(self.label, items).get("label")
         which = torch.tensor([i % len(self.told) for i in items], dtype=torch.long, device="cpu")
@@ -141,24 +159,43 @@ class Recipe:
 def add_solver_arguments(parser: argparse.ArgumentParser, n: int = 64) -> None:
     """How many samples, and how they are drawn."""
     group = parser.add_argument_group("the samples")
-    add = group.add_argument
-    add("--n", "--number", type=int, default=n, metavar="N", help=f"how many ({n})")
-    add("--solver", default="unipc3", help="a name from `scoresde solvers`, or a call, 'DDIM(eta=0.2)' (unipc3)")
-    add("--nfe", type=int, help="evaluations of the network (20, unless --steps; a budget for adaptive solvers)")
-    add("--steps", type=int, help="steps, instead of --nfe")
-    add("--grid", choices=GRIDS, default="default", help="spacing of the steps (the solver's own)")
+    group.add_argument("--n", "--number", type=int, default=n, metavar="N", help=f"how many ({n})")
+    add_step_arguments(group)
     add_draw_arguments(group)
 
 
-def add_draw_arguments(group: Any) -> None:
-    """What does not depend on the solver."""
-    add = group.add_argument
+def add_step_arguments(group: Any, solver: str | None = "unipc3", defaults: tuple[str, str] = ("unipc3", "20")) -> None:
+    """The solver and its steps.
+
+    Args:
+        group: of arguments.
+        solver: the default.
+        defaults: in words, of the solver and of --nfe.
+    """
+    add, (its, nfe) = group.add_argument, defaults
+    add("--solver", default=solver, help=f"a name from `scoresde solvers`, or a call, 'DDIM(eta=0.2)' ({its})")
+    add("--nfe", type=int, help=f"evaluations of the network ({nfe}, unless --steps; a budget for adaptive solvers)")
+    add("--steps", type=int, help="steps, instead of --nfe")
+    add("--grid", choices=GRIDS, default="default", help="spacing of the steps (the solver's own)")
+
+
+def add_draw_arguments(group: Any, conditions: bool = True) -> None:
+    """What does not depend on the solver; with --condition-from and --measured, if conditions."""
+    add, otherwise = group.add_argument, "each class in turn" if conditions else "none, where trained with --drop"
     add("--seed", type=int, default=0, help="of the samples (0)")
-    add("--class", dest="label", metavar="K", help="of all samples: 0, 1, ..., or its name (each class in turn)")
-    add("--condition-from", metavar="DATA", help="items whose conditions the network is told, sample i that of item i: "
-        "of a run of `scoresde train --condition` (what it was trained on)")  # fmt: skip
-    add("--measured", action="store_true", help="--condition-from has not the items but what is known of them: small "
-        "images, grey ones, JPEG files; with holes, and a last channel that is white where they are known")  # fmt: skip
+    add("--class", dest="label", metavar="K", help=f"of all samples: 0, 1, ..., or its name ({otherwise})")
+    add("--guidance", type=float, metavar="W", help="classifier-free guidance, of a network trained with --drop, at "
+        "twice the work: D_0 + W (D_1 - D_0), D_1 being told class and conditions and D_0 nothing. 1 is D_1 alone, as "
+        "without it, 0 is D_0 alone; 2, say, is more typical of the class and less various")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="noise levels sigma / alpha that are "
+        "guided, LO < level <= HI; D_1 alone runs at others (all)")  # fmt: skip
+    if conditions:
+        add("--condition-from", metavar="DATA", help="items whose conditions the network is told, sample i that of "
+            "item i: of a run of `scoresde train --condition` (what it was trained on)")  # fmt: skip
+        add("--measured", action="store_true", help="--condition-from has not the items but what is known of them: "
+            "small ones, grey ones, JPEG files; with holes, and a last channel white where it is known")  # fmt: skip
+    else:
+        group.set_defaults(condition_from=None, measured=False)
     add("--clip", action="store_true", help="clip the posterior mean to [-1, 1] at each evaluation")
     add("--variance", type=Path, metavar="TABLE.npz", help="from `scoresde variance`: the optimal variance (Analytic-"
         "DPM), for one-step solvers (ddpm, ddim, ...)")  # fmt: skip
@@ -184,8 +221,9 @@ def recipe(args: argparse.Namespace, model: Model, **changes: Any) -> Recipe:
     check_count(batch_size=args.batch_size, **counts)
     if args.seed < 0:
         raise ValueError(f"seed={args.seed}: expected a whole number >= 0")
-    label = model.class_of(args.label)
-    solver, denoiser = solver_of(given["solver"]), model.denoiser
+    label, solver = model.class_of(args.label), solver_of(given["solver"])
+    made = Recipe(model, model.denoiser, solver, {}, args.seed, label, _told(args, model, label is None))
+    denoiser = _guided(args, made)
     if args.variance is not None:
         table = VarianceTable.load(args.variance, denoiser.sde)
         denoiser = AnalyticDenoiser(denoiser, table, (-1.0, 1.0) if model.about.levels is not None else None)
@@ -194,17 +232,50 @@ def recipe(args: argparse.Namespace, model: Model, **changes: Any) -> Recipe:
         denoiser = Clip(denoiser)
     if len(counts) == 2:
         raise ValueError("give one of --nfe and --steps")
-    options = _on(solver, denoiser, counts, given["grid"])
-    told = model.told(args.condition_from, args.measured, classes=label is None)
+    return replace(made, denoiser=denoiser, solver=solver, options=on_grid(solver, denoiser, counts, given["grid"]))
+
+
+def _told(args: argparse.Namespace, model: Model, classes: bool) -> TrainingData | None:
+    """The items of --condition-from, as `Model.told`, which must be such as the model's."""
+    told = model.told(args.condition_from, args.measured, classes=classes)
     K = model.about.num_classes
     if told is not None and told.num_classes is not None and K is not None and told.num_classes > K:
         raise ValueError(f"--condition-from {args.condition_from} has {told.num_classes} classes, the model {K}")
     if told is not None and told.shape != model.about.shape:
         raise ValueError(f"--condition-from {args.condition_from}: items {told.shape}, not {model.about.shape}")
-    return Recipe(model, denoiser, solver, options, args.seed, label, told)
+    return told
 
 
-def _on(solver: Solver, denoiser: Denoiser, counts: dict[str, int], name: str | None) -> dict[str, Any]:
+def _guided(args: argparse.Namespace, made: Recipe) -> Denoiser:
+    """The denoiser under --guidance.
+
+    Raises:
+        ValueError: if the network is told nothing, or was never trained with that.
+    """
+    weight, interval, denoiser = args.guidance, args.guidance_interval, made.denoiser
+    if weight is None:
+        if interval is not None:
+            raise ValueError("--guidance-interval says where --guidance W is: give that, too")
+        return denoiser
+    cond, own = made.cond(range(1)), made.model.data()
+    if not cond:
+        raise ValueError(
+            f"--guidance {weight:g}: the model has no classes and no condition (`scoresde train --classes --drop 0.1` "
+            "makes one to be guided)"
+        )
+    if own is not None and own.drop == 0:
+        raise ValueError(
+            f"--guidance {weight:g}: the network was never trained without its condition; `scoresde train --drop 0.1` "
+            "does so in a tenth of all cases"
+        )
+    if args.variance is not None:
+        raise ValueError("--variance was estimated without --guidance, and is not right with it")
+    # Each is one number throughout.
+    null = {key: value.flatten()[0].item() for key, value in nothing(cond, made.model.about.num_classes).items()}
+    return ClassifierFree(denoiser, weight, null=null, interval=interval and (interval[0], interval[1]))
+
+
+def on_grid(solver: Solver, denoiser: Denoiser, counts: dict[str, int], name: str | None) -> dict[str, Any]:
     """The arguments of `sample` that say how many steps there are, and where."""
     if name not in (None, "default"):
         check_option(GRIDS, grid=name)
@@ -231,7 +302,9 @@ def share(n: int) -> range:
     return range(n * rank // world, n * (rank + 1) // world)
 
 
-def draw(made: Recipe, items: range, batch_size: int, progress: bool) -> Iterator[tuple[range, Tensor]]:
+def draw(
+    made: Callable[[range], Tensor], items: range, batch_size: int, progress: bool
+) -> Iterator[tuple[range, Tensor]]:
     """These samples, batch by batch, on the CPU."""
     with tqdm(desc="sample", total=len(items), unit="sample", disable=not progress, leave=False) as bar:
         for first in range(0, len(items), batch_size):

@@ -26,10 +26,22 @@ from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser, networks
 from scoresde.solvers.base import check_count
 from scoresde.training import CheckpointError
-from scoresde.training.folder import newest
+from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.model import load
 
-__all__ = ["About", "Model", "add_model_arguments", "digest", "load_denoiser", "open_model", "placed", "run_config"]
+__all__ = [
+    "ABOUT",
+    "CONFIG",
+    "About",
+    "Model",
+    "add_model_arguments",
+    "digest",
+    "folder_of",
+    "load_denoiser",
+    "open_model",
+    "placed",
+    "run_config",
+]
 
 CONFIG, ABOUT = "config.toml", "data.json"
 
@@ -208,7 +220,7 @@ def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", s
     found = newest(path)
     denoiser = load(path, average, device)
     assert found is not None
-    folder = found.path.parents[1]
+    folder = folder_of(found)
     about = About.read(folder)
     if about is None:
         if not shape:
@@ -217,6 +229,11 @@ def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", s
         about = About(tuple(shape), 256 if is_picture(shape) else None, options.get("num_classes"))
     weights = {"weights": _weights_digest(denoiser), "sde": repr(denoiser.sde), "denoiser": type(denoiser).__name__}
     return Model(denoiser, about, weights, folder)
+
+
+def folder_of(found: Checkpoint) -> Path:
+    """The folder that says what a checkpoint's data were: that of its run; of `scoresde export`, its own."""
+    return found.path.parents[1] if found.path.parent.name == "checkpoints" else found.path
 
 
 def is_run(path: Path) -> bool:

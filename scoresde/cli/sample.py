@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ EXAMPLES = """
 scoresde sample runs/fm --out samples.png                          64 of them, UniPC, 20 evaluations
 scoresde sample runs/fm --n 5000 --solver ddim --nfe 50 --out samples.npz
 scoresde sample runs/fm --class 3 --solver 'DDIM(eta=0.2)' --steps 100 --clip --out threes.png
+scoresde sample runs/fm --class 3 --guidance 2 --out typical_threes.png       of a run of `scoresde train --drop 0.1`
 scoresde sample runs/fm --solver ddpm --nfe 50 --variance table.npz --out analytic.png
 scoresde sample runs/fm --n 1000 --out folder/                     a PNG file each
 scoresde sample runs/sr --condition-from test_folder --out again.png          from large images, made small
@@ -120,8 +122,8 @@ class Writer:
             for i, image in zip(which, to_levels(x), strict=True):
                 write_png(self.out / f"{i:06d}.png", image)
 
-    def finish(self, x: Tensor, made: Recipe) -> None:
-        """All samples."""
+    def finish(self, x: Tensor, made: Recipe, more: Mapping[str, Tensor] | None = None) -> None:
+        """All samples; into .npz more arrays, too."""
         if self.folder:
             return
         if self.out.suffix == ".png":
@@ -134,6 +136,7 @@ class Writer:
             arrays["x"] = x.float().numpy()
         if (labels := made.labels(range(len(x)))) is not None:
             arrays["labels"] = labels.cpu().numpy().astype(np.int64)
+        arrays |= {name: value.numpy() for name, value in (more or {}).items()}
         file = io.BytesIO()
         np.savez(file, **arrays)
         write_whole(self.out, lambda out: out.write(file.getvalue()))

@@ -59,7 +59,6 @@ scoresde train --data my_folder --size 64 --condition super-resolution:4 --out r
 scoresde train --data fashion-mnist --classes --drop 0.1 --out runs/guided     for guidance without a classifier
 torchrun --nproc-per-node=4 -m scoresde train --data my_folder --size 64 --out runs/mine
 torchrun --nproc-per-node=8 -m scoresde train --config large.toml --set train.shard=true --out runs/large
-                                                                   a network too large for one GPU
 scoresde train --out runs/mine                                     goes on
 """
 

@@ -1,8 +1,8 @@
 """Guidance: conditional generation and inverse problems, as denoisers that wrap denoisers.
 
-    ClassifierFree(denoiser, weight=2.0)                    where the denoiser goes: in `sample`, `log_prob`, the race
-    MomentMatching(denoiser, operator, y, noise_std=0.05)   the same, for a measurement y = A(x) + noise
-    Replacement(DDPM(), mask, y), TwistedSMC(particles=64)  where the solver goes: they change the state
+ClassifierFree(denoiser, weight=2.0)                    where the denoiser goes: in `sample`, `log_prob`, the race
+MomentMatching(denoiser, operator, y, noise_std=0.05)   the same, for a measurement y = A(x) + noise
+Replacement(DDPM(), mask, y), TwistedSMC(particles=64)  where the solver goes: they change the state
 """
 
 from scoresde.guidance.branches import Conditioned

@@ -42,6 +42,7 @@ __all__ = [
     "finish",
     "newest",
     "snapshot",
+    "write_files",
 ]
 
 WHOLE, SHARDED = "scoresde-run-1", "scoresde-shards-1"
@@ -201,15 +202,12 @@ def snapshot(
     Returns:
         what writes, and gives the files' names.
     """
-    from safetensors.torch import save_file
-
     contents = {name: _tensors(net, copied) for name, net in networks.items()}
     state = _on_cpu(optimiser.state_dict()) if copied else optimiser.state_dict()
 
     def write() -> list[str]:
         for name, content in contents.items():
-            save_file(content, folder / name)
-            _sync(folder / name)
+            _save(folder / name, content)
         _write(folder / OPTIMISER, lambda file: torch.save(state, file))
         return [*contents, OPTIMISER]
 
@@ -229,9 +227,7 @@ def finish(partial: Path, files: Iterable[str], manifest: Mapping[str, Any], kee
     Returns:
         its folder.
     """
-    text = json.dumps({**manifest, "files": {name: _sha256(partial / name) for name in files}}, indent=1) + "\n"
-    _write(partial / MANIFEST, lambda file: file.write(text.encode()))
-    _sync(partial)
+    _seal(partial, files, manifest)
     step, parent = manifest["step"], partial.parent
     path = parent / f"{step:08d}"
     if path.exists():  # a damaged one, which the run has come past again
@@ -241,6 +237,14 @@ def finish(partial: Path, files: Iterable[str], manifest: Mapping[str, Any], kee
     for old in [other for other in checkpoints(parent.parent) if int(other.name) <= step][keep:]:
         _remove(old)
     return path
+
+
+def write_files(folder: Path, networks: Mapping[str, nn.Module], manifest: Mapping[str, Any]) -> None:
+    """Write networks, by file name, and the manifest, into a folder that exists: what `Checkpoint.open` reads."""
+    check_safetensors()
+    for name, net in networks.items():
+        _save(folder / name, _tensors(net, copied=False))
+    _seal(folder, networks, manifest)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -290,6 +294,20 @@ def _tensors(net: nn.Module, copied: bool) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         found[name] = tensor
     return found
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+    _sync(path)
+
+
+def _seal(folder: Path, files: Iterable[str], manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, with the hashes of the files, which are written, and flush the folder."""
+    text = json.dumps({**manifest, "files": {name: _sha256(folder / name) for name in files}}, indent=1) + "\n"
+    _write(folder / MANIFEST, lambda file: file.write(text.encode()))
+    _sync(folder)
 
 
 def _on_cpu(content: Any) -> Any:

@@ -1,0 +1,57 @@
+"""A trained model to give away: a checkpoint of averaged weights alone, a few files that `scoresde.load` reads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scoresde.solvers.base import check_option
+from scoresde.training.checkpoint import CheckpointError
+from scoresde.training.folder import WHOLE, average_file, write_files
+from scoresde.training.model import load, opened
+
+__all__ = ["DTYPES", "export"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def export(run: str | Path, out: str | Path, *, average: int = 0, dtype: str = "float32") -> Path:
+    """Write the averaged weights of a run into a folder of their own, without what only training needs.
+
+    Args:
+        run: the run folder of a `Trainer(..., model=ModelConfig(...), folder=...)`, or one of its checkpoints.
+        out: the folder, which must not exist.
+        average: which of the averages.
+        dtype: of the file: "float32", "float16" or "bfloat16". What is loaded from it is float32 again, with numbers of
+            11 and 8 significant bits.
+
+    Returns:
+        the folder, for `scoresde.load(out)` and `scoresde sample OUT`.
+
+    Raises:
+        FileExistsError: if `out` exists.
+        FileNotFoundError, CheckpointError: as `scoresde.load` does; if a weight is too large for the dtype.
+        ValueError: on another dtype.
+    """
+    check_option(DTYPES, dtype=dtype)
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists: give another folder, or remove it")
+    found, denoiser = opened(run), load(run, average)
+    assert isinstance(denoiser.net, nn.Module)
+    net = denoiser.net.to(DTYPES[dtype])
+    if bad := [name for name, value in net.state_dict().items() if not bool(value.isfinite().all())]:
+        raise CheckpointError(f"{dtype} cannot hold the weights of {', '.join(bad)}")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        write_files(partial, {average_file(0): net}, {**found.manifest, "format": WHOLE})
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out
