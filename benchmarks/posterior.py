@@ -178,6 +178,10 @@ PROBLEMS = {"curves": curves, "ring": ring, "shapes": shapes}
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 
+def moments(p: Problem, D: Denoiser, y: Tensor, noise_std: float, covariance: Any) -> Denoiser:
+    return MomentMatching(D, p.operator, y, noise_std, covariance=covariance, iterations=5)
+
+
 METHODS: dict[str, Callable[[Problem, Denoiser, Tensor, float, argparse.Namespace], Guided]] = {
     "unguided": lambda p, D, y, n, a: (D, DDPM()),
     "replacement": lambda p, D, y, n, a: (D, Replacement(DDPM(), p.operator, y, n)),
@@ -186,9 +190,15 @@ METHODS: dict[str, Callable[[Problem, Denoiser, Tensor, float, argparse.Namespac
     "DPS, published": lambda p, D, y, n, a: (DPS(D, p.operator, y, steps=a.steps), DDPM()),
     "DPS, Gaussian": lambda p, D, y, n, a: (DPS(D, p.operator, y, noise_std=n), DDPM()),
     "PiGDM": lambda p, D, y, n, a: (PiGDM(D, p.operator, y, n, data_std=p.data_std), DDPM()),
-    "moments, variance": lambda p, D, y, n, a: (MomentMatching(D, p.operator, y, n, covariance="variance"), DDPM()),
-    "moments, row sum": lambda p, D, y, n, a: (MomentMatching(D, p.operator, y, n, covariance="row sum"), DDPM()),
-    "moments, jacobian": lambda p, D, y, n, a: (MomentMatching(D, p.operator, y, n), DDPM()),
+    "moments, variance": lambda p, D, y, n, a: (
+        MomentMatching(D, p.operator, y, n, covariance="variance", iterations=5),
+        DDPM(),
+    ),
+    "moments, row sum": lambda p, D, y, n, a: (
+        MomentMatching(D, p.operator, y, n, covariance="row sum", iterations=5),
+        DDPM(),
+    ),
+    "moments, jacobian": lambda p, D, y, n, a: (MomentMatching(D, p.operator, y, n, iterations=5), DDPM()),
     "SMC": lambda p, D, y, n, a: (
         PiGDM(D, p.operator, y, n, data_std=p.data_std),
         TwistedSMC(particles=a.samples),

@@ -83,7 +83,7 @@ def exact_means(target, A, y, noise_std, sde, x, t):
 def test_moment_matching_is_exact_on_gaussians(name, noise_std):
     sde, target = SDES[name], Gaussian(normal(6), cov=correlated(6))
     A, y = Matrix(normal(3, 6, seed=2)), normal(3, seed=3)
-    guided = MomentMatching(target.denoiser(sde), A, y[None], noise_std)
+    guided = MomentMatching(target.denoiser(sde), A, y[None], noise_std, iterations=3)
     x = 3 * normal(4, 6, seed=4)
     for t in (start_of(sde), float(sde.time_at(0.0)), end_of(sde)):
         exact = exact_means(target, A, y, noise_std, sde, x, t)
@@ -94,7 +94,7 @@ def test_moment_matching_by_variance_and_row_sums_is_exact_where_the_axes_are_in
     target = Gaussian(normal(6), std=0.2 + normal(6, seed=1).abs())
     A, y, x = Matrix(normal(3, 6, seed=2)), normal(3, seed=3), normal(4, 6, seed=4)
     for covariance in ("jacobian", "variance", "row sum"):
-        guided = MomentMatching(target.denoiser(VP), A, y[None], 0.1, covariance=covariance)
+        guided = MomentMatching(target.denoiser(VP), A, y[None], 0.1, covariance=covariance, iterations=5)
         torch.testing.assert_close(guided(x, 0.4).mean, exact_means(target, A, y, 0.1, VP, x, 0.4))
 
 

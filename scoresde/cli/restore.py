@@ -28,6 +28,7 @@ from scoresde.cli.images import to_levels
 from scoresde.cli.inputs import add_input_arguments, read_image, read_inputs
 from scoresde.cli.models import Model, add_model_arguments, open_model
 from scoresde.cli.sample import Writer
+from scoresde.denoiser import Denoiser
 from scoresde.guidance.operators import (
     Blur,
     Downsample,
@@ -47,6 +48,7 @@ from scoresde.noise import derive_seed
 from scoresde.solvers import SingleStep
 from scoresde.solvers.base import check_count
 from scoresde.training import parallel
+from scoresde.wrappers import Clip
 
 __all__ = ["add_parser", "run"]
 
@@ -68,9 +70,8 @@ are compared with the truth (PSNR, of images in [-1, 1]). With --measured they a
   quantise:QUALITY              JPEG's rounding, QUALITY from 1 to 100
 
 --method                        evaluations of the network; what each costs beside
-  pigdm         20   x given x_t is taken to be N(D, r^2): a backward pass
-  mmps          20   its covariance is the network's Jacobian: exact moments, with a good network, which a poor one lets
-                     diverge; up to 6 backward passes
+  pigdm         50   x given x_t is taken to be N(D, r^2): a backward pass
+  mmps          50   its covariance is the network's Jacobian, which fits y more closely: 3 backward passes
   dps          100   steps down |y - A D(x_t)|, for any A; biased, wants many evaluations: a backward pass
   ddnm          20   what y knows replaces that part of D; linear A: nothing
   replacement  100   the known part of each state is overwritten; linear A, what is drawn fits it loosely: nothing
@@ -101,16 +102,25 @@ class Method(NamedTuple):
     around: Callable[[Recipe, Any, Tensor, argparse.Namespace], Recipe]
 
 
+def _guided(made: Recipe, guidance: Callable[[Denoiser], Denoiser]) -> Recipe:
+    """Around the model. Of pictures the guided means are clipped: at high noise a network's Jacobian can lead them far
+    out of the data. A clip inside would take the symmetry of dD/dx.
+    """
+    clipped = isinstance(made.denoiser, Clip)
+    denoiser = guidance(made.denoiser.denoiser if isinstance(made.denoiser, Clip) else made.denoiser)
+    return replace(made, denoiser=Clip(denoiser) if clipped or made.model.about.pictures else denoiser)
+
+
 def _mmps(made: Recipe, A: Operator, y: Tensor, args: argparse.Namespace) -> Recipe:
-    return replace(made, denoiser=MomentMatching(made.denoiser, A, y, args.noise_std, scale=args.scale))
+    return _guided(made, lambda model: MomentMatching(model, A, y, args.noise_std, scale=args.scale))
 
 
 def _pigdm(made: Recipe, A: Operator, y: Tensor, args: argparse.Namespace) -> Recipe:
-    return replace(made, denoiser=PiGDM(made.denoiser, A, y, args.noise_std, scale=args.scale))
+    return _guided(made, lambda model: PiGDM(model, A, y, args.noise_std, scale=args.scale))
 
 
 def _dps(made: Recipe, A: Operator, y: Tensor, args: argparse.Namespace) -> Recipe:
-    return replace(made, denoiser=DPS(made.denoiser, A, y, args.scale, steps=_steps(made)))
+    return _guided(made, lambda model: DPS(model, A, y, args.scale, steps=_steps(made)))
 
 
 def _ddnm(made: Recipe, A: LinearOperator, y: Tensor, args: argparse.Namespace) -> Recipe:
@@ -128,8 +138,8 @@ def _repaint(made: Recipe, A: LinearOperator, y: Tensor, args: argparse.Namespac
 
 
 METHODS = {
-    "pigdm": Method("unipc3", 20, _pigdm),
-    "mmps": Method("unipc3", 20, _mmps),
+    "pigdm": Method("ddpm", 50, _pigdm),
+    "mmps": Method("ddpm", 50, _mmps),
     "dps": Method("ddpm", 100, _dps),
     "ddnm": Method("unipc3", 20, _ddnm),
     "replacement": Method("ddpm", 100, _replacement),

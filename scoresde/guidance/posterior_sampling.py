@@ -66,6 +66,11 @@ class _Measured(Twisted):
         self.operator, self.y, self.noise_std = operator, y, noise_std
         self._tested = set[tuple[int, ...]]()
 
+    def __repr__(self) -> str:
+        operator = repr(self.operator) if isinstance(self.operator, LinearOperator) else _name(self.operator)
+        std = f"tensor of {self.noise_std.numel()}" if isinstance(self.noise_std, Tensor) else self.noise_std
+        return f"{type(self).__name__}({self.denoiser!r}, {operator}, noise_std={std})"
+
     def _variance(self, batch: int) -> Tensor:
         """noise_std^2, float64, of shape () or (B,)."""
         if self.noise_std is None:
@@ -219,7 +224,7 @@ class _Matched(_Measured):
         def S(u: Tensor) -> Tensor:
             return expand_like(n, u) * u + forward(V(adjoint(u)))
 
-        u = _conjugate_gradients(S, e, self.iterations)
+        u = _conjugate_gradients(S, e, self.iterations, n)
         log_prob = -_dot(e, u) / 2
         return Twist(found.output, found.mean, log_prob, found.transposed(adjoint(u)))
 
@@ -290,16 +295,19 @@ class MomentMatching(_Matched):
     "variance"   V = diag(Posterior.var), of a denoiser that knows it (an `AnalyticDenoiser`, or the exact ones): one
                  backward pass
 
-    J is symmetric where D is a posterior mean; of a network it is nearly so. Where it is not positive, conjugate
-    gradients end for that sample with what they have. At noise_std = 0 the system is as ill-conditioned as A V A^T.
+    J is symmetric where D is a posterior mean; of a network it is nearly so. Where V is found not to be positive,
+    conjugate gradients end for that sample with what they have. At noise_std = 0 the system is as ill-conditioned as
+    A V A^T. Means are clipped outside, `Clip(MomentMatching(denoiser, ...))`: a clip inside takes J its symmetry.
 
     Args:
         denoiser, operator, y: as for `DPS`; an operator that is not linear is linearised at D.
         noise_std: standard deviation of the measurement's noise, one number or (B,), 0 allowed.
         covariance: see above.
         scale: w.
-        iterations: of conjugate gradients for S, at most; as many as y has entries are exact. Rozet et al. find few to
-            be enough.
+        iterations: of conjugate gradients for S, at most; as many as y has entries are exact. By default 2 for
+            "jacobian", of whose product a network makes an asymmetric one (inpainting with a network trained on
+            Fashion-MNIST: rms error 0.19, 0.18 and 0.23 with 1, 2 and 5), and 100 for the others, which need the
+            operator only and end when they have converged.
 
     Raises:
         TypeError, ValueError: as `DPS`; on another covariance; by the call, for "variance", if the denoiser knows none.
@@ -314,10 +322,11 @@ class MomentMatching(_Matched):
         *,
         covariance: Literal["jacobian", "row sum", "variance"] = "jacobian",
         scale: Scale = 1.0,
-        iterations: int = 5,
+        iterations: int | None = None,
     ) -> None:
-        super().__init__(denoiser, operator, y, noise_std, scale, iterations)
         check_option(("jacobian", "row sum", "variance"), covariance=covariance)
+        iterations = (2 if covariance == "jacobian" else 100) if iterations is None else iterations
+        super().__init__(denoiser, operator, y, noise_std, scale, iterations)
         self.covariance, self.wants_variance = covariance, covariance == "variance"
 
     def _covariance(self, found: _Mean, x: Tensor, t: Time) -> Product:
@@ -414,17 +423,19 @@ def _derivative(operator: Operator, x: Tensor) -> tuple[Tensor, Product, Product
     return value, lambda v: torch.func.jvp(operator, (x,), (v,))[1], lambda u: vjp(u)[0]
 
 
-def _conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
-    """u with product(u) = b from u = 0 (Hestenes and Stiefel, 1952), for a symmetric, positive product, each sample
-    with steps of its own. One that has converged, or along whose direction the product is not positive, stays.
+def _conjugate_gradients(product: Product, b: Tensor, iterations: int, least: Tensor) -> Tensor:
+    """u with product(u) = b from u = 0 (Hestenes and Stiefel, 1952), for a symmetric product whose eigenvalues are not
+    below `least`, of shape () or (B,), each sample with steps of its own. One that has converged, or along whose
+    direction the product is less than that, as a network's Jacobian may make it, stays: its step would be far too long.
     """
+    least = (1 - 1e-3) * least.to(b)
     u, residual, p = torch.zeros_like(b), b, b
     rr = _dot(b, b)
     target = (8 * torch.finfo(b.dtype).eps) ** 2 * rr
     for _ in range(min(iterations, b[0].numel())):
         q = product(p)
         curvature = _dot(p, q)
-        on = (rr > target) & (curvature > 0)
+        on = (rr > target) & (curvature > 0) & (curvature >= least * _dot(p, p))
         if known_all(~on):  # on a GPU, where a look would stall it, all iterations are made
             break
         step = torch.where(on, rr, 0.0) / torch.where(on, curvature, 1.0)
@@ -436,6 +447,10 @@ def _conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor
             + expand_like(torch.where(on, rr, 0.0) / torch.where(on, before, 1.0), p) * p
         )
     return u
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _squares(x: Tensor) -> Tensor:
