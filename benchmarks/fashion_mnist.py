@@ -39,6 +39,7 @@ from kept import Cells, Clock, Score, floor, number, write_json
 from scoresde import Denoiser, Grid, bits_per_dim, sample
 from scoresde.cli.images import grid as side_by_side
 from scoresde.cli.images import to_levels, write_png
+from scoresde.cli.models import About
 from scoresde.data import fashion_mnist_levels
 from scoresde.info import environment
 from scoresde.likelihood import outer_edges
@@ -162,6 +163,7 @@ class Experiment:
                     folder=self.folder / name,
                     model=words,
                 ).fit()
+            About(tuple(self.data.training.shape[1:]), levels=256).write(self.folder / name)
             self._trained[name] = trainer.ema
         return self._trained[name]
 
