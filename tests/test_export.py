@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import scoresde
 from scoresde.cli import main, parser
 from scoresde.training import CheckpointError
 from scoresde.training.export import DTYPES, export
+from scoresde.training.model import opened
 
 
 def run(*arguments):
@@ -45,6 +47,33 @@ def test_the_weights_are_the_runs(moons_run, tmp_path):
     for i, source in enumerate((checkpoint, tmp_path / "0")):
         again = weights(export(source, tmp_path / f"again{i}"))
         assert all(torch.equal(value, again[name]) for name, value in weights(moons_run).items())
+
+
+@pytest.mark.parametrize("command", [False, True])
+def test_a_run_that_comes_further_meanwhile(command, moons_run, tmp_path, monkeypatch):
+    """Weights and manifest are of one checkpoint, though a newer one is written while it is exported."""
+    here, out = shutil.copytree(moons_run, tmp_path / "run"), tmp_path / "out"
+    expected = weights(here)
+
+    def overtaken(path):
+        found = opened(path)
+        newer = here / "checkpoints" / "99999999"
+        if not newer.exists():
+            shutil.copytree(found.path, newer)
+            shutil.copy(newer / "average-1.safetensors", newer / "average.safetensors")
+            manifest = json.loads((newer / "manifest.json").read_text())
+            manifest["files"]["average.safetensors"] = manifest["files"]["average-1.safetensors"]
+            (newer / "manifest.json").write_text(json.dumps({**manifest, "step": 99999999}))
+        return found
+
+    monkeypatch.setattr(f"scoresde.{'cli' if command else 'training'}.export.opened", overtaken)
+    if command:
+        assert run("export", here, "--out", out) == 0
+    else:
+        export(here, out)
+    assert opened(out).manifest["step"] == 30
+    assert opened(here).manifest["step"] == 99999999
+    assert all(torch.equal(value, expected[name]) for name, value in weights(out).items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -29,6 +29,7 @@ from scoresde import (
     log_prob,
     sample,
 )
+from scoresde.data import nothing
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.guidance.base import gradient, shifted
 from scoresde.guidance.branches import Conditioned
@@ -36,7 +37,7 @@ from scoresde.guidance.classifier import Classifier, classifier_loss
 from scoresde.guidance.classifier_free import Autoguidance, ClassifierFree
 from scoresde.guidance.composition import Mixture, Product
 from scoresde.guidance.energy import Energy, class_means, distance, similarity
-from scoresde.nn import MLP, UNet
+from scoresde.nn import MLP, DiT, UNet
 from scoresde.solvers import (
     DDIM,
     DDPM,
@@ -556,6 +557,40 @@ def test_null_class_of_our_networks_is_found() -> None:
             guided.eps(x, 0.5, label=5)
 
 
+def test_by_default_our_networks_are_told_nothing_of_any_condition() -> None:
+    """As `TrainingData(drop=)` trains them: all that is given is dropped at once, and what is not given stays so."""
+    unet: dict[str, Any] = {"image_channels": 1, "channels": 8, "multipliers": (1, 2), "blocks": 1}
+    x, label = normal(3, 1, 8, 8), torch.tensor([0, 3, 4])
+    vector, image = normal(3, 3, seed=1), normal(3, 2, 8, 8, seed=2)
+    for net, cond in (
+        (UNet(**unet, num_classes=4, vector=3, image_condition=2), {"label": label, "vector": vector, "image": image}),
+        (UNet(**unet, num_classes=4, image_condition=2), {"image": image}),
+        (UNet(**unet, vector=3), {"vector": vector}),
+        (UNet(**unet, vector=3), {"vector": vector[:1]}),
+        (UNet(**unet, image_condition=2), {"image": image}),
+        (DiT(1, 4, 8, 1, 2, num_classes=4, image_condition=2), {"label": label, "image": image}),
+        (MLP((1, 8, 8), width=16, depth=1, num_classes=4, vector=3), {"label": label, "vector": vector}),
+    ):
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1, generator=generator(0))
+        denoiser = EpsDenoiser(net.double().eval().requires_grad_(False), VPSDE())
+        D_c, D_u = denoiser.eps(x, 0.5, **cond), denoiser.eps(x, 0.5, **nothing(cond, 4))
+        assert float((D_c - D_u).abs().max()) > 1e-3
+        for batched in (True, False):
+            found = ClassifierFree(denoiser, 3.0, batched=batched).eps(x, 0.5, **cond)
+            assert torch.allclose(found, 3 * D_c - 2 * D_u, rtol=1e-9, atol=1e-12)
+        with pytest.raises(ValueError, match="classifier-free guidance without a condition"):
+            ClassifierFree(denoiser)(x, 0.5)
+    # Of a network that was never without its image, the label alone is null.
+    net = UNet(**unet, num_classes=4, image_condition=2)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1, generator=generator(0))
+    denoiser = EpsDenoiser(net.double().eval(), VPSDE())
+    expected = 3 * denoiser.eps(x, 0.5, label=label, image=image) - 2 * denoiser.eps(x, 0.5, image=image)
+    found = ClassifierFree(denoiser, 3.0, null={"label": 4}).eps(x, 0.5, label=label, image=image)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (1, 2, 2)], ids=str)
 def test_any_condition_shape(shape: tuple[int, ...]) -> None:
     """Of a number, a vector and an image a sample, together with a condition that both branches keep."""
@@ -639,6 +674,15 @@ def test_projection_takes_away_what_is_parallel() -> None:
     r = float(delta.norm(dim=1).median())
     cut = ClassifierFree(denoiser, 4.0, null=NULL, max_norm=r)(x, 0.3, **cond).mean.flatten(1)
     assert torch.allclose((cut - D_c).norm(dim=1), 3 * delta.norm(dim=1).clamp(max=r), rtol=1e-9)
+    # A norm that none reaches cuts nothing: beyond float32's largest number too, and where both branches are one.
+    uncut = 4 * D_c - 3 * D_u
+    for most in (math.inf, 1e300):
+        free = ClassifierFree(denoiser, 4.0, null=NULL, max_norm=most)
+        assert torch.allclose(free(x, 0.3, **cond).mean.flatten(1), uncut, rtol=1e-9, atol=1e-12)
+        found = free(x.float(), 0.3, **cond).mean.flatten(1)
+        assert torch.allclose(found, uncut.float(), rtol=1e-4, atol=1e-4)
+        same = free(x, 0.3, label=torch.tensor(3)).mean.flatten(1)
+        assert torch.allclose(same, D_u, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("weak_view", NETWORKS)
@@ -744,12 +788,24 @@ def test_ready_energies() -> None:
     features, labels = normal(6, 1, 3), torch.tensor([0, 2, 1, 1, 0, 2])
     expected = torch.stack([features[labels == k].mean(0) for k in range(3)])
     assert torch.allclose(class_means(features, labels), expected, rtol=1e-12)
+    # What the features are of is not what the std must be of.
+    assert distance(y[0].float(), std=std)(x.float()).dtype == torch.float32
+    assert distance(y[0], std=std)(x.to("meta")).device.type == "meta"
     with pytest.raises(ValueError, match=r"target has shape \(2, 1, 3\)|target has 2 entries for 4 samples"):
         similarity(lambda x: x, y[:2])(x)
     with pytest.raises(ValueError, match=r"point has shape \(1, 2\) for features \(4, 1, 3\)"):
         distance(torch.zeros(2))(x)
     with pytest.raises(ValueError, match=r"classes with \[1, 0, 1\] items"):
         class_means(features[:2], torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_class_means_of_many_do_not_overflow(dtype: torch.dtype) -> None:
+    features = torch.tensor([[200, 100]]).expand(1000, 2).clone()
+    features[::4, 0] = 240
+    means = class_means(features.to(dtype), torch.zeros(1000, dtype=torch.long))
+    assert means.dtype == (dtype if dtype.is_floating_point else torch.float64)
+    assert means.double().tolist() == [[210.0, 100.0]]
 
 
 # ------------------------------------------------------------------------------------------------- off, and likelihoods
@@ -907,6 +963,41 @@ def test_product_of_gaussians_as_t_goes_to_zero(weights: list[float], base: tupl
         errors.append(float((found - wanted).abs().max()))
     assert errors[2] < 1e-3
     assert abs(errors[1] / errors[0] * math.e**2 - 1) < 0.1
+
+
+def test_product_where_the_noise_or_the_data_is_gone() -> None:
+    """Where sigma = 0 its mean is x / alpha, of any network; where alpha = 0 it has none without a base, and says so
+    before a network is called."""
+    exact, x = Gaussian([0.5], std=0.7), normal(3, 1)
+    calls: list[int] = []
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(x))
+        return 0.3 * x
+
+    for sde in (VPSDE(), FlowSDE()):
+        g = exact.denoiser(sde)
+        times = torch.tensor([0.0, 0.2, 0.6], dtype=torch.float64)
+        for models in ([g, g], [X0Denoiser(network_for(g, "x0"), sde), g]):
+            product = Product(models, [1.0, 0.5])
+            assert torch.allclose(product(x, 0.0).mean, x, rtol=1e-12)
+            together = product(x, times).mean
+            assert torch.allclose(together[:1], x[:1], rtol=1e-12)
+            for i in (1, 2):
+                assert torch.allclose(together[i], product(x, float(times[i])).mean[i], rtol=1e-9)
+    sde = FlowSDE()
+    product = Product([VelocityDenoiser(net, sde)] * 2)
+    message = r"a product without a base is undefined at t = 1.0 of FlowSDE.*: give base=, .*start the grid"
+    for t in (1.0, torch.tensor([0.3, 1.0, 0.5])):
+        with pytest.raises(ValueError, match=message):
+            product(x, t)
+    with pytest.raises(ValueError, match=message):
+        product.check_times(torch.tensor([1.0, 0.5]).double())
+    with pytest.raises(ValueError, match=message):
+        sample(product, x, DDIM(), steps=3)
+    assert calls == []
+    Product([g, g], [0.4, 0.6]).check_times(torch.tensor([1.0, 0.0]).double())
+    assert torch.allclose(Product([g, g], base=g)(x, 1.0).mean, torch.tensor([0.5]).double().expand(3, 1), rtol=1e-9)
 
 
 def test_what_the_product_does_and_does_not_sample() -> None:

@@ -29,7 +29,7 @@ from scoresde.training import (
     read_checkpoint,
     write_checkpoint,
 )
-from scoresde.training.folder import checkpoints
+from scoresde.training.folder import Checkpoint, checkpoints, newest
 
 # Forks, one after the other, a process for each line that it reads: `folder event`. The process trains there, and kills
 # itself at that event: a file or folder opened, made, renamed or removed, or a training step. Its status is printed,
@@ -294,6 +294,23 @@ def test_unknown_keys_are_refused(tmp_path):
         TrainConfig.of({"stesp": 3, "momentum": 0.9})
     with pytest.raises(ValueError, match="needs steps"):
         TrainConfig.of({})
+
+
+@pytest.mark.parametrize(
+    "files", [[], None, "average.safetensors", {"average.safetensors": None}, {"a\0b": "0"}], ids=str
+)
+def test_a_manifest_whose_files_are_none_is_damaged(files, tmp_path):
+    """The older checkpoint is used; alone, it is refused as what it is."""
+    make(tmp_path, keep=2, steps=10, checkpoint_every=5).fit(progress=False)
+    last, before = checkpoints(tmp_path)
+    manifest = json.loads((last / "manifest.json").read_text())
+    (last / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+    with pytest.raises(CheckpointError, match=f"{last.name}.*(damaged|cannot be read)"):
+        Checkpoint.open(last)
+    with pytest.warns(UserWarning, match=f"the older checkpoint .*{before.name} is used instead"):
+        found = newest(tmp_path)
+    assert found is not None
+    assert found.path == before
 
 
 def test_a_file_outside_the_checkpoint_is_not_read(tmp_path):

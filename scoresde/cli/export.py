@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> None:
     """
     if not args.run.exists():
         raise FileNotFoundError(f"{args.run}: there is no such run folder")
-    folder = folder_of(opened(args.run))
-    out = export(args.run, args.out, average=args.average, dtype=args.dtype)
+    found = opened(args.run)
+    folder = folder_of(found)
+    out = export(found.path, args.out, average=args.average, dtype=args.dtype)
     for name in (CONFIG, ABOUT):
         if (folder / name).exists():
             shutil.copy(folder / name, out / name)

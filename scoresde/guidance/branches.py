@@ -103,9 +103,8 @@ class Branching(Wrapper):
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         if branch := self.alone(x, t, cond):
             return branch[0].posterior(x, t, **branch[1])
-        N = self.output(x, t, **cond)
         r, s = self.affine(t)
-        return Posterior(combine(r, x, s, N))
+        return Posterior(combine(r, x, s, self.output(x, t, **cond)))
 
     def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         if branch := self.alone(x, t, cond):

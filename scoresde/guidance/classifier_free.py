@@ -32,6 +32,7 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser, networks
 from scoresde.guidance.base import Scale, check_scale, known_all, ratio, scale_at, scaled
 from scoresde.guidance.branches import Branch, Branching, Call, evaluate, replaced, translated
+from scoresde.nn import MLP, DiT, UNet
 from scoresde.nn.embedding import TimeEmbedding
 from scoresde.solvers.base import check_option
 from scoresde.tensors import Time, known_any, precise
@@ -122,7 +123,9 @@ class _Extrapolation(Branching):
         """D' with projection and rescaling, of the module's docstring."""
         flat, delta = D_1.reshape(len(D_1), -1), (D_1 - D_0).reshape(len(D_1), -1)
         if self.max_norm is not None:
-            delta = delta * (self.max_norm / delta.norm(dim=1, keepdim=True).clamp(min=self.max_norm))
+            norm = delta.norm(dim=1, keepdim=True)
+            over = norm > self.max_norm
+            delta = delta * torch.where(over, self.max_norm / torch.where(over, norm, 1.0), 1.0)
         if self.parallel != 1:
             share = ratio((delta * flat).sum(1, keepdim=True), flat.square().sum(1, keepdim=True))
             delta = delta + (self.parallel - 1) * share * flat
@@ -150,7 +153,9 @@ class ClassifierFree(_Extrapolation):
         weight: w of the convention: a number, one per sample (B,), or a function of t.
         null: what makes the condition null: values of conditions, {"label": 10}, in the shape of one sample's or with a
             batch; or names, ("text",), of conditions that the network is not given, which takes two calls. By default
-            the null class of the networks of `scoresde.nn`, and for others all conditions are left out.
+            nothing is told, as `TrainingData(drop=)` trains the networks of `scoresde.nn`: the null class, zeros for a
+            vector and an image, whichever of them are given; for others all conditions are left out. A network that
+            was always told its image wants null={"label": 10}, which keeps that.
         convention: "scale": w = 1 is the conditional model and 0 the unconditional one (Imagen's guidance scale, that
             of most code); "strength": 0 is the conditional model and -1 the unconditional one (Ho and Salimans:
             (1 + w) D_c - w D_u).
@@ -190,9 +195,10 @@ class ClassifierFree(_Extrapolation):
         batched: bool = True,
     ) -> None:
         super().__init__([denoiser], weight, convention, interval, rescale, parallel, max_norm, batched)
-        self.classes = _classes(denoiser)
-        if null is None and self.classes is not None:
-            null = {"label": self.classes}
+        nothing = _nothing(denoiser)
+        self.classes, self.by_default = nothing.get("label"), null is None
+        if null is None:
+            null = nothing or None
         if isinstance(null, str):
             null = (null,)
         if null is not None and not len(null):
@@ -201,17 +207,21 @@ class ClassifierFree(_Extrapolation):
 
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
         self._check_conditions(cond)
+        if isinstance(self.null, Mapping) and self.by_default:
+            return self.denoiser, {k: _filled(v, self.null[k]) if k in self.null else v for k, v in cond.items()}
         if isinstance(self.null, Mapping):
             return self.denoiser, replaced(cond, self.null, x)
         return self.denoiser, {k: v for k, v in cond.items() if self.null is not None and k not in self.null}
 
     def _check_conditions(self, cond: Mapping[str, Any]) -> None:
         """Raises ValueError unless the condition that is to be null is there, and fits."""
-        missing = [name for name in self.null or () if name not in cond]
-        if missing or not cond:
+        names = list(self.null or ())
+        missing = [name for name in names if name not in cond]
+        if not cond or (missing and not (self.by_default and len(missing) < len(names))):
             raise ValueError(
                 f"classifier-free guidance without a condition ({', '.join(missing) or 'any'}): pass "
-                "cond={'label': labels} say, or sample the denoiser that it wraps"
+                "cond={'label': labels} say, give null= if the condition has another name, or sample the denoiser that "
+                "it wraps"
             )
         if self.classes is not None and "label" in cond:
             label = torch.as_tensor(cond["label"])
@@ -264,10 +274,19 @@ class Autoguidance(_Extrapolation):
         return f"Autoguidance({self.denoiser!r}, {self.weak!r}, weight={self.weight!r}{self._options()})"
 
 
-def _classes(denoiser: Denoiser) -> int | None:
-    """The number of classes, which is the null class, of a network of `scoresde.nn`; None for others."""
-    for net in networks(denoiser):
-        for module in net.modules():
-            if isinstance(module, TimeEmbedding) and module.classes is not None:
-                return module.classes.num_embeddings
-    return None
+def _nothing(denoiser: Denoiser) -> dict[str, int]:
+    """What tells a network of `scoresde.nn` nothing, of each condition that it takes; empty for others."""
+    modules = [module for net in networks(denoiser) for module in net.modules()]
+    classes = [m.classes.num_embeddings for m in modules if isinstance(m, TimeEmbedding) and m.classes is not None]
+    found = {"label": classes[0]} if classes else {}
+    ours = [module for module in modules if isinstance(module, MLP | UNet | DiT)]
+    if any(net.time.vectors is not None for net in ours):
+        found["vector"] = 0
+    if any(getattr(net, "image_condition", 0) for net in ours):
+        found["image"] = 0
+    return found
+
+
+def _filled(value: Any, null: int) -> Any:
+    """The null in the shape of a condition."""
+    return torch.full_like(value, null) if isinstance(value, Tensor) else null

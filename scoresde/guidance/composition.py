@@ -23,10 +23,10 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.exact import ExactDenoiser
-from scoresde.guidance.base import Scale, check_scale, known_all, scale_at, scaled
+from scoresde.guidance.base import Scale, check_scale, known_all, ratio, scale_at, scaled
 from scoresde.guidance.branches import Branch, Branching, Call, evaluate, translated
-from scoresde.tensors import Time, precise
-from scoresde.views import Affine, combine, mean_of_view, view_of_mean
+from scoresde.tensors import Time, known_any, precise
+from scoresde.views import Affine, combine, first_where, mean_of_view
 
 __all__ = ["Mixture", "Product"]
 
@@ -42,14 +42,15 @@ class Product(Branching):
         weights: w_i, each a number, one per sample (B,), or a function of t; negative to lead away from p_i. 1 each by
             default.
         base: p_0, the unconditional model of composable diffusion. Without it, and unless the weights are numbers that
-            sum to one, the score has not the width of the prior at large t; it is undefined at alpha = 0.
+            sum to one, the score has not the width of the prior at large t; the mean is undefined at alpha = 0.
         batched: False makes a call for each.
 
     The posterior variance is passed on where one model runs alone, else None.
 
     Raises:
         TypeError: if one is no denoiser.
-        ValueError: if there is none, they are of different SDEs, or the weights are not one for each.
+        ValueError: if there is none, they are of different SDEs, or the weights are not one for each; by the call,
+            where alpha = 0 without a base.
 
     >>> from scoresde import VPSDE
     >>> from scoresde.exact import Gaussian
@@ -80,7 +81,19 @@ class Product(Branching):
         self.normalised = base is not None or abs(sum(numbers) - 1) < 1e-12
 
     def affine(self, t: Time) -> Affine:
-        return super().affine(t) if self.normalised else mean_of_view("eps", self.sde, precise(t))
+        if self.normalised:
+            return super().affine(t)
+        t = precise(t)
+        if known_any(nothing := self.sde.alpha(t) == 0):
+            raise ValueError(
+                f"a product without a base is undefined at t = {first_where(t, nothing)} of {self.sde!r}, where alpha "
+                "is zero: give base=, or weights that sum to one, or start the grid at a smaller t"
+            )
+        return mean_of_view("eps", self.sde, t)
+
+    def check_times(self, t: Tensor) -> None:
+        super().check_times(t)
+        self.affine(t)
 
     def alone(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Branch | None:
         counting = self._counting(t, len(x))
@@ -113,7 +126,10 @@ class Product(Branching):
         """What a denoiser's network predicted, in what this one steps in."""
         if self.normalised:
             return translated(N, denoiser, self.denoiser, x, t)
-        u, w = denoiser.view_of_output(*view_of_mean("eps", self.sde, precise(t)), t)
+        t = precise(t)
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        # eps = (x - alpha D) / sigma. Where sigma = 0, D is x / alpha whatever eps is, which then is zero.
+        u, w = denoiser.view_of_output(ratio(torch.ones_like(sigma), sigma), -ratio(alpha, sigma), t)
         return combine(u, x, w, N)
 
     def __repr__(self) -> str:

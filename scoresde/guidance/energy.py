@@ -112,7 +112,7 @@ def distance(
     Args:
         point: m, shape of one sample or of its features, or one per sample (B, ...).
         encoder: f; x itself if not given. Called as the energy is, f(x) or f(x, t).
-        std: a number, or a tensor that broadcasts to the features' shape.
+        std: a number, or a tensor that broadcasts to the features' shape; like the point, of any device and dtype.
 
     Returns:
         The energy, a function of x, or of x and t, to shape (B,).
@@ -124,13 +124,16 @@ def distance(
     def energy(x: Tensor, *t: Time) -> Tensor:
         f = x if encoder is None else encoder(x, *t)
         flat, m = _pair(f, point if point.ndim == f.ndim else point[None], "point")
-        return (((flat - m).reshape(f.shape) / std) ** 2).reshape(len(f), -1).sum(1) / 2
+        width = usable(std).to(f) if isinstance(std, Tensor) else std
+        return (((flat - m).reshape(f.shape) / width) ** 2).reshape(len(f), -1).sum(1) / 2
 
     return energy
 
 
 def class_means(features: Tensor, labels: Tensor) -> Tensor:
     """The mean of each class, shape (classes, ...), of features (N, ...) with labels (N,): points for `distance`.
+
+    They are summed in float64, and are of the features' dtype; in float64 where those are whole numbers.
 
     Raises:
         ValueError: if there is not a label for each, or a class up to the largest has none.
@@ -143,9 +146,11 @@ def class_means(features: Tensor, labels: Tensor) -> Tensor:
     counts = torch.bincount(labels)
     if bool((counts == 0).any()):
         raise ValueError(f"classes with {counts.tolist()} items: expected one or more of each")
-    flat = features.reshape(len(features), -1)
+    wide = torch.float32 if features.device.type == "mps" else torch.float64
+    flat = features.reshape(len(features), -1).to(torch.promote_types(features.dtype, wide))
     sums = flat.new_zeros(len(counts), flat.shape[1]).index_add_(0, labels, flat)
-    return (sums / counts[:, None]).reshape(-1, *features.shape[1:])
+    means = (sums / counts[:, None]).reshape(-1, *features.shape[1:])
+    return means.to(features.dtype) if features.is_floating_point() or features.is_complex() else means
 
 
 def _pair(f: Tensor, target: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,8 @@ def export(run: str | Path, out: str | Path, *, average: int = 0, dtype: str = "
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists: give another folder, or remove it")
-    found, denoiser = opened(run), load(run, average)
+    found = opened(run)
+    denoiser = load(found.path, average)  # not the newest of now: a run may have come further
     assert isinstance(denoiser.net, nn.Module)
     net = denoiser.net.to(DTYPES[dtype])
     if bad := [name for name, value in net.state_dict().items() if not bool(value.isfinite().all())]:

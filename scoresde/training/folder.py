@@ -98,12 +98,15 @@ class Checkpoint:
             raise CheckpointError(
                 f"{where} has unknown keys {unknown} and lacks {lacking}: it is from another version, or altered"
             )
-        for name, expected in manifest["files"].items():
+        files = manifest["files"]
+        if not isinstance(files, dict) or not all(isinstance(expected, str) for expected in files.values()):
+            raise DamagedError(f"{where} is damaged: its files are not names with a hash each")
+        for name, expected in files.items():
             if Path(name).name != name:
                 raise CheckpointError(f"{where} names a file outside its folder, {name!r}: it was altered")
             try:
                 found = _sha256(path / name)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise DamagedError(f"{path / name} cannot be read ({error})") from error
             if found != expected:
                 raise DamagedError(f"{path / name} is truncated or damaged: its hash is not the manifest's")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scoresde.training.checkpoint import CheckpointError
@@ -51,9 +51,10 @@ def held(folder: Path) -> Iterator[None]:
             warnings.warn(
                 f"{folder} cannot be locked ({error}): see to it that one run alone writes there", stacklevel=3
             )
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # its holder removed it between the two calls: that file is not the folder's any more
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # its holder removed it since it was opened: that file is not the folder's any more
     _mine.add(path)
     try:
         file.truncate(0)
