@@ -18,7 +18,7 @@ from scoresde.cli.images import to_levels
 from scoresde.cli.restore import METHODS, OPERATORS, operator_of
 from scoresde.data import digits
 from scoresde.guidance.classifier_free import ClassifierFree
-from scoresde.guidance.operators import Downsample, FourierSampling, LinearOperator, Mask
+from scoresde.guidance.operators import Blur, Downsample, FourierSampling, LinearOperator, Mask
 from scoresde.guidance.posterior_sampling import PiGDM
 from scoresde.noise import derive_seed
 from scoresde.sampling import sample
@@ -245,6 +245,43 @@ def test_what_is_measured_already(plain_run, mask):
     assert run(*common, "--input", "small", "--operator", "blur:1", "--out", "d") == 0  # made to fit
     np.save("floats.npy", np.zeros((2, 1, 3, 3), np.float32))
     assert run(*common, "--input", "floats.npy", "--operator", "down:2", "--out", "e.npz") == 2
+
+
+def test_rounding_is_noise(plain_run, here, capsys):
+    """Of whole levels pigdm and mmps do not take less noise than rounding made; of other numbers what they are told."""
+    blurred = Blur(0.7)(digits()[0][:2])
+    np.savez("levels.npz", images=to_levels(blurred).numpy())
+    np.savez("floats.npz", x=blurred.numpy())
+    own = 2 / 255 / 12**0.5
+    for name, method, told, std in (
+        ("levels", "pigdm", 0, own),
+        ("levels", "mmps", 0.001, own),
+        ("levels", "pigdm", 0.1, 0.1),
+        ("levels", "ddnm", 0, 0),
+        ("floats", "pigdm", 0, 0),
+    ):
+        options = ["--measured", "--input", f"{name}.npz", "--operator", "blur:0.7", "--method", method]
+        assert run("restore", plain_run, *options, "--noise-std", told, "--nfe", 2, "--n", 1, "--float", "--out",
+                   "a.npz", *CPU) == 0  # fmt: skip
+        assert f"noise {std:g}, {method}" in capsys.readouterr().out
+    y = found("a.npz", "measurement")
+    guided = Clip(PiGDM(scoresde.load(plain_run), Blur(0.7), y, 0.0))
+    expected = sample(guided, (2, 1, 8, 8), DDPM(), nfe=2, seed=seeds(2)).x
+    torch.testing.assert_close(found("a.npz"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_where_a_transform_tells_nothing_is_left_out(plain_run, here, capsys):
+    """Neither is it in the measurement, nor counted in its residual."""
+    A = operator_of("fourier:0.5", (1, 8, 8))
+    assert run("restore", plain_run, "--input", "digits", "--limit", 2, "--n", 1, "--operator", "fourier:0.5",
+               "--noise-std", 0.5, "--nfe", 2, "--float", "--out", "a.npz", *CPU) == 0  # fmt: skip
+    x, y = found("a.npz"), found("a.npz", "measurement")
+    read = A.matrix((1, 8, 8)).abs().amax(1).reshape(1, 8, 8, 2) > 1e-12
+    assert bool((y[:, read] != 0).all())
+    assert not bool(y[:, ~read].any())
+    apart = (A(x) - y)[:, read].square().mean(1).sqrt().mean()
+    residual = float(re.search(r"residual of the measurement (\S+) rms", capsys.readouterr().out)[1])
+    assert residual == pytest.approx(float(apart), rel=1e-2)
 
 
 def test_a_picture_has_truth_measurement_and_samples(plain_run, here):

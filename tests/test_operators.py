@@ -201,6 +201,64 @@ def test_fourier_sampling_is_the_orthonormal_transform() -> None:
     torch.testing.assert_close(everything(x).norm(), x.norm())
 
 
+@pytest.mark.parametrize("size", [(6, 5), (4, 8), (7,), (2,)], ids=str)
+def test_what_a_transform_does_not_tell_is_not_read(size: tuple[int, ...]) -> None:
+    """The imaginary part of a frequency that is its own mirror image is zero for real x: as many numbers say something
+    as A A^T has rows that are not zero.
+    """
+    for A in (FourierSampling(frequencies(*size)), FourierSampling(torch.ones(size))):
+        x = normal(2, 3, *size)
+        y = A(x)
+        assert torch.equal(A.observed(y), y)
+        noisy = torch.where(A.observed(torch.ones_like(y)) == 1, y, math.nan)
+        assert torch.equal(A.observed(noisy), y)
+        assert torch.equal(A.adjoint(noisy), A.adjoint(y))
+        rows = A.matrix((3, *size)).abs().amax(1) > 1e-12
+        assert A.informative(y) == int(rows.sum())
+
+
+def test_what_is_observed_is_what_the_outer_operator_reads() -> None:
+    mask = random_mask((4, 4), 0.4, seed=1)
+    for A in (mask, mask @ Blur(0.5), mask @ Grey((1.0, 2.0)), mask @ Quantise(50)):
+        y = torch.full((2, 1, 4, 4), math.nan)
+        y[:, :, mask.mask] = 1.0
+        assert torch.equal(A.observed(y), mask.mask.expand(2, 1, 4, 4).float())
+        assert A.informative(y) == int(mask.mask.sum())
+    y = normal(2, 1, 4, 4)
+    assert torch.equal(Blur(0.5).observed(y), y)
+    assert Blur(0.5).informative(y) == 16
+
+
+@pytest.mark.parametrize(("operator", "event"), CASES)
+def test_an_operator_used_in_inference_mode_can_be_differentiated_afterwards(
+    operator: LinearOperator, event: tuple[int, ...]
+) -> None:
+    kept = {
+        "Blur": lambda: Blur(operator.kernel, boundary=operator.boundary),  # type: ignore[attr-defined]
+        "Downsample": lambda: Downsample(operator.factor, operator.method, dims=operator.dims),  # type: ignore[attr-defined]
+        "FourierSampling": lambda: FourierSampling(operator.mask),  # type: ignore[attr-defined]
+        "Mask": lambda: Mask(operator.mask),  # type: ignore[attr-defined]
+        "Matrix": lambda: Matrix(operator.A, operator.event_shape),  # type: ignore[attr-defined]
+    }.get(type(operator).__name__, lambda: operator)
+    with torch.inference_mode():
+        operator = kept()
+        y = operator(torch.ones(1, *event, dtype=torch.float64))
+        operator.ridge(y, 0.5)
+    x = normal(1, *event).requires_grad_()
+    (g,) = torch.autograd.grad(operator.ridge(operator(x), 0.5).square().sum() / 2, x)
+    value = operator.ridge(operator(x.detach()), 0.5)
+    torch.testing.assert_close((g * x).sum(), value.square().sum(), atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("operator", "event"), CASES)
+def test_a_measurement_that_is_all_noise_says_nothing(operator: LinearOperator, event: tuple[int, ...]) -> None:
+    y = operator(normal(2, *event, seed=7))
+    assert bool((operator.ridge(y, math.inf) == 0).all())
+    each = operator.ridge(y, torch.tensor([math.inf, 0.3], dtype=torch.float64))
+    assert bool((each[0] == 0).all())
+    torch.testing.assert_close(each[1], operator.ridge(y, 0.3)[1], atol=1e-8, rtol=1e-6)
+
+
 def test_quantising_twice_is_quantising_once() -> None:
     for size in [(8, 8), (16, 24), (13, 7), (3, 9)]:
         x = normal(2, 3, *size).clamp(-1, 1)
@@ -298,6 +356,8 @@ def test_conjugate_gradients_say_so_where_they_do_not_converge() -> None:
     y = normal(2, 1000)
     with pytest.raises(ArithmeticError, match="relative residual"):
         Diagonal().pseudo_inverse(y)
+    with pytest.raises(ArithmeticError, match=r"relative residual of [0-9]"):  # a zero beside it, and gradients
+        Diagonal().pseudo_inverse(torch.cat([y, torch.zeros(1, 1000)]).requires_grad_())
     torch.testing.assert_close(Diagonal().ridge(y, 1e-2), dense_ridge(Diagonal().matrix((1000,)), y, 1e-2))
     blur = Blur(4.0, boundary="zero", dims=1)  # what it loses does not matter to what it measures
     y = blur(normal(2, 64))

@@ -12,7 +12,7 @@ from scoresde import VPSDE, FlowSDE, Grid, NonFiniteError, sample
 from scoresde.analysis import gaussian_law
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.guidance.classifier import Classifier
-from scoresde.guidance.operators import Matrix
+from scoresde.guidance.operators import FourierSampling, Matrix
 from scoresde.guidance.particles import Potential, TwistedSMC, systematic, twisted_smc
 from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM
 from scoresde.noise import sample_seeds
@@ -145,6 +145,19 @@ def test_a_classifier_as_the_twist():
     mean, std = float(found.mean()), float(found.mean(lambda x: (x - 1) ** 2)) ** 0.5
     assert mean == pytest.approx(1.0, abs=0.06)
     assert std == pytest.approx(0.5, abs=0.06)
+
+
+def test_the_evidence_is_of_what_is_observed():
+    """y = A(x) + noise, the noise also where a transform of real x tells nothing: against the dense matrix's rows."""
+    operator, target, std = FourierSampling(torch.tensor([1, 1, 0, 0])), Gaussian(torch.zeros(4), std=0.7), 0.8
+    y = operator(normal(1, 4)) + std * normal(1, 4, 2, seed=1)
+    rows = operator.matrix((4,)).abs().amax(1) > 1e-12
+    assert rows.tolist() == [True, False, True, True, False, False, False, False]
+    dense = Matrix(operator.matrix((4,))[rows])
+    found = twisted_smc(PiGDM(target.denoiser(VP), operator, y, std, data_std=0.7), (4096, 4),
+                        TwistedSMC(particles=4096), steps=40, seed=0)  # fmt: skip
+    expected = chain(40, target=target).measured(dense, std).log_prob(y.flatten(1)[:, rows])
+    assert float(found.log_evidence) == pytest.approx(float(expected), abs=0.05)
 
 
 # --- as a solver -----------------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ import torch
 from common import SDES, Nonlinear, end_of, generator, normal, start_of
 from scipy.special import dawsn
 
-from scoresde import VPSDE, EpsDenoiser, Grid, Posterior, X0Denoiser, sample
+from scoresde import VPSDE, EpsDenoiser, Grid, NonFiniteError, Posterior, X0Denoiser, sample
 from scoresde.exact import Gaussian, GaussianMixture
-from scoresde.guidance.operators import Grey, LinearOperator, Mask, Matrix
+from scoresde.guidance.operators import Blur, Downsample, FourierSampling, Grey, LinearOperator, Mask, Matrix
 from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM
+from scoresde.guidance.projections import DDNM
 from scoresde.likelihood import log_prob
 from scoresde.solvers import DDIM, DDPM, Heun, UniPC
 from scoresde.tensors import expand_like
@@ -349,7 +350,134 @@ def test_a_mask_reads_only_what_it_knows():
             torch.testing.assert_close(same.log_likelihood(x), expected)
 
 
+UNREAD = {
+    "fourier": FourierSampling(torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 0], [1, 1, 0, 1]])),
+    "mask of a blur": Mask(torch.eye(4)) @ Blur(0.7),
+    "mask of a grey": Mask(torch.eye(4)) @ Grey((0.5, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("operator", list(UNREAD))
+def test_what_says_nothing_is_not_read(name, operator):
+    A, x = UNREAD[operator], normal(2, 2, 4, 4, seed=4)
+    y = A(normal(1, 2, 4, 4, seed=3))
+    read = A.observed(torch.ones_like(y)) == 1
+    denoiser = Gaussian(torch.zeros(2, 4, 4), std=0.6).denoiser(VP)
+    found = METHODS[name](denoiser, A, y)
+    for filled in (5.0, math.nan):
+        same = METHODS[name](denoiser, A, torch.where(read, y, filled))
+        assert torch.equal(found(x, 0.3).mean, same(x, 0.3).mean)
+        if name != "dps":
+            expected = torch.distributions.Normal(A(x), 0.5).log_prob(y)[:, read[0]].sum(1)
+            torch.testing.assert_close(same.log_likelihood(x), expected)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.1])
+@pytest.mark.parametrize("operator", [Blur(1.5), Downsample(2, "bicubic"), Mask(torch.eye(8))], ids=repr)
+def test_pigdm_loses_what_the_pseudo_inverse_does(operator, noise_std):
+    """On N(m, s^2 I) it is DDNM with the noise, which is exact; at noise_std = 0 rounding to 8 bits is not blown up."""
+    denoiser = Gaussian(0.1 * normal(1, 8, 8), std=0.5).denoiser(VP)
+    y = ((operator(0.5 * normal(2, 1, 8, 8, seed=1)) * 127.5).round() / 127.5).float()
+    x = normal(2, 1, 8, 8, seed=2, dtype=torch.float32)
+    guided, exact = (
+        PiGDM(denoiser, operator, y, noise_std, data_std=0.5),
+        DDNM(denoiser, operator, y, noise_std, data_std=0.5),
+    )
+    for t in (0.01, 0.3, 0.9):
+        expected = exact(x, t).mean
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(guided(x, t).mean, expected, rtol=0, atol=2e-3 * scale)
+    times = torch.tensor([0.3, 0.9])
+    both = guided(x, times).mean
+    for i in range(2):
+        torch.testing.assert_close(both[i], guided(x, float(times[i])).mean[i], rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_pigdm_in_closed_form_is_that_by_conjugate_gradients():
+    """Also its log-density, with the part of y that A cannot make."""
+    denoiser, x = mixture(3, 6).denoiser(VP), normal(4, 3, 6, seed=4)
+    for A in (Matrix(normal(20, 18, seed=5), (3, 6)), Downsample(3, dims=1), Blur(0.4, dims=1)):
+        y = normal(*A(x).shape, seed=6)
+        for noise_std in (0.5, torch.tensor([0.2, 0.5, 1.0, 2.0])):
+            closed, general = PiGDM(denoiser, A, y, noise_std), PiGDM(denoiser, lambda x, A=A: A(x), y, noise_std)
+            for t in (0.3, torch.tensor([0.1, 0.3, 0.6, 0.9])):
+                found, expected = closed.twist(x, t, {}), general.twist(x, t, {})
+                torch.testing.assert_close(found.gradient, expected.gradient)
+                torch.testing.assert_close(found.log_prob, expected.log_prob)
+    at_zero = PiGDM(denoiser, A, y, 0.5)(x, 0.0).mean
+    torch.testing.assert_close(at_zero, x)
+
+
+def test_ddnm_at_time_zero_is_x():
+    """The sample has no noise left: a noisy y tells nothing more, whether the inverse is in closed form or not."""
+    x = normal(2, 1, 8, 8)
+    for boundary in ("zero", "circular"):
+        guided = DDNM(Gaussian(torch.zeros(1, 8, 8), std=1.0).denoiser(VP), Blur(1.0, boundary=boundary), 0 * x, 0.1)
+        torch.testing.assert_close(guided(x, 0.0).mean, x)
+        each = guided(x, torch.tensor([0.0, 0.5])).mean
+        torch.testing.assert_close(each[0], x[0])
+        torch.testing.assert_close(each[1], guided(x, 0.5).mean[1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_inference_mode(name):
+    """With a time that was made there; and what operators keep from it can be differentiated through afterwards."""
+    for A in (lambda: Blur(1.0), lambda: Downsample(2, "bicubic") @ Blur(0.5)):
+        denoiser, y = Gaussian(torch.zeros(1, 8, 8), std=1.0).denoiser(SDES["flow"]), A()(torch.zeros(1, 1, 8, 8))
+        guided, other = METHODS[name](denoiser, A(), y), METHODS[name](denoiser, A(), y)
+        x = normal(2, 1, 8, 8)
+        with torch.inference_mode():
+            inferred = sample(guided, (2, 1, 8, 8), DDIM(), steps=3, seed=0).x
+            t = torch.tensor([0.3, 0.6], dtype=torch.float64)
+            found = guided(x, t).mean
+        assert torch.equal(inferred.clone(), sample(other, (2, 1, 8, 8), DDIM(), steps=3, seed=0).x)
+        assert torch.equal(found.clone(), other(x, t.clone()).mean)
+        leaf = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(guided(leaf, 0.3).mean.sum(), leaf)
+        assert bool(g.isfinite().all())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_time_made_in_inference_mode(name):
+    """Of x's dtype, so that it reaches a network as it is, which saves it for its derivative."""
+
+    class Exact(EpsDenoiser):
+        def posterior(self, x, t, /, **cond):
+            return Posterior(super().posterior(x, t, **cond).mean, torch.ones_like(x))
+
+    guided = METHODS[name](Exact(lambda x, t: x * t[:, None], VP), lambda x: x, torch.ones(1, 3))
+    x = normal(2, 3)
+    with torch.inference_mode():
+        t = torch.tensor([0.3, 0.6], dtype=torch.float64)
+        found = guided(x, t).mean
+    torch.testing.assert_close(found.clone(), guided(x, t.clone()).mean)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_measurement_that_is_not_finite_is_refused(name, bad):
+    for A in (Mask(torch.tensor([True, False])), lambda x: x, Matrix(torch.eye(2))):
+        guided = METHODS[name](Silent(VP), A, torch.tensor([[bad, 0.0], [0.0, 0.0], [1.0, bad]]))
+        entries = "0" if isinstance(A, Mask) else "0, 2"
+        with pytest.raises(ValueError, match=f"y is not finite where the operator looks, in entries {entries}$"):
+            guided(normal(3, 2), 0.5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_covariance_that_is_not_finite_is_not_taken_for_no_guidance(bad):
+    class Spoilt(Wrapper):
+        def posterior(self, x, t, /, **cond):
+            D, var = self.denoiser.posterior(x, t, **cond)
+            return Posterior(D, torch.cat([bad * var[:1], var[1:]]))
+
+    guided = MomentMatching(Spoilt(mixture(2).denoiser(VP)), lambda x: x, torch.ones(1, 2), 0.5, covariance="variance")
+    assert guided(normal(3, 2), 0.5).mean.isfinite().all(1).tolist() == [False, True, True]
+    with pytest.raises(NonFiniteError):
+        sample(guided, (3, 2), DDIM(), steps=3, seed=0)
 
 
 class Wrong(LinearOperator):

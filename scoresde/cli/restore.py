@@ -167,7 +167,8 @@ def add_parser(commands: Any) -> None:
     add("--operator", required=True, metavar="A", help="how they are measured: see above")
     add("--measured", dest="given", action="store_true", help="INPUT are the measurements, not whole images")
     add("--noise-std", type=float, default=0.0, metavar="STD", help="of the measurement's noise, in units of the data "
-        "(images are in [-1, 1]): added here, or with --measured the noise that it has (0)")  # fmt: skip
+        "(images are in [-1, 1]): added here, or with --measured the noise that it has (0; pigdm and mmps take that of "
+        "rounding, 0.0023, where INPUT are whole grey levels)")  # fmt: skip
     group = parser.add_argument_group("the samples")
     add = group.add_argument
     add("--method", choices=METHODS, default="pigdm", help="see above (pigdm)")
@@ -283,7 +284,8 @@ class _Job:
     def scores(self, x: Tensor) -> str:
         """How far all samples are from what is known, in words."""
         which = self.images(range(len(x)))
-        apart = _rms(self.operator(x) - self.y.cpu()[which]) / _share(self.operator).sqrt()
+        apart = _rms(self.operator(x) - self.y.cpu()[which])
+        apart = apart * math.sqrt(self.y[0].numel() / self.operator.informative(self.y))
         texts = [f"residual of the measurement {float(apart.mean()):.3g} rms"]
         if self.truth is not None:
             pictures = self.made.model.about.pictures
@@ -299,11 +301,6 @@ class _Job:
 def _rms(x: Tensor) -> Tensor:
     """Of each entry of the batch, shape (B,)."""
     return x.reshape(len(x), -1).square().mean(1).sqrt()
-
-
-def _share(A: Operator) -> Tensor:
-    """Of its measurement's entries, how many tell something."""
-    return A.mask.double().mean() if isinstance(A, Mask | FourierSampling) else torch.ones((), device="cpu")
 
 
 def _error(x: Tensor, truth: Tensor, pictures: bool) -> str:
@@ -347,12 +344,14 @@ def _job(args: argparse.Namespace, model: Model) -> _Job:
     if args.given:
         measured = replace(model, about=replace(model.about, shape=tuple(empty.shape[1:])))
         x, y = None, read_inputs(args, measured, False)[0]
+        if model.about.pictures and args.method in ("pigdm", "mmps"):  # whose inverses would make noise of the rounding
+            args.noise_std = max(args.noise_std, _rounding(y, args.levels or 256))
     else:
         x = read_inputs(args, model, False)[0]
         y = A(x)
         if args.noise_std:
             y = y + args.noise_std * torch.stack([_noise(i, y.shape[1:]) for i in range(len(y))])
-    job = _Job(args, made, A, _known(A, y).to(device), x, args.n)
+    job = _Job(args, made, A, A.observed(y).to(device), x, args.n)
     counts = {name: n for name, n in (("nfe", nfe), ("steps", args.steps)) if n is not None}
     options = on_grid(job.around(torch.zeros(1, dtype=torch.long)).solver, made.denoiser, counts, args.grid)
     return replace(job, made=replace(made, options=options))
@@ -363,11 +362,11 @@ def _noise(i: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(derive_seed(0, i, 1)), device="cpu")
 
 
-def _known(A: Operator, y: Tensor) -> Tensor:
-    """y, and zero where it tells nothing."""
-    if isinstance(A, FourierSampling):
-        return torch.where(A.mask[..., None], y, torch.zeros_like(y))
-    return A(y) if isinstance(A, Mask) else y
+def _rounding(y: Tensor, levels: int) -> float:
+    """Standard deviation of what rounding to levels of [-1, 1] took from y, a uniform number; 0 if y is not rounded."""
+    step = 2 / max(levels - 1, 1)
+    k = (y.double() + 1) / step
+    return step / math.sqrt(12) if bool(((k - k.round()).abs() < 1e-3).all()) else 0.0
 
 
 # --- operators in words ----------------------------------------------------------------------------------------------

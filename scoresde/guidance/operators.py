@@ -66,6 +66,14 @@ class Operator(ABC):
             ValueError: if the operator does not take events of that shape.
         """
 
+    def observed(self, y: Tensor) -> Tensor:
+        """y with zeros where it says nothing of x, whatever is there: noise, or NaN. (B, *measurement) -> the same."""
+        return y
+
+    def informative(self, y: Tensor) -> int:
+        """How many numbers of one measurement say something, for y of shape (B, *measurement)."""
+        return int(self.observed(torch.ones_like(y[:1])).sum())
+
     def __matmul__(self, other: Operator) -> Operator:
         if not isinstance(other, Operator):
             return NotImplemented
@@ -88,6 +96,11 @@ class LinearOperator(Operator):
     def __matmul__(self, other: Operator) -> Operator:
         return _LinearComposition(self, other) if isinstance(other, LinearOperator) else super().__matmul__(other)
 
+    @property
+    def closed_form(self) -> bool:
+        """Whether `ridge` is in closed form, without conjugate gradients."""
+        return self.singular_value is not None or type(self).ridge is not LinearOperator.ridge
+
     @abstractmethod
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y, (B, *measurement) -> (B, *event)."""
@@ -105,7 +118,7 @@ class LinearOperator(Operator):
 
         Args:
             rho: >= 0, one number or one per sample, in units of the squared singular values of A: sigma_y^2 / r^2 for
-                measurement noise of standard deviation sigma_y where x is known to r.
+                measurement noise of standard deviation sigma_y where x is known to r. At infinity the result is 0.
 
         Raises:
             ArithmeticError: where there is no closed form and conjugate gradients do not converge.
@@ -129,6 +142,9 @@ class _Composition(Operator):
     def __call__(self, x: Tensor) -> Tensor:
         return self.outer(self.inner(x))
 
+    def observed(self, y: Tensor) -> Tensor:
+        return self.outer.observed(y)
+
     def __repr__(self) -> str:
         return f"{self.outer!r} @ {self.inner!r}"
 
@@ -139,6 +155,9 @@ class _LinearComposition(LinearOperator):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.outer(self.inner(x))
+
+    def observed(self, y: Tensor) -> Tensor:
+        return self.outer.observed(y)
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self.inner.adjoint(self.outer.adjoint(y))
@@ -177,6 +196,9 @@ class Mask(LinearOperator):
                 f"a mask of shape {tuple(mask.shape)} does not broadcast to events of shape {tuple(x.shape[1:])}"
             )
         return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def observed(self, y: Tensor) -> Tensor:
+        return self(y)
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self(y)
@@ -243,16 +265,17 @@ class Matrix(LinearOperator):
     def __init__(self, A: Tensor, event_shape: Sequence[int] | None = None, *, rtol: float | None = None) -> None:
         if not isinstance(A, Tensor) or A.ndim != 2 or not A.is_floating_point() or not bool(A.isfinite().all()):
             raise ValueError(f"A is {_found(A)}: expected a finite floating-point matrix (M, D)")
-        self.A = A.detach().double().clone()
+        self.A = _own(A.detach().double())
         self.event_shape = (A.shape[1],) if event_shape is None else tuple(event_shape)
         if math.prod(self.event_shape) != A.shape[1]:
             raise ValueError(
                 f"event_shape={self.event_shape} for a matrix of shape {tuple(A.shape)}: expected D numbers"
             )
-        U, S, Vh = torch.linalg.svd(self.A, full_matrices=False)
         rtol = max(A.shape) * torch.finfo(torch.float64).eps if rtol is None else rtol
-        kept = rtol * S[0] < S
-        self._U, self._S, self._Vh = U[:, kept], S[kept], Vh[kept]
+        with torch.inference_mode(False):  # autograd may save them
+            U, S, Vh = torch.linalg.svd(self.A, full_matrices=False)
+            kept = rtol * S[0] < S
+            self._U, self._S, self._Vh = U[:, kept], S[kept], Vh[kept]
         if len(self._S) and bool(self._S[0] - self._S[-1] <= 1e-12 * self._S[0]):
             self.singular_value = float(self._S[0])
 
@@ -342,7 +365,7 @@ class Blur(LinearOperator):
             raise ValueError(f"kernel is {_found(kernel)}: expected finite numbers, not all zero, in d >= 1 dimensions")
         if boundary not in ("circular", "zero"):
             raise ValueError(f"boundary={boundary!r}: expected 'circular' or 'zero'")
-        self.kernel, self.boundary, self.rtol = kernel.detach().double().clone(), boundary, rtol
+        self.kernel, self.boundary, self.rtol = _own(kernel.detach().double()), boundary, rtol
         self._transfers: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
 
     @property
@@ -365,14 +388,14 @@ class Blur(LinearOperator):
         period = self._period(x)
         key = (period, x.dtype, x.device)
         if key not in self._transfers:
-            k = self.kernel.to("cpu")
-            for dim, n in enumerate(period):  # index j of the kernel goes to j - middle, modulo the period
-                at = (torch.arange(k.shape[dim], device="cpu") - self.kernel.shape[dim] // 2) % n
-                shape = (*k.shape[:dim], n, *k.shape[dim + 1 :])
-                k = k.new_zeros(shape).index_add(dim, at, k)
-            transfer = torch.fft.rfftn(k)
-            wide = torch.complex128 if x.dtype == torch.float64 else torch.complex64
-            self._transfers[key] = transfer.to(x.device, wide)
+            with torch.inference_mode(False):  # what is kept outlives the mode, and autograd may save it
+                k = self.kernel.to("cpu")
+                for dim, n in enumerate(period):  # index j of the kernel goes to j - middle, modulo the period
+                    at = (torch.arange(k.shape[dim], device="cpu") - self.kernel.shape[dim] // 2) % n
+                    shape = (*k.shape[:dim], n, *k.shape[dim + 1 :])
+                    k = k.new_zeros(shape).index_add(dim, at, k)
+                wide = torch.complex128 if x.dtype == torch.float64 else torch.complex64
+                self._transfers[key] = torch.fft.rfftn(k).to(x.device, wide)
         return self._transfers[key]
 
     def _filter(self, x: Tensor, response: Callable[[Tensor], Tensor]) -> Tensor:
@@ -386,6 +409,10 @@ class Blur(LinearOperator):
     def __call__(self, x: Tensor) -> Tensor:
         return self._filter(x, lambda k: k)
 
+    @property
+    def closed_form(self) -> bool:
+        return self.boundary == "circular"
+
     def adjoint(self, y: Tensor) -> Tensor:
         return self._filter(y, torch.conj)
 
@@ -398,7 +425,7 @@ class Blur(LinearOperator):
             gain = k.abs()
             squared = gain**2 + _over(rho, y)
             lost = squared <= (rtol * gain.max()) ** 2
-            return torch.where(lost, 0.0, k.conj() / torch.where(lost, 1.0, squared))
+            return k.conj() * torch.where(lost, 0.0, 1 / torch.where(lost, 1.0, squared))  # complex / inf is NaN
 
         return self._filter(y, response)
 
@@ -441,8 +468,9 @@ class Downsample(LinearOperator):
         """The matrix of a dimension of size n and its singular values."""
         key = (n, like.dtype, like.device)
         if key not in self._kept:
-            W = _area(n, self.factor) if self.method == "area" else _bicubic(n, self.factor)
-            self._kept[key] = _Axis(*(part.to(like) for part in (W, *torch.linalg.svd(W, full_matrices=False))))
+            with torch.inference_mode(False):  # what is kept outlives the mode, and autograd may save it
+                W = _area(n, self.factor) if self.method == "area" else _bicubic(n, self.factor)
+                self._kept[key] = _Axis(*(part.to(like) for part in (W, *torch.linalg.svd(W, full_matrices=False))))
         return self._kept[key]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -479,7 +507,8 @@ class Downsample(LinearOperator):
 
 class FourierSampling(LinearOperator):
     """y = m F x, the orthonormal Fourier transform of real x where m is true, as in magnetic resonance imaging: real
-    pairs (B, *event, 2), zero where m is; what a measurement says there is not read.
+    pairs (B, *event, 2), zero where m is; what a measurement says there is not read. Nor is the imaginary part of a
+    frequency that is its own mirror image, which is zero for real x.
 
     A frequency k that is known without its mirror image -k, its conjugate for real x, has the singular value
     sqrt(1/2), others have 1.
@@ -495,9 +524,16 @@ class FourierSampling(LinearOperator):
     def __init__(self, mask: Tensor) -> None:
         self.mask = _boolean(mask, "mask")
         dims = tuple(range(mask.ndim))
-        mirrored = self.mask.flip(dims).roll([1] * mask.ndim, dims)
-        self._squared = (self.mask.double() + mirrored.double()) / 2  # singular values, where m is
-        if torch.equal(self.mask, mirrored):
+
+        def mirrored(k: Tensor) -> Tensor:
+            return k.flip(dims).roll([1] * mask.ndim, dims)
+
+        with torch.inference_mode(False):  # autograd may save them
+            k = torch.arange(mask.numel(), device=mask.device).reshape(mask.shape)
+            self._read = torch.stack([self.mask, self.mask & (k != mirrored(k))], dim=-1)
+            # of the singular values, where m is
+            self._squared = (self.mask.double() + mirrored(self.mask).double()) / 2
+        if torch.equal(self.mask, mirrored(self.mask)):
             self.singular_value = 1.0
 
     @property
@@ -507,12 +543,14 @@ class FourierSampling(LinearOperator):
     def __call__(self, x: Tensor) -> Tensor:
         if x.ndim <= self.mask.ndim or x.shape[-self.mask.ndim :] != self.mask.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected trailing dimensions {tuple(self.mask.shape)}")
-        y = torch.view_as_real(torch.fft.fftn(x, dim=self._dims, norm="ortho"))
-        return torch.where(self.mask.to(x.device)[..., None], y, torch.zeros((), dtype=x.dtype, device=x.device))
+        return self.observed(torch.view_as_real(torch.fft.fftn(x, dim=self._dims, norm="ortho")))
+
+    def observed(self, y: Tensor) -> Tensor:
+        return torch.where(self._read.to(y.device), y, torch.zeros((), dtype=y.dtype, device=y.device))
 
     def adjoint(self, y: Tensor) -> Tensor:
-        known = torch.where(self.mask.to(y.device)[..., None], y, torch.zeros((), dtype=y.dtype, device=y.device))
-        return torch.fft.ifftn(torch.view_as_complex(known.contiguous()), dim=self._dims, norm="ortho").real
+        known = torch.view_as_complex(self.observed(y).contiguous())
+        return torch.fft.ifftn(known, dim=self._dims, norm="ortho").real
 
     def ridge(self, y: Tensor, rho: float | Tensor) -> Tensor:
         if self.singular_value is not None:
@@ -654,7 +692,7 @@ def match_measurement(operator: Operator, y: Tensor, x: Tensor) -> Tensor:
 
 
 def check_finite(known: Tensor) -> None:
-    """Raises ValueError unless A^+ y is finite. (A NaN where a mask is false is not looked at, and does no harm.)"""
+    """Raises ValueError unless A^+ y, or what is observed of y, is finite: a NaN where a mask is false is no harm."""
     if bad := not_finite(known):
         raise ValueError(f"y is not finite where the operator looks, in entries {some(bad)}")
 
@@ -664,10 +702,13 @@ def _conjugate_gradients(operator: LinearOperator, y: Tensor, rho: float | Tenso
     At rho = 0 the iterates lie in the range of A^T, so their limit is A^+ y, whether or not y is in the range of A.
     """
     b = y if y.device.type == "mps" else y.double()
+    rho = rho if isinstance(rho, Tensor) else torch.tensor(rho, dtype=torch.float64, device="cpu")
+    nothing = rho.isinf()  # of y counts there: a system whose solution is 0
+    b, rho = expand_like(1.0 - nothing.to(b.dtype), b) * b, torch.where(nothing, 1.0, rho)
     residual = b
     gradient = operator.adjoint(b)
     x, p = torch.zeros_like(gradient), gradient
-    rho = _over(rho, x)
+    rho = expand_like(rho, x)
     gamma = first = _squares(gradient)
     target = _CG_RTOL**2 * first if b.dtype == torch.float64 else 1e-10 * first
     limit = 10 * max(gradient[0].numel(), 10)
@@ -684,7 +725,7 @@ def _conjugate_gradients(operator: LinearOperator, y: Tensor, rho: float | Tenso
         before, gamma = gamma, _squares(gradient)
         p = gradient + _over(torch.where(going, gamma / torch.where(going, before, 1.0), 0.0), p) * p
     else:
-        reached = float((gamma / first).max().sqrt())
+        reached = float(torch.where(first == 0, 0.0, gamma / first).detach().max().sqrt())
         raise ArithmeticError(
             f"conjugate gradients for the inverse of {operator!r} reached a relative residual of {reached:.2g}, not "
             f"{_CG_RTOL:g}: A is too ill-conditioned; state the noise of y (noise_std > 0), or give a Matrix with rtol="
@@ -705,7 +746,13 @@ def _over(c: Tensor | float, x: Tensor) -> Tensor | float:
 def _boolean(mask: Tensor, name: str) -> Tensor:
     if not isinstance(mask, Tensor) or not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.any()):
         raise ValueError(f"{name} is {_found(mask)}: expected true or 1 where x is known, false or 0 elsewhere")
-    return mask.detach().bool().clone()
+    return _own(mask.detach().bool())
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy that autograd may save, made under inference_mode or not."""
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def _found(value: object) -> str:

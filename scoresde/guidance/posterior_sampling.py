@@ -31,8 +31,18 @@ import torch
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser
-from scoresde.guidance.base import Scale, check_derivative, check_entries, gradient, known_all, scaled, shifted, usable
-from scoresde.guidance.operators import LinearOperator, Mask, check_adjoint, match_measurement
+from scoresde.guidance.base import (
+    Scale,
+    check_derivative,
+    check_entries,
+    gradient,
+    known_all,
+    ratio,
+    scaled,
+    shifted,
+    usable,
+)
+from scoresde.guidance.operators import LinearOperator, Operator, check_adjoint, check_finite, match_measurement
 from scoresde.guidance.particles import Twist, Twisted
 from scoresde.sde import VPSDE, check_positive
 from scoresde.solvers.base import check_count, check_option
@@ -41,8 +51,11 @@ from scoresde.views import combine
 
 __all__ = ["DPS", "MomentMatching", "PiGDM"]
 
-Operator = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 Product = Callable[[Tensor], Tensor]
+
+_LEAST_R2 = 1e-20
+"""r_t^2 where there is no noise: its inverse, the size of the gradient, is a number in single precision too."""
 
 
 class _Measured(Twisted):
@@ -51,7 +64,7 @@ class _Measured(Twisted):
     def __init__(
         self,
         denoiser: Denoiser,
-        operator: Operator,
+        operator: Forward,
         y: Tensor,
         noise_std: Tensor | float | None,
         scale: Scale,
@@ -83,17 +96,20 @@ class _Measured(Twisted):
 
     def _measurement(self, x: Tensor) -> Tensor:
         """y for events of the shape of x, checked before the network is called: (1, *measurement) or (B, ...)."""
-        if isinstance(self.operator, LinearOperator) and tuple(x.shape[1:]) not in self._tested:
+        first = tuple(x.shape[1:]) not in self._tested
+        if first and isinstance(self.operator, LinearOperator):
             check_adjoint(self.operator, x.shape[1:])
+        y = match_measurement(self.operator, self.y, x)  # type: ignore[arg-type]
+        if isinstance(self.operator, Operator):
+            y = self.operator.observed(y)
+        if first:  # and not again: it is a look at the device
+            check_finite(y)
             self._tested.add(tuple(x.shape[1:]))
-        y = usable(match_measurement(self.operator, self.y, x))  # type: ignore[arg-type]
-        return self.operator(y) if isinstance(self.operator, Mask) else y  # which reads only what it knows
+        return cast(Tensor, usable(y))
 
     def _known(self, y: Tensor) -> int:
         """Numbers in a measurement that say something."""
-        if isinstance(self.operator, Mask):
-            return int(self.operator(torch.ones_like(y[:1])).sum())
-        return y[0].numel()
+        return self.operator.informative(y) if isinstance(self.operator, Operator) else y[0].numel()
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         y, n = self._measurement(x0), self._variance(len(x0)).to(x0.device)
@@ -146,7 +162,7 @@ class DPS(_Measured):
     def __init__(
         self,
         denoiser: Denoiser,
-        operator: Operator,
+        operator: Forward,
         y: Tensor,
         scale: Scale = 1.0,
         *,
@@ -160,7 +176,7 @@ class DPS(_Measured):
         self.steps = steps
 
     def twist(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Twist:
-        y = self._measurement(x)
+        y, t = self._measurement(x), usable(t)
         half_precision = None if self.noise_std is None else usable(1 / (2 * self._variance(len(x)).to(x)))
 
         def log_density(D: Tensor) -> Tensor:
@@ -190,7 +206,7 @@ class _Matched(_Measured):
     def __init__(
         self,
         denoiser: Denoiser,
-        operator: Operator,
+        operator: Forward,
         y: Tensor,
         noise_std: Tensor | float,
         scale: Scale,
@@ -211,22 +227,26 @@ class _Matched(_Measured):
         """v -> V v."""
 
     def twist(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Twist:
-        y, n = self._measurement(x), usable(self._variance(len(x)))
+        y, n, t = self._measurement(x), usable(self._variance(len(x))), usable(t)
         with _usable_gradients():
             return self._twist(usable(x), t, y, n, {name: usable(value) for name, value in cond.items()})
 
     def _twist(self, x: Tensor, t: Time, y: Tensor, n: Tensor, cond: Mapping[str, Any]) -> Twist:
         found = _differentiated(self.denoiser, x, t, cond, self.wants_variance)
         value, forward, adjoint = _derivative(self.operator, found.mean)
-        V = self._covariance(found, x, t)
-        e = y - value
+        by_mean, squares = self._solved(y - value, n, self._covariance(found, x, t), forward, adjoint, t)
+        return Twist(found.output, found.mean, -squares / 2, found.transposed(by_mean))
+
+    def _solved(
+        self, e: Tensor, n: Tensor, V: Product, forward: Product, adjoint: Product, t: Time
+    ) -> tuple[Tensor, Tensor]:
+        """A^T S^-1 e, of the shape of x, and e^T S^-1 e, shape (B,)."""
 
         def S(u: Tensor) -> Tensor:
             return expand_like(n, u) * u + forward(V(adjoint(u)))
 
         u = _conjugate_gradients(S, e, self.iterations, n)
-        log_prob = -_dot(e, u) / 2
-        return Twist(found.output, found.mean, log_prob, found.transposed(adjoint(u)))
+        return adjoint(u), _dot(e, u)
 
 
 class PiGDM(_Matched):
@@ -245,8 +265,8 @@ class PiGDM(_Matched):
         data_std: s, in units of the data.
         r2: instead, the function from t, float64 of shape () or (B,), to r_t^2 > 0, of the same shape.
         scale: w.
-        iterations: of conjugate gradients for S, at most; they evaluate the operator only, end when they have
-            converged, and are 1 or 2 for masks and the like.
+        iterations: of conjugate gradients for S, at most, where the operator's `ridge` has no closed form; they
+            evaluate the operator only, and end when they have converged.
 
     Raises:
         TypeError, ValueError: as `DPS`.
@@ -255,7 +275,7 @@ class PiGDM(_Matched):
     def __init__(
         self,
         denoiser: Denoiser,
-        operator: Operator,
+        operator: Forward,
         y: Tensor,
         noise_std: Tensor | float,
         *,
@@ -281,6 +301,22 @@ class PiGDM(_Matched):
     def _covariance(self, found: _Mean, x: Tensor, t: Time) -> Product:
         r2 = self.r2(t)
         return lambda v: scaled(v, r2)
+
+    def _solved(
+        self, e: Tensor, n: Tensor, V: Product, forward: Product, adjoint: Product, t: Time
+    ) -> tuple[Tensor, Tensor]:
+        """A^T S^-1 e = A^T (A A^T + (n / r^2) I)^-1 e / r^2, what A loses left out as in its pseudo-inverse: at n = 0
+        conjugate gradients would divide the rounding of y by the smallest gains.
+        """
+        if not (isinstance(self.operator, LinearOperator) and self.operator.closed_form):
+            return super()._solved(e, n, V, forward, adjoint, t)
+        r2 = self.r2(t).clamp(min=_LEAST_R2)
+        n = n.to(r2.device) if r2.ndim else n
+        v = scaled(self.operator.ridge(e, n / r2), 1 / r2)
+        # With v = A^T u, u = S^-1 e: e^T u = u^T S u = n |u|^2 + r^2 |v|^2, where n u = e - r^2 A v; at n = 0 of the
+        # part of e that A can make.
+        nu = e - forward(scaled(v, r2))
+        return v, _dot(v, scaled(v, r2)) + scaled(_squares(nu), ratio(torch.ones_like(n), n))
 
 
 class MomentMatching(_Matched):
@@ -316,7 +352,7 @@ class MomentMatching(_Matched):
     def __init__(
         self,
         denoiser: Denoiser,
-        operator: Operator,
+        operator: Forward,
         y: Tensor,
         noise_std: Tensor | float,
         *,
@@ -415,7 +451,7 @@ def _differentiated(denoiser: Denoiser, x: Tensor, t: Time, cond: Mapping[str, A
     return _Mean(D.detach(), transposed, *(value.detach() for value in rest))
 
 
-def _derivative(operator: Operator, x: Tensor) -> tuple[Tensor, Product, Product]:
+def _derivative(operator: Forward, x: Tensor) -> tuple[Tensor, Product, Product]:
     """A(x), and products with its derivative at x and with the transpose of that."""
     if isinstance(operator, LinearOperator):
         return operator(x), operator, operator.adjoint
@@ -427,14 +463,17 @@ def _conjugate_gradients(product: Product, b: Tensor, iterations: int, least: Te
     """u with product(u) = b from u = 0 (Hestenes and Stiefel, 1952), for a symmetric product whose eigenvalues are not
     below `least`, of shape () or (B,), each sample with steps of its own. One that has converged, or along whose
     direction the product is less than that, as a network's Jacobian may make it, stays: its step would be far too long.
+    Where it is not finite u is NaN: zero would pass for a measurement that says nothing.
     """
     least = (1 - 1e-3) * least.to(b)
     u, residual, p = torch.zeros_like(b), b, b
     rr = _dot(b, b)
     target = (8 * torch.finfo(b.dtype).eps) ** 2 * rr
+    finite = rr.isfinite()
     for _ in range(min(iterations, b[0].numel())):
         q = product(p)
         curvature = _dot(p, q)
+        finite = finite & curvature.isfinite()
         on = (rr > target) & (curvature > 0) & (curvature >= least * _dot(p, p))
         if known_all(~on):  # on a GPU, where a look would stall it, all iterations are made
             break
@@ -442,11 +481,12 @@ def _conjugate_gradients(product: Product, b: Tensor, iterations: int, least: Te
         u = u + expand_like(step, u) * p
         residual = residual - expand_like(step, q) * q
         before, rr = rr, _dot(residual, residual)
+        finite = finite & rr.isfinite()
         p = (
             torch.where(expand_like(on.to(b.dtype), p) == 1, residual, 0.0)
             + expand_like(torch.where(on, rr, 0.0) / torch.where(on, before, 1.0), p) * p
         )
-    return u
+    return torch.where(expand_like(finite.to(u.dtype), u) == 1, u, math.nan)
 
 
 def _name(function: object) -> str:
