@@ -17,7 +17,7 @@ from scoresde.cli.common import add_quiet, command_parser, say, session
 from scoresde.cli.drawing import Recipe, add_draw_arguments, add_step_arguments, gathered, recipe, share
 from scoresde.cli.inputs import add_input_arguments, read_image, read_inputs
 from scoresde.cli.models import Model, add_model_arguments, open_model
-from scoresde.cli.sample import Writer
+from scoresde.cli.sample import Writer, add_out_arguments
 from scoresde.denoiser import Denoiser
 from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, strength_time, variations
 from scoresde.errors import NonFiniteError, some
@@ -70,10 +70,8 @@ def add_parser(commands: Any) -> None:
     nfe = "20 on the whole way from t_max, of which the part below --strength is made, with --encode each way"
     add_step_arguments(group, defaults=("unipc3", nfe))
     add_draw_arguments(group)
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="FILE.png, FILE.npz, or a folder")
-    parser.add_argument("--columns", type=int, metavar="N", help="of the grid (a row for each input, or a square)")
+    add_out_arguments(parser, "a row for each input, or a square")
     parser.add_argument("--beside", action="store_true", help="the inputs too, each before its results")
-    parser.add_argument("--float", dest="floating", action="store_true", help="into .npz also `x`, float32, unrounded")
     add_quiet(parser)
     parser.set_defaults(action=run)
 

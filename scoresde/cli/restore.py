@@ -27,7 +27,7 @@ from scoresde.cli.drawing import (
 from scoresde.cli.images import to_levels
 from scoresde.cli.inputs import add_input_arguments, read_image, read_inputs
 from scoresde.cli.models import Model, add_model_arguments, open_model
-from scoresde.cli.sample import Writer
+from scoresde.cli.sample import Writer, add_out_arguments
 from scoresde.denoiser import Denoiser
 from scoresde.guidance.operators import (
     Blur,
@@ -106,9 +106,11 @@ def _guided(made: Recipe, guidance: Callable[[Denoiser], Denoiser]) -> Recipe:
     """Around the model. Of pictures the guided means are clipped: at high noise a network's Jacobian can lead them far
     out of the data. A clip inside would take the symmetry of dD/dx.
     """
-    clipped = isinstance(made.denoiser, Clip)
-    denoiser = guidance(made.denoiser.denoiser if isinstance(made.denoiser, Clip) else made.denoiser)
-    return replace(made, denoiser=Clip(denoiser) if clipped or made.model.about.pictures else denoiser)
+    clip, denoiser = made.model.about.pictures, made.denoiser
+    if isinstance(denoiser, Clip):
+        clip, denoiser = True, denoiser.denoiser
+    denoiser = guidance(denoiser)
+    return replace(made, denoiser=Clip(denoiser) if clip else denoiser)
 
 
 def _mmps(made: Recipe, A: Operator, y: Tensor, args: argparse.Namespace) -> Recipe:
@@ -174,12 +176,11 @@ def add_parser(commands: Any) -> None:
     add("--method", choices=METHODS, default="pigdm", help="see above (pigdm)")
     add("--scale", type=float, metavar="W", help=f"of the gradient of {', '.join(SCALED)} (1)")
     add("--n", "--number", type=int, default=4, metavar="K", help="of each image (4)")
-    add_step_arguments(group, None, ("unipc3; ddpm for dps, replacement, repaint", "see above"))
+    add_step_arguments(group, None, ("ddpm; unipc3 for ddnm", "see above"))
     add_draw_arguments(group, conditions=False)
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="FILE.png, FILE.npz, or a folder")
-    parser.add_argument("--float", dest="floating", action="store_true", help="into .npz also `x`, float32, unrounded")
+    add_out_arguments(parser, None)
     add_quiet(parser)
-    parser.set_defaults(action=run, columns=None)
+    parser.set_defaults(action=run)
 
 
 def run(args: argparse.Namespace) -> None:

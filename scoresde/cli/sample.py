@@ -52,11 +52,19 @@ def add_parser(commands: Any) -> None:
     parser = command_parser(commands, "sample", TEXT, EXAMPLES)
     add_model_arguments(parser)
     add_solver_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="FILE.png, FILE.npz, or a folder")
-    parser.add_argument("--columns", type=int, metavar="N", help="of the grid (a square)")
-    parser.add_argument("--float", dest="floating", action="store_true", help="into .npz also `x`, float32, unrounded")
+    add_out_arguments(parser, "a square")
     add_quiet(parser)
     parser.set_defaults(action=run)
+
+
+def add_out_arguments(parser: argparse.ArgumentParser, columns: str | None) -> None:
+    """--out, --columns (which by default are as it says; None for no choice) and --float: what a `Writer` takes."""
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="FILE.png, FILE.npz, or a folder")
+    if columns is None:
+        parser.set_defaults(columns=None)
+    else:
+        parser.add_argument("--columns", type=int, metavar="N", help=f"of the grid ({columns})")
+    parser.add_argument("--float", dest="floating", action="store_true", help="into .npz also `x`, float32, unrounded")
 
 
 def run(args: argparse.Namespace) -> None:
