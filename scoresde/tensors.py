@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Time", "as_time", "check_batch", "expand_like", "known_any", "precise", "widen"]
+__all__ = ["Time", "as_time", "check_batch", "dot", "expand_like", "known_any", "precise", "widen"]
 
 Time = Tensor | float
 
@@ -62,3 +62,8 @@ def precise(t: Time) -> Tensor:
 def widen(x: Tensor) -> Tensor:
     """x in float32 where it is in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of each sample, for a and b of shape (B, ...): shape (B,)."""
+    return (a * b).reshape(len(a), -1).sum(1)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from scoresde.errors import not_finite, some
-from scoresde.tensors import expand_like
+from scoresde.tensors import dot, expand_like
 
 __all__ = [
     "Blur",
@@ -709,20 +709,20 @@ def _conjugate_gradients(operator: LinearOperator, y: Tensor, rho: float | Tenso
     gradient = operator.adjoint(b)
     x, p = torch.zeros_like(gradient), gradient
     rho = expand_like(rho, x)
-    gamma = first = _squares(gradient)
+    gamma = first = dot(gradient, gradient)
     target = _CG_RTOL**2 * first if b.dtype == torch.float64 else 1e-10 * first
     limit = 10 * max(gradient[0].numel(), 10)
     for _ in range(min(limit, 2000)):
         if bool((gamma <= target).all()):
             break
         Ap = operator(p)
-        curvature = _squares(Ap) + _squares(rho**0.5 * p)
+        curvature = dot(Ap, Ap) + dot(rho * p, p)
         going = gamma > target  # a sample that has converged stays
         step = torch.where(going, gamma / torch.where(going, curvature, 1.0), 0.0)
         x = x + _over(step, x) * p
         residual = residual - _over(step, residual) * Ap
         gradient = operator.adjoint(residual) - rho * x
-        before, gamma = gamma, _squares(gradient)
+        before, gamma = gamma, dot(gradient, gradient)
         p = gradient + _over(torch.where(going, gamma / torch.where(going, before, 1.0), 0.0), p) * p
     else:
         reached = float(torch.where(first == 0, 0.0, gamma / first).detach().max().sqrt())
@@ -731,11 +731,6 @@ def _conjugate_gradients(operator: LinearOperator, y: Tensor, rho: float | Tenso
             f"{_CG_RTOL:g}: A is too ill-conditioned; state the noise of y (noise_std > 0), or give a Matrix with rtol="
         )
     return x.to(y.dtype)
-
-
-def _squares(x: Tensor) -> Tensor:
-    """|x|^2 of each sample, shape (B,)."""
-    return x.reshape(len(x), -1).square().sum(1)
 
 
 def _over(c: Tensor | float, x: Tensor) -> Tensor | float:

@@ -46,7 +46,7 @@ from scoresde.guidance.operators import LinearOperator, Operator, check_adjoint,
 from scoresde.guidance.particles import Twist, Twisted
 from scoresde.sde import VPSDE, check_positive
 from scoresde.solvers.base import check_count, check_option
-from scoresde.tensors import Time, expand_like, known_any, precise
+from scoresde.tensors import Time, dot, expand_like, known_any, precise
 from scoresde.views import combine
 
 __all__ = ["DPS", "MomentMatching", "PiGDM"]
@@ -113,7 +113,8 @@ class _Measured(Twisted):
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         y, n = self._measurement(x0), self._variance(len(x0)).to(x0.device)
-        squares = _squares((y - self.operator(x0)).double())
+        e = (y - self.operator(x0)).double()
+        squares = dot(e, e)
         return -squares / (2 * n) - self._known(y) / 2 * (2 * math.pi * n).log()
 
     def check_groups(self, x: Tensor, particles: int) -> None:
@@ -180,7 +181,8 @@ class DPS(_Measured):
         half_precision = None if self.noise_std is None else usable(1 / (2 * self._variance(len(x)).to(x)))
 
         def log_density(D: Tensor) -> Tensor:
-            squares = _squares(y - self.operator(D))
+            e = y - self.operator(D)
+            squares = dot(e, e)
             return -squares if half_precision is None else -squares * half_precision
 
         with _usable_gradients():
@@ -246,7 +248,7 @@ class _Matched(_Measured):
             return expand_like(n, u) * u + forward(V(adjoint(u)))
 
         u = _conjugate_gradients(S, e, self.iterations, n)
-        return adjoint(u), _dot(e, u)
+        return adjoint(u), dot(e, u)
 
 
 class PiGDM(_Matched):
@@ -316,7 +318,7 @@ class PiGDM(_Matched):
         # With v = A^T u, u = S^-1 e: e^T u = u^T S u = n |u|^2 + r^2 |v|^2, where n u = e - r^2 A v; at n = 0 of the
         # part of e that A can make.
         nu = e - forward(scaled(v, r2))
-        return v, _dot(v, scaled(v, r2)) + scaled(_squares(nu), ratio(torch.ones_like(n), n))
+        return v, dot(v, scaled(v, r2)) + scaled(dot(nu, nu), ratio(torch.ones_like(n), n))
 
 
 class MomentMatching(_Matched):
@@ -467,20 +469,20 @@ def _conjugate_gradients(product: Product, b: Tensor, iterations: int, least: Te
     """
     least = (1 - 1e-3) * least.to(b)
     u, residual, p = torch.zeros_like(b), b, b
-    rr = _dot(b, b)
+    rr = dot(b, b)
     target = (8 * torch.finfo(b.dtype).eps) ** 2 * rr
     finite = rr.isfinite()
     for _ in range(min(iterations, b[0].numel())):
         q = product(p)
-        curvature = _dot(p, q)
+        curvature = dot(p, q)
         finite = finite & curvature.isfinite()
-        on = (rr > target) & (curvature > 0) & (curvature >= least * _dot(p, p))
+        on = (rr > target) & (curvature > 0) & (curvature >= least * dot(p, p))
         if known_all(~on):  # on a GPU, where a look would stall it, all iterations are made
             break
         step = torch.where(on, rr, 0.0) / torch.where(on, curvature, 1.0)
         u = u + expand_like(step, u) * p
         residual = residual - expand_like(step, q) * q
-        before, rr = rr, _dot(residual, residual)
+        before, rr = rr, dot(residual, residual)
         finite = finite & rr.isfinite()
         p = (
             torch.where(expand_like(on.to(b.dtype), p) == 1, residual, 0.0)
@@ -491,13 +493,3 @@ def _conjugate_gradients(product: Product, b: Tensor, iterations: int, least: Te
 
 def _name(function: object) -> str:
     return getattr(function, "__name__", type(function).__name__)
-
-
-def _squares(x: Tensor) -> Tensor:
-    """|x|^2 of each sample, shape (B,)."""
-    return _dot(x, x)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> of each sample, shape (B,)."""
-    return (a * b).reshape(len(a), -1).sum(1)
