@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,13 +17,15 @@ from scoresde.cli import main
 from scoresde.cli.drawing import Recipe
 from scoresde.cli.images import to_levels
 from scoresde.cli.restore import METHODS, OPERATORS, operator_of
-from scoresde.data import digits
+from scoresde.data import digit_levels, digits
 from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.guidance.operators import Blur, Downsample, FourierSampling, LinearOperator, Mask
 from scoresde.guidance.posterior_sampling import PiGDM
+from scoresde.likelihood.discrete import image_seeds
 from scoresde.noise import derive_seed
 from scoresde.sampling import sample
 from scoresde.solvers import DDPM, UniPC
+from scoresde.variance import VarianceTable, estimate
 from scoresde.wrappers import Clip
 
 Image = pytest.importorskip("PIL.Image")
@@ -124,6 +127,47 @@ def test_conditions_are_dropped_with_the_class(runs, here):
     expected = sample(guided, x.shape, UniPC(3), nfe=3, seed=seeds(4), cond={"label": labels, "image": image}).x
     torch.testing.assert_close(found("a.npz"), expected, rtol=1e-4, atol=1e-4)
     assert run("restore", path, "--input", "digits", "--operator", "down:2", "--out", "b.npz", *CPU) == 2
+
+
+def test_what_a_network_is_told_of_an_item_is_told_to_its_likelihood_and_variance(runs, here):
+    path = trained(runs / "told", "--classes", "--condition", "super-resolution:2", "--set", "data.limit=20",
+                   "--set", "train.warmup=0", "--set", "train.lr=0.02")  # so that the condition matters  # fmt: skip
+    denoiser, (levels, labels), (x, _) = scoresde.load(path), digit_levels(), digits()
+    image = scoresde.data.SuperResolution(2)(x, scoresde.data.Shown(torch.arange(len(x)), len(x)))
+    cond = {"label": labels, "image": image}
+    options = ["--data", "digits", "--limit", 5, "--out"]
+    assert run("likelihood", path, "--steps", 4, "--batch", 3, "--bound", "--draws", 16, *options, "a.json", *CPU) == 0
+    result = json.loads(Path("a.json").read_text())
+    edges = scoresde.likelihood.outer_edges(-1.0, 1.0, 17)
+    first = {name: value[:5] for name, value in cond.items()}
+    expected = scoresde.bits_per_dim(
+        denoiser, levels[:5], 17, steps=4, seed=image_seeds(0, 5), data_range=edges, cond=first
+    )
+    torch.testing.assert_close(torch.tensor(result["each"]), expected.per_image.float(), rtol=1e-4, atol=1e-4)
+    shuffled = {"label": labels[:5], "image": image[:5].flip(0)}
+    other = scoresde.bits_per_dim(
+        denoiser, levels[:5], 17, steps=4, seed=image_seeds(0, 5), data_range=edges, cond=shuffled
+    )
+    assert (expected.per_image - other.per_image).abs().max() > 2e-3
+    assert run("variance", path, "--samples", 8, "--times", 4, "--data", "digits", "--out", "t.npz", *CPU) == 0
+    table = VarianceTable.load("t.npz")
+    again = estimate(denoiser, x, table.t, samples=8, seed=0, cond=cond)
+    torch.testing.assert_close(table.eps_square, again.eps_square, rtol=1e-4, atol=1e-6)
+    # Without --data: the 20 items of the run, as it was told of them.
+    assert run("likelihood", path, "--steps", 4, "--batch", 20, "--out", "own.json", *CPU) == 0
+    own = json.loads(Path("own.json").read_text())["each"]
+    assert len(own) == 20
+    torch.testing.assert_close(torch.tensor(own[:5]), expected.per_image.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_conditions_that_were_given_are_known_of_their_own_items_alone(runs, here, capsys):
+    np.save("told.npy", torch.randn(1797, 3, generator=torch.Generator().manual_seed(0)).numpy())
+    path = trained(runs / "given", "--condition", f"given:{here / 'told.npy'}")
+    assert run("likelihood", path, "--steps", 4, "--limit", 5, "--out", "a.json", *CPU) == 0
+    np.save("other.npy", torch.zeros(9, 1, 8, 8, dtype=torch.uint8).numpy())
+    for command, out in (("likelihood", "b.json"), ("variance", "b.npz")):
+        assert run(command, path, "--data", "other.npy", "--out", out, *CPU) == 2
+        assert "known of digits alone" in capsys.readouterr().err
 
 
 def test_a_race_knows_its_guidance(guided_run, here, capsys):

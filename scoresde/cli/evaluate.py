@@ -17,7 +17,6 @@ from scoresde.cli.measuring import (
     check_measurable,
     data_config,
     features_of,
-    items_of,
     reference_of,
 )
 from scoresde.cli.models import add_model_arguments, is_run, open_model
@@ -111,7 +110,5 @@ def samples_of(args: argparse.Namespace, like: DataConfig) -> Tensor:
     if str(args.run).partition(":")[0] not in BUILT_IN and not args.run.exists():
         raise FileNotFoundError(f"{args.run}: there is no such file, run folder or data set")
     made_alike = args.run.is_dir()
-    x, _ = items_of(
-        DataConfig(str(args.run), size=like.size if made_alike else None, mode=like.mode if made_alike else None)
-    )
-    return x
+    size, mode = (like.size, like.mode) if made_alike else (None, None)
+    return reference_of(DataConfig(str(args.run), size=size, mode=mode))

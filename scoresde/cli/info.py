@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from scoresde import sde
-from scoresde.chain import DDPMChain
 from scoresde.cli.common import command_parser
 from scoresde.cli.drawing import GRIDS, SOLVERS
 from scoresde.cli.models import open_run, parameters
@@ -19,19 +16,12 @@ from scoresde.info import environment
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import HEADER, markdown
 from scoresde.training.folder import newest
+from scoresde.training.model import SDE_KINDS
 
 __all__ = ["SDES", "add_parsers"]
 
-SDES: dict[str, Callable[[], sde.SDE]] = {
-    "vp": sde.VPSDE,
-    "subvp": sde.SubVPSDE,
-    "cosine": sde.CosineVPSDE,
-    "ve": sde.VESDE,
-    "edm": sde.EDMSDE,
-    "flow": sde.FlowSDE,
-    "ddpm": DDPMChain.linear,
-    "ddpm-cosine": DDPMChain.cosine,
-}
+_CHAINS = {"chain": "ddpm", "cosine-chain": "ddpm-cosine"}
+SDES = {_CHAINS.get(name, name): kind for name, kind in SDE_KINDS.items()}
 
 
 def add_parsers(commands: Any) -> None:

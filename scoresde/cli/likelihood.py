@@ -2,7 +2,8 @@
 
 Finished batches are kept beside --out, FILE.batches.jsonl for FILE.json: a line that says what they are good for, then
 a line a batch. A run that was killed goes on from them; one with another model, other data or other arguments refuses
-them. Image i is measured with its own seed, so that where the run was killed changes nothing.
+them. Image i is measured with its own seed, so that where the run was killed changes nothing. A network that is told a
+class or a condition is told those of each item: the density is that of the item given them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -24,7 +26,7 @@ from scoresde.cli.cells import Cells
 from scoresde.cli.common import add_quiet, check_file, command_parser, going_on, record, session, write_json
 from scoresde.cli.measuring import add_data_arguments, data_config
 from scoresde.cli.models import About, Model, add_denoiser, digest, is_run, load_denoiser, open_run, placed
-from scoresde.data import Data, read_data
+from scoresde.data import Data, TrainingData, read_data
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.likelihood.bound import elbo
 from scoresde.likelihood.discrete import (
@@ -49,7 +51,8 @@ _FOR_ODE = ("divergence", "probes", "steps", "rtol", "atol")
 TEXT = """bits/dim of images, or log p of other data, from a run folder or your own model; goes on where it was killed
 
 The likelihood is that of the probability-flow ODE. Finished batches are kept beside --out; the same command goes on
-from them. Image i is measured with its own seed, whatever the batch."""
+from them. Image i is measured with its own seed, whatever the batch. A network that was trained with --classes or
+--condition is told those of each item, and the density is the conditional one."""
 
 EXAMPLES = """
 scoresde likelihood runs/fm --data fashion-mnist-test --limit 1000 --out bits.json
@@ -108,8 +111,8 @@ def run(args: argparse.Namespace) -> None:
     check_count(**{name: value for name in ("batch", "limit", "draws") if (value := getattr(args, name)) is not None})
     check_file(args.out)
     with session(args.device) as device:
-        model, data = _opened(args, device)
-        job = _Job(args, model, data)
+        job = _Job(args, *_opened(args, device))
+        model = job.model
         made_for = model.made_for | {
             **job.settings(),
             "seed": args.seed,
@@ -136,8 +139,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"{_summary(result)}\nwrote {args.out}")
 
 
-def _opened(args: argparse.Namespace, device: torch.device) -> tuple[Model, Data]:
-    """The model and the data: of a run folder and --data, or of --denoiser and the data in their place."""
+def _opened(args: argparse.Namespace, device: torch.device) -> tuple[Model, Data, TrainingData | None]:
+    """The model and the data, of a run folder and --data, or of --denoiser and the data in their place; and, where the
+    network is told more than a class, the data with that."""
     if args.denoiser is not None:
         source = args.data or args.source
         if source is None:
@@ -146,7 +150,7 @@ def _opened(args: argparse.Namespace, device: torch.device) -> tuple[Model, Data
         denoiser = placed(denoiser, None if args.device is None else str(device))
         data = read_data(source, size=args.size, mode=args.mode, download=args.download)
         args.data = source
-        return Model(denoiser, About(tuple(data.x.shape[1:])), made_for), data
+        return Model(denoiser, About(tuple(data.x.shape[1:])), made_for), data, None
     if args.source is None:
         raise ValueError("name a run folder, or data and --denoiser MODULE:NAME")
     if not is_run(Path(args.source)):
@@ -170,7 +174,8 @@ def _opened(args: argparse.Namespace, device: torch.device) -> tuple[Model, Data
     if not data.x.is_floating_point() and data.data_range is None:  # as training scales them
         levels = args.levels or chosen.levels or about.levels or 256
         data = data._replace(levels=levels, data_range=outer_edges(-1.0, 1.0, levels))
-    return model, data
+    told = replace(model.told_of(chosen), levels=data.levels).open() if about.conditions else None
+    return model, data, told
 
 
 def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -188,7 +193,8 @@ def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class _Job:
     """What is measured of each item: bits/dim of levels, log p of floating-point data, and the bound of either."""
 
-    def __init__(self, args: argparse.Namespace, model: Model, data: Data) -> None:
+    def __init__(self, args: argparse.Namespace, model: Model, data: Data, told: TrainingData | None) -> None:
+        self.model, self.told = model, told
         self.denoiser, self.x = model.denoiser, data.x[: args.limit]
         self.labels = None if model.about.num_classes is None or data.labels is None else data.labels[: args.limit]
         if model.about.num_classes is not None and self.labels is None:
@@ -218,7 +224,10 @@ class _Job:
         """What the numbers depend on."""
         made_for = {"data": f"{tuple(self.x.shape)} {self.x.dtype}, {digest(self.x)}", "batch": self.batch}
         labels = {} if self.labels is None else {"labels": digest(self.labels)}
-        return made_for | labels | self.options | (self.images or {}) | {"bound": self.bound, "draws": self.draws}
+        told = {} if self.told is None else {"conditions of": self.told.fingerprint}
+        return (
+            made_for | labels | told | self.options | (self.images or {}) | {"bound": self.bound, "draws": self.draws}
+        )
 
     def timed(self, which: range) -> dict[str, Any]:
         """The record of these items, and the seconds that it took."""
@@ -229,8 +238,7 @@ class _Job:
     def measure(self, which: range) -> dict[str, Any]:
         """The record of these items."""
         x, seeds = self.x[which.start : which.stop], self.seeds[which.start : which.stop]
-        labels = None if self.labels is None else self.labels[which.start : which.stop]
-        cond = {} if labels is None else {"cond": {"label": labels.to(self.denoiser.device)}}
+        cond = {"cond": self._cond(which)}
         try:
             record = self._density(x, seeds, cond) if self.images is None else self._bits_per_dim(x, seeds, cond)
             return record | (self._bound(x, seeds, cond) if self.bound else {})
@@ -243,6 +251,13 @@ class _Job:
                 f"the density of item {first}{name} is not finite{at}: {len(samples)} such in its batch",
                 stop.step, stop.time, samples,
             ) from stop  # fmt: skip
+
+    def _cond(self, which: range) -> dict[str, Tensor] | None:
+        """What the network is told of these items; None of a denoiser that takes nothing."""
+        cond = {} if self.labels is None else {"label": self.labels[which.start : which.stop]}
+        if self.told is not None:
+            cond |= self.told.batch(torch.arange(which.start, which.stop, device="cpu")).cond
+        return {name: value.to(self.denoiser.device) for name, value in cond.items()} or None
 
     def _bits_per_dim(self, x: Tensor, seeds: list[int], cond: dict[str, Any]) -> dict[str, Any]:
         assert self.images is not None

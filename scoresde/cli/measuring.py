@@ -13,6 +13,7 @@ from torch import Tensor
 from scoresde.cli.common import DATA_HELP
 from scoresde.cli.config import DataConfig
 from scoresde.cli.models import attribute
+from scoresde.data.training import Batch
 from scoresde.metrics import METRICS, PCA, Pixels, RandomFeatures, classifier_features, inception
 from scoresde.metrics.classifier import WEIGHTS
 from scoresde.solvers.base import check_option
@@ -69,18 +70,17 @@ def data_config(args: argparse.Namespace, default: DataConfig | None, source: st
     return DataConfig(source, size=size, mode=mode, download=args.download)
 
 
-def items_of(data: DataConfig, limit: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Items in floating point, images in [-1, 1], all in memory; and their labels, if they were asked for."""
+def items_of(data: DataConfig, limit: int | None = None) -> Batch:
+    """Items in floating point, images in [-1, 1], all in memory; and what a network is told of them, as data says."""
     found = data.open()
     items = torch.arange(len(found) if limit is None else min(limit, len(found)), device="cpu")
     batch = found.batch(items)
-    return batch.x if batch.x.is_floating_point() else batch.x.float(), batch.labels
+    return batch if batch.x.is_floating_point() else batch._replace(x=batch.x.float())
 
 
 def reference_of(data: DataConfig, limit: int | None = None) -> Tensor:
     """The items alone, in float32 at least."""
-    x, _ = items_of(data, limit)
-    return x
+    return items_of(data, limit).x
 
 
 def check_measurable(metrics: Sequence[str], **sizes: int) -> None:

@@ -135,10 +135,29 @@ class Model:
                     "--condition` makes them)"
                 )
             return None
-        own = self.data()
-        if own is None:
-            raise ValueError(f"{self.folder} has no {CONFIG}, which says what the network is told of an item")
+        own = self._own_data()
         return _told(own if classes else replace(own, classes=False), source, self.about.shape, measured)
+
+    def told_of(self, data: DataConfig) -> DataConfig:
+        """The same items with what the network is told of each: its class and conditions, random ones from seed 0.
+
+        Raises:
+            ValueError: if conditions were given ("given:PATH") and these are other items; if there is none of the run's
+                configuration.
+        """
+        data = replace(data, classes=self.about.num_classes is not None)
+        if not self.about.conditions:
+            return data
+        own = self._own_data()
+        if data.source != own.source and any(told.startswith("given:") for told in own.conditions):
+            raise ValueError(f"--data {data.source}: the network is told {', '.join(own.conditions)}, known of "
+                             f"{own.source} alone")  # fmt: skip
+        return replace(data, condition=own.condition)
+
+    def _own_data(self) -> DataConfig:
+        if (own := self.data()) is None:
+            raise ValueError(f"{self.folder} has no {CONFIG}, which says what the network is told of an item")
+        return own
 
     def class_of(self, text: str | None) -> int | None:
         """The number of a class, by its number or name.

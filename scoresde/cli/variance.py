@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ __all__ = ["add_parser", "run"]
 
 TEXT = """estimate a network's table of posterior variances (Analytic-DPM) from the data that it was trained on
 
-The table is good for any one-step solver and number of steps: `scoresde sample --variance TABLE.npz`, and in Python
+A network that was trained with --classes or --condition is told those of each item. The table is good for any one-step
+solver and number of steps: `scoresde sample --variance TABLE.npz`, and in Python
 AnalyticDenoiser(denoiser, VarianceTable.load("TABLE.npz"))."""
 
 EXAMPLES = """
@@ -61,14 +61,11 @@ def run(args: argparse.Namespace) -> None:
     check_file(args.out, ".npz")
     with session(args.device) as device:
         model = open_model(args, device)
-        own, about = model.data(), model.about
-        chosen = data_config(args, own)
-        if about.num_classes is not None:
-            chosen = replace(chosen, classes=True)
-        x, labels = items_of(chosen, args.limit)
-        if tuple(x.shape[1:]) != about.shape:
-            raise ValueError(f"{chosen.source} has items {tuple(x.shape[1:])}, the model's are {about.shape}")
-        cond = {} if labels is None else {"label": labels.to(model.denoiser.device)}
+        chosen = data_config(args, model.data())
+        x, told = items_of(model.told_of(chosen), args.limit)
+        if tuple(x.shape[1:]) != model.about.shape:
+            raise ValueError(f"{chosen.source} has items {tuple(x.shape[1:])}, the model's are {model.about.shape}")
+        cond = {name: value.to(model.denoiser.device) for name, value in told.items()}
         say(args, f"{args.samples} draws at each time, from {len(x)} items of {chosen.source}")
         rank, world = parallel.rank(), parallel.world()
         table = estimate(
