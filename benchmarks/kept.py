@@ -24,11 +24,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class Clock:
-    """Seconds spent on each part, of the wall clock and of all cores together, added up over interrupted runs."""
+    """Seconds spent on each part, of the wall clock and of all cores together, added up over interrupted runs. What a
+    part within another takes is counted once, as its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seconds: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+        self._within = (0.0, 0.0)  # parts that have ended within the one that runs
 
     @property
     def minutes(self) -> tuple[float, float]:
@@ -38,13 +40,15 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter(), time.process_time()
+        start, before = (time.perf_counter(), time.process_time()), self._within
+        self._within = (0.0, 0.0)
         try:
             yield
         finally:
-            spent = time.perf_counter() - start[0], time.process_time() - start[1]
-            before = self.seconds.get(name, [0.0, 0.0])
-            self.seconds[name] = [round(a + b, 1) for a, b in zip(before, spent, strict=True)]
+            whole = time.perf_counter() - start[0], time.process_time() - start[1]
+            known = self.seconds.get(name, [0.0, 0.0])
+            self.seconds[name] = [round(a + b - c, 1) for a, b, c in zip(known, whole, self._within, strict=True)]
+            self._within = (before[0] + whole[0], before[1] + whole[1])
             write_json(self.path, self.seconds)
 
 
