@@ -67,6 +67,27 @@ def test_karras_with_another_rho(name: str, rho: float) -> None:
     assert_uniform(variable(SDES[name], "karras", grid.times[:-1], rho))
 
 
+def tau(sde: SDE, t: Tensor) -> Tensor:
+    """The time of the standard VP SDE at the same noise level; 1 where there is more noise."""
+    return VPSDE().time_at(sde.half_log_snr(t).clamp(min=float(VPSDE().half_log_snr(1.0))))
+
+
+@pytest.mark.parametrize("name", [name for name, sde in SDES.items() if not isinstance(sde, DDPMChain)])
+def test_sampling_is_quadratic_with_few_steps_and_power_with_many(name: str) -> None:
+    sde = SDES[name]
+    for N in (2, 5, 10):
+        grid = Grid.sampling(sde, N)
+        assert_uniform(tau(sde, grid.times[:-1]).sqrt())
+        near = max(1 / N**2, float(tau(sde, torch.tensor(sde.t_min, dtype=torch.float64))))
+        assert float(tau(sde, grid.times[-2])) == pytest.approx(near, rel=1e-6)
+    torch.testing.assert_close(Grid.sampling(VPSDE(), 7).times, Grid.quadratic(VPSDE(), 7).times, rtol=1e-9, atol=0)
+    for N, power in itertools.product((50, 51, 200), (3.0, 4.0)):
+        many = Grid.sampling(sde, N, power=power)
+        torch.testing.assert_close(many.times, Grid.power(sde, N, power=power).times, rtol=1e-9, atol=0)
+    last = [float(tau(sde, Grid.sampling(sde, N).times[-2])) for N in range(2, 80)]
+    assert all(b <= a for a, b in itertools.pairwise(last))  # nearer to the data with each step
+
+
 def test_karras_on_edm_is_the_published_formula() -> None:
     """Karras et al. (2022), eq. 5, in numpy."""
     N, rho, low, high = 18, 7.0, 0.002, 80.0

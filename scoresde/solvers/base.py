@@ -30,7 +30,7 @@ class Solver:
     Attributes:
         adaptive: whether it chooses its own times, so that `sample` needs no steps=, nfe= or grid=: the grid then only
             says where it starts, where it ends and at which times between a state is reported.
-        power: of the `Grid.power` that `sample(steps=...)` takes where no grid is given, chosen by measurement
+        power: of the `Grid.sampling` that `sample(steps=...)` takes where no grid is given, chosen by measurement
             (benchmarks/results/step_counts); None for the SDE's customary grid.
     """
 
@@ -51,7 +51,7 @@ class Solver:
         """
         if self.power is None:
             return Grid.customary(sde, steps, end=end)
-        return Grid.power(sde, steps, power=self.power, end=end)
+        return Grid.power(sde, steps, power=self.power, end=end) if end else Grid.sampling(sde, steps, power=self.power)
 
     def evaluations(self, grid: Grid) -> int | None:
         """Evaluations of the denoiser on that grid, or None where they are not known beforehand."""
