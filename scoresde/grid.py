@@ -203,9 +203,8 @@ class Grid:
         standard = VPSDE()
         floor = float(standard.half_log_snr(1.0))  # noise beyond the standard's, alpha = 0 say, is all the same
         if end == 0 and last is None:
-            near = standard.half_log_snr(torch.tensor(0.01 / _check_steps(steps), dtype=torch.float64, device="cpu"))
             high = sde.t_max if start is None else start
-            last = min(max(float(sde.time_at(near)), sde.t_min), high if steps == 1 else high / 2)
+            last = _time_of(sde, 0.01 / _check_steps(steps), high if steps == 1 else high / 2)
         grid = cls._spaced(
             sde,
             steps,
@@ -221,9 +220,9 @@ class Grid:
         return cls(sde, torch.cat([nodes, nodes.new_zeros(1)]) if end == 0 else nodes)
 
     @classmethod
-    def sampling(cls, sde: SDE, steps: int, *, power: float = 4.0) -> Grid:
+    def sampling(cls, sde: SDE, steps: int, *, power: float = 4.0, end: float = 0.0) -> Grid:
         """From noise to t = 0: with up to 10 steps tau^(1/2) uniform, at the noise levels that VP calls quadratic; with
-        50 or more `Grid.power`, closer to the data; in between, between them.
+        50 or more `Grid.power`, closer to the data; in between, between them. To another end it is `Grid.power`.
 
         On trained networks few steps are best spent where there is much noise and what an image shows is decided; once
         there are enough of them, what is left is the error near the data, which `Grid.power` makes smallest
@@ -232,12 +231,13 @@ class Grid:
         Raises:
             ValueError: as for `power`.
         """
+        if end != 0:
+            return cls.power(sde, steps, power=power, end=end)
         N = _check_steps(steps)
         share = min(max(math.log(N / 10) / math.log(5), 0.0), 1.0)
-        last = N ** (-2 * (1 - share)) * (0.01 / N) ** share  # tau of the last noisy time
-        near = VPSDE().half_log_snr(torch.tensor(last, dtype=torch.float64, device="cpu"))
-        t = min(max(float(sde.time_at(near)), sde.t_min), sde.t_max if N == 1 else 0.9 * sde.t_max)
-        return cls.power(sde, N, power=2 ** (1 - share) * power**share, last=t)
+        tau = N ** (-2 * (1 - share)) * (0.01 / N) ** share
+        last = _time_of(sde, tau, sde.t_max if N == 1 else 0.9 * sde.t_max)
+        return cls.power(sde, N, power=2 ** (1 - share) * power**share, last=last)
 
     @classmethod
     def strided(
@@ -320,6 +320,12 @@ def _nodes(chain: DDPMChain, times: Tensor) -> Tensor:
     # n_i - (K - 1 - i) must not increase: the running maximum from the end, within the chain.
     slack = (times.round() - rank).clamp(min=1.0, max=chain.steps - K + 1.0)
     return slack.flip(0).cummax(0).values.flip(0) + rank
+
+
+def _time_of(sde: SDE, tau: float, most: float) -> float:
+    """The time at which the SDE has the SNR of the standard `VPSDE` at tau, from t_min to most."""
+    near = VPSDE().half_log_snr(torch.tensor(tau, dtype=torch.float64, device="cpu"))
+    return min(max(float(sde.time_at(near)), sde.t_min), most)
 
 
 def _last(sde: SDE, end: float, last: float | None) -> float:

@@ -174,7 +174,7 @@ def _opened(args: argparse.Namespace, device: torch.device) -> tuple[Model, Data
     if not data.x.is_floating_point() and data.data_range is None:  # as training scales them
         levels = args.levels or chosen.levels or about.levels or 256
         data = data._replace(levels=levels, data_range=outer_edges(-1.0, 1.0, levels))
-    told = replace(model.told_of(chosen), levels=data.levels).open() if about.conditions else None
+    told = replace(model.told_of(chosen), classes=False, levels=data.levels).open() if about.conditions else None
     return model, data, told
 
 

@@ -51,7 +51,7 @@ class Solver:
         """
         if self.power is None:
             return Grid.customary(sde, steps, end=end)
-        return Grid.power(sde, steps, power=self.power, end=end) if end else Grid.sampling(sde, steps, power=self.power)
+        return Grid.sampling(sde, steps, power=self.power, end=end)
 
     def evaluations(self, grid: Grid) -> int | None:
         """Evaluations of the denoiser on that grid, or None where they are not known beforehand."""

@@ -82,7 +82,7 @@ class DDPM(SingleStep):
     def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
         if self.variance == "beta":
             return Grid.customary(sde, steps, end=end)
-        return Grid.power(sde, steps, power=3.0, end=end) if end else Grid.sampling(sde, steps, power=3.0)
+        return Grid.sampling(sde, steps, power=3.0, end=end)
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         share = forgotten(sde, t, s)

@@ -118,21 +118,12 @@ class _Composition(Operator):
         return f"{self.outer!r} @ {self.inner!r}"
 
 
-class _LinearComposition(LinearOperator):
-    def __init__(self, outer: LinearOperator, inner: LinearOperator) -> None:
-        self.outer, self.inner = outer, inner
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.outer(self.inner(x))
-
-    def observed(self, y: Tensor) -> Tensor:
-        return self.outer.observed(y)
+class _LinearComposition(_Composition, LinearOperator):
+    outer: LinearOperator
+    inner: LinearOperator
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self.inner.adjoint(self.outer.adjoint(y))
-
-    def __repr__(self) -> str:
-        return f"{self.outer!r} @ {self.inner!r}"
 
 
 def _conjugate_gradients(operator: LinearOperator, y: Tensor, rho: float | Tensor) -> Tensor:
