@@ -57,13 +57,13 @@ from scoresde.likelihood import outer_edges
 from scoresde.metrics import RandomFeatures, classifier_features, frechet_distance
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
-from scoresde.solvers import DDIM, DDPM, OptimalVariance, Solver
-from scoresde.solvers.optimal_variance import quiet_last
+from scoresde.solvers import DDIM, DDPM, Solver
 from scoresde.tableau import Tableau
 from scoresde.training import TrainConfig, Trainer
 from scoresde.variance import (
     AnalyticDenoiser,
     NPRDenoiser,
+    OptimalVariance,
     SNDenoiser,
     TrunkWithHead,
     VarianceTable,
@@ -73,6 +73,7 @@ from scoresde.variance import (
     sn_loss,
     training_loss,
 )
+from scoresde.variance.solver import quiet_last
 from scoresde.variance.table import fingerprint
 from scoresde.wrappers import Clip
 

@@ -8,9 +8,9 @@ from scoresde.data import digits
 from scoresde.likelihood import outer_edges
 from scoresde.metrics import RandomFeatures, frechet_distance
 from scoresde.nn import UNet
-from scoresde.solvers import DDPM, OptimalVariance
+from scoresde.solvers import DDPM
 from scoresde.training import TrainConfig, Trainer
-from scoresde.variance import AnalyticDenoiser, estimate
+from scoresde.variance import AnalyticDenoiser, OptimalVariance, estimate
 
 images, chain = digits()[0], DDPMChain.linear(1000)
 held_out, training = images[:500], images[500:]

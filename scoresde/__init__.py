@@ -22,11 +22,14 @@ from scoresde.denoiser import (
     X0Denoiser,
 )
 from scoresde.diagnose import diagnose
+from scoresde.editing import decode, encode
 from scoresde.grid import Grid
-from scoresde.likelihood import bits_per_dim, decode, elbo, encode, log_prob
+from scoresde.likelihood import bits_per_dim, elbo, log_prob
 from scoresde.noise import sample_seeds
-from scoresde.sampling import NonFiniteError, Solution, sample
-from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
+from scoresde.run import Solution
+from scoresde.sampling import NonFiniteError, sample
+from scoresde.schedules import EDMSDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
+from scoresde.sde import SDE
 from scoresde.tableau import State, Tableau
 from scoresde.training import load
 from scoresde.wrappers import Clip, DynamicThreshold

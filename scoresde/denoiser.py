@@ -73,6 +73,12 @@ class Denoiser(ABC):
             mean, var = torch.where(known, x, mean), None if var is None else torch.where(known, 0.0, var)
         return Posterior(mean.to(x.dtype), None if var is None else var.to(x.dtype))
 
+    def covariance(self, t: Time) -> Tensor | None:
+        """Var[x_0 | x_t] where it is one number for all x_t and all entries, known beforehand: float64 of the shape of
+        t. None where it is not: `posterior` may know it all the same.
+        """
+        return None
+
     def score(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """grad_x log p_t(x), shape of x."""
         return self.view("score", x, t, **cond)

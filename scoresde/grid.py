@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
-from scoresde.sde import SDE, VPSDE
+from scoresde.schedules import VPSDE
+from scoresde.sde import SDE
 
 __all__ = ["Grid"]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,42 +12,16 @@ from tqdm.auto import tqdm
 
 from scoresde.brownian import BrownianNoise
 from scoresde.denoiser import Denoiser, check_call
-from scoresde.errors import NonFiniteError, not_finite, some
+from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
-from scoresde.sde import SDE
+from scoresde.run import Solution, check_solver, choose, locate
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
 from scoresde.tensors import check_batch, widen
 
-__all__ = ["NonFiniteError", "Solution", "sample"]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What `sample` returns.
-
-    Attributes:
-        x: the samples, shape (B, ...), at grid.times[-1].
-        nfe: evaluations of the denoiser that were made, each on the whole batch.
-        grid: the grid that was stepped on.
-        trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...); fewer if not complete.
-        status: "complete", or "max_nfe" where an adaptive solver's budget ran out before the grid's end.
-        t: the time that x stands at: grid.times[-1] if complete; else, where samples have steps of their own, that of
-            the least advanced.
-        log_prob: if asked for, log p_t(x) in nats, shape (B,), NaN if not complete.
-        log_prob_stderr: its standard error from the probes, shape (B,).
-    """
-
-    x: Tensor
-    nfe: int
-    grid: Grid
-    trajectory: Tensor | None = None
-    status: Literal["complete", "max_nfe"] = "complete"
-    t: float = 0.0
-    log_prob: Tensor | None = None
-    log_prob_stderr: Tensor | None = None
+__all__ = ["NonFiniteError", "sample"]
 
 
 def sample(
@@ -81,7 +54,7 @@ def sample(
             holds the times to report at, and nfe may be given beside it.
         nfe: instead of steps, a budget of evaluations; as many steps as fit are taken.
         grid: instead of steps, the grid itself. An increasing one encodes x, by a deterministic solver (see
-            `scoresde.likelihood.coding`).
+            `scoresde.editing.latents`).
         seed: one integer, or one for each sample. Sample i then is the same in any batch. Without seed, generator and
             noise, the run is seeded by the operating system.
         generator: instead of a seed, one generator that draws for the whole batch.
@@ -117,11 +90,8 @@ def sample(
         raise TypeError(
             f"sample needs a Denoiser, not {type(denoiser).__name__}: wrap the network, EpsDenoiser(net, sde, time=...)"
         )
-    if not isinstance(solver, Solver):
-        hint = f"{solver.__name__}()" if isinstance(solver, type) else "DDIM() say"
-        raise TypeError(f"solver must be an instance of a solver ({hint}), not {solver!r}")
-    end = denoiser.sde.t_min if log_prob else 0.0
-    solver, grid = _choose_grid(denoiser, solver, steps, nfe, grid, end)
+    check_solver(solver)
+    solver, grid = choose(denoiser.sde, solver, steps, nfe, grid, end=denoiser.sde.t_min if log_prob else 0.0)
     source = noise_source(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
     if isinstance(shape_or_x, Tensor):
         check_batch(shape_or_x, "x_T")
@@ -145,7 +115,7 @@ def sample(
     if path:
         if not isinstance(source, GeneratorNoise | SeededNoise):
             raise ValueError("path=True makes its own noise: give seed= or generator=, not noise=")
-        if type(solver).tableau is Solver.tableau:
+        if not solver.has_table:
             raise ValueError(f"path=True is for solvers with a table, not {solver!r}; ReverseSDE has a path of its own")
         draw = BrownianNoise(solver.tableau(grid), source.entropies(len(x_T)))
 
@@ -165,7 +135,7 @@ def sample(
     assert last is not None
     x, complete = last.x, last.done and last.step == grid.steps - 1
     if not bool(x.detach().isfinite().all()):
-        raise _locate(run, source, x)
+        raise locate(run, source, x)
     kept = torch.stack(states).to(out_dtype) if trajectory else None
     return Solution(
         x.to(out_dtype),
@@ -206,59 +176,3 @@ def _with_density(
         value, stderr = torch.full_like(value, math.nan), torch.full_like(stderr, math.nan)
     wide = x_T.dtype
     return Solution(x.to(out_dtype), volume.nfe, grid, None, volume.status, volume.t, value.to(wide), stderr.to(wide))
-
-
-def _choose_grid(
-    denoiser: Denoiser, solver: Solver, steps: int | None, nfe: int | None, grid: Grid | None, end: float
-) -> tuple[Solver, Grid]:
-    given = [name for name, value in (("steps", steps), ("nfe", nfe), ("grid", grid)) if value is not None]
-    if solver.adaptive:
-        if steps is not None and grid is not None:
-            raise ValueError("give at most one of steps= and grid=; an adaptive solver takes nfe= beside either")
-        if nfe is not None:  # a budget; with or without times to report at
-            solver, whole = solver.within(denoiser.sde, nfe)
-            grid = grid or (whole if steps is None and not end else _grid(solver, denoiser.sde, steps or 1, end))
-        elif not given:
-            steps = 1
-    elif len(given) != 1:
-        raise ValueError(f"give exactly one of steps=, nfe= and grid=; got {' and '.join(given) or 'none'}")
-    if grid is not None:
-        if not isinstance(grid, Grid):
-            raise TypeError(
-                f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times) for your own times"
-            )
-        grid.check_sde(denoiser.sde)
-        return solver, grid
-    if steps is None:
-        assert nfe is not None
-        if not end:
-            return solver.within(denoiser.sde, nfe)
-        steps = solver.steps_within(denoiser.sde, nfe, end=end)
-    return solver, _grid(solver, denoiser.sde, steps, end)
-
-
-def _grid(solver: Solver, sde: SDE, steps: int, end: float) -> Grid:
-    """The solver's own grid; one that ends with noise if end > 0."""
-    return solver.grid(sde, steps, end=end) if end else solver.grid(sde, steps)
-
-
-def _locate(run: Any, source: NoiseSource, end: Tensor) -> NonFiniteError:
-    """Replay a run that ended non-finite, with checks, to say where it went wrong."""
-
-    if isinstance(source, GeneratorNoise | SeededNoise):
-        source.rewind()
-    with torch.no_grad():
-        for state in run():
-            if samples := not_finite(state.x):
-                message = (
-                    f"sample{'s' * (len(samples) > 1)} {some(samples)} became non-finite in step {state.step}, at the "
-                    f"evaluation at t = {state.t:.6g} (row {state.row})"
-                )
-                return NonFiniteError(message, state.step, state.t, samples)
-    samples = not_finite(end)
-    return NonFiniteError(
-        f"samples {some(samples)} are not finite, but a replay with the same noise was: the network is random",
-        None,
-        None,
-        samples,
-    )

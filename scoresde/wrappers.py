@@ -16,7 +16,7 @@ __all__ = ["Clip", "DynamicThreshold", "SameMean", "Wrapper"]
 
 
 class Wrapper(Denoiser):
-    """A denoiser that changes another's posterior mean."""
+    """A denoiser that changes another's posterior mean. One that leaves the variance alone hands `covariance` on."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         if not isinstance(denoiser, Denoiser):
@@ -34,6 +34,9 @@ class SameMean(Wrapper):
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         return self.denoiser.posterior(x, t, **cond)
+
+    def covariance(self, t: Time) -> Tensor | None:
+        return self.denoiser.covariance(t)
 
     def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         return self.denoiser.view(name, x, t, **cond)
@@ -70,6 +73,9 @@ class Clip(Wrapper):
         mean, var = self.denoiser.posterior(x, t, **cond)
         return Posterior(mean.clamp(self.low, self.high), var)
 
+    def covariance(self, t: Time) -> Tensor | None:
+        return self.denoiser.covariance(t)
+
 
 class DynamicThreshold(Wrapper):
     """Dynamic thresholding (Saharia et al., 2022, Imagen, section 2.3): with s the given quantile of |D| of each
@@ -97,3 +103,6 @@ class DynamicThreshold(Wrapper):
         rank = max(1, round(self.quantile * magnitude.shape[1]))
         s = expand_like(magnitude.kthvalue(rank, dim=1).values.clamp(min=self.bound), mean)
         return Posterior(mean.clamp(-s, s) * (self.bound / s), var)
+
+    def covariance(self, t: Time) -> Tensor | None:
+        return self.denoiser.covariance(t)

@@ -9,6 +9,7 @@ import torch
 from common import SDES, Counting, Nonlinear, normal, start_of
 
 from scoresde import VESDE, VPSDE, EpsDenoiser, FlowSDE, Grid, NonFiniteError, Posterior, VelocityDenoiser, sample
+from scoresde.editing import encode
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.solvers.adaptive_ode import AdaptiveODE
 from scoresde.solvers.motion import legs
@@ -136,13 +137,19 @@ def test_legs():
     ]
 
 
+def encoded(denoiser, x, solver, grid):
+    """The latent at the grid's start, x standing at its end, t_min where that is 0."""
+    start, end = grid.times[[0, -1]].tolist()
+    return sample(denoiser, x, solver, grid=Grid(grid.sde, [start, max(end, grid.sde.t_min)]).reversed())
+
+
 @pytest.mark.parametrize("sde", [SDES[n] for n in ("edm", "flow", "chain")], ids=["edm", "flow", "chain"])
 def test_encode_and_decode(sde):
     """encode is the exact flow upwards, and decoding returns the data; in both directions to the tolerance."""
     denoiser, x = MODES.denoiser(sde), MODES.sample(4, torch.Generator().manual_seed(0), dtype=torch.float64)
     grid, solver = whole(sde), AdaptiveODE(rtol=1e-8, atol=1e-8)
     counting = Counting(denoiser)
-    latent = solver.encode(counting, x, grid=grid)
+    latent = encoded(counting, x, solver, grid)
     assert latent.nfe == len(counting.times)
     assert latent.status == "complete"
     assert latent.t == sde.t_max
@@ -150,17 +157,17 @@ def test_encode_and_decode(sde):
     assert max(counting.times) <= sde.t_max
     torch.testing.assert_close(sample(denoiser, latent.x, solver, grid=grid).x, x, rtol=0, atol=2e-5)
     data = TARGET.sample(4, torch.Generator().manual_seed(0), dtype=torch.float64)
-    up = solver.encode(TARGET.denoiser(sde), data, grid=grid).x
+    up = encoded(TARGET.denoiser(sde), data, solver, grid).x
     torch.testing.assert_close(up, TARGET.flow(data, sde, sde.t_min, sde.t_max), rtol=1e-5, atol=1e-5)
 
 
 def test_encode_by_scipy_in_float32_and_to_a_budget():
     sde, x = VPSDE(), TARGET.sample(3, torch.Generator().manual_seed(0), dtype=torch.float64)
-    latent = AdaptiveODE("RK45").encode(TARGET.denoiser(sde), x.float())
-    assert latent.x.dtype == torch.float32
-    assert latent.grid == Grid.customary(sde, 1)
-    torch.testing.assert_close(latent.x.double(), TARGET.flow(x, sde, sde.t_min, 1.0), rtol=0, atol=2e-3)
-    short = AdaptiveODE(max_nfe=40).encode(TARGET.denoiser(sde), x)
+    code = encode(TARGET.denoiser(sde), x.float(), AdaptiveODE("RK45"))
+    assert code.latent.dtype == torch.float32
+    assert code.grid == Grid(sde, [1.0, sde.t_min])
+    torch.testing.assert_close(code.latent.double(), TARGET.flow(x, sde, sde.t_min, 1.0), rtol=0, atol=2e-3)
+    short = encoded(TARGET.denoiser(sde), x, AdaptiveODE(max_nfe=40), whole(sde))
     assert short.nfe == 40
     assert short.status == "max_nfe"
     assert sde.t_min < short.t < 1.0
@@ -186,7 +193,7 @@ def test_a_nan_ends_the_run_and_is_located(method):
     assert error.value.time < 0.3
     assert error.value.time == broken.times[-1]
     with pytest.raises(NonFiniteError, match="non-finite") as error:
-        AdaptiveODE(method).encode(broken, normal(4, 3))
+        encode(broken, normal(4, 3), AdaptiveODE(method))
     assert error.value.samples == [2]
     assert error.value.time == VPSDE().t_min
     with pytest.raises(NonFiniteError):
@@ -267,18 +274,18 @@ def test_refusals():
 def test_encode_refuses_what_sample_does():
     denoiser, x, solver = TARGET.denoiser(VPSDE()), normal(2, 3), AdaptiveODE()
     with pytest.raises(TypeError, match="expected a Denoiser"):
-        solver.encode(torch.tanh, x)
+        encode(torch.tanh, x, solver)
     with pytest.raises(TypeError, match="grid is list: expected a Grid"):
-        solver.encode(denoiser, x, grid=[1, 0])
+        encode(denoiser, x, solver, grid=[1, 0])
     with pytest.raises(ValueError, match=r"cond\['label'\] has 3 entries for 2"):
-        solver.encode(denoiser, x, cond={"label": torch.arange(3)})
+        encode(denoiser, x, solver, cond={"label": torch.arange(3)})
     with pytest.raises(ValueError, match="floating-point"):
-        solver.encode(denoiser, torch.zeros(2, 3, dtype=torch.uint8))
+        encode(denoiser, torch.zeros(2, 3, dtype=torch.uint8), solver)
     with pytest.raises(ValueError, match="the grid was made for"):
-        solver.encode(denoiser, x, grid=whole(VESDE()))
+        encode(denoiser, x, solver, grid=Grid(VESDE(), [1.0, 0.1]))
     net = torch.nn.Dropout(0.1)
     with pytest.warns(UserWarning, match="training mode"):
-        AdaptiveODE(max_nfe=20).encode(EpsDenoiser(lambda x, t: net(x), VPSDE()).with_net(Net(net)), x)
+        encode(EpsDenoiser(lambda x, t: net(x), VPSDE()).with_net(Net(net)), x, AdaptiveODE(max_nfe=20))
 
 
 class Net(torch.nn.Module):

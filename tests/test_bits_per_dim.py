@@ -17,8 +17,8 @@ from scoresde import VPSDE, Denoiser, EpsDenoiser, NonFiniteError, sample_seeds
 from scoresde.data import digit_levels, digits
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.levels import outer_edges
-from scoresde.likelihood import discrete
-from scoresde.likelihood.discrete import bits_per_dim, dequantized
+from scoresde.likelihood import bits as discrete
+from scoresde.likelihood.bits import bits_per_dim, dequantized
 from scoresde.likelihood.flow import LogProb, log_prob
 
 SDE = VPSDE()

@@ -26,7 +26,7 @@ from scoresde import (
 )
 from scoresde.errors import NonFiniteError
 from scoresde.exact import Gaussian, GaussianMixture
-from scoresde.likelihood import bound
+from scoresde.likelihood import chain
 from scoresde.likelihood.bound import Elbo, elbo
 from scoresde.solvers import (
     DDIM,
@@ -267,17 +267,17 @@ def test_with_a_variance_known_beforehand_no_process_alone_is_tighter(solver, wr
         if bool((l2[:-1] <= 1e-12).any()):
             continue  # the solver's own of DDIM(0), a point: minus infinity
         alone = (torch.where(sigma_s == 0, 0.0, A), l2)
-        monkeypatch.setattr(bound, "_inference", lambda *_, alone=alone: alone)
+        monkeypatch.setattr(chain, "_inference", lambda *_, alone=alone: alone)
         gain = chosen.value - elbo(denoiser, x, solver, grid, **run).value
         assert gain.mean() >= -5 * gain.std() / math.sqrt(1000) - 1e-9
         monkeypatch.undo()
     if solver == DDPM():  # whose own is that of the data, and the tightest
-        known = bound._known_variance(denoiser, table.t)
-        A, _ = bound._inference(grid, a, table.b[:, 0] * table.q, table.c, known)
+        known = denoiser.covariance(table.t)
+        A, _ = chain._inference(grid, a, table.b[:, 0] * table.q, table.c, known)
         torch.testing.assert_close(A, a, rtol=1e-9, atol=1e-12)
     if solver == DDIM(eta=0.5):  # without that knowledge it was the solver's own in every row
-        own = bound._inference(grid, a, table.b[:, 0] * table.q, table.c)
-        monkeypatch.setattr(bound, "_inference", lambda *_: own)
+        own = chain._inference(grid, a, table.b[:, 0] * table.q, table.c)
+        monkeypatch.setattr(chain, "_inference", lambda *_: own)
         gain = chosen.value - elbo(denoiser, x, solver, grid, **run).value
         assert gain.mean() > 5 * gain.std() / math.sqrt(1000)
 

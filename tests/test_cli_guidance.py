@@ -15,13 +15,14 @@ import torch
 import scoresde
 from scoresde.cli import main
 from scoresde.cli.drawing import Recipe
-from scoresde.cli.restore import METHODS, OPERATORS, operator_of
+from scoresde.cli.restore import METHODS
 from scoresde.data import digit_levels, digits
 from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.guidance.operators import Blur, Downsample, FourierSampling, LinearOperator, Mask
+from scoresde.guidance.operators.words import OPERATORS, operator_of
 from scoresde.guidance.posterior_sampling import PiGDM
 from scoresde.levels import to_levels
-from scoresde.likelihood.discrete import image_seeds
+from scoresde.likelihood.bits import image_seeds
 from scoresde.noise import derive_seed
 from scoresde.sampling import sample
 from scoresde.solvers import DDPM, UniPC
@@ -401,7 +402,7 @@ def test_any_denoiser_and_the_exact_posterior(here, capsys):
     ("arguments", "words"),
     [
         (["--operator", "blurr"], "expected mask:FILE.png, box:TOP,LEFT,HEIGHT,WIDTH, random:0.3, grey"),
-        (["--operator", "blur"], "--operator blur: could not convert string to float: '' (as in blur:1.5)"),
+        (["--operator", "blur"], "operator blur: could not convert string to float: '' (as in blur:1.5)"),
         (["--operator", "blur:-1"], "(as in blur:1.5)"),
         (["--operator", "mask:none.png"], "none.png: there is no such file"),
         (["--operator", "mask:broken.png"], "broken.png cannot be read as an image"),
@@ -410,7 +411,7 @@ def test_any_denoiser_and_the_exact_posterior(here, capsys):
         (["--operator", "random:1.5"], "expected a share in (0, 1]"),
         (["--operator", "grey"], "expected (B, 3, ...)"),
         (["--operator", "grey:1"], "it takes no argument"),
-        (["--operator", "down:3"], "--operator down:3:"),
+        (["--operator", "down:3"], "operator down:3:"),
         (["--operator", "down:2:nearest"], "expected area or bicubic, not nearest"),
         (["--operator", "fourier:0"], "expected a share in (0, 1]"),
         (["--operator", "quantise:0"], "expected a quality from 1 to 100"),

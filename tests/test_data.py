@@ -42,7 +42,7 @@ from scoresde.data import (
     training_data,
 )
 from scoresde.levels import outer_edges
-from scoresde.likelihood.discrete import dequantized
+from scoresde.likelihood.bits import dequantized
 from scoresde.noise import derive_seed
 
 IMAGES = (torch.arange(12 * 28 * 28) % 256).to(torch.uint8).reshape(12, 28, 28)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from common import generator, normal
 
-from scoresde.likelihood.divergence import Divergence, Spread
+from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.interval import degrees_of_freedom, student
+from scoresde.likelihood.spread import Spread
 from scoresde.noise import GeneratorNoise, SeededNoise, sample_seeds
 
 CPU = torch.device("cpu")

@@ -24,10 +24,19 @@ from scoresde import (
     sample_seeds,
 )
 from scoresde.analysis import gaussian_law
-from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, strength_time, variations
+from scoresde.editing import (
+    decode,
+    edit,
+    encode,
+    interpolate,
+    interpolation,
+    interpolation_grid,
+    sdedit,
+    strength_time,
+    variations,
+)
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.guidance.replacement import RePaint, Replacement
-from scoresde.likelihood import decode, encode, interpolate
 from scoresde.solvers import DDIM, DDPM, AdaptiveODE, DPMSolverPP, Heun, ReverseSDE, RungeKutta, TimeTravel, UniPC
 from scoresde.wrappers import Wrapper
 

@@ -31,12 +31,13 @@ from scoresde import (
 )
 from scoresde.data import nothing
 from scoresde.exact import Gaussian, GaussianMixture
-from scoresde.guidance.base import gradient, shifted
+from scoresde.guidance.base import shifted
 from scoresde.guidance.branches import Conditioned
 from scoresde.guidance.classifier import Classifier, classifier_loss
 from scoresde.guidance.classifier_free import Autoguidance, ClassifierFree
 from scoresde.guidance.composition import Mixture, Product
 from scoresde.guidance.energy import Energy, class_means, distance, similarity
+from scoresde.guidance.gradients import gradient
 from scoresde.nn import MLP, DiT, UNet
 from scoresde.solvers import (
     DDIM,

@@ -15,7 +15,6 @@ from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.likelihood import elbo
 from scoresde.nn import MLP, UNet
 from scoresde.solvers import DDPM
-from scoresde.solvers.optimal_variance import OptimalVariance
 from scoresde.solvers.rows import forgotten
 from scoresde.tensors import expand_like, precise
 from scoresde.training import CheckpointError, Part, TrainConfig, Trainer, UniformTimes, dsm_loss, load_ema
@@ -32,6 +31,7 @@ from scoresde.variance import (
     sn_loss,
     training_loss,
 )
+from scoresde.variance.solver import OptimalVariance
 
 FINITE = {k: v for k, v in SDES.items() if k != "flow"} | {"flow": FlowSDE(t_max=0.99)}
 COV = [[[0.3, 0.1], [0.1, 0.2]], [[0.05, -0.02], [-0.02, 0.4]]]

@@ -18,8 +18,8 @@ from scoresde.data import digit_levels, read_data
 from scoresde.errors import CheckpointError
 from scoresde.exact import Gaussian
 from scoresde.levels import outer_edges
+from scoresde.likelihood.bits import bits_per_dim, dequantized
 from scoresde.likelihood.bound import elbo
-from scoresde.likelihood.discrete import bits_per_dim, dequantized
 from scoresde.likelihood.flow import log_prob
 
 MODULE = "a_model_of_these_tests"

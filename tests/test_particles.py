@@ -248,7 +248,7 @@ def test_bad_calls_are_refused_before_the_network_is_called():
             sample(denoiser, shape, method, steps=3, seed=0)
         with pytest.raises(error, match=message):
             twisted_smc(denoiser, shape, method, steps=3, seed=0)
-    with pytest.raises(ValueError, match="exactly one of steps= and grid="):
+    with pytest.raises(ValueError, match="exactly one of steps=, nfe= and grid=; got none"):
         twisted_smc(guided, (8, 2), solver)
     with pytest.raises(TypeError, match="TwistedSMC"):
         twisted_smc(guided, (8, 2), DDPM(), steps=3)

@@ -28,7 +28,7 @@ from scoresde.likelihood.flow import log_prob
 from scoresde.noise import sample_seeds
 from scoresde.solvers import DDIM, DDPM, AdaptiveODE, Heun, PredictorCorrector, ReverseSDE, Solver, TimeTravel, UniPC
 from scoresde.solvers.catalogue import available
-from scoresde.solvers.optimal_variance import OptimalVariance
+from scoresde.variance.solver import OptimalVariance
 from tests.common import SDES, Counting, Nonlinear, generator, normal, start_of
 
 KNOWN = torch.tensor([True, False, True])

@@ -16,7 +16,7 @@ from scoresde import EDMSDE, VESDE, VPSDE, DDPMChain, EpsDenoiser, FlowSDE, Grid
 from scoresde import analysis as exact_analysis
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.noise import sample_seeds
-from scoresde.sde import SubVPSDE
+from scoresde.schedules import SubVPSDE
 from scoresde.solvers import DDPM, DPMSolverPP, ExponentialAB, UniPC, available
 
 ENTRIES = {entry.name: entry for entry in available()}

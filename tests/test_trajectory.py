@@ -15,15 +15,9 @@ from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.likelihood import elbo
 from scoresde.solvers import DDPM
 from scoresde.solvers.rows import forgotten
+from scoresde.variance.costs import Costs, analytic_costs, kl_costs, least_cost_path, measure_errors
 from scoresde.variance.table import VarianceTable
-from scoresde.variance.trajectory import (
-    Costs,
-    analytic_costs,
-    kl_costs,
-    least_cost_path,
-    measure_errors,
-    optimal_grid,
-)
+from scoresde.variance.trajectory import optimal_grid
 
 STDS = torch.tensor([0.1, 0.5, 2.0]).double()
 GAUSSIAN = Gaussian(mean=[1.0, -2.0, 0.3], std=STDS)

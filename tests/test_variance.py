@@ -40,10 +40,10 @@ from scoresde.solvers import (
     Heun,
     Solver,
 )
-from scoresde.solvers.optimal_variance import OptimalVariance, optimal_tableau
 from scoresde.tensors import as_time
 from scoresde.variance.denoiser import AnalyticDenoiser
 from scoresde.variance.estimate import estimate
+from scoresde.variance.solver import OptimalVariance, optimal_tableau
 from scoresde.variance.table import VarianceTable, fingerprint
 from scoresde.wrappers import Clip, Wrapper
 
@@ -801,7 +801,7 @@ def test_bad_options_and_denoisers_without_a_variance_are_refused():
             OptimalVariance(DDPM()).iterate(denoiser, x, Grid.uniform(sde, 3))
         with pytest.raises(ValueError, match="the grid was made for"):
             OptimalVariance(DDPM()).iterate(denoiser, x, Grid.uniform(VESDE(), 3))
-    with pytest.raises(TypeError, match="variance='posterior'"):
+    with pytest.raises(ValueError, match="variance='posterior'"):
         elbo(MIXTURE.denoiser(sde), x[:, :1], OptimalVariance(DDPM()), Grid.uniform(sde, 3))
 
 

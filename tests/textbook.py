@@ -15,7 +15,7 @@ from torch import Tensor
 from scoresde import DDPMChain, Denoiser
 
 
-def _steps(times: Tensor, z: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def steps_in(times: Tensor, z: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
     return list(zip(times[:-1], times[1:], z, strict=True))
 
 
@@ -37,7 +37,7 @@ def ddpm_chain(
 def ddpm(denoiser: Denoiser, x: Tensor, times: Tensor, z: Sequence[Tensor], variance: str) -> Tensor:
     """Ancestral sampling from q(x_s | x_t, x_0 = D) for any alpha, sigma: Kingma et al. (2021), appendix A."""
     sde = denoiser.sde
-    for t, s, noise in _steps(times, z):
+    for t, s, noise in steps_in(times, z):
         D = denoiser(x, t).mean
         if s == 0:
             return D
@@ -55,7 +55,7 @@ def ddim(denoiser: Denoiser, x: Tensor, times: Tensor, z: Sequence[Tensor], eta:
     Beyond VP the "beta" 1 - abar_t / abar_s of eq. 16 is the variance of x_t given x_s, which it equals on VP.
     """
     sde = denoiser.sde
-    for t, s, noise in _steps(times, z):
+    for t, s, noise in steps_in(times, z):
         eps = denoiser.eps(x, t)
         predicted_x0 = (x - sde.sigma(t) * eps) / sde.alpha(t)
         if s == 0:
@@ -70,7 +70,7 @@ def ddim(denoiser: Denoiser, x: Tensor, times: Tensor, z: Sequence[Tensor], eta:
 def euler_maruyama(denoiser: Denoiser, x: Tensor, times: Tensor, z: Sequence[Tensor]) -> Tensor:
     """Euler-Maruyama on dx = [f x - g^2 score] dt + g dw, Song et al. (2021), eq. 6."""
     sde = denoiser.sde
-    for t, s, noise in _steps(times, z):
+    for t, s, noise in steps_in(times, z):
         if s == 0:
             return denoiser(x, t).mean
         drift = sde.drift(t) * x - sde.diffusion(t) ** 2 * denoiser.score(x, t)

@@ -26,7 +26,7 @@ from scoresde.cli.common import (
     without_nan,
     write_json,
 )
-from scoresde.cli.drawing import GRIDS, Recipe, add_draw_arguments, draw_all, recipe, rounded, solver_of
+from scoresde.cli.drawing import GRIDS, Recipe, add_draw_arguments, draw_all, recipe, rounded
 from scoresde.cli.measuring import (
     add_data_arguments,
     add_measure_arguments,
@@ -38,6 +38,7 @@ from scoresde.cli.measuring import (
 from scoresde.cli.models import Model, add_model_arguments, digest, open_model, sha
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS, evaluate
+from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel
 
 __all__ = ["add_parser", "run"]

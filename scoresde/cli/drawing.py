@@ -4,10 +4,8 @@ number of processes."""
 from __future__ import annotations
 
 import argparse
-import ast
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde import solvers
 from scoresde.checks import check_count, check_option
 from scoresde.cli.models import Model
 from scoresde.data import TrainingData, nothing, scaled
@@ -28,14 +25,14 @@ from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.levels import to_levels
 from scoresde.noise import derive_seed
 from scoresde.sampling import sample
-from scoresde.solvers import OptimalVariance, Solver, available
+from scoresde.solvers import Solver
+from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel
-from scoresde.variance import AnalyticDenoiser, VarianceTable
+from scoresde.variance import AnalyticDenoiser, OptimalVariance, VarianceTable
 from scoresde.wrappers import Clip
 
 __all__ = [
     "GRIDS",
-    "SOLVERS",
     "Recipe",
     "add_draw_arguments",
     "add_solver_arguments",
@@ -47,37 +44,9 @@ __all__ = [
     "recipe",
     "rounded",
     "share",
-    "solver_of",
 ]
 
-SOLVERS = {entry.name: entry for entry in available()}
-ALIASES = {"unipc": "unipc3", "dpm++": "dpm++2m", "deis": "deis3", "ipndm": "ipndm4"}
 GRIDS = ("default", "uniform", "quadratic", "log_snr", "karras", "power", "strided")
-
-
-def solver_of(text: str) -> Solver:
-    """The solver of a name that `scoresde solvers` lists, or of a call: unipc3, ddim, 'DDIM(eta=0.2)'.
-
-    Raises:
-        ValueError: if there is none.
-
-    >>> solver_of("DDIM(0.2)"), solver_of("heun")
-    (DDIM(eta=0.2), Heun(variable='sigma'))
-    """
-    if (name := ALIASES.get(text, text)) in SOLVERS:
-        return SOLVERS[name].solver
-    with suppress(SyntaxError, ValueError, AttributeError):
-        call = ast.parse(text.strip(), mode="eval").body
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in solvers.__all__:
-            args = [ast.literal_eval(arg) for arg in call.args]
-            options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-            try:
-                made = getattr(solvers, call.func.id)(*args, **options)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"--solver {text}: {error}") from error
-            if isinstance(made, Solver):
-                return made
-    raise ValueError(f"--solver {text}: expected a call, 'DDIM(eta=0.2)' say, or one of {', '.join(SOLVERS)}")
 
 
 @dataclass(frozen=True)

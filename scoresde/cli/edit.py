@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from scoresde.checks import check_count
 from scoresde.cli.common import add_quiet, command_parser, say, session
 from scoresde.cli.drawing import Recipe, add_draw_arguments, add_step_arguments, gathered, recipe, share
-from scoresde.cli.inputs import add_input_arguments, read_image, read_inputs
+from scoresde.cli.inputs import add_input_arguments, read_inputs
 from scoresde.cli.models import Model, add_model_arguments, open_model
 from scoresde.cli.sample import Writer, add_out_arguments
+from scoresde.data.folder import read_image
 from scoresde.denoiser import Denoiser
 from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, strength_time, variations
 from scoresde.errors import NonFiniteError, some

@@ -6,14 +6,14 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from scoresde.data.folder import check_pillow
 from scoresde.files import write_whole
 
-__all__ = ["check_pillow", "grid", "is_picture", "write_png"]
+__all__ = ["grid", "is_picture", "write_png"]
 
 
 def is_picture(shape: Sequence[int]) -> bool:
@@ -35,15 +35,6 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
         top, left = gap + (i // columns) * (H + gap), gap + (i % columns) * (W + gap)
         page[:, top : top + H, left : left + W] = image
     return page
-
-
-def check_pillow() -> Any:
-    """Pillow's Image, or ImportError, saying what to install."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("PNG files are written with Pillow: pip install scoresde[data]") from error
-    return Image
 
 
 def write_png(path: Path, image: Tensor) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from scoresde.cli.common import command_parser
-from scoresde.cli.drawing import GRIDS, SOLVERS
+from scoresde.cli.drawing import GRIDS
 from scoresde.cli.models import open_run, parameters
 from scoresde.grid import Grid
 from scoresde.info import environment
 from scoresde.solvers import available
-from scoresde.solvers.catalogue import HEADER, markdown
+from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown
 from scoresde.training.folder import newest
 from scoresde.training.model import SDE_KINDS
 

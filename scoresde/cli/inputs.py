@@ -6,17 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from scoresde.cli.common import DATA_HELP
-from scoresde.cli.images import check_pillow
 from scoresde.cli.models import Model
 from scoresde.data import ImageFolder, scaled
+from scoresde.data.folder import read_image
 from scoresde.data.sources import find_data
 
-__all__ = ["add_input_arguments", "read_image", "read_inputs"]
+__all__ = ["add_input_arguments", "read_inputs"]
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -70,20 +68,3 @@ def read_inputs(args: argparse.Namespace, model: Model, labels: bool) -> tuple[T
         raise ValueError(f"--input {source} has labels from {found.min()} to {found.max()}, the model "
                          f"{model.about.num_classes} classes")  # fmt: skip
     return x.float(), found
-
-
-def read_image(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """An image file, cropped around the centre and resized, uint8, of that shape (C, H, W)."""
-    Image = check_pillow()
-    from PIL import ImageOps
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened).convert("L" if shape[0] == 1 else "RGB")
-            fitted = ImageOps.fit(upright, (shape[2], shape[1]), method=Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    array = np.array(fitted)
-    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())

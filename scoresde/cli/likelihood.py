@@ -30,15 +30,8 @@ from scoresde.cli.models import About, Model, add_denoiser, digest, is_run, load
 from scoresde.data import Data, TrainingData, read_data
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.levels import outer_edges
+from scoresde.likelihood.bits import Dequantize, bits_per_dim, dequantized, image_seeds, log_density, mean_and_stderr
 from scoresde.likelihood.bound import elbo
-from scoresde.likelihood.discrete import (
-    Dequantize,
-    bits_per_dim,
-    dequantized,
-    image_seeds,
-    log_density,
-    mean_and_stderr,
-)
 from scoresde.training import parallel
 
 __all__ = ["add_parser", "run"]

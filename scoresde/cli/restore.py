@@ -6,7 +6,6 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,39 +13,25 @@ from torch import Tensor
 
 from scoresde.checks import check_count
 from scoresde.cli.common import add_quiet, command_parser, say, session
-from scoresde.cli.drawing import (
-    Recipe,
-    add_draw_arguments,
-    add_step_arguments,
-    draw,
-    gathered,
-    on_grid,
-    recipe,
-    share,
-    solver_of,
-)
-from scoresde.cli.inputs import add_input_arguments, read_image, read_inputs
+from scoresde.cli.drawing import Recipe, add_draw_arguments, add_step_arguments, draw, gathered, on_grid, recipe, share
+from scoresde.cli.inputs import add_input_arguments, read_inputs
 from scoresde.cli.models import Model, add_model_arguments, open_model
 from scoresde.cli.sample import Writer, add_out_arguments
 from scoresde.denoiser import Denoiser
 from scoresde.guidance.operators import (
-    Blur,
     Downsample,
-    FourierSampling,
     Grey,
     LinearOperator,
-    Mask,
     Operator,
-    Quantise,
-    box_mask,
-    random_mask,
 )
+from scoresde.guidance.operators.words import operator_of
 from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM
 from scoresde.guidance.projections import DDNM
 from scoresde.guidance.replacement import RePaint, Replacement
 from scoresde.levels import to_levels
 from scoresde.noise import derive_seed
 from scoresde.solvers import SingleStep
+from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel
 from scoresde.wrappers import Clip
 
@@ -371,89 +356,3 @@ def _rounding(y: Tensor, levels: int) -> float:
 
 
 # --- operators in words ----------------------------------------------------------------------------------------------
-
-Shape = tuple[int, ...]
-
-
-def operator_of(text: str, shape: Shape) -> Operator:
-    """A measurement of items of that shape, in words.
-
-    Raises:
-        ValueError: if there is none of that name, its argument is none, or it does not go with such items.
-        OSError: if a mask cannot be read.
-
-    >>> operator_of("box:2,3,4,4", (1, 8, 8)), operator_of("down:2:bicubic", (3, 8, 8))
-    (Mask(48 of 64 known, shape=(8, 8)), Downsample(2, 'bicubic', dims=2))
-    """
-    name, _, argument = text.partition(":")
-    if name not in OPERATORS:
-        raise ValueError(f"--operator {text}: expected {', '.join(usage for usage, _ in OPERATORS.values())}")
-    usage, make = OPERATORS[name]
-    try:
-        A = make(argument, shape)
-        A(torch.zeros(1, *shape))
-    except ValueError as error:
-        raise ValueError(f"--operator {text}: {error} (as in {usage})") from error
-    return A
-
-
-def _plane(shape: Shape) -> Shape:
-    """What a mask of all channels has for its shape."""
-    return shape[1:] or shape
-
-
-def _dims(shape: Shape) -> int:
-    return max(1, len(shape) - 1)
-
-
-def _mask(argument: str, shape: Shape) -> Operator:
-    if len(shape) != 3:
-        raise ValueError(f"the model's items {shape} are no pictures")
-    return Mask(read_image(Path(argument), (1, *shape[1:])) > 127)
-
-
-def _box(argument: str, shape: Shape) -> Operator:
-    numbers = [int(word) for word in argument.split(",")]
-    if len(shape) < 3 or len(numbers) != 4:
-        raise ValueError(f"{len(numbers)} numbers for items {shape}: expected TOP,LEFT,HEIGHT,WIDTH of pictures")
-    top, left, height, width = numbers
-    return box_mask(shape[-2:], (top, left), (top + height, left + width))
-
-
-def _grey(argument: str, shape: Shape) -> Operator:
-    if argument:
-        raise ValueError("it takes no argument")
-    return Grey((0.299, 0.587, 0.114))  # Pillow's "L", which files of grey images are likely to be
-
-
-def _down(argument: str, shape: Shape) -> Operator:
-    factor, _, kind = argument.partition(":")
-    if kind not in ("", "area", "bicubic"):
-        raise ValueError(f"expected area or bicubic, not {kind}")
-    return Downsample(int(factor), "bicubic" if kind == "bicubic" else "area", dims=_dims(shape))
-
-
-def _fourier(argument: str, shape: Shape) -> Operator:
-    keep, (*rest, columns) = float(argument), _plane(shape)
-    if not 0 < keep <= 1:
-        raise ValueError("expected a share in (0, 1]")
-    count = max(1, round(keep * columns))
-    lowest = sorted(range(columns), key=lambda k: min(k, columns - k))
-    order = torch.randperm(columns, generator=torch.Generator("cpu").manual_seed(0), device="cpu").tolist()
-    first = lowest[: math.ceil(count / 3)]
-    chosen = [*first, *(k for k in order if k not in first)][:count]
-    mask = torch.zeros(columns, dtype=torch.bool, device="cpu")
-    mask[chosen] = True
-    return FourierSampling(mask.expand(*rest, columns))
-
-
-OPERATORS: dict[str, tuple[str, Callable[[str, Shape], Operator]]] = {
-    "mask": ("mask:FILE.png", _mask),
-    "box": ("box:TOP,LEFT,HEIGHT,WIDTH", _box),
-    "random": ("random:0.3", lambda argument, shape: random_mask(_plane(shape), float(argument), seed=0)),
-    "grey": ("grey", _grey),
-    "blur": ("blur:1.5", lambda argument, shape: Blur(float(argument), dims=_dims(shape))),
-    "down": ("down:4 or down:4:bicubic", _down),
-    "fourier": ("fourier:0.25", _fourier),
-    "quantise": ("quantise:10", lambda argument, shape: Quantise(float(argument))),
-}

@@ -15,8 +15,9 @@ from torch import Tensor
 from scoresde.checks import check_count
 from scoresde.cli.common import add_quiet, check_file, command_parser, say, session
 from scoresde.cli.drawing import Recipe, add_solver_arguments, draw, gathered, recipe, share
-from scoresde.cli.images import check_pillow, grid, write_png
+from scoresde.cli.images import grid, write_png
 from scoresde.cli.models import Model, add_model_arguments, open_model
+from scoresde.data.folder import check_pillow
 from scoresde.files import write_whole
 from scoresde.levels import to_levels
 from scoresde.training import parallel

@@ -28,15 +28,17 @@ from scoresde.cli.config import (
     toml_value,
     write_toml,
 )
-from scoresde.cli.drawing import Recipe, draw, rounded, solver_of
-from scoresde.cli.images import check_pillow, grid, write_png
+from scoresde.cli.drawing import Recipe, draw, rounded
+from scoresde.cli.images import grid, write_png
 from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import CONFIG, About, Model, parameters
 from scoresde.data import Given, TrainingData
+from scoresde.data.folder import check_pillow
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.errors import NonFiniteError
 from scoresde.levels import to_levels
 from scoresde.metrics import evaluate
+from scoresde.solvers.catalogue import solver_of
 from scoresde.training import CheckpointError, Trainer, parallel
 from scoresde.wrappers import Clip
 

@@ -1,4 +1,4 @@
-"""A folder of images, each decoded when it is wanted."""
+"""Image files: one, or a folder of them, each decoded when it is wanted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scoresde.checks import check_count, check_option
 
-__all__ = ["ImageFolder"]
+__all__ = ["ImageFolder", "check_pillow", "read_image"]
 
 Mode = Literal["L", "RGB"]
 
@@ -64,7 +64,7 @@ class ImageFolder:
             check_count(height=self.size[0], width=self.size[1])
         if mode is not None:
             check_option(("L", "RGB"), mode=mode)
-        _pillow(self.folder)
+        check_pillow()
         paths = sorted(path for path in self.folder.rglob("*") if _is_image(path))
         if not paths:
             raise ValueError(f"{folder} holds no image: expected files {', '.join(_SUFFIXES)}")
@@ -143,7 +143,7 @@ class ImageFolder:
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
-        path, Image = self.folder / name, _pillow(self.folder)
+        path, Image = self.folder / name, check_pillow()
         try:
             with Image.open(path) as image:
                 if image.mode not in (_CONVERTED if self.mode else _CHANNELS) or "transparency" in image.info:
@@ -165,11 +165,29 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
-def _pillow(folder: Path) -> Any:
+def check_pillow() -> Any:
+    """Pillow's Image, or ImportError, saying what to install."""
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError(
-            f"{folder}: a folder of images is read with Pillow: pip install pillow, or scoresde[data]"
+            "image files are read and written with Pillow: pip install pillow, or scoresde[data]"
         ) from error
     return Image
+
+
+def read_image(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """An image file, cropped around the centre and resized, uint8, of that shape (C, H, W)."""
+    Image = check_pillow()
+    from PIL import ImageOps
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("L" if shape[0] == 1 else "RGB")
+            fitted = ImageOps.fit(upright, (shape[2], shape[1]), method=Image.Resampling.LANCZOS)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    array = np.array(fitted)
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())

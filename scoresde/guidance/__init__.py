@@ -23,6 +23,7 @@ from scoresde.guidance.operators import (
     Quantise,
     box_mask,
     check_adjoint,
+    operator_of,
     random_mask,
 )
 from scoresde.guidance.particles import Particles, Potential, Twisted, TwistedSMC, systematic, twisted_smc
@@ -63,6 +64,7 @@ __all__ = [
     "class_means",
     "classifier_loss",
     "distance",
+    "operator_of",
     "random_mask",
     "similarity",
     "systematic",

@@ -28,23 +28,7 @@ from scoresde.tensors import Time, expand_like, known_any, precise
 from scoresde.views import Affine, combine
 from scoresde.wrappers import Wrapper
 
-__all__ = [
-    "Guidance",
-    "Scale",
-    "check_derivative",
-    "check_entries",
-    "check_scale",
-    "gradient",
-    "gradient_of_mean",
-    "guided_by",
-    "known_all",
-    "ratio",
-    "scale_at",
-    "scaled",
-    "shifted",
-    "usable",
-    "value_and_gradient",
-]
+__all__ = ["Guidance", "Scale", "check_entries", "check_scale", "known_all", "ratio", "scale_at", "scaled", "shifted"]
 
 
 def shifted(mean: Tensor, gradient: Tensor, sde: SDE, t: Time) -> Tensor:
@@ -66,124 +50,6 @@ def shifted(mean: Tensor, gradient: Tensor, sde: SDE, t: Time) -> Tensor:
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """factor g for a coefficient of shape () or (B,)."""
     return expand_like(factor, gradient) * gradient
-
-
-def value_and_gradient(function: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor) -> tuple[Tensor, Any, Tensor]:
-    """Values, what else the function returns, and the gradient by x of the values' sum, from one call.
-
-    It differentiates under torch.no_grad and inference_mode too, and then detaches; in grad mode the results can be
-    differentiated again, by x, parameters and whatever else the function reads. Parameters get no gradients from it,
-    and inside transforms of torch.func (jvp, vmap, ...) it is one itself.
-
-    Args:
-        function: of x, to values of shape (B,), each of its own sample alone, and a tensor (or tuple of them) more.
-        x: shape (B, ...).
-
-    Returns:
-        values (B,), the rest, and the gradient, shape of x.
-
-    Raises:
-        ValueError: if the values have another shape, or change with x but cannot be differentiated by it.
-    """
-
-    def checked(x: Tensor) -> tuple[Tensor, Any]:
-        values, rest = function(x)
-        if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
-            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"the function to differentiate returned {found}: expected a value per sample, ({len(x)},)"
-            )
-        return values, rest
-
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # where requires_grad_ is not allowed
-
-        def total(x: Tensor) -> tuple[Tensor, tuple[Tensor, Any]]:
-            values, rest = checked(x)
-            return values.sum(), (values, rest)
-
-        g, (_, (values, rest)) = torch.func.grad_and_value(total, has_aux=True)(x)
-        return values, rest, g
-
-    again = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        if not (again and x.requires_grad):
-            x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
-        values, rest = checked(x)
-        if values.requires_grad:
-            (g,) = torch.autograd.grad(values.sum(), x, create_graph=again, materialize_grads=True)
-        elif torch.equal(values, checked(1.1 * x + 0.1)[0]):  # a constant
-            g = torch.zeros_like(x)
-        else:
-            raise ValueError(
-                "the function to differentiate has no derivative by x: it, or a network in it, runs under no_grad or "
-                "inference_mode, or detaches x; take that away"
-            )
-    return (values, rest, g) if again else (values.detach(), _detached(rest), g.detach())
-
-
-def gradient(log_density: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (B,) of a log-density, and grad_x of their sum, shape of x: `value_and_gradient` of values alone.
-
-    >>> with torch.no_grad():
-    ...     gradient(lambda x: -x.square().sum(1) / 2, torch.tensor([[1.0, 2.0]]))
-    (tensor([-2.5000]), tensor([[-1., -2.]]))
-    """
-    values, _, g = value_and_gradient(lambda x: (log_density(x), ()), x)
-    return values, g
-
-
-def check_derivative(N: Tensor, x: Tensor, output: Callable[[Tensor], Tensor]) -> None:
-    """Raises ValueError if N = output(x), for an x that requires gradients, changes with x and cannot be differentiated
-    by it: D = r x + s N can, and its gradient would be silently wrong."""
-    if x.requires_grad and not N.requires_grad and not torch.equal(N, output(1.1 * x + 0.1)):
-        raise ValueError(
-            "the network's output has no derivative by x: it runs under no_grad or inference_mode, or detaches x; take "
-            "that away"
-        )
-
-
-def gradient_of_mean(
-    denoiser: Denoiser, log_density: Callable[[Tensor], Tensor], x: Tensor, t: Time, cond: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_x log_density(D(x, t)), through the network, which is called once.
-
-    Returns:
-        The network's own output N; D = r x + s N; the values (B,); and the gradient, shape of x.
-    """
-    t, cond = usable(t), {name: usable(value) for name, value in cond.items()}
-
-    def of_mean(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        N = denoiser.output(x, t, **cond)
-        check_derivative(N, x, lambda x: denoiser.output(x, t, **cond))
-        r, s = denoiser.affine(t)
-        D = combine(r, x, s, N)
-        return log_density(D), (N, D)
-
-    values, (N, D), g = value_and_gradient(of_mean, x)
-    return N, D, values, g
-
-
-def guided_by(
-    denoiser: Denoiser,
-    log_density: Callable[[Tensor], Tensor],
-    x: Tensor,
-    t: Time,
-    cond: Mapping[str, Any],
-    clean: bool,
-) -> tuple[Tensor, Tensor]:
-    """N, and the gradient by x of log_density(x), or if `clean` of log_density(D(x, t))."""
-    if clean:
-        N, _, _, g = gradient_of_mean(denoiser, log_density, x, t, cond)
-        return N, g
-    return denoiser.output(x, t, **cond), gradient(log_density, x)[1]
-
-
-def usable(value: Any) -> Any:
-    """A tensor that autograd may save: a copy of one that was made under inference_mode; anything else as it is."""
-    if isinstance(value, Tensor) and value.is_inference():
-        with torch.inference_mode(False):
-            return value.clone()
-    return value
 
 
 Scale = float | Tensor | Callable[[Tensor], Tensor | float]
@@ -297,9 +163,3 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 where b is."""
     zero = b == 0
     return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
-
-
-def _detached(rest: Any) -> Any:
-    if isinstance(rest, tuple):
-        return tuple(map(_detached, rest))
-    return rest.detach() if isinstance(rest, Tensor) else rest

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scoresde.denoiser import Denoiser
-from scoresde.guidance.base import Guidance, Scale, check_entries, guided_by, usable
+from scoresde.guidance.base import Guidance, Scale, check_entries
+from scoresde.guidance.gradients import guided_by, usable
 from scoresde.tensors import Time, precise
 
 __all__ = ["Energy", "class_means", "distance", "similarity"]

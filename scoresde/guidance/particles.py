@@ -37,8 +37,10 @@ from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
-from scoresde.guidance.base import Guidance, Scale, gradient, scale_at, scaled
+from scoresde.guidance.base import Guidance, Scale, scale_at, scaled
+from scoresde.guidance.gradients import gradient
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
+from scoresde.run import choose
 from scoresde.sde import SDE
 from scoresde.solvers.base import SingleStep, Solver, check_decreasing
 from scoresde.solvers.first_order import DDPM
@@ -365,6 +367,7 @@ def twisted_smc(
     solver: TwistedSMC | None = None,
     *,
     steps: int | None = None,
+    nfe: int | None = None,
     grid: Grid | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
@@ -377,7 +380,7 @@ def twisted_smc(
         denoiser: a `Twisted` guidance: `DPS` with a noise_std, `PiGDM`, `MomentMatching`, `Potential`.
         shape_or_x: (G P, ...), or x_T itself: G groups of P neighbours.
         solver: with the number P; `TwistedSMC()` by default.
-        steps, grid: one of them, as for `sample`.
+        steps, nfe, grid: one of them, as for `sample`.
         seed, generator, noise, cond: as for `sample`.
 
     Raises:
@@ -389,11 +392,7 @@ def twisted_smc(
         raise TypeError(f"solver={solver!r}: expected a TwistedSMC(...)")
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"expected a Denoiser, not {type(denoiser).__name__}")
-    if (steps is None) == (grid is None):
-        raise ValueError("give exactly one of steps= and grid=")
-    if grid is None:
-        assert steps is not None
-        grid = solver.grid(denoiser.sde, steps)
+    _, grid = choose(denoiser.sde, solver, steps, nfe, grid)
     source = noise_source(denoiser.device, shape_or_x, seed, generator, noise)
     if isinstance(shape_or_x, Tensor):
         check_batch(shape_or_x, "x_T")

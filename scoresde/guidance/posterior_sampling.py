@@ -23,36 +23,32 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from scoresde.checks import check_count, check_option, check_positive
 from scoresde.denoiser import Denoiser
-from scoresde.guidance.base import (
-    Scale,
-    check_derivative,
-    check_entries,
+from scoresde.guidance.base import Scale, check_entries, known_all, ratio, scaled, shifted
+from scoresde.guidance.gradients import (
+    Forward,
+    Mean,
+    Product,
+    derivative,
+    differentiated,
     gradient,
-    known_all,
-    ratio,
-    scaled,
-    shifted,
     usable,
+    usable_gradients,
 )
 from scoresde.guidance.operators import LinearOperator, Operator, check_adjoint, check_finite, match_measurement
 from scoresde.guidance.particles import Twist, Twisted
-from scoresde.sde import VPSDE
+from scoresde.schedules import VPSDE
 from scoresde.tensors import Time, dot, expand_like, known_any, precise
-from scoresde.views import combine
 
 __all__ = ["DPS", "MomentMatching", "PiGDM"]
 
-Forward = Callable[[Tensor], Tensor]
-Product = Callable[[Tensor], Tensor]
 
 _LEAST_R2 = 1e-20
 """r_t^2 where there is no noise: its inverse, the size of the gradient, is a number in single precision too."""
@@ -185,8 +181,8 @@ class DPS(_Measured):
             squares = dot(e, e)
             return -squares if half_precision is None else -squares * half_precision
 
-        with _usable_gradients():
-            found = _differentiated(self.denoiser, usable(x), t, {name: usable(value) for name, value in cond.items()})
+        with usable_gradients():
+            found = differentiated(self.denoiser, usable(x), t, {name: usable(value) for name, value in cond.items()})
             log_prob, by_mean = gradient(log_density, found.mean)
             if half_precision is None:
                 norm = (-log_prob).sqrt()
@@ -225,17 +221,17 @@ class _Matched(_Measured):
     wants_variance = False
 
     @abstractmethod
-    def _covariance(self, found: _Mean, x: Tensor, t: Time) -> Product:
+    def _covariance(self, found: Mean, x: Tensor, t: Time) -> Product:
         """v -> V v."""
 
     def twist(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Twist:
         y, n, t = self._measurement(x), usable(self._variance(len(x))), usable(t)
-        with _usable_gradients():
+        with usable_gradients():
             return self._twist(usable(x), t, y, n, {name: usable(value) for name, value in cond.items()})
 
     def _twist(self, x: Tensor, t: Time, y: Tensor, n: Tensor, cond: Mapping[str, Any]) -> Twist:
-        found = _differentiated(self.denoiser, x, t, cond, self.wants_variance)
-        value, forward, adjoint = _derivative(self.operator, found.mean)
+        found = differentiated(self.denoiser, x, t, cond, self.wants_variance)
+        value, forward, adjoint = derivative(self.operator, found.mean)
         by_mean, squares = self._solved(y - value, n, self._covariance(found, x, t), forward, adjoint, t)
         return Twist(found.output, found.mean, -squares / 2, found.transposed(by_mean))
 
@@ -300,7 +296,7 @@ class PiGDM(_Matched):
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         return (self.data_std * sigma / torch.hypot(alpha * self.data_std, sigma)) ** 2
 
-    def _covariance(self, found: _Mean, x: Tensor, t: Time) -> Product:
+    def _covariance(self, found: Mean, x: Tensor, t: Time) -> Product:
         r2 = self.r2(t)
         return lambda v: scaled(v, r2)
 
@@ -365,12 +361,12 @@ class MomentMatching(_Matched):
         check_option(("jacobian", "row sum", "variance"), covariance=covariance)
         iterations = (2 if covariance == "jacobian" else 100) if iterations is None else iterations
         super().__init__(denoiser, operator, y, noise_std, scale, iterations)
-        self.covariance, self.wants_variance = covariance, covariance == "variance"
+        self.kind, self.wants_variance = covariance, covariance == "variance"
 
-    def _covariance(self, found: _Mean, x: Tensor, t: Time) -> Product:
-        if self.covariance == "jacobian":
+    def _covariance(self, found: Mean, x: Tensor, t: Time) -> Product:
+        if self.kind == "jacobian":
             return lambda v: self._times_ratio(found.transposed(v), t)
-        if self.covariance == "row sum":
+        if self.kind == "row sum":
             diagonal = self._times_ratio(found.transposed(torch.ones_like(x)), t).clamp(min=0)
         else:
             assert found.var is not None
@@ -380,85 +376,6 @@ class MomentMatching(_Matched):
     def _times_ratio(self, v: Tensor, t: Time) -> Tensor:
         """(sigma^2 / alpha) v; 0 where alpha is, where J is zero and V not known by it."""
         return shifted(torch.zeros_like(v), v, self.sde, t)
-
-
-class _Mean(NamedTuple):
-    """The denoiser at x.
-
-    Attributes:
-        mean: D.
-        transposed: v -> J^T v.
-        output: N.
-        var: the variance, if asked for.
-    """
-
-    mean: Tensor
-    transposed: Product
-    output: Tensor
-    var: Tensor | None = None
-
-
-@contextmanager
-def _usable_gradients() -> Iterator[None]:
-    """Leaves inference mode, in which nothing can be differentiated, with gradients recorded where they were before."""
-    again = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(again):  # the first would turn gradients on
-        yield
-
-
-def _differentiated(denoiser: Denoiser, x: Tensor, t: Time, cond: Mapping[str, Any], variance: bool = False) -> _Mean:
-    """The denoiser and products with dD/dx, from one call of it. It differentiates under no_grad too; in grad mode the
-    results can be differentiated again.
-
-    Raises:
-        ValueError: if the network cannot be differentiated, or the variance is wanted and not known.
-    """
-    r, s = denoiser.affine(t)
-
-    def called(x: Tensor) -> tuple[Tensor, ...]:
-        """N; or D and the variance."""
-        if not variance:
-            return (denoiser.output(x, t, **cond),)
-        D, var = denoiser.posterior(x, t, **cond)
-        if var is None:
-            raise ValueError(
-                f"covariance='variance' needs Posterior.var, which {denoiser!r} does not know: wrap it in an "
-                "AnalyticDenoiser, or take 'jacobian'"
-            )
-        return D, var
-
-    def whole(x: Tensor, first: Tensor, *var: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """D, and N and the variance."""
-        return (first, (combine(1 / s, first, -r / s, x), *var)) if variance else (combine(r, x, s, first), (first,))
-
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # where requires_grad_ is not allowed
-        D, vjp, rest = cast(Any, torch.func.vjp(lambda x: whole(x, *called(x)), x, has_aux=True))
-        return _Mean(D, lambda v: vjp(v)[0], *rest)
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        if not (again and x.requires_grad):
-            x = x.detach().requires_grad_()
-        found = called(x)
-        check_derivative(found[0], x, lambda x: called(x)[0])
-        D, rest = whole(x, *found)
-
-    def transposed(v: Tensor) -> Tensor:
-        if not D.requires_grad:  # a constant
-            return torch.zeros_like(v)
-        (product,) = torch.autograd.grad(D, x, v, retain_graph=True, create_graph=again, materialize_grads=True)
-        return product
-
-    if again:
-        return _Mean(D, transposed, *rest)
-    return _Mean(D.detach(), transposed, *(value.detach() for value in rest))
-
-
-def _derivative(operator: Forward, x: Tensor) -> tuple[Tensor, Product, Product]:
-    """A(x), and products with its derivative at x and with the transpose of that."""
-    if isinstance(operator, LinearOperator):
-        return operator(x), operator, operator.adjoint
-    value, vjp = cast(Any, torch.func.vjp(operator, x))
-    return value, lambda v: torch.func.jvp(operator, (x,), (v,))[1], lambda u: vjp(u)[0]
 
 
 def _conjugate_gradients(product: Product, b: Tensor, iterations: int, least: Tensor) -> Tensor:

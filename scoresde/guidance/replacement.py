@@ -47,9 +47,9 @@ from scoresde.sde import SDE
 from scoresde.solvers.base import SingleStep, Solver, check_decreasing
 from scoresde.solvers.composite import TimeTravel
 from scoresde.solvers.first_order import DDPM
-from scoresde.solvers.optimal_variance import OptimalVariance
 from scoresde.solvers.predictor_corrector import PredictorCorrector
 from scoresde.tableau import State, Tableau
+from scoresde.variance.solver import OptimalVariance
 
 __all__ = ["RePaint", "Replacement"]
 

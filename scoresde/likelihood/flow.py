@@ -28,15 +28,17 @@ from scoresde.checks import check_count, check_option, check_tolerances
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import not_finite
 from scoresde.grid import Grid
+from scoresde.likelihood.adaptive import AdaptiveVolume
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
-from scoresde.likelihood.volume import AdaptiveVolume, TableVolume, Volume, every_other
+from scoresde.likelihood.volume import TableVolume, Volume, every_other
 from scoresde.noise import NoiseSource, SeededNoise, noise_source
+from scoresde.run import choose
 from scoresde.sde import SDE
 from scoresde.solvers.adaptive_ode import TORCHDIFFEQ, AdaptiveODE
 from scoresde.solvers.base import Solver
+from scoresde.solvers.exponential import UniPC
 from scoresde.solvers.motion import legs
-from scoresde.solvers.multistep import UniPC
 from scoresde.tensors import check_batch, widen
 
 __all__ = ["LogProb", "log_prob"]
@@ -257,7 +259,7 @@ def density_run(
         )
     run = (denoiser, trace, noise, cond, differentiable)
     if not isinstance(solver, AdaptiveODE):
-        if type(solver).tableau is Solver.tableau:
+        if not solver.has_table:
             raise ValueError(f"log_prob= is for deterministic solvers, tables and AdaptiveODE, not for {solver!r}")
         return TableVolume(*run, table=solver.tableau(grid))
     check_option(TORCHDIFFEQ, method=solver.method)
@@ -283,20 +285,13 @@ def _table_grid(sde: SDE, solver: Solver, steps: int | None, grid: Grid | None, 
     """The decreasing grid of a table: from t_max to where x stands."""
     if steps is not None and grid is not None:
         raise ValueError("give at most one of steps= and grid=")
-    if not isinstance(solver, Solver) or type(solver).tableau is Solver.tableau:
+    if not isinstance(solver, Solver) or not solver.has_table:
         raise ValueError(f"solver={solver!r}: expected a solver with a table, UniPC(4, view='v') say")
-    if grid is None:
-        assert steps is not None
-        made = solver.grid(sde, steps, end=start)
-        if float(made.times[-1]) != start:
-            raise ValueError(
-                f"t={t}: a grid of {sde!r} ends at a node, {float(made.times[-1])}: give that, or no steps="
-            )
-        return made
-    if not isinstance(grid, Grid):
-        raise TypeError(f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times)")
-    grid.check_sde(sde)
+    own = grid is None
+    _, grid = choose(sde, solver, steps, None, grid, end=start)
     first, last = float(grid.times[0]), float(grid.times[-1])
+    if own and last != start:
+        raise ValueError(f"t={t}: a grid of {sde!r} ends at a node, {last}: give that, or no steps=")
     if first != sde.t_max:
         raise ValueError(f"the grid starts at {first}: a density needs the prior, at {sde.t_max}")
     if t is not None and last != t:

@@ -9,10 +9,9 @@ from scoresde.solvers.annealed import AnnealedLangevin
 from scoresde.solvers.base import SingleStep, Solver
 from scoresde.solvers.catalogue import Entry, available
 from scoresde.solvers.composite import EDMStochastic, Restart, TimeTravel
+from scoresde.solvers.exponential import DEIS, ERSDE, IPNDM, DPMSolverPP, ExponentialAB, SASolver, UniPC
 from scoresde.solvers.first_order import DDIM, DDPM, Ancestral, EulerMaruyama, ExponentialSDE, ReverseDiffusion
 from scoresde.solvers.langevin import langevin
-from scoresde.solvers.multistep import DEIS, ERSDE, IPNDM, DPMSolverPP, ExponentialAB, SASolver, UniPC
-from scoresde.solvers.optimal_variance import OptimalVariance, optimal_tableau
 from scoresde.solvers.predictor_corrector import PredictorCorrector
 from scoresde.solvers.reverse_sde import ReverseSDE
 from scoresde.solvers.runge_kutta import Euler, Heun, RungeKutta
@@ -39,7 +38,6 @@ __all__ = [
     "ExponentialHeun",
     "ExponentialSDE",
     "Heun",
-    "OptimalVariance",
     "PredictorCorrector",
     "Restart",
     "ReverseDiffusion",
@@ -52,5 +50,4 @@ __all__ = [
     "UniPC",
     "available",
     "langevin",
-    "optimal_tableau",
 ]

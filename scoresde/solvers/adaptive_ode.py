@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import scipy.integrate
@@ -30,17 +30,12 @@ import torchdiffeq
 from torch import Tensor
 
 from scoresde.checks import check_count, check_tolerances
-from scoresde.denoiser import Denoiser, check_call
-from scoresde.errors import NonFiniteError, not_finite
+from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.solvers.first_order import ExponentialSDE
 from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, legs
 from scoresde.tableau import State
-from scoresde.tensors import check_batch, widen
-
-if TYPE_CHECKING:
-    from scoresde.sampling import Solution
 
 __all__ = ["AdaptiveODE"]
 
@@ -111,57 +106,7 @@ class AdaptiveODE(Budgeted):
         noise: NoiseSource | None = None,
         cond: Mapping[str, Any] | None = None,
     ) -> Iterator[State]:
-        return self._run(denoiser, x, grid, legs(grid, free=True), cond)
-
-    def encode(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        *,
-        grid: Grid | None = None,
-        cond: Mapping[str, Any] | None = None,
-        differentiable: bool = False,
-    ) -> Solution:
-        """The ODE from data to noise: x_T such that `sample(denoiser, x_T, solver, grid=grid)` is x, to the tolerance.
-
-        Args:
-            denoiser: the model.
-            x: taken as the state at the grid's end, shape (B, ...); at t_min where the grid ends at 0, so that decoding
-                returns D(x, t_min).
-            grid: its ends are used; by default from t_max to 0.
-            cond: as for `sample`.
-            differentiable: record gradients.
-
-        Returns:
-            the `Solution`, whose x is the latent at grid.times[0].
-
-        Raises:
-            TypeError: if the denoiser or the grid is none.
-            ValueError: as `iterate` does, or if a condition is a tensor with neither one entry nor one per sample.
-            NonFiniteError: if the denoiser's output is not finite.
-        """
-        from scoresde.sampling import Solution  # which imports the solvers
-
-        check_batch(x, "x")
-        check_call(denoiser, x, cond)
-        grid = self.grid(denoiser.sde, 1) if grid is None else grid
-        if not isinstance(grid, Grid):
-            raise TypeError(f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times)")
-        start, end = grid.times[[0, -1]].tolist()
-        back = legs(Grid(grid.sde, [start, end or grid.sde.t_min]).reversed(), free=True)
-        with torch.set_grad_enabled(differentiable):
-            *_, state = self._run(denoiser, widen(x), grid, back, cond)
-        if bad := not_finite(state.x):
-            raise NonFiniteError(
-                f"samples {bad} became non-finite at the evaluation at t = {state.t:.6g}", 0, state.t, bad
-            )
-        complete = state.t == back[-1].s
-        return Solution(state.x.to(x.dtype), state.nfe, grid, status="complete" if complete else "max_nfe", t=state.t)
-
-    def _run(
-        self, denoiser: Denoiser, x: Tensor, grid: Grid, parts: list[Leg], cond: Mapping[str, Any] | None
-    ) -> Iterator[State]:
-        """The checks; then the loop."""
+        parts = legs(grid, free=True)
         grid.check_sde(denoiser.sde)
         times = torch.tensor([time for leg in parts for time in (leg.t, leg.s)], dtype=torch.float64, device="cpu")
         starts = [leg.t for leg in parts] + [leg.s for leg in parts if not leg.jump]

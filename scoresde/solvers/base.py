@@ -37,6 +37,11 @@ class Solver:
     adaptive: ClassVar[bool] = False
     power: ClassVar[float | None] = None
 
+    @property
+    def has_table(self) -> bool:
+        """Whether its coefficients are known beforehand, so that `tableau` gives them."""
+        return type(self).tableau is not Solver.tableau
+
     def tableau(self, grid: Grid) -> Tableau:
         """The table of coefficients on that grid.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
@@ -10,14 +11,14 @@ from scoresde.solvers.adaptive_sde import AdaptiveSDE, DPMSolverAdaptive
 from scoresde.solvers.annealed import AnnealedLangevin
 from scoresde.solvers.base import Solver
 from scoresde.solvers.composite import EDMStochastic, Restart, TimeTravel
+from scoresde.solvers.exponential import DEIS, ERSDE, IPNDM, DPMSolverPP, ExponentialAB, SASolver, UniPC
 from scoresde.solvers.first_order import DDIM, DDPM, Ancestral, EulerMaruyama, ExponentialSDE, ReverseDiffusion
-from scoresde.solvers.multistep import DEIS, ERSDE, IPNDM, DPMSolverPP, ExponentialAB, SASolver, UniPC
 from scoresde.solvers.predictor_corrector import PredictorCorrector
 from scoresde.solvers.reverse_sde import ReverseSDE
 from scoresde.solvers.runge_kutta import Euler, Heun, RungeKutta
 from scoresde.solvers.single_step import DPMSolver, ExponentialHeun
 
-__all__ = ["Entry", "available"]
+__all__ = ["ALIASES", "SOLVERS", "Entry", "available", "solver_of"]
 
 
 @dataclass(frozen=True)
@@ -192,3 +193,33 @@ _ENTRIES = [
     for family, entries in _FAMILIES.items()
     for name, solver, order, evaluations, deterministic, view, source in entries
 ]
+
+SOLVERS = {entry.name: entry for entry in available()}
+ALIASES = {"unipc": "unipc3", "dpm++": "dpm++2m", "deis": "deis3", "ipndm": "ipndm4"}
+_CLASSES = {type(entry.solver).__name__: type(entry.solver) for entry in _ENTRIES}
+
+
+def solver_of(text: str) -> Solver:
+    """The solver of a name that `scoresde solvers` lists, or of a call: unipc3, ddim, 'DDIM(eta=0.2)'.
+
+    Raises:
+        ValueError: if there is none.
+
+    >>> solver_of("DDIM(0.2)"), solver_of("heun")
+    (DDIM(eta=0.2), Heun(variable='sigma'))
+    """
+    if (name := ALIASES.get(text, text)) in SOLVERS:
+        return SOLVERS[name].solver
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)  # noqa: PT018
+        made = _CLASSES[call.func.id]
+        args = [ast.literal_eval(arg) for arg in call.args]
+        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AssertionError, KeyError) as error:
+        names = ", ".join(SOLVERS)
+        raise ValueError(f"solver {text}: expected a call, 'DDIM(eta=0.2)' say, or one of {names}") from error
+    try:
+        return made(*args, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"solver {text}: {error}") from error

@@ -96,6 +96,10 @@ class PredictorCorrector(Solver):
     def evaluations(self, grid: Grid) -> int:
         return self.predictor.tableau(grid).nfe + self.corrector_steps * int(self._corrects(grid)[2].sum())
 
+    @property
+    def has_table(self) -> bool:
+        return self.corrector in ("ald", None)
+
     def tableau(self, grid: Grid) -> Tableau:
         """The table on that grid, for corrector "ald" or None.
 
@@ -122,7 +126,7 @@ class PredictorCorrector(Solver):
         noise: NoiseSource | None = None,
         cond: Mapping[str, Any] | None = None,
     ) -> Iterator[State]:
-        if self.corrector in ("ald", None):
+        if self.has_table:
             return super().iterate(denoiser, x, grid, noise, cond)
         grid.check_sde(denoiser.sde)
         check_decreasing(grid, self)

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from scoresde.checks import check_option
 from scoresde.grid import Grid
-from scoresde.sde import EDMSDE, SDE
+from scoresde.schedules import EDMSDE
+from scoresde.sde import SDE
 from scoresde.solvers.base import SingleStep
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.rows import Rows, stage_rows

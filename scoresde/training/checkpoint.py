@@ -3,7 +3,6 @@ run has a folder instead (`scoresde.training.folder`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from scoresde.errors import CheckpointError
 from scoresde.files import write_whole
+from scoresde.training.folder import check_made_for
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
 
@@ -57,18 +57,3 @@ def read_checkpoint(path: str | Path, made_for: dict[str, Any], *, whole: bool =
     check_made_for(path, found["made_for"], made_for, whole=whole)
     content: dict[str, Any] = found["content"]
     return content
-
-
-def check_made_for(path: Path, theirs: Mapping[str, Any], made_for: Mapping[str, Any], *, whole: bool) -> None:
-    """Check that what a checkpoint was made for is `made_for`, and, if whole, nothing besides.
-
-    Raises:
-        CheckpointError: naming each difference.
-    """
-    different = [
-        f"{key}: {theirs.get(key, 'nothing')} in the file, {made_for.get(key, 'nothing')} here"
-        for key in (sorted({*theirs, *made_for}) if whole else made_for)
-        if theirs.get(key) != made_for.get(key)
-    ]
-    if different:
-        raise CheckpointError(f"{path} was made for something else. " + "; ".join(different))

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.errors import CheckpointError
-from scoresde.training.checkpoint import check_made_for
 
 __all__ = [
     "SHARDED",
@@ -38,6 +37,7 @@ __all__ = [
     "Checkpoint",
     "average_file",
     "begin",
+    "check_made_for",
     "check_safetensors",
     "checkpoints",
     "finish",
@@ -349,3 +349,18 @@ def _remove(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_made_for(path: Path, theirs: Mapping[str, Any], made_for: Mapping[str, Any], *, whole: bool) -> None:
+    """Check that what a checkpoint was made for is `made_for`, and, if whole, nothing besides.
+
+    Raises:
+        CheckpointError: naming each difference.
+    """
+    different = [
+        f"{key}: {theirs.get(key, 'nothing')} in the file, {made_for.get(key, 'nothing')} here"
+        for key in (sorted({*theirs, *made_for}) if whole else made_for)
+        if theirs.get(key) != made_for.get(key)
+    ]
+    if different:
+        raise CheckpointError(f"{path} was made for something else. " + "; ".join(different))

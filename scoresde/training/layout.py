@@ -16,10 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scoresde.training import parallel
 from scoresde.training.average import in_place_of
-from scoresde.training.config import TrainConfig
 from scoresde.training.folder import WHOLE, snapshot
 
-__all__ = ["Copies", "Layout", "layout_of"]
+__all__ = ["Copies", "Layout"]
 
 
 class Layout(ABC):
@@ -79,21 +78,6 @@ class Layout(ABC):
             what remains to be done, in each process, in a thread where that is wanted. In rank 0 it gives the names of
             all files, once all are on the disk.
         """
-
-
-def layout_of(config: TrainConfig) -> Layout:
-    """The layout that a configuration asks for. A single process has nothing to shard.
-
-    Raises:
-        ImportError: if this torch has no FSDP2, or cannot save it in safetensors.
-    """
-    if config.shard and parallel.world() > 1:
-        try:
-            from scoresde.training.sharded import Shards  # torch's FSDP takes a second to import
-        except ImportError as error:
-            raise ImportError(f"TrainConfig(shard=True) needs torch 2.9 or newer ({error})") from error
-        return Shards(config.precision)
-    return Copies()
 
 
 class Copies(Layout):

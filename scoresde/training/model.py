@@ -26,7 +26,8 @@ from scoresde.denoiser import (
     X0Denoiser,
 )
 from scoresde.errors import CheckpointError
-from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
+from scoresde.schedules import EDMSDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
+from scoresde.sde import SDE
 from scoresde.training.config import check_keys
 from scoresde.training.folder import NETWORK, Checkpoint, average_file, newest
 from scoresde.training.identity import identity

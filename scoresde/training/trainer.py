@@ -30,7 +30,7 @@ from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource, batches, source_of, split
 from scoresde.training.folder import NETWORK, Checkpoint, average_file, check_safetensors, newest
 from scoresde.training.identity import identity, probe, values_of, versions
-from scoresde.training.layout import layout_of
+from scoresde.training.layout import Copies, Layout
 from scoresde.training.lock import held
 from scoresde.training.log import Log, TensorBoard, check_tensorboard
 from scoresde.training.loss import Draws, Part, dsm_loss
@@ -40,7 +40,7 @@ from scoresde.training.signals import Signals
 from scoresde.training.step import Autocast, Interval, Loss, Worker, seeded_global_generators
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
 
-__all__ = ["Evaluate", "Trainer"]
+__all__ = ["Evaluate", "Trainer", "layout_of"]
 
 Evaluate = Callable[[NetworkDenoiser, int], Mapping[str, float]]
 """evaluate(denoiser, step): numbers by name, of the denoiser with averaged weights."""
@@ -426,3 +426,18 @@ class Trainer:
         self.losses = [(step, loss) for step, loss in progress["losses"]]
         self.evaluations = [(step, values) for step, values in progress["evaluations"]]
         self._interval = Interval(progress["interval"])
+
+
+def layout_of(config: TrainConfig) -> Layout:
+    """The layout that a configuration asks for. A single process has nothing to shard.
+
+    Raises:
+        ImportError: if this torch has no FSDP2, or cannot save it in safetensors.
+    """
+    if config.shard and parallel.world() > 1:
+        try:
+            from scoresde.training.sharded import Shards  # torch's FSDP takes a second to import
+        except ImportError as error:
+            raise ImportError(f"TrainConfig(shard=True) needs torch 2.9 or newer ({error})") from error
+        return Shards(config.precision)
+    return Copies()

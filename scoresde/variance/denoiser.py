@@ -65,7 +65,6 @@ class AnalyticDenoiser(SameMean):
         self.table, self.data_range = table, data_range
 
     def covariance(self, t: Time) -> Tensor:
-        """C_t, float64 of the shape of t."""
         return self.table.covariance(t, self.data_range)
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:

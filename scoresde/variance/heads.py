@@ -21,37 +21,19 @@ Sources: Bao et al. (2022), "Estimating the Optimal Covariance with Imperfect Me
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_option, check_range
-from scoresde.denoiser import Denoiser, NetworkDenoiser, Posterior
-from scoresde.tensors import Time, check_batch, expand_like, known_any, precise
-from scoresde.training.loss import Draws, NoisyBatch, noisy_batch
-from scoresde.training.step import Loss
-from scoresde.training.weights import TimeSampler
+from scoresde.checks import check_range
+from scoresde.denoiser import Denoiser, Posterior
+from scoresde.tensors import Time, expand_like, known_any, precise
 from scoresde.variance.trunk import Head, Pair
 from scoresde.views import combine
 from scoresde.wrappers import SameMean
 
-__all__ = [
-    "HeadDenoiser",
-    "NPRDenoiser",
-    "OCMDenoiser",
-    "Regression",
-    "SNDenoiser",
-    "noisy",
-    "npr_loss",
-    "ocm_loss",
-    "sn_loss",
-    "training_loss",
-]
-
-Reduction = Literal["mean", "none"]
+__all__ = ["HeadDenoiser", "NPRDenoiser", "OCMDenoiser", "SNDenoiser"]
 
 
 # ---- denoisers ----
@@ -73,6 +55,9 @@ class HeadDenoiser(SameMean):
         if data_range is not None:
             check_range(data_range)
         self.head, self.data_range, self.average = head, data_range, average
+
+    def covariance(self, t: Time) -> None:
+        return None
 
     @property
     def pair(self) -> Pair:
@@ -142,186 +127,4 @@ class OCMDenoiser(HeadDenoiser):
 # ---- losses ----
 
 
-def sn_loss(
-    denoiser: Denoiser,
-    head: Head | None,
-    x0: Tensor,
-    *,
-    times: TimeSampler | None = None,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    generator: Draws | None = None,
-    cond: Mapping[str, Any] | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """E |h - eps^2|^2 / d, whose minimiser is h = E[eps^2 | x_t].
-
-    Args:
-        denoiser: the trained denoiser. Gradients reach the head alone; what it shares with the denoiser must be frozen
-            (`TrunkWithHead`).
-        head: as in `SNDenoiser`; None for the second output of the denoiser's network.
-        x0: clean data, shape (B, ...), floating point.
-        times: the distribution of t; uniform and stratified by default.
-        t: instead of drawing, the times, shape () or (B,), above 0.
-        noise: instead of drawing, eps, shape of x0.
-        generator: where t and noise are drawn from, on its own device; freshly seeded if not given. A `Part` where x0
-            is part of a batch (`scoresde.training.loss`).
-        cond: keyword arguments for the networks.
-        reduction: "mean" over the batch, or "none" for shape (B,).
-
-    Raises:
-        TypeError: if there is no head.
-        ValueError: if x0 is not floating point, shapes do not fit, t and times are both given, or a t is 0 or outside
-            the SDE.
-    """
-    pair = Pair.of(denoiser, head)
-    task = Regression(pair, noisy(pair, x0, times, t, noise, generator), cond or {}, reduction)
-    return task.loss(task.second() - task.noise**2)
-
-
-def npr_loss(
-    denoiser: Denoiser,
-    head: Head | None,
-    x0: Tensor,
-    *,
-    times: TimeSampler | None = None,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    generator: Draws | None = None,
-    cond: Mapping[str, Any] | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """E |h - (eps - eps_hat)^2|^2 / d, whose minimiser is h = Var[eps | x_t] + (eps_hat - E[eps | x_t])^2.
-
-    Arguments and errors: `sn_loss`.
-    """
-    pair = Pair.of(denoiser, head)
-    task = Regression(pair, noisy(pair, x0, times, t, noise, generator), cond or {}, reduction)
-    N, h = task.both(fixed=True)
-    return task.loss(h - task.residual(N) ** 2)
-
-
-def ocm_loss(
-    denoiser: Denoiser,
-    head: Head | None,
-    x0: Tensor,
-    *,
-    times: TimeSampler | None = None,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    probe: Tensor | None = None,
-    generator: Draws | None = None,
-    cond: Mapping[str, Any] | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """E |h + sigma r (J^T r)|^2 / d, J = d eps_hat / d x_t, whose minimiser is h = -sigma diag J, for the exact
-    denoiser sigma^2 diag(Hessian of log p_t). A further evaluation of the denoiser makes the target, by its gradient.
-
-    Args:
-        probe: instead of drawing, r, numbers +1 and -1, shape of x0.
-
-    The other arguments and the errors: `sn_loss`; the denoiser must be differentiable.
-    """
-    pair = Pair.of(denoiser, head)
-    batch = noisy(pair, x0, times, t, noise, generator)
-    task = Regression(pair, batch, cond or {}, reduction)
-    if probe is None:
-        source = batch.part.generator
-        bits = batch.part.draw(x0.shape, lambda shape: torch.randint(2, shape, generator=source, device=source.device))
-        probe = (2 * bits - 1).to(x0)
-    with torch.enable_grad():
-        x_t = batch.x_t.detach().requires_grad_()
-        (product,) = torch.autograd.grad((denoiser.eps(x_t, batch.t, **task.cond) * probe).sum(), x_t)
-    target = expand_like(-denoiser.sde.sigma(batch.t), product) * probe * product
-    return task.loss(task.second() - target)
-
-
-def training_loss(loss: Callable[..., Tensor], denoiser: Denoiser | None = None, **options: Any) -> Loss:
-    """One of these losses for `Trainer(..., loss=...)`.
-
-    Args:
-        loss: `sn_loss`, `npr_loss`, `ocm_loss` or `hybrid_loss`.
-        denoiser: where the head is a network of its own, the denoiser beside it, and the trainer gets an adapter
-            around the head, `denoiser.with_net(head)` say. Without, the trained denoiser's own network has two outputs.
-        options: of the loss.
-
-    >>> from scoresde import EpsDenoiser, VPSDE
-    >>> from scoresde.nn import UNet
-    >>> from scoresde.training import TrainConfig, Trainer
-    >>> from scoresde.variance import TrunkWithHead
-    >>> unet, sde = UNet(channels=8), VPSDE()  # trained before
-    >>> model = EpsDenoiser(TrunkWithHead(unet), sde, time=lambda t: 999 * t)
-    >>> data = torch.zeros(32, 1, 8, 8)
-    >>> trainer = Trainer(model, data, TrainConfig(steps=2, batch_size=8), loss=training_loss(npr_loss))
-    >>> NPRDenoiser(trainer.fit(progress=False).ema)(data, 0.5).var.shape
-    torch.Size([32, 1, 8, 8])
-    """
-
-    def train(trained: NetworkDenoiser, x0: Tensor, generator: Draws, cond: Mapping[str, Any]) -> Tensor:
-        beside, head = (trained, None) if denoiser is None else (denoiser, trained)
-        return loss(beside, head, x0, generator=generator, cond=cond, **options)
-
-    train.__name__ = loss.__name__ if denoiser is None else f"{loss.__name__} beside {type(denoiser).__name__}"
-    return train
-
-
 # ---- what they share ----
-
-
-def noisy(
-    pair: Pair,
-    x0: Tensor,
-    times: TimeSampler | None,
-    t: Tensor | None,
-    noise: Tensor | None,
-    generator: Draws | None,
-) -> NoisyBatch:
-    """What the losses see of x0, with t on its device. Arguments and errors: `sn_loss`."""
-    check_batch(x0, "x0")
-    if t is not None and times is not None:
-        raise ValueError("give t= or times=, not both")
-    batch = noisy_batch(pair.denoiser.sde, x0, times, t, noise, generator)
-    return batch._replace(t=batch.t.to(x0.device))
-
-
-@dataclass(frozen=True)
-class Regression:
-    """A denoiser and its head before noisy data: what the losses are made of.
-
-    Raises:
-        ValueError: on another reduction.
-    """
-
-    pair: Pair
-    batch: NoisyBatch
-    cond: Mapping[str, Any]
-    reduction: Reduction
-
-    def __post_init__(self) -> None:
-        check_option(("mean", "none"), reduction=self.reduction)
-
-    @property
-    def noise(self) -> Tensor:
-        """eps."""
-        return self.batch.noise
-
-    def both(self, *, fixed: bool = False) -> tuple[Tensor, Tensor]:
-        """N and h; fixed: no graph leads to N."""
-        return self.pair.both(self.batch.x_t, self.batch.t, self.cond, fixed=fixed)
-
-    def second(self) -> Tensor:
-        """h."""
-        return self.pair.second(self.batch.x_t, self.batch.t, self.cond)
-
-    def residual(self, N: Tensor) -> Tensor:
-        """eps_hat - eps."""
-        return self.pair.eps(self.batch.x_t, self.batch.t, N) - self.noise
-
-    def loss(self, error: Tensor) -> Tensor:
-        """|error|^2 / d, each draw with its weight, reduced."""
-        ratio = expand_like(self.batch.ratio, error).reshape(-1)
-        return self.reduce(ratio * error.reshape(len(error), -1).square().mean(1))
-
-    def reduce(self, values: Tensor) -> Tensor:
-        """Of one value a sample, (B,)."""
-        return values.mean() if self.reduction == "mean" else values

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scoresde import sde as sdes
+from scoresde import schedules
 from scoresde.chain import DDPMChain
 from scoresde.checks import check_count, check_range
 from scoresde.denoiser import Denoiser, NetworkDenoiser
@@ -47,7 +47,7 @@ __all__ = ["Moments", "VarianceTable", "check_nodes", "fingerprint"]
 
 FORMAT = "scoresde-variance-table-1"
 
-_REBUILT = {kind: getattr(sdes, kind) for kind in sdes.__all__ if kind != "SDE"}
+_REBUILT = {kind: getattr(schedules, kind) for kind in schedules.__all__}
 """SDEs that their repr says everything of."""
 
 

@@ -16,6 +16,7 @@ known.py      masks of x and of its Fourier transform
 matrix.py     a dense matrix
 imaging.py    grey, blur, down-sampling
 nonlinear.py  quantisation, phase
+words.py      operator_of: any of them by a word, "box:8,8,12,12"
 checks.py     what a method asks of an operator and a measurement
 """
 
@@ -25,6 +26,7 @@ from scoresde.guidance.operators.imaging import Blur, Downsample, Grey
 from scoresde.guidance.operators.known import FourierSampling, Mask, box_mask, random_mask
 from scoresde.guidance.operators.matrix import Matrix
 from scoresde.guidance.operators.nonlinear import PhaseMagnitude, Quantise
+from scoresde.guidance.operators.words import operator_of
 
 __all__ = [
     "Blur",
@@ -42,5 +44,6 @@ __all__ = [
     "check_finite",
     "check_linear",
     "match_measurement",
+    "operator_of",
     "random_mask",
 ]

@@ -31,7 +31,6 @@ from scoresde.sde import SDE
 from scoresde.solvers.base import Solver, check_decreasing
 from scoresde.solvers.first_order import DDIM
 from scoresde.tableau import State, Tableau
-from scoresde.variance.denoiser import AnalyticDenoiser
 from scoresde.variance.table import VarianceTable
 
 __all__ = ["OptimalVariance", "optimal_tableau", "quiet_last"]
@@ -43,8 +42,9 @@ class OptimalVariance(Solver):
     Analytic-DDIM, and with a denoiser whose variance is elementwise SN- or NPR-DPM. One evaluation a step, on the
     solver's own grid. No noise is added on the last step, to sigma = 0.
 
-    The denoiser must know its variance, `AnalyticDenoiser(denoiser, table)` say. With that one and without `clamp` the
-    run is that of the table `optimal_tableau`; else a loop reads mean and variance from each evaluation. A negative
+    The denoiser must know its variance, `AnalyticDenoiser(denoiser, table)` say. With that one, whose
+    `covariance` is known beforehand, and without `clamp` the run is that of the table `optimal_tableau`; else a loop
+    reads mean and variance from each evaluation. A negative
     variance is no variance: it ends in a `NonFiniteError`, unless c^2 outweighs it.
 
     Args:
@@ -87,13 +87,17 @@ class OptimalVariance(Solver):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"OptimalVariance wraps a solver, DDPM() say, not {self.solver!r}")
-        if type(self.solver).tableau in (Solver.tableau, OptimalVariance.tableau):
+        if not self.solver.has_table:
             raise ValueError(f"{self.solver!r} has no table, so its steps have no variance to set: {_HINT}")
         _check_last(self.last)
         if self.clamp is not None:
             bounds = list(self.clamp) if isinstance(self.clamp, tuple | list) else []
             if len(bounds) != 2 or not -math.inf < bounds[0] < bounds[1] < math.inf:
                 raise ValueError(f"clamp={self.clamp!r}: expected (lo, hi), two finite numbers, lo < hi")
+
+    @property
+    def has_table(self) -> bool:
+        return False
 
     def tableau(self, grid: Grid) -> Tableau:
         raise TypeError(
@@ -118,9 +122,9 @@ class OptimalVariance(Solver):
     ) -> Iterator[State]:
         grid.check_sde(denoiser.sde)
         check_decreasing(grid, self)
-        if isinstance(denoiser, AnalyticDenoiser) and self.clamp is None:
-            table = optimal_tableau(self.solver, grid, denoiser.table, denoiser.data_range, self.last)
-            return table.iterate(denoiser, x, noise, cond)
+        C = denoiser.covariance(grid.times[:-1])
+        if C is not None and self.clamp is None:
+            return _with_covariance(self.solver, grid, C, self.last).iterate(denoiser, x, noise, cond)
         rows = self._rows(grid)
         if isinstance(denoiser, NetworkDenoiser) and type(denoiser).posterior is NetworkDenoiser.posterior:
             raise ValueError(_no_variance(denoiser))
@@ -201,9 +205,14 @@ def optimal_tableau(
     """
     grid.check_sde(table.sde)
     _check_last(last)
+    return _with_covariance(solver, grid, table.covariance(grid.times[:-1], data_range), last)
+
+
+def _with_covariance(solver: Solver, grid: Grid, C: Tensor, last: float | None) -> Tableau:
+    """The table of `optimal_tableau`, by C at the starts of the steps, shape (N,)."""
     base = _one_step(solver, grid)
     _, b = _in_x0(base)
-    c = (base.c**2 + b**2 * table.covariance(base.t, data_range)).sqrt()
+    c = (base.c**2 + b**2 * C).sqrt()
     c = torch.where(grid.sde.sigma(grid.times[1:]) == 0, 0.0, c)
     return Tableau(
         grid, a=base.a, b=base.b, c=quiet_last(grid, c, last), view=(base.p, base.q), t=base.t, step=base.step

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
-from scoresde.sampling import Solution, sample
+from scoresde.run import Solution, choose
+from scoresde.sampling import sample
 from scoresde.solvers import AdaptiveODE, Solver
 from scoresde.tensors import check_batch, expand_like, precise, widen
 
@@ -245,32 +246,18 @@ def plan(
     """The solver, and the decreasing grid to noise that it runs on in both directions; errors as of `encode`."""
     solver = AdaptiveODE() if solver is None else solver
     check_pair(denoiser, solver)
-    sde = denoiser.sde
-    if grid is not None and not isinstance(grid, Grid):
-        raise TypeError(f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times) for your own times")
-    if grid is not None and grid.increasing:
+    if isinstance(grid, Grid) and grid.increasing:
         raise ValueError("grid= is the decreasing grid on which decode goes, and encode back: give its reversed()")
     if isinstance(solver, AdaptiveODE):
         if steps is not None:
             raise ValueError("AdaptiveODE chooses its own steps: set its rtol and atol, or give a budget, nfe=")
-        solver = solver if nfe is None else solver.within(sde, nfe)[0]
-        return solver, _to_noise(grid or Grid(sde, [sde.t_max, sde.t_min]))
-    given = [name for name, value in (("steps", steps), ("nfe", nfe), ("grid", grid)) if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of steps=, nfe= and grid=; got {' and '.join(given) or 'none'}")
-    if solver.adaptive or type(solver).tableau is Solver.tableau:
+    elif not solver.has_table:
         raise ValueError(f"{solver!r} has no way up: take AdaptiveODE(), or a deterministic solver with a table")
-    if grid is None:
-        n = steps if steps is not None else solver.steps_within(sde, nfe, end=sde.t_min)  # type: ignore[arg-type]
-        grid = solver.grid(sde, n, end=sde.t_min)
-    solver.tableau(_to_noise(grid).reversed())  # raises if it draws noise, for decode as well
+    solver, grid = choose(denoiser.sde, solver, steps, nfe, grid, end=denoiser.sde.t_min)
+    up = grid.reversed()  # raises where there is no way back
+    if solver.has_table:
+        solver.tableau(up)  # raises if it draws noise, for decode as well
     return solver, grid
-
-
-def _to_noise(grid: Grid) -> Grid:
-    """The grid, if it has a way back."""
-    grid.reversed()
-    return grid
 
 
 def _round_trip_error(back: Solution, x: Tensor) -> Tensor:

@@ -7,45 +7,36 @@ It gets to noise in one of two ways,
 
 and back by any solver, or the same ODE, perhaps under another condition or with another denoiser.
 
-The first is SDEdit (Meng et al., 2022): what lies below the noise at t is forgotten and drawn anew, what lies above is
-kept. On data N(m, C), with S = alpha^2 C + sigma^2 and K = alpha^2 C / S, it gives, in C's eigenbasis,
-
-    by the reverse SDE    N(m + K (x - m),        (1 + K) sigma^2 C / S)       p(x_0 | x_t), averaged over eps
-    by the ODE            N(m + sqrt(K) (x - m),          sigma^2 C / S)
-
-The second is DDIM inversion (Song, Meng and Ermon, 2021), between two denoisers the dual diffusion implicit bridge (Su
-et al., 2023), x -> Phi'_{T -> t_min}(Phi_{t_min -> T}(x)). On Gaussians whose C and C' commute it is the map of optimal
-transport, m' + sqrt(C' / C) (x - m), as far as the prior has forgotten the data. It keeps what the two have in common,
-and can be undone. Strong guidance makes the ODE stiff and the codes unlike the prior: encode without it.
-"""
+The first is SDEdit (`scoresde.editing.sdedit`). The second is DDIM inversion (Song, Meng and Ermon, 2021), between two
+denoisers the dual diffusion implicit bridge (Su et al., 2023), x -> Phi'_{T -> t_min}(Phi_{t_min -> T}(x)). On
+Gaussians whose C and C' commute it is the map of optimal transport, m' + sqrt(C' / C) (x - m), as far as the prior has
+forgotten the data. It keeps what the two have in common, and can be undone. Strong guidance makes the ODE stiff and the
+codes unlike the prior: encode without it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
+from scoresde.editing.latents import check_pair, interpolate, plan
+from scoresde.editing.sdedit import choose_down, cut, normal, perturbed, start_time, strength_time
 from scoresde.grid import Grid
-from scoresde.guidance.operators import Mask
-from scoresde.guidance.projections import DDNM
-from scoresde.likelihood.coding import check_pair, interpolate, plan
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, derive_seed, noise_source
-from scoresde.sampling import Solution, sample
+from scoresde.noise import SeededNoise, derive_seed, noise_source
+from scoresde.run import Solution
+from scoresde.sampling import sample
 from scoresde.sde import SDE
 from scoresde.solvers import Solver
 from scoresde.tensors import check_batch, widen
 
-__all__ = ["Edit", "edit", "interpolation", "interpolation_grid", "sdedit", "strength_time", "variations"]
+__all__ = ["Edit", "edit", "interpolation", "interpolation_grid", "variations"]
 
-_FINE = 1000  # steps of the spacing that strengths are read from
 _VARIATION = 4  # the stream of seeds of variations: 0 to 3 are those of `SeededNoise`
-_SAME = 1e-9  # times that differ by less, relatively, are one
 
 
 @dataclass(frozen=True)
@@ -65,115 +56,6 @@ class Edit:
     nfe: int
     grid: Grid
     trajectory: Tensor | None = None
-
-
-def strength_time(sde: SDE, strength: float) -> float:
-    """The time that a strength in (0, 1] means: that fraction, from the data, of the spacing customary for the SDE
-    (`Grid.customary`). On VP, sub-VP, cosine, VE and flow it is strength t_max, as t_0 of Meng et al. (2022); on EDM it
-    is uniform in sigma^(1/7), on a `DDPMChain` the nearest node. It depends on no solver, so that another one, or more
-    steps, solve the same problem.
-
-    Raises:
-        ValueError: unless 0 < strength <= 1.
-
-    >>> from scoresde import EDMSDE, VPSDE
-    >>> print(f"{strength_time(VPSDE(), 0.5):.3f} {strength_time(EDMSDE(), 0.5):.3f} {strength_time(EDMSDE(), 1.0)}")
-    0.500 2.504 80.0
-    """
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
-        raise ValueError(f"strength={strength!r}: expected a number in (0, 1]; nothing is edited at 0, all is new at 1")
-    if isinstance(sde, DDPMChain):
-        return float(max(1, round(strength * sde.steps)))
-    if sde.customary_grid == "uniform":
-        return float(strength * sde.t_max)
-    times = Grid.customary(sde, _FINE).times
-    position = (1 - strength) * _FINE
-    i = min(int(position), _FINE - 1)
-    return float(torch.lerp(times[i], times[i + 1], position - i))
-
-
-def sdedit(
-    denoiser: Denoiser,
-    reference: Tensor,
-    solver: Solver,
-    *,
-    strength: float | None = None,
-    t: float | None = None,
-    steps: int | None = None,
-    nfe: int | None = None,
-    grid: Grid | None = None,
-    seed: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
-    cond: Mapping[str, Any] | None = None,
-    mask: Tensor | None = None,
-    trajectory: bool = False,
-    progress: bool = False,
-    differentiable: bool = False,
-) -> Solution:
-    """Samples that look like the reference: solved from x_t = alpha_t reference + sigma_t eps (SDEdit; Meng et al.,
-    2022, algorithms 1 to 4).
-
-    Args:
-        denoiser: the model.
-        reference: strokes, a collage, another picture, shape (B, ...), in the units of the data; not changed.
-        solver: any, `DDPM()` or `ReverseSDE()` say for the SDE of the paper, a deterministic one for its ODE.
-        strength: in (0, 1], which says where to start: see `strength_time`. More is more of the model and less of the
-            reference.
-        t: instead, that time itself.
-        steps, nfe, grid: as for `sample`, of the whole way from t_max. Its part from t on is made, the first step
-            shortened to begin there: about a fraction `strength` of the evaluations on a grid uniform in t.
-        seed, generator: as for `sample`: sample i, its eps too, is the same in any batch.
-        cond: as for `sample`.
-        mask: true, or 1, where the reference is kept as it is, of a shape that broadcasts to the event: there D is the
-            reference (`DDNM`), so that the state goes as alpha reference + sigma eps does, and the rest sees it at its
-            own noise level. For other ways, wrap the solver, `Replacement(DDPM(), mask, reference)` or `RePaint`, or
-            the denoiser, and leave mask out.
-        trajectory, progress, differentiable: as for `sample`; the trajectory begins with x_t.
-
-    Returns:
-        the `Solution`, in the dtype of the reference.
-
-    Raises:
-        TypeError, ValueError: before any evaluation, unless exactly one of strength and t is given and in its range, or
-            if the grid begins below t, the mask does not fit, or as `sample` does.
-        NonFiniteError: as for `sample`.
-
-    >>> from scoresde import VPSDE
-    >>> from scoresde.exact import Gaussian
-    >>> from scoresde.solvers import DDPM
-    >>> denoiser, guide = Gaussian(mean=[3.0, -1.0], std=0.5).denoiser(VPSDE()), torch.tensor([[3.0, 4.0]])
-    >>> for strength in (0.01, 0.3, 1.0):
-    ...     solution = sdedit(denoiser, guide, DDPM(), strength=strength, steps=50, seed=0)
-    ...     print([round(v, 1) for v in solution.x[0].tolist()])
-    [2.9, 3.9]
-    [2.2, -0.4]
-    [3.0, -0.6]
-    """
-    check_batch(reference, "reference")
-    check_pair(denoiser, solver)
-    start = _start(denoiser.sde, strength, t)
-    solver, whole = _whole(denoiser.sde, solver, steps, nfe, grid)
-    grid = _cut(whole, start)
-    source = noise_source(reference.device, reference, seed, generator, None)
-    if mask is not None:
-        known = Mask(mask)
-        known(reference)  # checks the shapes
-        denoiser = DDNM(denoiser, known, widen(reference))
-    check_call(denoiser, reference, cond)
-    x_t = _perturbed(denoiser.sde, widen(reference), start, source)
-    found = sample(
-        denoiser,
-        x_t,
-        solver,
-        grid=grid,
-        noise=source,
-        cond=cond,
-        trajectory=trajectory,
-        progress=progress,
-        differentiable=differentiable,
-    )
-    kept = None if found.trajectory is None else found.trajectory.to(reference.dtype)
-    return replace(found, x=found.x.to(reference.dtype), trajectory=kept)
 
 
 def edit(
@@ -222,24 +104,26 @@ def edit(
     """
     check_batch(x, "x")
     to = denoiser if to is None else to
-    up, there = plan(denoiser, solver, steps, nfe, grid)
-    down, back = (up, there) if to is denoiser else plan(to, solver, steps, nfe, grid)
-    if denoiser.sde == to.sde:
-        there = back = _part(there, denoiser.sde, strength, t)
-    elif strength is not None or t is not None or grid is not None:
+    check_call(denoiser, x, cond_from)
+    check_call(to, x, cond_to)
+    one_sde = denoiser.sde == to.sde
+    if not one_sde and not (strength is None and t is None and grid is None):
         raise ValueError(
             f"from {denoiser.sde!r} to {to.sde!r}: strength=, t= and grid= name a time, and the two have others; leave "
             "them out, and both go from t_max on the solver's own grids"
         )
-    for model, cond, way, on in ((denoiser, cond_from, up, there.reversed()), (to, cond_to, down, back)):
-        check_call(model, x, cond)
+    up, there = plan(denoiser, solver, steps, nfe, grid)
+    down, back = (up, there) if to is denoiser else plan(to, solver, steps, nfe, grid)
+    if one_sde:
+        there = back = _part(there, denoiser.sde, strength, t)
+    for model, way, on in ((denoiser, up, there.reversed()), (to, down, back)):
         on.check_sde(model.sde)
         if not way.adaptive:
             table = way.tableau(on)
             model.check_times(table.t[table.evaluates])
     options: dict[str, Any] = {"progress": progress, "differentiable": differentiable}
     code = _complete(sample(denoiser, widen(x), up, grid=there.reversed(), cond=cond_from, **options))
-    latent = code.x if denoiser.sde == to.sde else code.x * (to.sde.prior_std / denoiser.sde.prior_std)
+    latent = code.x if one_sde else code.x * (to.sde.prior_std / denoiser.sde.prior_std)
     found = _complete(sample(to, latent, down, grid=back, cond=cond_to, trajectory=trajectory, **options))
     return _made(found, latent, code.nfe, (len(x),), x.dtype)
 
@@ -401,15 +285,15 @@ def variations(
         source = SeededNoise(seeds, x.device)
     options: dict[str, Any] = {"trajectory": trajectory, "progress": progress, "differentiable": differentiable}
     if by == "perturbation":
-        solver, whole = _whole(denoiser.sde, solver, steps, nfe, grid)
-        part = _cut(whole, start)
-        x_t = _perturbed(denoiser.sde, widen(x).repeat(repeats), start, source)
+        solver, whole = choose_down(denoiser.sde, solver, steps, nfe, grid)
+        part = cut(whole, start)
+        x_t = perturbed(denoiser.sde, widen(x).repeat(repeats), start, source)
         found = sample(denoiser, x_t, solver, grid=part, noise=source, cond=_repeated(cond, k, B), **options)
         return _made(_complete(found), x_t, 0, (k, B), x.dtype)
 
     def around(latent: Tensor) -> Tensor:
         z = widen(latent).repeat(repeats)
-        return ((1 - strength**2) ** 0.5 * z + strength * _normal(denoiser.sde, z, source)).to(latent.dtype)
+        return ((1 - strength**2) ** 0.5 * z + strength * normal(denoiser.sde, z, source)).to(latent.dtype)
 
     return _through_latents(denoiser, x, solver, (steps, nfe, grid), around, (k, B), cond, B, **options)
 
@@ -417,59 +301,9 @@ def variations(
 # --- the way to noise ------------------------------------------------------------------------------------------------
 
 
-def _start(sde: SDE, strength: float | None, t: float | None) -> float:
-    """The time that one of the two names."""
-    if (strength is None) == (t is None):
-        raise ValueError(f"give exactly one of strength= and t=; got {'neither' if t is None else 'both'}")
-    if strength is not None:
-        return strength_time(sde, strength)
-    if isinstance(t, bool) or not isinstance(t, int | float) or not 0 < t <= sde.t_max:
-        raise ValueError(f"t={t!r}: expected a time in (0, {sde.t_max}] of {sde!r}")
-    return float(t)
-
-
-def _whole(sde: SDE, solver: Solver, steps: int | None, nfe: int | None, grid: Grid | None) -> tuple[Solver, Grid]:
-    """The solver and the grid that `sample` would take for the whole way from t_max."""
-    given = [name for name, value in (("steps", steps), ("nfe", nfe), ("grid", grid)) if value is not None]
-    if solver.adaptive and nfe is not None:  # a budget; the others say when to report
-        solver, given = solver.within(sde, nfe)[0], [name for name in given if name != "nfe"]
-    if len(given) > 1 or not (given or solver.adaptive):
-        raise ValueError(f"give exactly one of steps=, nfe= and grid=; got {' and '.join(given) or 'none'}")
-    if grid is not None:
-        if not isinstance(grid, Grid):
-            raise TypeError(
-                f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times) for your own times"
-            )
-        grid.check_sde(sde)
-        if grid.increasing:
-            raise ValueError("grid= is the decreasing grid, from noise to data: give its reversed()")
-        return solver, grid
-    if steps is None and nfe is not None and not solver.adaptive:
-        return solver.within(sde, nfe)
-    return solver, solver.grid(sde, 1 if steps is None else steps)
-
-
-def _cut(grid: Grid, t: float) -> Grid:
-    """The grid's times below t, after t itself."""
-    times = grid.times
-    if float(times[0]) < t * (1 - _SAME) or not float(times[-1]) < t * (1 - _SAME):
-        raise ValueError(f"an edit from t = {t:.6g} on {grid!r}: expected a time of its range, above its end")
-    return Grid(grid.sde, torch.cat([times.new_tensor([t]), times[times < t * (1 - _SAME)]]))
-
-
 def _part(grid: Grid, sde: SDE, strength: float | None, t: float | None) -> Grid:
     """The part of the grid below the time that is named, if one is."""
-    return grid if strength is None and t is None else _cut(grid, _start(sde, strength, t))
-
-
-def _normal(sde: SDE, x: Tensor, source: NoiseSource) -> Tensor:
-    """prior_std eps, of the shape of x: from the stream of x_T, which no solver reads."""
-    assert isinstance(source, GeneratorNoise | SeededNoise)
-    return source.prior(sde, x.shape, x.dtype, sde.t_max)
-
-
-def _perturbed(sde: SDE, x: Tensor, t: float, source: NoiseSource) -> Tensor:
-    return sde.perturb(x, t, _normal(sde, x, source) / sde.prior_std)
+    return grid if strength is None and t is None else cut(grid, start_time(sde, strength, t))
 
 
 # --- through latents -------------------------------------------------------------------------------------------------

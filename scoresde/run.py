@@ -1,0 +1,123 @@
+"""A run: what `sample` returns, the one choice among steps, nfe and grid, and where a run became non-finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scoresde.errors import NonFiniteError, not_finite, some
+from scoresde.grid import Grid
+from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
+from scoresde.sde import SDE
+from scoresde.solvers.base import Solver
+from scoresde.tableau import State
+
+__all__ = ["Solution", "check_solver", "choose", "locate"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What `sample` returns.
+
+    Attributes:
+        x: the samples, shape (B, ...), at grid.times[-1].
+        nfe: evaluations of the denoiser that were made, each on the whole batch.
+        grid: the grid that was stepped on.
+        trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...); fewer if not complete.
+        status: "complete", or "max_nfe" where an adaptive solver's budget ran out before the grid's end.
+        t: the time that x stands at: grid.times[-1] if complete; else, where samples have steps of their own, that of
+            the least advanced.
+        log_prob: if asked for, log p_t(x) in nats, shape (B,), NaN if not complete.
+        log_prob_stderr: its standard error from the probes, shape (B,).
+    """
+
+    x: Tensor
+    nfe: int
+    grid: Grid
+    trajectory: Tensor | None = None
+    status: Literal["complete", "max_nfe"] = "complete"
+    t: float = 0.0
+    log_prob: Tensor | None = None
+    log_prob_stderr: Tensor | None = None
+
+
+def check_solver(solver: object) -> None:
+    """Raises TypeError unless it is an instance of a solver."""
+    if not isinstance(solver, Solver):
+        hint = f"{solver.__name__}()" if isinstance(solver, type) else "DDIM() say"
+        raise TypeError(f"solver must be an instance of a solver ({hint}), not {solver!r}")
+
+
+def choose(
+    sde: SDE,
+    solver: Solver,
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: Grid | None = None,
+    *,
+    end: float = 0.0,
+) -> tuple[Solver, Grid]:
+    """The solver and the grid of a run, by one of three: a number of steps, a budget of evaluations, or the grid.
+
+    An adaptive solver needs none of them, its grid holds the times to report at; nfe= may be given beside it.
+
+    Args:
+        sde: of the denoiser.
+        solver: whose grid is taken where none is given.
+        steps, nfe, grid: as for `sample`.
+        end: of the solver's own grid; with noise left if > 0.
+
+    Returns:
+        the solver, perhaps with a budget or orders set, and the grid.
+
+    Raises:
+        TypeError: if the grid is none.
+        ValueError: unless exactly one is given, if not even one step fits nfe, or if the grid has another SDE.
+    """
+    given = [name for name, value in (("steps", steps), ("nfe", nfe), ("grid", grid)) if value is not None]
+    if solver.adaptive:
+        if steps is not None and grid is not None:
+            raise ValueError("give at most one of steps= and grid=; an adaptive solver takes nfe= beside either")
+        if nfe is not None:
+            solver = solver.within(sde, nfe)[0]
+        steps = 1 if steps is None else steps
+    elif len(given) != 1:
+        raise ValueError(f"give exactly one of steps=, nfe= and grid=; got {' and '.join(given) or 'none'}")
+    if grid is not None:
+        if not isinstance(grid, Grid):
+            raise TypeError(
+                f"grid is {type(grid).__name__}: expected a Grid, Grid(denoiser.sde, times) for your own times"
+            )
+        grid.check_sde(sde)
+        return solver, grid
+    if steps is None:
+        assert nfe is not None
+        if not end:
+            return solver.within(sde, nfe)
+        steps = solver.steps_within(sde, nfe, end=end)
+    return solver, solver.grid(sde, steps, end=end) if end else solver.grid(sde, steps)
+
+
+def locate(run: Callable[[], Iterator[State]], source: NoiseSource, end: Tensor) -> NonFiniteError:
+    """Replay a run that ended non-finite, with checks, to say where it went wrong."""
+    if isinstance(source, GeneratorNoise | SeededNoise):
+        source.rewind()
+    with torch.no_grad():
+        for state in run():
+            if samples := not_finite(state.x):
+                message = (
+                    f"sample{'s' * (len(samples) > 1)} {some(samples)} became non-finite in step {state.step}, at the "
+                    f"evaluation at t = {state.t:.6g} (row {state.row})"
+                )
+                return NonFiniteError(message, state.step, state.t, samples)
+    samples = not_finite(end)
+    return NonFiniteError(
+        f"samples {some(samples)} are not finite, but a replay with the same noise was: the network is random",
+        None,
+        None,
+        samples,
+    )
