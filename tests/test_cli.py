@@ -72,7 +72,7 @@ def test_importing_touches_nothing():
     """No GPU is initialised, nothing is compiled, and no optional package is needed."""
     code = (
         "import sys; "
-        "missing = ['sklearn', 'matplotlib', 'diffusers', 'PIL', 'safetensors', 'tensorboard']; "
+        "missing = ['sklearn', 'matplotlib', 'diffusers', 'PIL', 'safetensors', 'tensorboard', 'msgspec', 'tomli_w']; "
         "sys.modules.update(dict.fromkeys(missing)); "
         "import torch, scoresde.cli, scoresde.training, scoresde.nn, scoresde.exact, scoresde.metrics, scoresde.data; "
         "assert scoresde.cli.main(['info']) == 0; "

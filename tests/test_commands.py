@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from scoresde import VPSDE, Clip, sample, sample_seeds
 from scoresde.cli import compare, edit, evaluate, export, likelihood, main, parser, restore, train, variance
 from scoresde.cli import sample as sampling
 from scoresde.cli.cells import Cells
-from scoresde.cli.config import SECTIONS, DataConfig, RunConfig, completed, override, to_toml
-from scoresde.cli.drawing import Recipe
+from scoresde.cli.config import SECTIONS, DataConfig, EvaluateConfig, RunConfig, override, read_toml, write_toml
+from scoresde.cli.defaults import completed
+from scoresde.cli.drawing import SOLVERS, Recipe, solver_of
 from scoresde.cli.images import grid
 from scoresde.cli.models import open_run, run_config
 from scoresde.data import TrainingData, digit_levels, digits, scaled
@@ -133,7 +133,12 @@ def test_what_is_not_said_fits_the_data():
         completed({"data": {"source": "a"}, "model": {"options": {"image_channels": 1}}}, images(3, 8, 8))
 
 
-def test_a_configuration_reads_back_the_same():
+def read_back(table):
+    write_toml(Path("table.toml"), table)
+    return read_toml(Path("table.toml"))
+
+
+def test_a_configuration_reads_back_the_same(here):
     odd = 'a "name"\\ with\ttabs, = [brackets] # and é \x7f \U0001f600\n'
     config = RunConfig.of(
         {
@@ -146,22 +151,74 @@ def test_a_configuration_reads_back_the_same():
     )
     assert config.data.size == (30, 40)
     assert config.evaluate.metrics == ("frechet", "kid")
-    again = RunConfig.of(tomllib.loads(to_toml(config.to_dict())))
+    again = RunConfig.of(read_back(config.to_dict()))
     assert again == config
     assert again.train == TrainConfig(steps=10, lr=1.0, ema_decay=(0.9, 0.99), compile="eager", weight_decay=1e-7)
     minimal = RunConfig(DataConfig("x"), ModelConfig(), TrainConfig(1))
-    assert RunConfig.of(tomllib.loads(to_toml(minimal.to_dict()))) == minimal
+    assert RunConfig.of(read_back(minimal.to_dict())) == minimal
 
 
-def test_toml_is_read_back_by_tomllib():
+WRITTEN = """[data]
+source = "digits"
+size = [8, 8]
+condition = ["super-resolution:2", "inpainting"]
+drop = 0.0
+
+[model]
+sde = "vp"
+preset = 8
+time_scale = 999.0
+
+[model.sde_options]
+
+[model.options]
+channels = 16
+attention = []
+
+[train]
+steps = 3
+grad_clip = +inf
+ema_decay = [0.9, 0.99]
+
+[evaluate]
+metrics = ["frechet", "energy"]
+"""
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_what_earlier_versions_wrote_reads_the_same(checked, here, monkeypatch):
+    """With msgspec and without."""
+    Path("config.toml").write_text(WRITTEN)
+    if not checked:
+        monkeypatch.setitem(sys.modules, "msgspec", None)
+    assert run_config(here) == RunConfig(
+        DataConfig("digits", size=(8, 8), condition=("super-resolution:2", "inpainting")),
+        ModelConfig(preset=8, time_scale=999.0, options={"channels": 16, "attention": []}),
+        TrainConfig(3, grad_clip=math.inf, ema_decay=(0.9, 0.99)),
+        evaluate=EvaluateConfig(metrics=("frechet", "energy")),
+    )
+
+
+def test_what_is_missing_is_named():
+    for settings, words in [
+        ({"train": {"steps": 1}}, "section 'data': Object missing required field `source`"),
+        ({"data": {"source": "x"}}, "section 'train': Object missing required field `steps`"),
+        ({"data": {"source": "x"}, "train": 3}, "train = 3: expected a section, train.KEY = VALUE"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            RunConfig.of(settings)
+
+
+def test_toml_is_read_back(here):
     table = {
         "n": -3, "x": 1e-30, "inf": math.inf, "minus": -math.inf, "yes": True, "text": "\x00\b'\"\\ü\u2028",
         "list": [1, 2.5, "a", [False], {"in line": 1}], "empty": {}, "a b": {"c.d": {"": 1}, "e": 2}, "x.y": [],
     }  # fmt: skip
-    assert tomllib.loads(to_toml(table)) == table
+    assert read_back(table) == table
     for wrong in (None, object(), torch.zeros(2)):
-        with pytest.raises(ValueError, match="TOML cannot hold"):
-            to_toml({"a": [wrong]})
+        with pytest.raises(TypeError, match=rf"{type(wrong).__name__}.* is not TOML serializable"):
+            write_toml(Path("table.toml"), {"a": [wrong]})
+        assert read_toml(Path("table.toml")) == table
 
 
 def test_set_takes_toml_and_bare_words():
@@ -193,18 +250,22 @@ def test_set_takes_toml_and_bare_words():
         ("model.sde_options.beta=3", ["'beta'", "beta_min"]),
         ("model.sde=vpp", ["sde='vpp'", "'vp'"]),
         ("model.preset=9", ["size=9", "28"]),
-        ("train.lr=fast", ["train.lr = 'fast'", "expected a number"]),
-        ("train.steps=2.5", ["train.steps = 2.5", "a whole number"]),
-        ("train.steps=true", ["train.steps = True", "a whole number"]),
-        ("train.steps=0", ["steps=0"]),
-        ("data.mode=CMYK", ["data.mode = 'CMYK'", "'L', 'RGB'"]),
-        ("data.size=[1, 2, 3]", ["data.size = [1, 2, 3]"]),
-        ("loss.weighting=snr", ["loss.weighting = 'snr'", "'min-snr'"]),
-        ("loss.gamma=-1", ["gamma=-1"]),
+        ("train.lr=fast", ["train.lr = 'fast'", "expected `float`, got `str`"]),
+        ("train.steps=2.5", ["train.steps = 2.5", "expected `int`, got `float`"]),
+        ("train.steps=true", ["train.steps = True", "expected `int`, got `bool`"]),
+        ("train.steps=0", ["section 'train'", "steps=0", "a whole number >= 1"]),
+        ("data.mode=CMYK", ["data.mode = 'CMYK'", "one of 'L', 'RGB'"]),
+        ("data.mode=3", ["data.mode = 3", "one of 'L', 'RGB'"]),
+        ("data.size=[1, 2, 3]", ["data.size = [1, 2, 3]", "expected `array` of length 2"]),
+        ("data.size=[1, 2.5]", ["data.size[1] = 2.5", "expected `int`, got `float`"]),
+        ("data.size=big", ["data.size = 'big'", "expected `int | array | null`, got `str`"]),
+        ("model.sde_options=3", ["model.sde_options = 3", "expected `object`, got `int`"]),
+        ("loss.weighting=snr", ["loss.weighting = 'snr'", "one of 'simple', 'min-snr'"]),
+        ("loss.gamma=-1", ["section 'loss'", "gamma=-1"]),
         ("evaluate.solver=dimm", ["dimm", "ddim"]),
         ("evaluate.data=nothing", ["nothing: no such file"]),
         ("evaluate.features=nothing", ["nothing", "pixels"]),
-        ("evaluate.metrics=frechet", ["evaluate.metrics = 'frechet'", "a list"]),
+        ("evaluate.metrics=frechet", ["evaluate.metrics = 'frechet'", "expected `array`, got `str`"]),
         ("train=3", ["expected SECTION.KEY=VALUE"]),
         ("data.limit=0", ["limit=0"]),
     ],
@@ -257,6 +318,26 @@ def test_a_run_keeps_all_that_it_needs(digits_run):
     assert denoiser.sde == VPSDE()
     model = open_run(digits_run)
     assert (model.about.shape, model.about.levels, model.about.num_classes) == ((1, 8, 8), 17, 10)
+
+
+def test_sampling_needs_nothing_that_only_training_does(digits_run, here):
+    """Neither is loaded by a command that reads a run folder; `train` says what to install, before it writes."""
+    code = f"""if True:
+        import sys
+        sys.modules["msgspec"] = sys.modules["tomli_w"] = None  # whose import then fails
+        import scoresde
+        from scoresde.cli import main
+        folder = {str(digits_run)!r}
+        scoresde.load(folder)
+        assert main(["info", folder]) == 0
+        assert main(["sample", folder, "--n", "2", "--nfe", "1", "--out", "a.npz", "--device", "cpu"]) == 0
+        assert main(["train", "--out", "run", "--data", "digits"]) == 2
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "digits" in done.stdout
+    assert done.stderr.endswith("msgspec, written by tomli-w: pip install scoresde[train]\n")
+    assert [path.name for path in here.iterdir()] == ["a.npz"]
 
 
 def weights(folder):

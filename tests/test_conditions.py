@@ -4,6 +4,7 @@ and the worker; it is what the task says, and a network that is told it learns m
 import io
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from common import generator
 from scoresde import VPSDE, X0Denoiser, sample_seeds
 from scoresde import sample as draw
 from scoresde.cli import main
-from scoresde.cli.config import DataConfig, RunConfig, completed
+from scoresde.cli.config import DataConfig, RunConfig
+from scoresde.cli.defaults import completed
 from scoresde.cli.models import About, open_run, run_config
 from scoresde.data import (
     Colourisation,
@@ -551,7 +553,7 @@ def test_the_configuration_builds_the_network():
     assert DataConfig("digits", classes=True, limit=3).open().num_classes == 10  # a part has the classes of the whole
 
 
-def test_a_conditional_run_is_sampled_from(here, capsys):
+def test_a_conditional_run_is_sampled_from(here, capsys, monkeypatch):
     """Sample i is told of item i, and which items these are is said by --condition-from."""
     assert run("train", "--data", "digits", "--classes", "--condition", "super-resolution:2", "--drop", 0.1,
                "--set", "data.limit=20", "--set", "evaluate.data=digits", "--set", "evaluate.n=12", "--out", "run",
@@ -568,6 +570,12 @@ def test_a_conditional_run_is_sampled_from(here, capsys):
     assert run(*sample, "--n", 7, "--out", "own.npz") == 0
     own = np.load("own.npz")
     assert own["labels"].tolist() == labels[:7].tolist()
+    with monkeypatch.context() as patch:  # what only training needs is not there
+        patch.setitem(sys.modules, "msgspec", None)
+        patch.setitem(sys.modules, "tomli_w", None)
+        assert run_config(here / "run") == config
+        assert run(*sample, "--n", 7, "--out", "without.npz") == 0
+    assert np.array_equal(np.load("without.npz")["x"], own["x"])
     assert run(*sample, "--n", 7, "--condition-from", "held.npz", "--out", "held_out.npz") == 0
     found = np.load("held_out.npz")
     assert found["labels"].tolist() == labels[[40, 41, 42, 43, 44, 40, 41]].tolist()

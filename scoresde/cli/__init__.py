@@ -3,6 +3,7 @@
 train.py  sample.py  edit.py  restore.py  evaluate.py  variance.py  likelihood.py  compare.py  export.py
 info.py
 config.py      a training run in words: dataclasses, TOML, --set
+defaults.py    what these leave open, chosen for the data
 models.py      run folders and other models
 drawing.py     samples by number, in any batch and on any number of processes
 measuring.py   real data and feature spaces by name

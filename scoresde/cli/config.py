@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import json
-import math
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -37,17 +33,14 @@ from scoresde.training.weights import (
 )
 
 __all__ = [
-    "CHOSEN",
     "DataConfig",
     "EvaluateConfig",
     "LossConfig",
     "RunConfig",
-    "completed",
+    "check_installed",
     "override",
     "read_toml",
     "section",
-    "to_toml",
-    "toml_value",
     "write_toml",
 ]
 
@@ -282,140 +275,42 @@ def check_sections(settings: Mapping[str, Any]) -> None:
 
 
 def section(kind: type[T], name: str, settings: Mapping[str, Any]) -> T:
-    """A dataclass from a section, every value of the type that it is declared with."""
-    declared = fields(kind)  # type: ignore[arg-type]
-    hints = get_type_hints(kind)
-    lacking = [f.name for f in declared if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [key for key in lacking if key not in settings]:
-        raise ValueError(f"{name}.{missing[0]} is missing")
-    return kind(**{key: _checked(f"{name}.{key}", value, hints[key]) for key, value in settings.items()})
-
-
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "a table"}
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """The value as its type: a whole number as a float, a list as a tuple.
+    """A dataclass from a section, every value of the type that it is declared with: a whole number as a float, a list
+    as a tuple. Without msgspec all but lists stay as they are: a run folder's were checked before they were written.
 
     Raises:
-        ValueError: if it is of another type.
+        ValueError: if a key is missing, or a value of another type or out of its range; the message names it.
     """
-    for option in get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]:
-        fits, made = _as(value, option)
-        if fits:
-            return made
-    raise ValueError(f"{name} = {value!r}: expected {_described(hint)}")
-
-
-def _as(value: Any, hint: Any) -> tuple[bool, Any]:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in args, value
-    if origin is tuple:
-        of = [args[0]] * len(value) if isinstance(value, list | tuple) and args[-1] is Ellipsis else list(args)
-        if not isinstance(value, list | tuple) or len(value) != len(of):
-            return False, None
-        made = [_as(item, one) for item, one in zip(value, of, strict=True)]
-        return all(fits for fits, _ in made), tuple(item for _, item in made)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return True, float(value)
-    plain = origin or hint
-    return isinstance(value, plain) and (plain is bool or not isinstance(value, bool)), value
-
-
-def _described(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return ", or ".join(_described(option) for option in args if option is not NoneType)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, args))
-    if origin is tuple:
-        return f"a list of {_described(args[0]).removeprefix('a ')}s"
-    return _WORDS.get(origin or hint, str(hint))
-
-
-# --- what is not said ------------------------------------------------------------------------------------------------
-
-_PREDICTS = {"ve": "edm", "edm": "edm", "flow": "velocity"}
-_WEIGHTING = {"eps": "simple", "score": "simple", "velocity": "velocity", "edm": "edm"}
-CHOSEN = {
-    "model.network",
-    "model.predicts",
-    "loss.weighting",
-    "loss.times",
-    "train.steps",
-    "train.batch_size",
-    "train.lr",
-}
-"""Entries that `completed` chooses, whatever the dataclass's own default."""
-
-_LR = {8: 1e-3, 28: 5e-4, 32: 2e-4, 64: 1e-4}
-
-
-def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> RunConfig:
-    """A configuration with what it leaves open chosen for the data:
-
-    - the network: a U-Net of the preset nearest in size to images, an MLP for vectors, with the data's channels, axes,
-      classes and conditions;
-    - what it predicts: v, but velocity for "flow", and Karras preconditioning for "ve" and "edm"; the time label, and
-      sigma_data from the data;
-    - the loss that goes with it: min-SNR for v and x0, EDM's with its log-normal times, or the plain one;
-    - 20,000 steps of 64 items (128 for the preset of 32 pixels), the learning rate by the network's size.
-
-    Args:
-        settings: by section; see `RunConfig`.
-        data: what `settings["data"]` says.
-
-    Raises:
-        ValueError: as `RunConfig.of`; if the network's options contradict the data.
-    """
-    check_sections(settings)
-    found = {name: dict(settings.get(name, {})) for name in SECTIONS}
-    model, train, loss = found["model"], found["train"], found["loss"]
-    shape, options = data.shape, dict(model.get("options", {}))
-    network = model.setdefault("network", "mlp" if len(shape) == 1 else "unet")
-    if network != "mlp":
-        model.setdefault("preset", _preset(max(shape[1:], default=0)))
-    for key, value in _about(network, shape, data).items():
-        if options.setdefault(key, value) != value:
-            raise ValueError(f"model.options.{key} = {options[key]!r}, but the data's is {value!r}: leave it out")
-    model["options"] = options
-    sde = model.setdefault("sde", "vp")
-    predicts = model.setdefault("predicts", _PREDICTS.get(sde, "v"))
-    if predicts == "edm":
-        model.setdefault("sigma_data", _std(data))
-    elif sde not in ("edm", "chain", "cosine-chain"):  # whose times are no fractions of 1
-        model.setdefault("time_scale", 999.0)
-    loss.setdefault("weighting", _WEIGHTING.get(predicts, "min-snr"))
-    loss.setdefault("times", "log-normal" if loss["weighting"] == "edm" else "uniform")
-    preset = model.get("preset", 8)
-    train.setdefault("steps", 20_000)
-    train.setdefault("batch_size", 128 if preset == 32 else 64)
-    train.setdefault("lr", _LR.get(preset, 2e-4))
-    train.setdefault("evaluate_every", 1000)
-    return RunConfig.of(found)
-
-
-def _preset(size: int) -> int:
-    return 8 if size <= 12 else 28 if size <= 28 else 32 if size <= 48 else 64
-
-
-def _about(network: str, shape: tuple[int, ...], data: TrainingData) -> dict[str, Any]:
-    """The options of a network that the data settle."""
-    found: dict[str, Any] = {"event_shape": list(shape)} if network == "mlp" else {"image_channels": shape[0]}
-    if network != "mlp" and len(shape) != 3:
-        found["dims"] = len(shape) - 1
-    return found | data.network_options
-
-
-def _std(data: TrainingData, n: int = 2048) -> float:
-    """The standard deviation of some of the data, evenly chosen."""
-    items = torch.linspace(0, len(data) - 1, min(len(data), n), device="cpu").round().long()
-    data = replace(data, conditions=(), drop=0.0)
-    return float(f"{float(data.batch(items).x.double().std(correction=0)):.3g}")
+    try:
+        import msgspec
+    except ImportError:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+    try:
+        return msgspec.convert(settings, kind)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at `$.")
+        key, _, index = place.rstrip("]`").partition("[")
+        if key not in settings:
+            raise ValueError(f"section {name!r}: {what}") from error
+        value, hint = settings[key], get_type_hints(kind)[key]
+        given = f"{name}.{key}[{index}] = {value[int(index)]!r}" if index else f"{name}.{key} = {value!r}"
+        choices = [get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is Literal]
+        words = f"expected one of {', '.join(map(repr, choices[0]))}" if choices else what[0].lower() + what[1:]
+        raise ValueError(f"{given}: {words}") from error
 
 
 # --- TOML ------------------------------------------------------------------------------------------------------------
+
+
+def check_installed() -> None:
+    """Raises ImportError, saying what to install, if what checks and writes configurations is not there."""
+    try:
+        import msgspec  # noqa: F401
+        import tomli_w  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "configurations are checked by msgspec, written by tomli-w: pip install scoresde[train]"
+        ) from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -430,60 +325,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no TOML: {error}") from error
 
 
-def to_toml(settings: Mapping[str, Any]) -> str:
-    """Tables of numbers, texts, lists and tables, as TOML.
-
-    Raises:
-        ValueError: on another value.
-
-    >>> print(to_toml({"train": {"steps": 10, "lr": 1e-05}}), end="")
-    [train]
-    steps = 10
-    lr = 1e-05
-    """
-    lines: list[str] = []
-    _table(settings, [], lines)
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
 def write_toml(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write them, whole or not at all."""
-    content = to_toml(settings).encode()
-    write_whole(path, lambda file: file.write(content))
-
-
-def _table(settings: Mapping[str, Any], where: list[str], lines: list[str]) -> None:
-    tables = {key: value for key, value in settings.items() if isinstance(value, Mapping)}
-    if where and (len(tables) < len(settings) or not settings):
-        lines += ["", f"[{'.'.join(where)}]"]
-    lines += [f"{_key(key)} = {toml_value(value)}" for key, value in settings.items() if key not in tables]
-    for key, table in tables.items():
-        _table(table, [*where, _key(key)], lines)
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
-
-
-def toml_value(value: Any) -> str:
-    """A value as TOML has it.
+    """Write tables of numbers, texts, lists and tables, whole or not at all.
 
     Raises:
-        ValueError: if it cannot.
+        TypeError: on another value.
     """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else f"{value:+f}"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(toml_value, value))}]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
-    raise ValueError(f"TOML cannot hold {value!r}")
+    import tomli_w
+
+    write_whole(path, lambda file: tomli_w.dump(settings, file))
 
 
 def override(settings: dict[str, Any], changes: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import textwrap
@@ -15,21 +16,20 @@ from torch import nn
 
 from scoresde.cli.common import DATA_HELP, add_quiet, command_parser, going_on, say, session
 from scoresde.cli.config import (
-    CHOSEN,
     SECTIONS,
     DataConfig,
     EvaluateConfig,
     RunConfig,
+    check_installed,
     check_sections,
-    completed,
     override,
     read_toml,
     section,
-    toml_value,
     write_toml,
 )
-from scoresde.cli.drawing import Recipe, draw, rounded
-from scoresde.cli.images import grid, write_png
+from scoresde.cli.defaults import CHOSEN, completed
+from scoresde.cli.drawing import Recipe, draw, rounded, solver_of
+from scoresde.cli.images import check_pillow, grid, write_png
 from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import CONFIG, About, Model, parameters
 from scoresde.data import Given, TrainingData
@@ -123,7 +123,7 @@ def _keys() -> str:
     lines = ["keys of --set and --config, with their defaults where these do not depend on the data:"]
     for name, kind in SECTIONS.items():
         plain = [f.name for f in fields(kind) if f.default in (MISSING, None) or f"{name}.{f.name}" in CHOSEN]
-        keys = [f.name if f.name in plain else f"{f.name}={toml_value(f.default)}" for f in fields(kind)]
+        keys = [f.name if f.name in plain else f"{f.name}={json.dumps(f.default)}" for f in fields(kind)]
         text = ", ".join(keys)
         lines += textwrap.wrap(text, 118, initial_indent=f"  {name:9s} ", subsequent_indent=" " * 12)
     return "\n".join(lines)
@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
             is done.
         NonFiniteLossError: if the loss is not finite.
     """
+    check_installed()
     settings = settings_of(args)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file: give a folder")

@@ -1,0 +1,92 @@
+"""What a configuration leaves open, chosen for its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from scoresde.cli.config import SECTIONS, RunConfig, check_sections
+from scoresde.data import TrainingData
+
+__all__ = ["CHOSEN", "completed"]
+
+_PREDICTS = {"ve": "edm", "edm": "edm", "flow": "velocity"}
+_WEIGHTING = {"eps": "simple", "score": "simple", "velocity": "velocity", "edm": "edm"}
+CHOSEN = {
+    "model.network",
+    "model.predicts",
+    "loss.weighting",
+    "loss.times",
+    "train.steps",
+    "train.batch_size",
+    "train.lr",
+}
+"""Entries that `completed` chooses, whatever the dataclass's own default."""
+
+_LR = {8: 1e-3, 28: 5e-4, 32: 2e-4, 64: 1e-4}
+
+
+def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> RunConfig:
+    """A configuration with what it leaves open chosen for the data:
+
+    - the network: a U-Net of the preset nearest in size to images, an MLP for vectors, with the data's channels, axes,
+      classes and conditions;
+    - what it predicts: v, but velocity for "flow", and Karras preconditioning for "ve" and "edm"; the time label, and
+      sigma_data from the data;
+    - the loss that goes with it: min-SNR for v and x0, EDM's with its log-normal times, or the plain one;
+    - 20,000 steps of 64 items (128 for the preset of 32 pixels), the learning rate by the network's size.
+
+    Args:
+        settings: by section; see `RunConfig`.
+        data: what `settings["data"]` says.
+
+    Raises:
+        ValueError: as `RunConfig.of`; if the network's options contradict the data.
+    """
+    check_sections(settings)
+    found = {name: dict(settings.get(name, {})) for name in SECTIONS}
+    model, train, loss = found["model"], found["train"], found["loss"]
+    shape, options = data.shape, dict(model.get("options", {}))
+    network = model.setdefault("network", "mlp" if len(shape) == 1 else "unet")
+    if network != "mlp":
+        model.setdefault("preset", _preset(max(shape[1:], default=0)))
+    for key, value in _about(network, shape, data).items():
+        if options.setdefault(key, value) != value:
+            raise ValueError(f"model.options.{key} = {options[key]!r}, but the data's is {value!r}: leave it out")
+    model["options"] = options
+    sde = model.setdefault("sde", "vp")
+    predicts = model.setdefault("predicts", _PREDICTS.get(sde, "v"))
+    if predicts == "edm":
+        model.setdefault("sigma_data", _std(data))
+    elif sde not in ("edm", "chain", "cosine-chain"):  # whose times are no fractions of 1
+        model.setdefault("time_scale", 999.0)
+    loss.setdefault("weighting", _WEIGHTING.get(predicts, "min-snr"))
+    loss.setdefault("times", "log-normal" if loss["weighting"] == "edm" else "uniform")
+    preset = model.get("preset", 8)
+    train.setdefault("steps", 20_000)
+    train.setdefault("batch_size", 128 if preset == 32 else 64)
+    train.setdefault("lr", _LR.get(preset, 2e-4))
+    train.setdefault("evaluate_every", 1000)
+    return RunConfig.of(found)
+
+
+def _preset(size: int) -> int:
+    return 8 if size <= 12 else 28 if size <= 28 else 32 if size <= 48 else 64
+
+
+def _about(network: str, shape: tuple[int, ...], data: TrainingData) -> dict[str, Any]:
+    """The options of a network that the data settle."""
+    found: dict[str, Any] = {"event_shape": list(shape)} if network == "mlp" else {"image_channels": shape[0]}
+    if network != "mlp" and len(shape) != 3:
+        found["dims"] = len(shape) - 1
+    return found | data.network_options
+
+
+def _std(data: TrainingData, n: int = 2048) -> float:
+    """The standard deviation of some of the data, evenly chosen."""
+    items = torch.linspace(0, len(data) - 1, min(len(data), n), device="cpu").round().long()
+    data = replace(data, conditions=(), drop=0.0)
+    return float(f"{float(data.batch(items).x.double().std(correction=0)):.3g}")
