@@ -24,7 +24,7 @@ from scoresde.cli import sample as sampling
 from scoresde.cli.cells import Cells
 from scoresde.cli.config import SECTIONS, DataConfig, EvaluateConfig, RunConfig, override, read_toml, write_toml
 from scoresde.cli.defaults import completed
-from scoresde.cli.drawing import SOLVERS, Recipe, solver_of
+from scoresde.cli.drawing import Recipe
 from scoresde.cli.images import grid
 from scoresde.cli.models import open_run, run_config
 from scoresde.data import TrainingData, digit_levels, digits, scaled

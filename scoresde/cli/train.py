@@ -28,8 +28,8 @@ from scoresde.cli.config import (
     write_toml,
 )
 from scoresde.cli.defaults import CHOSEN, completed
-from scoresde.cli.drawing import Recipe, draw, rounded, solver_of
-from scoresde.cli.images import check_pillow, grid, write_png
+from scoresde.cli.drawing import Recipe, draw, rounded
+from scoresde.cli.images import grid, write_png
 from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import CONFIG, About, Model, parameters
 from scoresde.data import Given, TrainingData
