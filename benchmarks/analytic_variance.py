@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,22 +41,24 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import torch
-from scipy.special import stdtrit
+from kept import Clock, Numbers, Score, Scores, floor, made_on, published_table, score_table
+from problems import user_data
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, from wherever it is run
-from kept import Cells, Clock, Score, floor, number, write_json
-from problems import attribute, user_data, user_denoiser
-
 from scoresde import DDPMChain, Denoiser, EpsDenoiser, Grid, NetworkDenoiser, elbo, sample
-from scoresde.data import digit_levels, fashion_mnist_levels
+from scoresde.cli.measuring import features_of
+from scoresde.cli.models import load_denoiser
+from scoresde.data import digits, fashion_mnist
 from scoresde.info import environment
 from scoresde.likelihood import outer_edges
-from scoresde.metrics import RandomFeatures, classifier_features, frechet_distance
+from scoresde.likelihood.interval import student
+from scoresde.metrics import frechet_distance
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
-from scoresde.solvers import DDIM, DDPM, Solver
+from scoresde.report import table, write_json
+from scoresde.solvers import DDIM, DDPM, OptimalVariance, Solver
+from scoresde.solvers.optimal_variance import quiet_last
 from scoresde.tableau import Tableau
 from scoresde.training import TrainConfig, Trainer
 from scoresde.variance import (
@@ -191,14 +192,13 @@ def _network(**options: Any) -> Callable[[], NetworkDenoiser]:
 
 
 def _digits() -> Split:
-    levels = digit_levels()[0]
-    images = levels.float() / 8 - 1
+    images, _ = digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return Split(images[order[500:]], images[order[:500]])
 
 
 def _fashion_mnist() -> Split:
-    return Split(*(fashion_mnist_levels(split=split)[0].float() * (2 / 255) - 1 for split in ("train", "test")))
+    return Split(*(fashion_mnist(split=split)[0] for split in ("train", "test")))
 
 
 EXPERIMENTS = {
@@ -405,7 +405,7 @@ def bits_of(model: Model, method: Method, K: int) -> Tensor:
     return torch.cat(parts).double().cpu()
 
 
-def measure(model: Model, features: Callable[[Tensor], Tensor], cells: Cells) -> None:
+def measure(model: Model, features: Callable[[Tensor], Tensor], cells: Numbers) -> None:
     """Every cell that is not there yet."""
     experiment, methods = model.experiment, model.methods()
     reference = features(model.data.held_out)
@@ -428,45 +428,19 @@ def measure(model: Model, features: Callable[[Tensor], Tensor], cells: Cells) ->
                 cells.put(kind, name, K, bits_of(model, methods[name], K).tolist())
 
 
-def features_of(name: str, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """The features of that name: `Experiment.features`."""
-    if name == "random":
-        return RandomFeatures(shape)
-    return attribute(name) if ":" in name else classifier_features(name)
-
-
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-Scores = Mapping[tuple[str, int], Score]
-
-
-def markdown(scores: Scores, published: Mapping[str, Sequence[float]], steps: Sequence[int]) -> list[str]:
-    """The scores with their standard errors, a row a method, the best of each K in bold."""
-    names = list(dict.fromkeys(name for name, _ in scores))
-    ours = [name for name in names if not name.startswith("OT")]
-    lowest = {K: min(scores[name, K].mean for name in ours) for K in steps}
-
-    def cell(name: str, K: int) -> str:
-        text = number(scores[name, K].mean)
-        error = scores[name, K].stderr
-        text = f"**{text}**" if name in ours and scores[name, K].mean == lowest[K] else text
-        return f"{text} ({error:.1g})" if error == error else text
-
-    lines = ["| K | " + " | ".join(map(str, steps)) + " |", "|---" * (len(steps) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(cell(name, K) for K in steps) + " |" for name in names]
-    lines += ["", "Published, CIFAR-10:", "", "| K | " + " | ".join(map(str, PUBLISHED_K)) + " |", "|---" * 7 + "|"]
-    lines += [
-        f"| {name} | " + " | ".join([*map(number, row), *["-"] * (len(PUBLISHED_K) - len(row))]) + " |"
-        for name, row in published.items()
-    ]
-    return lines
+def both_tables(scores: Scores, published: Mapping[str, Sequence[float]]) -> list[str]:
+    """The scores, and those of the papers."""
+    ours, theirs = score_table(scores, "K", apart=("OT",)), published_table(published, "K", PUBLISHED_K)
+    return [*ours, "", "Published, CIFAR-10:", "", *theirs]
 
 
 def verdict(first: Score, second: Score) -> str:
     """Whether the first is lower: "yes", "no", or "tie" where the 95 % interval of the paired differences holds 0."""
     difference = Score.of((first.values - second.values).tolist())
-    wide = float(stdtrit(len(difference.values) - 1, 0.975)) * difference.stderr
+    wide = float(student(torch.tensor(len(difference.values) - 1.0))) * difference.stderr
     if not abs(difference.mean) > wide:
         return "tie"
     return "yes" if difference.mean < 0 else "no"
@@ -515,12 +489,11 @@ def orderings(kind: str, scores: Scores, steps: Sequence[int]) -> list[Ordering]
 
 
 def orderings_table(found: Sequence[Ordering]) -> list[str]:
-    lines = ["| ahead | of | published, at K | here, at K | ties | reproduced |", "|---|---|---|---|---|---|"]
+    rows = []
     for o in found:
         here, ties = ([K for K, v in o.here.items() if v == word] for word in ("yes", "tie"))
-        cells = [o.first, o.second, _listed(o.published), _listed(here), _listed(ties), o.reproduced[0]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append([o.first, o.second, _listed(o.published), _listed(here), _listed(ties), o.reproduced[0]])
+    return table(["ahead", "of", "published, at K", "here, at K", "ties", "reproduced"], rows)
 
 
 def summary(found: Mapping[str, Sequence[Ordering]], steps: Sequence[int]) -> str:
@@ -598,23 +571,20 @@ def draw_samples(model: Model, path: Path, side: int = 5) -> None:
     plt.close(figure)
 
 
-def report(model: Model, cells: Cells, features: Callable[[Tensor], Tensor], out: Path) -> str:
+def report(model: Model, cells: Numbers, features: Callable[[Tensor], Tensor], out: Path) -> str:
     """Everything that is written."""
     experiment, steps = model.experiment, model.experiment.steps
     frechet, bits = cells.scores("frechet", steps), cells.scores("bits", steps)
     reference = features(model.data.held_out)
     real, real_std = floor(model.data.training, reference, features, experiment.samples)
     found = {"bits": orderings("bits", bits, steps), "frechet": orderings("frechet", frechet, steps)}
-    made_on = environment(model.device)
+    about = environment(model.device)
     trained = experiment.training and f"{experiment.training.steps} steps of {experiment.training.batch_size}"
-    wall, cores = model.clock.minutes
     what = "bits/dim of the image" if experiment.levels else "bits/dim, of a density"
     page = [
         f"# Analytic-DPM: {experiment.title}",
         "",
-        f"`{made_on['command']}`, {made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}, torch "
-        f"{made_on['torch']}, scoresde {made_on['scoresde']} at {made_on['commit']}. "
-        f"{wall:.0f} minutes in all, {cores:.0f} of processor time (the machine may have been shared).",
+        f"{made_on(about)} {model.clock}",
         "",
         f"`{model.denoiser!r}`" + (f", trained for {trained}" if trained else "") + ". "
         f"{experiment.sets} sets of {experiment.samples} samples for each entry of the first table, "
@@ -632,7 +602,7 @@ def report(model: Model, cells: Cells, features: Callable[[Tensor], Tensor], out
         f"To held-out data in the features `{cells.features}`: mean over the sets and, in brackets, its standard "
         f"error. Real data against real data: {real:.2f} (standard deviation {real_std:.2g}).",
         "",
-        *markdown(frechet, PUBLISHED_FRECHET, steps),
+        *both_tables(frechet, PUBLISHED_FRECHET),
         "",
         *orderings_table(found["frechet"]),
         "",
@@ -642,7 +612,7 @@ def report(model: Model, cells: Cells, features: Callable[[Tensor], Tensor], out
         "the same for all methods, so that differences are sharper than that: orderings are of paired differences. OT: "
         "optimal trajectory, of the measured costs on training data.",
         "",
-        *markdown(bits, PUBLISHED_BITS, steps),
+        *both_tables(bits, PUBLISHED_BITS),
         "",
         *orderings_table(found["bits"]),
         "",
@@ -650,7 +620,7 @@ def report(model: Model, cells: Cells, features: Callable[[Tensor], Tensor], out
         "a tie; reproduced is what agrees with the published table at every K that both have, in part at some.",
     ]
     record = {
-        "environment": made_on,
+        "environment": about,
         "seconds": model.clock.seconds,
         "denoiser": repr(model.denoiser),
         "model": cells.model,
@@ -691,7 +661,7 @@ def of_user(args: argparse.Namespace) -> Experiment:
         data_range=(args.range[0], args.range[1]),
         levels=args.levels,
         features=args.features or "random",
-        denoiser=lambda: user_denoiser(args.denoiser),
+        denoiser=lambda: load_denoiser(args.denoiser)[0],
         training=None,
         heads=TrainConfig(steps=args.head_steps, batch_size=64) if args.head_steps else None,
         steps=(5, 10, 25, 50, 100, 200),
@@ -741,9 +711,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.features:
         experiment = replace(experiment, features=args.features)
     model = Model(experiment, folder, args.device, Clock(folder / "seconds.json"))
-    features = features_of(experiment.features, model.data.training.shape[1:])
+    features = features_of(experiment.features, "", model.data.held_out, "cpu")
     fixed = (experiment.samples, experiment.sets, experiment.images, experiment.draws, experiment.clip)
-    cells = Cells.of(folder / "cells.json", f"{fingerprint(model.denoiser)} {fixed}", experiment.features)
+    cells = Numbers(folder / "cells.jsonl", f"{fingerprint(model.denoiser)} {fixed}", experiment.features)
     measure(model, features, cells)
     print(report(model, cells, features, args.out))
     print(f"written into {args.out}: README.md, results.json, race.png, samples.png")

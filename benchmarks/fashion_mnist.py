@@ -22,7 +22,6 @@ number: a run that is killed goes on where it stopped. `scoresde sample OUT/runs
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,22 +30,21 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
+from kept import Clock, Numbers, Score, Scores, floor, made_on, published_table, score_table
 from torch import Tensor, nn
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, from wherever it is run
-from kept import Cells, Clock, Score, floor, number, write_json
 
 from scoresde import Denoiser, Grid, bits_per_dim, sample
 from scoresde.cli.images import grid as side_by_side
 from scoresde.cli.images import write_png
 from scoresde.cli.models import About
-from scoresde.data import fashion_mnist_levels
+from scoresde.data import fashion_mnist_levels, scaled
 from scoresde.info import environment
 from scoresde.levels import to_levels
 from scoresde.likelihood import outer_edges
 from scoresde.metrics import classifier_features, frechet_distance
 from scoresde.noise import derive_seed
+from scoresde.report import table, write_json
 from scoresde.sde import SDE
 from scoresde.solvers import DDIM, DDPM, DEIS, DPMSolverPP, Heun, PredictorCorrector, Solver, UniPC
 from scoresde.training import ModelConfig, TrainConfig, Trainer
@@ -140,7 +138,7 @@ class Data(NamedTuple):
 def fashion_mnist() -> Data:
     """In [-1, 1], and the held-out images' levels."""
     training, held_out = (fashion_mnist_levels(split=split)[0] for split in ("train", "test"))
-    return Data(training.float() * (2 / 255) - 1, held_out.float() * (2 / 255) - 1, held_out)
+    return Data(scaled(training), scaled(held_out), held_out)
 
 
 class Experiment:
@@ -152,7 +150,7 @@ class Experiment:
         self.clock = Clock(folder / "seconds.json")
         self.data = fashion_mnist()
         self.features = classifier_features("fashion-mnist")
-        self.cells = Cells.of(folder / "cells.json", f"{size} {MODELS}", "fashion-mnist")
+        self.cells = Numbers(folder / "cells.jsonl", f"{size} {MODELS}", "fashion-mnist")
         self._trained: dict[str, Denoiser] = {}
 
     @cached_property
@@ -201,7 +199,7 @@ class Experiment:
 
     # ---- the four parts ----
 
-    def etas(self) -> dict[tuple[str, int], Score]:
+    def etas(self) -> Scores:
         todo = [(row, steps) for steps in S for row in ETAS]
         sde = self.model("VP").sde
         return {
@@ -211,14 +209,14 @@ class Experiment:
             for row, steps in tqdm(todo, desc="(a) eta", unit="cell")
         }
 
-    def race(self) -> dict[tuple[str, int], Score]:
+    def race(self) -> Scores:
         todo = [(row, nfe) for nfe in NFE for row in SOLVERS]
         return {
             (row, nfe): self.frechet("b", row, nfe, "VP", SOLVERS[row], self.size.sets)
             for row, nfe in tqdm(todo, desc="(b) race", unit="cell")
         }
 
-    def spacings(self) -> dict[tuple[str, int], Score]:
+    def spacings(self) -> Scores:
         """Of solvers of one evaluation a step; their own grid as in `race`."""
         sde, found = self.model("VP").sde, {}
         todo = [(row, spacing, nfe) for row in SPACED for spacing in ("own", *SPACINGS) for nfe in SPACED_NFE]
@@ -231,7 +229,7 @@ class Experiment:
                 found[name, nfe] = self.frechet("b", name, nfe, "VP", SOLVERS[row], self.size.sets, grid)
         return found
 
-    def correctors(self) -> tuple[dict[tuple[str, int], Score], dict[str, float]]:
+    def correctors(self) -> tuple[Scores, dict[str, float]]:
         """Scores, and the corrector's ratio that was best with another seed for each SDE."""
         scores, ratios = {}, {}
         for name in MODELS:
@@ -285,29 +283,10 @@ def ddim_grid(sde: SDE, steps: int) -> Grid:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def table(scores: Mapping[tuple[str, int], Score], head: str) -> list[str]:
-    """Means with standard errors, the best of each column in bold."""
-    rows, columns = (list(dict.fromkeys(key[i] for key in scores)) for i in (0, 1))
-    best = {c: min(scores[row, c].mean for row in rows) for c in columns}  # type: ignore[index]
-
-    def cell(row: str, column: int) -> str:
-        score = scores[row, column]
-        text = f"**{number(score.mean)}**" if score.mean == best[column] else number(score.mean)
-        return f"{text} ({score.stderr:.1g})" if score.stderr == score.stderr else text
-
-    lines = [f"| {head} | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
-    return lines + [f"| {row} | " + " | ".join(cell(row, c) for c in columns) + " |" for row in rows]  # type: ignore[arg-type]
-
-
-def published(rows: Mapping[str, Sequence[float]], head: str, columns: Sequence[object]) -> list[str]:
-    lines = [f"| {head} | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
-    return lines + [f"| {row} | " + " | ".join(map(number, values)) + " |" for row, values in rows.items()]
-
-
 def draw_race(
-    etas: Mapping[tuple[str, int], Score],
-    race: Mapping[tuple[str, int], Score],
-    correctors: Mapping[tuple[str, int], Score],
+    etas: Scores,
+    race: Scores,
+    correctors: Scores,
     real: float,
     path: Path,
 ) -> None:
@@ -356,19 +335,16 @@ def report(experiment: Experiment, out: Path) -> str:
     etas, race, spacings = experiment.etas(), experiment.race(), experiment.spacings()
     correctors, ratios = experiment.correctors()
     bits = experiment.bits()
-    size, made_on = experiment.size, environment(experiment.device)
+    size, about = experiment.size, environment(experiment.device)
     real, real_std = floor(experiment.data.training, experiment.reference, experiment.features, size.set_size)
     with experiment.clock("pictures"):
         for name, picture in pictures(experiment, ratios).items():
             write_png(out / f"samples-{name}.png", side_by_side(to_levels(picture())))
-    wall, cores = experiment.clock.minutes
     train, words = size.train, MODELS["VP"].to_dict()
     page = [
         "# Score networks on Fashion-MNIST",
         "",
-        f"`{made_on['command']}`, {made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}, torch "
-        f"{made_on['torch']}, scoresde {made_on['scoresde']} at {made_on['commit']}. {wall:.0f} minutes in all, "
-        f"{cores:.0f} of processor time (the machine may have been shared).",
+        f"{made_on(about)} {experiment.clock}",
         "",
         f"Networks: U-Net, {words['options']}; {train.steps} steps of {train.batch_size} images, AdamW at {train.lr:g}"
         f", average of decay {train.ema_decays[0]}, seed {train.seed}. VP and sub-VP predict eps, VE is preconditioned "
@@ -383,27 +359,27 @@ def report(experiment: Experiment, out: Path) -> str:
         "",
         "## (a) The noise of the reverse process, by number of steps S",
         "",
-        *table(etas, "S"),
+        *score_table(etas, "S"),
         "",
         "FID on CIFAR-10, published (DDIM, table 1):",
         "",
-        *published(PUBLISHED_ETAS, "S", S),
+        *published_table(PUBLISHED_ETAS, "S", S),
         "",
         "Sub-sequences are quadratic in t, as the paper's for CIFAR-10; all 1000 steps are evenly spaced.",
         "",
         "## (b) Solvers at few evaluations",
         "",
-        *table(race, "evaluations"),
+        *score_table(race, "evaluations"),
         "",
         "Each on its own default grid, with as many steps as fit.",
         "",
-        *table(spacings, "evaluations"),
+        *score_table(spacings, "evaluations"),
         "",
         "Their own grid, `Grid.sampling`, is quadratic in t up to 10 steps and goes closer to the data with more.",
         "",
         "## (c) VP, sub-VP and VE, with predictor and corrector",
         "",
-        *table(correctors, "evaluations"),
+        *score_table(correctors, "evaluations"),
         "",
         "Reverse-diffusion predictor, Langevin corrector of one step, so with half as many predictor steps; ratio of "
         "signal to noise "
@@ -411,7 +387,7 @@ def report(experiment: Experiment, out: Path) -> str:
         + f", the best of {', '.join(f'{r:g}' for r in RATIOS)} at 50 evaluations with another seed. FID on CIFAR-10, "
         "published (Song et al., 2021, table 1, reverse diffusion):",
         "",
-        *published(PUBLISHED_PC, "", ("1000 predictor steps", "2000", "1000 with corrector")),
+        *published_table(PUBLISHED_PC, "", ("1000 predictor steps", "2000", "1000 with corrector")),
         "",
         "## (d) Code length of held-out images",
         "",
@@ -430,7 +406,7 @@ def report(experiment: Experiment, out: Path) -> str:
     write_json(
         out / "results.json",
         {
-            "environment": made_on,
+            "environment": about,
             "seconds": experiment.clock.seconds,
             "size": repr(size),
             "models": {name: words.to_dict() for name, words in MODELS.items()},
@@ -450,16 +426,15 @@ def report(experiment: Experiment, out: Path) -> str:
 
 
 def bits_table(bits: Mapping[tuple[str, str], tuple[Score, float]]) -> list[str]:
-    lines = ["| SDE | dequantisation | bits/dim | network calls |", "|---|---|---|---|"]
-    return lines + [
-        f"| {name} | {kind} | {score.mean:.3f} ({score.stderr:.1g}) | {nfe:.0f} |"
-        for (name, kind), (score, nfe) in bits.items()
-    ]
+    return table(
+        ["SDE", "dequantisation", "bits/dim", "network calls"],
+        ([*of, f"{score.mean:.3f} ({score.stderr:.1g})", f"{nfe:.0f}"] for of, (score, nfe) in bits.items()),
+    )
 
 
-def _listed(scores: Mapping[tuple[str, int], Score]) -> list[list[object]]:
-    """[row, evaluations, mean, standard error or None]."""
-    return [[*key, s.mean, None if s.stderr != s.stderr else s.stderr] for key, s in scores.items()]
+def _listed(scores: Scores) -> list[list[object]]:
+    """[row, evaluations, mean, standard error]."""
+    return [[*key, score.mean, score.stderr] for key, score in scores.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

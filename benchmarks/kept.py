@@ -1,26 +1,24 @@
-"""What a long benchmark keeps: finished numbers and their times, so that a killed run goes on where it stopped."""
+"""What a long benchmark keeps, finished numbers and their times, so that a killed run goes on where it stopped; and how
+its page says them.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from scoresde.files import write_whole
 from scoresde.metrics import frechet_distance
 from scoresde.noise import derive_seed
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_whole(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+from scoresde.report import Cells, table, write_json
 
 
 class Clock:
@@ -32,11 +30,9 @@ class Clock:
         self.seconds: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
         self._within = (0.0, 0.0)  # parts that have ended within the one that runs
 
-    @property
-    def minutes(self) -> tuple[float, float]:
-        """Of the wall clock, and of all cores together."""
+    def __str__(self) -> str:
         wall, cores = (sum(part[i] for part in self.seconds.values()) / 60 for i in range(2))
-        return wall, cores
+        return f"{wall:.0f} minutes in all, {cores:.0f} of processor time (the machine may have been shared)."
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -52,42 +48,41 @@ class Clock:
             write_json(self.path, self.seconds)
 
 
-@dataclass
-class Cells:
-    """The finished numbers: kind|method|K to a list, of sets of samples or of images; kind is "bits" or "frechet".
+def synchronise(device: torch.device | str) -> None:
+    """Wait for a GPU, before a time is taken."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
-    Attributes:
+
+class Numbers:
+    """The finished numbers: kind, method and K to a list, of sets of samples or of images; kind is "bits" or "frechet".
+
+    Args:
         path: the file.
         model: and how much of it is measured: numbers of another are not taken.
         features: of the Frechet distances.
     """
 
-    path: Path
-    model: str
-    features: str
-    found: dict[str, list[float]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, path: Path, model: str, features: str) -> Cells:
-        """Those of an earlier run, if they are of the same model and the same measurement."""
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        return cls(path, model, features, kept["found"] if kept.get("model") == model else {})
+    def __init__(self, path: Path, model: str, features: str) -> None:
+        self.model, self.features = model, features
+        self.cells = Cells(path, "benchmarks/kept.py", "numbers", {}, lambda found: (found["model"], *found["of"]))
 
     def get(self, kind: str, name: str, K: int) -> list[float] | None:
-        return self.found.get(self._key(kind, name, K))
+        found = self.cells.done.get((self.model, self._kind(kind), name, K))
+        return found and [math.inf if value is None else value for value in found["values"]]
 
     def put(self, kind: str, name: str, K: int, values: Sequence[float]) -> None:
-        self.found[self._key(kind, name, K)] = [float(f"{value:.7g}") for value in values]
-        write_json(self.path, {"model": self.model, "found": self.found})
+        rounded = [float(f"{value:.7g}") for value in values]
+        self.cells.write({"model": self.model, "of": [self._kind(kind), name, K], "values": rounded})
 
-    def scores(self, kind: str, steps: Sequence[int]) -> dict[tuple[str, int], Score]:
-        """(method, K) to its score, for those K."""
-        names = dict.fromkeys(key.split("|")[1] for key in self.found)
+    def scores(self, kind: str, steps: Sequence[int]) -> Scores:
+        """Those of a kind, for those K."""
+        names = dict.fromkeys(name for _, _, name, _ in self.cells.done)
         found = {(name, K): self.get(kind, name, K) for name in names for K in steps}
         return {at: Score.of(values) for at, values in found.items() if values is not None}
 
-    def _key(self, kind: str, name: str, K: int) -> str:
-        return f"{kind if kind == 'bits' else f'{kind} in {self.features}'}|{name}|{K}"
+    def _kind(self, kind: str) -> str:
+        return kind if kind == "bits" else f"{kind} in {self.features}"
 
 
 class Score(NamedTuple):
@@ -103,9 +98,54 @@ class Score(NamedTuple):
         return cls(float(x.mean()), float(x.std() / len(x) ** 0.5) if len(x) > 1 else float("nan"), x)
 
 
+Scores = dict[tuple[str, int], Score]
+"""(method, K) to its score."""
+
+
 def number(value: float) -> str:
     """With as many digits as mean something."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def small(value: float, decimals: int = 2, plain: tuple[float, float] = (1, 1)) -> str:
+    """With a short exponent, outside of a range where it needs none: 1.20e-3."""
+    if not math.isfinite(value):
+        return "-"
+    if value == 0 or plain[0] <= value < plain[1]:
+        return f"{value:.3g}"
+    return f"{value:.{decimals}e}".replace("e-0", "e-").replace("e+00", "").replace("e+0", "e")
+
+
+def made_on(about: Mapping[str, str]) -> str:
+    """The environment in words."""
+    return (
+        f"`{about['command']}`, {about['device']}, {about['threads']} threads, {about['dtype']}, torch "
+        f"{about['torch']}, scoresde {about['scoresde']} at {about['commit']}."
+    )
+
+
+def score_table(scores: Scores, head: str, apart: tuple[str, ...] = ()) -> list[str]:
+    """Means with standard errors, a row a method, the best of each column in bold: of methods whose names do not start
+    with what sets them apart.
+    """
+    rows, columns = (list(dict.fromkeys(key[i] for key in scores)) for i in (0, 1))
+    best = {c: min(scores[row, c].mean for row in rows if not row.startswith(apart)) for c in columns}
+
+    def cell(row: str, column: int) -> str:
+        score = scores[row, column]
+        bold = score.mean == best[column] and not row.startswith(apart)
+        text = f"**{number(score.mean)}**" if bold else number(score.mean)
+        return text if math.isnan(score.stderr) else f"{text} ({score.stderr:.1g})"
+
+    return table([head, *columns], ([row, *(cell(row, c) for c in columns)] for row in rows))
+
+
+def published_table(rows: Mapping[str, Sequence[float]], head: str, columns: Sequence[object]) -> list[str]:
+    """Numbers of a paper; "-" where its table ends before."""
+    return table(
+        [head, *columns],
+        ([row, *map(number, values), *["-"] * (len(columns) - len(values))] for row, values in rows.items()),
+    )
 
 
 def floor(

@@ -28,7 +28,6 @@ Written into --out: README.md, results.json, error.png.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -40,6 +39,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from kept import small
 from problems import EXACT, MixtureProblem
 from scipy.integrate import DOP853, solve_ivp
 from torch import Tensor
@@ -50,6 +50,7 @@ from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.info import environment
 from scoresde.likelihood import log_prob
 from scoresde.nn import UNet
+from scoresde.report import table, write_json
 from scoresde.tensors import as_time, expand_like
 
 STEPS = [16, 24, 32, 48, 60, 68]
@@ -157,17 +158,6 @@ class Priced(Denoiser):
     def posterior(self, x: Tensor, t: Any, /, **cond: Any) -> Posterior:
         time = as_time(t).float().reshape(-1).expand(len(x))
         return Posterior(self.denoiser.posterior(x, t).mean + 0.0 * self.net(x.float(), time).to(x.dtype))
-
-
-class Counted(Denoiser):
-    """Another denoiser, with a count of its calls."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser, self.sde, self.calls = denoiser, denoiser.sde, 0
-
-    def posterior(self, x: Tensor, t: Any, /, **cond: Any) -> Posterior:
-        self.calls += 1
-        return self.denoiser.posterior(x, t, **cond)
 
 
 def fine_log_prob(denoiser: ExactTrace, x: Tensor, rtol: float) -> Tensor:
@@ -569,21 +559,11 @@ def _of_images(rows: Sequence[Row], priced: Sequence[dict[str, Any]]) -> Iterato
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def number(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    if value == 0 or 1e-2 <= value < 1e3:
-        return f"{value:.3g}"
-    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+number = partial(small, decimals=1, plain=(1e-2, 1e3))
 
 
 def probed(probes: int) -> str:
     return "exact" if probes == 0 else f"{probes} probe{'s' if probes > 1 else ''}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
 
 
 def of_case(case: Case, rows: Sequence[Row]) -> list[str]:
@@ -737,7 +717,7 @@ def report(results: Results, args: argparse.Namespace) -> str:
         "tight": [t._asdict() for t in results.tight],
         "priced": results.priced,
     }
-    (args.out / "results.json").write_text(json.dumps(_rounded(record), indent=1, allow_nan=False) + "\n")
+    write_json(args.out / "results.json", _rounded(record))
     return text
 
 
@@ -812,14 +792,12 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _rounded(thing: Any) -> Any:
-    """Numbers to four digits; null for those that are not finite."""
+    """Numbers to four digits."""
     if isinstance(thing, dict):
         return {key: _rounded(value) for key, value in thing.items()}
     if isinstance(thing, list):
         return [_rounded(value) for value in thing]
-    if isinstance(thing, float):
-        return float(f"{thing:.4g}") if math.isfinite(thing) else None
-    return thing
+    return float(f"{thing:.4g}") if isinstance(thing, float) else thing
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ Written into --out: README.md, results.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -30,16 +29,16 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from kept import synchronise
+from peers import PACKAGES, installed, k_diffusion_sampling
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, from wherever it is run
-from peers import PACKAGES, installed, k_diffusion_sampling
-
 from scoresde import VPSDE, EpsDenoiser, Grid, NetworkDenoiser, Tableau, X0Denoiser
 from scoresde.info import environment
 from scoresde.noise import GeneratorNoise
+from scoresde.report import table, write_json
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP, ExponentialAB, Heun, Solver, UniPC, available
 
 SDE = VPSDE()
@@ -389,12 +388,10 @@ def syncs(runner: Runner, shape: Sequence[int]) -> tuple[float, float] | None:
 
 
 def timed(loop: Loop, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     start = time.perf_counter()
     loop()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return time.perf_counter() - start
 
 
@@ -461,25 +458,21 @@ def report(found: Sequence[Method], times: Any, shape: Sequence[int], args: argp
     ]
     lines += ["For scale, in microseconds: " + ", ".join(f"{k} {v:.1f}" for k, v in costs.items()) + "."]
     lines += ["", "## Microseconds for each evaluation, the network's included", ""]
-    lines += [
-        "| method | here | bare loop | here / bare | leanest peer | here / peer | all peers |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    grid, drawn, bare_draw = spaced(args.steps), [], 0.0
+    grid, drawn, bare_draw, rows = spaced(args.steps), [], 0.0, []
     for method in peered:
         row = dict(middle[method.name])
         here, bare = row.pop("here"), row.pop("bare")
         leanest = min(row, key=lambda name: row[name])
+        to_bare, to_peer = (f"{ratio(method.name, other):.2f}" for other in ("bare", leanest))
         shown = ", ".join(f"{name} {value:.0f}" for name, value in row.items())
-        to_bare, to_peer = ratio(method.name, "bare"), ratio(method.name, leanest)
-        lines.append(
-            f"| {method.name} | **{here:.0f}** | {bare:.0f} | {to_bare:.2f} | {leanest} {row[leanest]:.0f} "
-            f"| {to_peer:.2f} | {shown} |"
+        rows.append(
+            [method.name, f"**{here:.0f}**", f"{bare:.0f}", to_bare, f"{leanest} {row[leanest]:.0f}", to_peer, shown]
         )
         quiet = method.name.replace("DDPM", "DDIM")
         if quiet != method.name and quiet in middle:  # the same loop but for its noise
             bare_draw = bare - middle[quiet]["bare"]
             drawn.append(f"{method.name} {(here - bare_draw) / (row[leanest] - bare_draw):.2f}")
+    lines += table(["method", "here", "bare loop", "here / bare", "leanest peer", "here / peer", "all peers"], rows)
     if drawn:
         lines += [
             "",
@@ -487,30 +480,29 @@ def report(found: Sequence[Method], times: Any, shape: Sequence[int], args: argp
         ]
         lines[-1] += f" DDIM's). Without it, here / peer: {', '.join(drawn)}."
     lines += ["", "## Every table, beside a bare loop with as many buffers, and what it costs to make", ""]
-    lines += ["| solver | here | bare loop | here / bare | making the table |", "|---|---|---|---|---|"]
+    rows = []
     for method in found:
         row = middle[method.name]
         made = once(partial(method.solver.tableau, grid), 10) / args.steps
         share = f"{ratio(method.name, 'bare'):.2f}"
-        lines.append(f"| {method.name} | {row['here']:.0f} | {row['bare']:.0f} | {share} | {made:.0f} |")
+        rows.append([method.name, f"{row['here']:.0f}", f"{row['bare']:.0f}", share, f"{made:.0f}"])
+    lines += table(["solver", "here", "bare loop", "here / bare", "making the table"], rows)
     lines += ["", "## Stalls of the device for each evaluation: values read, copies from or to the host", ""]
-    lines += ["| loop | values read | copies |", "|---|---|---|"]
-    counted = {}
-    for method in found:
-        for name, runner in method.runners.items():
-            if name == "bare":
-                continue
-            label = name if name != "here" else f"here, {method.name}"
-            counted[label] = syncs(runner, shape)
+    counted = {
+        f"here, {method.name}" if name == "here" else name: syncs(runner, shape)
+        for method in found
+        for name, runner in method.runners.items()
+        if name != "bare"
+    }
     ours = {k: v for k, v in counted.items() if k.startswith("here")}
     total = [sum(v[i] for v in ours.values() if v) for i in (0, 1)]
-    lines.append(f"| here, all {len(ours)} tables | {total[0]:g} | {total[1]:g} |")
-    for label, value in counted.items():
-        if label not in ours:
-            lines.append(
-                f"| {label} | "
-                + ("not run without values | |" if value is None else f"{value[0]:.1f} | {value[1]:.1f} |")
-            )
+    rows = [[f"here, all {len(ours)} tables", *(f"{n:g}" for n in total)]]
+    rows += [
+        [label, *(["not run without values", ""] if value is None else (f"{n:.1f}" for n in value))]
+        for label, value in counted.items()
+        if label not in ours
+    ]
+    lines += table(["loop", "values read", "copies"], rows)
     args.out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines) + "\n"
     (args.out / "README.md").write_text(text)
@@ -522,7 +514,7 @@ def report(found: Sequence[Method], times: Any, shape: Sequence[int], args: argp
         "costs": {k: round(v, 2) for k, v in costs.items()},
         "stalls": {k: None if v is None else {"reads": v[0], "copies": v[1]} for k, v in counted.items()},
     }
-    (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(args.out / "results.json", record)
     return text
 
 

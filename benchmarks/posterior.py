@@ -23,7 +23,6 @@ Each is a mean over the measurements. Written into --out: README.md, results.jso
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import made_on
+from problems import Counted
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,6 +46,7 @@ from scoresde.guidance.projections import DDNM
 from scoresde.guidance.replacement import RePaint, Replacement
 from scoresde.info import environment
 from scoresde.metrics import sliced_wasserstein
+from scoresde.report import table, write_json
 from scoresde.solvers import DDPM, Solver
 from scoresde.tensors import as_time
 
@@ -209,23 +211,6 @@ METHODS: dict[str, Callable[[Problem, Denoiser, Tensor, float, argparse.Namespac
 EXACT, FLOOR = "exact guidance", "floor"
 
 
-class Counted(Denoiser):
-    """Another denoiser, with a count of its calls and of backward passes through it."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser, self.sde, self.calls, self.backward = denoiser, denoiser.sde, 0, 0
-
-    def posterior(self, x: Tensor, t: Any, /, **cond: Any) -> Posterior:
-        self.calls += 1
-        mean, var = self.denoiser.posterior(x, t, **cond)
-        if mean.requires_grad:
-            mean.register_hook(self._count)
-        return Posterior(mean, var)
-
-    def _count(self, gradient: Tensor) -> None:
-        self.backward += 1
-
-
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -302,24 +287,24 @@ def figures(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}" if value < 9.995 else f"{value:.3g}"
 
 
-def table(rows: Sequence[Row], noise: float) -> str:
-    lines = ["| method | sliced W2 | mean | covariance | modes | calls | backward | time |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+HEAD = ["method", "sliced W2", "mean", "covariance", "modes", "calls", "backward", "time"]
+
+
+def errors_table(rows: Sequence[Row]) -> str:
+    shown = []
     for row in rows:
-        if row.noise == noise:
-            numbers = map(figures, (row.sliced_w2, row.mean, row.covariance, row.modes))
-            cost = f"{row.calls} | {row.backward} | {row.ratio:.1f}" if row.calls else " | | "
-            lines.append(f"| {row.method} | {' | '.join(numbers)} | {cost} |")
-    return "\n".join(lines)
+        cost = [row.calls, row.backward, f"{row.ratio:.1f}"] if row.calls else ["", "", ""]
+        shown.append([row.method, *map(figures, (row.sliced_w2, row.mean, row.covariance, row.modes)), *cost])
+    head, _, *lines = table(HEAD, shown)
+    return "\n".join([head, "|---|" + "---:|" * (len(HEAD) - 1), *lines])
 
 
-def report(results: dict[str, list[Row]], args: argparse.Namespace, made_on: dict[str, Any]) -> str:
+def report(results: dict[str, list[Row]], args: argparse.Namespace, about: dict[str, str]) -> str:
     assert __doc__ is not None
     meanings = __doc__.split("\n\n    sliced W2")[1].split("\n\nEach is")[0]
     lines = [
         "# Inverse problems: samples against the exact posterior",
-        f"`{made_on['command']}`, {made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}, torch "
-        f"{made_on['torch']}, scoresde {made_on['scoresde']} at {made_on['commit']}.",
+        made_on(about),
         f"Exact denoisers on the VP SDE, DDPM with {args.steps} steps (RePaint: blocks of 10, made five times where "
         f"it replaces anything), {args.measurements} measurements and {args.samples} samples of each; SMC: groups of "
         f"{args.samples} particles, PiGDM the twist; PiGDM and DDNM are told the data's standard deviation. Exact "
@@ -333,7 +318,7 @@ def report(results: dict[str, list[Row]], args: argparse.Namespace, made_on: dic
     for name, rows in results.items():
         lines.append(f"## {name}: {PROBLEMS[name]().title}")
         for noise in args.noise:
-            lines += [f"Noise {noise:g}:", table(rows, noise)]
+            lines += [f"Noise {noise:g}:", errors_table([row for row in rows if row.noise == noise])]
     return "\n\n".join(lines) + "\n"
 
 
@@ -455,10 +440,9 @@ def main(argv: list[str] | None = None) -> None:
                 if name == "ring":
                     kept[noise] = {method: x[0] for method, x in samples.items()}
     info = environment("cpu")
-    args.out.mkdir(parents=True, exist_ok=True)
     record = {"environment": info, "steps": args.steps, "measurements": args.measurements, "samples": args.samples}
     rows_of = {name: [asdict(row) for row in rows] for name, rows in results.items()}
-    (args.out / "results.json").write_text(json.dumps(record | {"problems": rows_of}, indent=1) + "\n")
+    write_json(args.out / "results.json", record | {"problems": rows_of})
     page = report(results, args, info)
     (args.out / "README.md").write_text(page)
     draw_errors(results, args, args.out / "posterior.png")

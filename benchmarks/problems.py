@@ -14,9 +14,7 @@ the law of their samples is compared with the data's. For Gaussian data D is aff
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
-import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -30,8 +28,10 @@ from scipy.integrate import DOP853
 from torch import Tensor
 
 from scoresde import SDE, VPSDE, Denoiser, Grid, Posterior
+from scoresde.data.arrays import ARRAYS, read_arrays
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.metrics import frechet_distance
+from scoresde.report import attribute
 from scoresde.tensors import as_time
 
 Draws = Callable[[int, Tensor], Tensor]
@@ -284,6 +284,23 @@ class IsotropicMixture(Denoiser):
         return Posterior(mean.reshape(x.shape).to(x.dtype))
 
 
+class Counted(Denoiser):
+    """Another denoiser, with a count of its calls and of backward passes through it."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser, self.sde, self.calls, self.backward = denoiser, denoiser.sde, 0, 0
+
+    def posterior(self, x: Tensor, t: Any, /, **cond: Any) -> Posterior:
+        self.calls += 1
+        mean, var = self.denoiser.posterior(x, t, **cond)
+        if mean.requires_grad:
+            mean.register_hook(self._count)
+        return Posterior(mean, var)
+
+    def _count(self, gradient: Tensor) -> None:
+        self.backward += 1
+
+
 class UserProblem(Problem):
     """Somebody's own denoiser.
 
@@ -445,31 +462,9 @@ EXACT: dict[str, Callable[[], Problem]] = {"gaussian": GaussianProblem, "ring": 
 # --- what a user names -----------------------------------------------------------------------------------------------
 
 
-def attribute(text: str) -> Any:
-    """The object that module:attribute names, the module in the current folder or installed."""
-    module, _, name = text.partition(":")
-    if not name:
-        raise SystemExit(f"{text!r}: expected module:attribute, my_model:denoiser say")
-    sys.path.insert(0, str(Path.cwd()))
-    return getattr(importlib.import_module(module), name)
-
-
-def user_denoiser(text: str) -> Denoiser:
-    """The denoiser that module:attribute is, or makes when it is called."""
-    denoiser = attribute(text)
-    if not isinstance(denoiser, Denoiser) and callable(denoiser):
-        denoiser = denoiser()
-    if not isinstance(denoiser, Denoiser):
-        raise SystemExit(f"{text} is {type(denoiser).__name__}: expected a scoresde Denoiser, or what makes one")
-    return denoiser
-
-
 def user_data(text: str) -> Tensor:
-    """The array of a .npy or .npz file, or that module:attribute is, or makes; float32."""
-    if text.endswith((".npy", ".npz")):
-        loaded = np.load(text)
-        array = loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
-    else:
-        array = attribute(text)
-        array = array() if callable(array) and not isinstance(array, Tensor | np.ndarray) else array
-    return torch.as_tensor(array).float()
+    """The array of a file, or that module:attribute is, or makes; float32."""
+    if text.endswith(ARRAYS):
+        return read_arrays(Path(text))[0].float()
+    array = attribute("--data", text)[0]
+    return torch.as_tensor(array() if callable(array) and not isinstance(array, Tensor | np.ndarray) else array).float()

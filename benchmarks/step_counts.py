@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import os
 import signal
@@ -44,10 +43,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, from wherever it is run
+from kept import small as number
 from peers import NOT_DRIVEN, PACKAGES, Peer, installed, peers
 from problems import (
     EXACT,
@@ -57,17 +53,19 @@ from problems import (
     Normals,
     Problem,
     UserProblem,
-    attribute,
     make_grid,
     spacing_of,
     user_data,
-    user_denoiser,
 )
+from torch import Tensor
+from tqdm import tqdm
 
 import scoresde
 from scoresde import Denoiser, Grid, NonFiniteError, sample
+from scoresde.cli.models import load_denoiser
 from scoresde.info import environment
 from scoresde.metrics import RandomFeatures
+from scoresde.report import Cells, attribute, table, write_json
 from scoresde.solvers import (
     DEIS,
     IPNDM,
@@ -336,31 +334,27 @@ def cells(names: Iterable[str], work: Work, field: Sequence[Contestant]) -> list
     return found
 
 
-class Store:
-    """Finished cells, a JSON line each, with a fingerprint of the code that made them."""
+def _key(record: dict[str, Any]) -> tuple[str, Cell]:
+    return record["made_by"], Cell(*record["cell"])
 
-    def __init__(self, path: Path, fingerprints: dict[str, str]) -> None:
-        self.path, self.fingerprints = path, fingerprints
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.read_bytes().endswith(b"\n"):  # killed in the middle of a line
-            with path.open("a") as file:
-                file.write("\n")
+
+class Store:
+    """Finished cells, with a fingerprint of the code that made them."""
+
+    def __init__(self, path: Path, fingerprints: dict[str, str], fresh: bool = False) -> None:
+        self.fingerprints = fingerprints
+        self.kept = Cells(path, "benchmarks/step_counts.py", "cells", {}, _key, fresh)
 
     def read(self) -> dict[Cell, Score]:
         done = {}
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            try:
-                made_by, cell, score = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            cell = Cell(*cell)
+        for (made_by, cell), record in self.kept.done.items():
             if made_by == self.fingerprints.get(cell.package):
-                done[cell] = Score(*score)
+                value, *rest = record["score"]
+                done[cell] = Score(math.inf if value is None else value, *rest)
         return done
 
     def write(self, cell: Cell, score: Score) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps([self.fingerprints[cell.package], cell, score]) + "\n")
+        self.kept.write({"made_by": self.fingerprints[cell.package], "cell": cell, "score": score})
 
 
 def fingerprints(args: argparse.Namespace) -> dict[str, str]:
@@ -478,12 +472,6 @@ def _no_draws(row: int, x: Tensor) -> Tensor:
 Scores = dict[Cell, Score]
 
 
-def number(value: float) -> str:
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else "-"
-    return f"{value:.2e}".replace("e-0", "e-").replace("e+00", "").replace("e+0", "e")
-
-
 def best(scores: Scores, nfe: int, here: bool) -> tuple[Cell, Score] | None:
     """The best cell with that budget, of scoresde or of the peers."""
     rivals = [
@@ -505,7 +493,7 @@ def table_of_bests(
     head = ["NFE", "best here", "", "on grid"]
     head += ["best of the peers", "", "on grid", "peers / here"] if with_peers else []
     head += ["again, here", *(["again, peers"] if with_peers else [])] if again else []
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for nfe in budgets:
         row, pair = [str(nfe)], [best(scores, nfe, here) for here in ((True, False) if with_peers else (True,))]
         for found in pair:
@@ -517,26 +505,23 @@ def table_of_bests(
         if with_peers:
             row.append(f"{pair[1][1].value / pair[0][1].value:.2f}" if pair[0] and pair[1] else "-")
         row += [again(found[0]) if found else "-" for found in pair] if again else []
-        lines.append("| " + " | ".join(row) + " |")
-    return lines
+        rows.append(row)
+    return table(head, rows)
 
 
 def table_of_all(scores: Scores, budgets: Sequence[int], spacings: dict[tuple[str, str], str | None]) -> list[str]:
     """Each solver's best grid by name, and after the stroke what its customary grid gives."""
-    head = ["solver", *(f"NFE {nfe}" for nfe in budgets)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     by_solver: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for cell, score in scores.items():
         by_solver[cell.package, cell.solver][cell.nfe][cell.grid] = score.value
-    for key, rows in by_solver.items():
-        row = [key[1]]
-        for nfe in budgets:
-            grid, value = min(rows[nfe].items(), key=lambda pair: pair[1])
-            usual = rows[nfe].get(spacings.get(key) or "", math.inf)
-            shown = f"{number(value)} {grid}" if math.isfinite(value) else "-"
-            row.append(shown if math.isinf(value) else f"{shown} / {number(usual)}")
-        lines.append("| " + " | ".join(row) + " |")
-    return lines
+
+    def shown(key: tuple[str, str], values: dict[str, float]) -> str:
+        grid, value = min(values.items(), key=lambda pair: pair[1])
+        usual = values.get(spacings.get(key) or "", math.inf)
+        return f"{number(value)} {grid} / {number(usual)}" if math.isfinite(value) else "-"
+
+    rows = ([key[1], *(shown(key, found[nfe]) for nfe in budgets)] for key, found in by_solver.items())
+    return table(["solver", *(f"NFE {nfe}" for nfe in budgets)], rows)
 
 
 def failures(scores: Scores) -> list[str]:
@@ -549,14 +534,14 @@ def failures(scores: Scores) -> list[str]:
 
 
 def table_of_agreements(found: Sequence[Agreement]) -> list[str]:
-    lines = ["| peer | nearest here | largest difference | |", "|---|---|---|---|"]
+    rows = []
     for peer, solver, difference in found:
         remark = next((text for pattern, text in PEER_REMARKS.items() if fnmatch(peer, pattern)), "")
         verdict = "agrees" if difference < 1e-9 else "agrees in float32" if difference < 2e-6 else f"differs. {remark}"
         if math.isnan(difference):
             verdict = f"not finite. {remark}"
-        lines.append(f"| {peer} | {solver} | {number(difference)} | {verdict} |")
-    return lines
+        rows.append([peer, solver, number(difference), verdict])
+    return table(["peer", "nearest here", "largest difference", ""], rows)
 
 
 INK = {"here": "#0072B2", "peers": "#D55E00"}  # Okabe and Ito: apart for every kind of colour vision
@@ -665,17 +650,13 @@ def report(work: Work, names: Sequence[str], scores: Scores, found: Sequence[Agr
         ]
         page[-1] += " for solvers that draw noise, their exact law on the Gaussian."
         page += ["", *table_of_agreements(found)]
-        record["agreement"] = [a._asdict() | {"difference": _finite(a.difference)} for a in found]
+        record["agreement"] = [a._asdict() for a in found]
         page += ["", "Not in the race: " + "; ".join(f"{k} ({v})" for k, v in NOT_DRIVEN.items()) + "."]
     page += ["", "## Every solver", "", "Best grid, and after the stroke the error on the solver's own grid."]
     text = "\n".join([*page, *details]) + "\n"
     (out / "README.md").write_text(text)
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out / "results.json", record)
     return "\n".join(page)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _nested(scores: Scores) -> dict[str, Any]:
@@ -683,7 +664,7 @@ def _nested(scores: Scores) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for cell, score in scores.items():
         row = tree.setdefault(cell.package, {}).setdefault(cell.solver, {}).setdefault(cell.grid, [])
-        row.append(None if not math.isfinite(score.value) else float(f"{score.value:.4g}"))
+        row.append(float(f"{score.value:.4g}"))
     return tree
 
 
@@ -692,12 +673,12 @@ def _nested(scores: Scores) -> dict[str, Any]:
 
 def user_problem(args: argparse.Namespace) -> Problem:
     """The problem that --denoiser, --data and --features make."""
-    denoiser, data = user_denoiser(args.denoiser), None
+    denoiser, data = load_denoiser(args.denoiser)[0], None
     if args.data is not None:
         data = user_data(args.data)
         if tuple(data.shape[1:]) != tuple(args.shape):
             raise SystemExit(f"--data has samples of shape {tuple(data.shape[1:])}, but --shape is {tuple(args.shape)}")
-    features = attribute(args.features) if args.features else RandomFeatures(args.shape)
+    features = attribute("--features", args.features)[0] if args.features else RandomFeatures(args.shape)
     return UserProblem(
         denoiser,
         tuple(args.shape),
@@ -743,14 +724,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "runs" / "cells.jsonl"
-    if args.fresh:
-        path.unlink(missing_ok=True)
     names = ["user"] if args.denoiser else [*EXACT] if "all" in args.problem else list(dict.fromkeys(args.problem))
     work = Work(args)
     torch.set_num_threads(1)
     for name in names:
         work.problem(name).endpoint()  # before the processes start, which find it on disk
-    scores = race(work, names, Store(path, fingerprints(args)))
+    scores = race(work, names, Store(path, fingerprints(args), args.fresh))
     found = agreements([*ours(), *peers()]) if args.peers and not args.denoiser else []
     print(report(work, names, scores, found))
     print(f"\nwritten into {args.out}: README.md, results.json")

@@ -27,14 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import synchronise
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
 from scoresde import VPSDE, NetworkDenoiser, VDenoiser
+from scoresde.cli.models import parameters
 from scoresde.info import environment
 from scoresde.nn import UNet
+from scoresde.report import table, write_json
 from scoresde.training import TrainConfig, Trainer, start
 
 
@@ -87,8 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     results["throughput"] = [throughput(problem, args) for problem in problems]
     if args.process_steps:
         results["processes"] = processes(problems[0], args.process_steps)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.out / "results.json", results)
     page = report(results)
     (args.out / "README.md").write_text(page)
     print(page)
@@ -148,7 +150,11 @@ def throughput(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
             synchronise(args.device)
             wall[name].append(time.perf_counter() - begin)
             processor[name].append(time.process_time() - used)
-    found: dict[str, Any] = {"network": problem.name, "batch": problem.batch, "parameters": count(problem)}
+    found: dict[str, Any] = {
+        "network": problem.name,
+        "batch": problem.batch,
+        "parameters": parameters(problem.denoiser()),
+    }
     for clock, times in (("wall", wall), ("processor", processor)):
         ratios = [bare / ours for bare, ours in zip(times["bare"], times["trainer"], strict=True)]
         found[clock] = {
@@ -157,17 +163,6 @@ def throughput(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
             "ratio": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
         }
     return found
-
-
-def count(problem: Problem) -> int:
-    net = problem.denoiser().net
-    assert isinstance(net, torch.nn.Module)
-    return sum(p.numel() for p in net.parameters())
-
-
-def synchronise(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -216,7 +211,12 @@ def processes(problem: Problem, steps: int) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any]) -> str:
-    where = results["environment"]
+    where, rows = results["environment"], []
+    head = ["network", "batch", "parameters", "bare, items/s", "trainer, items/s"]
+    for row in results["throughput"]:
+        wall, processor = row["wall"], row["processor"]
+        speeds = [wall["bare_items_per_second"], wall["trainer_items_per_second"]]
+        rows.append([row["network"], row["batch"], f"{row['parameters']:,}", *speeds, _ratio(wall), _ratio(processor)])
     lines = [
         "# The trainer beside a bare loop",
         "",
@@ -225,28 +225,19 @@ def report(results: dict[str, Any]) -> str:
         "does forward, backward and AdamW's step on one batch. Ratio: its time over the trainer's in the same turn, "
         f"median (quartiles) of {results['turns']} turns of {results['steps_a_turn']} steps.",
         "",
-        "| network | batch | parameters | bare, items/s | trainer, items/s | ratio, wall clock | ratio, processor |",
-        "|---|---|---|---|---|---|---|",
+        *table([*head, "ratio, wall clock", "ratio, processor"], rows),
     ]
-    for row in results["throughput"]:
-        wall, processor = row["wall"], row["processor"]
-        lines.append(
-            f"| {row['network']} | {row['batch']} | {row['parameters']:,} | {wall['bare_items_per_second']} | "
-            f"{wall['trainer_items_per_second']} | {_ratio(wall)} | {_ratio(processor)} |"
-        )
     if found := results.get("processes"):
+        head = ["dtype", "largest difference of the losses", "last loss", "seconds, one", "seconds, two"]
+        runs = [(dtype, found[dtype]) for dtype in ("float64", "float32")]
+        rows = [[dtype, r["largest_loss_difference"], r["last_loss"], *r["seconds"].values()] for dtype, r in runs]
         lines += [
             "",
             f"One process and two (gloo, one thread each) with the same batch of {found['batch']}, {found['network']}, "
             f"{found['steps']} steps:",
             "",
-            "| dtype | largest difference of the losses | last loss | seconds, one | seconds, two |",
-            "|---|---|---|---|---|",
+            *table(head, rows),
         ]
-        for dtype in ("float64", "float32"):
-            row = found[dtype]
-            one, two = row["seconds"].values()
-            lines.append(f"| {dtype} | {row['largest_loss_difference']} | {row['last_loss']} | {one} | {two} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,6 @@ compared is the solver (--spacing own gives each its own default). Writes, into 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -30,6 +29,7 @@ from torch import Tensor
 from scoresde import VPSDE, Grid
 from scoresde.analysis import flow_error, gaussian_law, marginal, w2
 from scoresde.info import environment
+from scoresde.report import write_json
 from scoresde.solvers import Entry, Solver, available
 
 matplotlib.use("Agg")
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         "left_out": left_out,
         "rows": rows,
     }
-    (args.out / "convergence.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.out / "convergence.json", results)
     draw(rows, spacing, args.out / "convergence.png")
     print(table(rows))
     print(f"\n{len(rows)} solvers in {seconds} s" + (f"; left out: {', '.join(left_out)}" if left_out else ""))

@@ -16,7 +16,6 @@ that is killed goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from pathlib import Path
@@ -32,6 +31,8 @@ from scoresde.likelihood import dequantized, outer_edges
 from scoresde.metrics import RandomFeatures, frechet_distance
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
+from scoresde.report import table as markdown
+from scoresde.report import write_json
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP, EulerMaruyama, Heun, Solver, UniPC
 from scoresde.training import CheckpointError, TrainConfig, Trainer, min_snr
 
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = {"train": trained - start, "sample": sampled - trained, "likelihood": now - sampled}
     seconds = {name: round(value, 1) for name, value in seconds.items()}
     results = {"environment": environment(args.device), "seconds": seconds, **results}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.out / "results.json", results)
     print("\n" + table(results) + "\n\n" + likelihood_line(results))
     draw_samples(drawn, held_out, results, args.out / "samples.png")
     draw_process(denoiser, held_out[0], args.out / "process.png", args.seed)
@@ -182,10 +183,10 @@ def floor(features: RandomFeatures, training: Tensor, reference: Tensor, n: int,
 def table(results: dict) -> str:
     """The results as Markdown: Frechet distance by solver and budget of evaluations."""
     columns = sorted({row["budget"] for row in results["rows"]})
-    lines = ["| evaluations, at most | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in RACE:
-        cells = {row["budget"]: f"{row['frechet_distance']:.2f}" for row in results["rows"] if row["solver"] == name}
-        lines.append(f"| {name} | " + " | ".join(cells.get(n, "") for n in columns) + " |")
+    found = {(row["solver"], row["budget"]): f"{row['frechet_distance']:.2f}" for row in results["rows"]}
+    lines = markdown(
+        ["evaluations, at most", *columns], ([name, *(found.get((name, n), "") for n in columns)] for name in RACE)
+    )
     real, noise = results["floor"], max(row["std"] for row in results["rows"] if row["budget"] == columns[-1])
     return "\n".join(lines) + (
         f"\n\nReal digits against real digits: {real['mean']:.2f} (std {real['std']:.2f}). The smallest entries have a "

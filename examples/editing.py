@@ -35,6 +35,7 @@ from scoresde.data.toys import TOYS
 from scoresde.editing import edit, interpolation_grid, sdedit, variations
 from scoresde.exact import GaussianMixture
 from scoresde.info import environment
+from scoresde.report import write_json
 from scoresde.solvers import DDPM, DPMSolverPP
 
 matplotlib.use("Agg")
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         "translation": translated["measured"],
         "bridge": bridge["errors"],
     }
-    (args.out / "editing.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.out / "editing.json", results)
     draw(strokes, from_strokes, translated, bridge, between, args.out / "editing.png")
     print(json.dumps({key: results[key] for key in ("seconds", "sdedit", "translation", "bridge")}, indent=1))
     print(f"wrote {args.out}/editing.json and editing.png")

@@ -25,7 +25,6 @@ killed goes on from its last checkpoint, and one that has a network trains none.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from scoresde.guidance import ClassifierFree, Energy, class_means, distance
 from scoresde.info import environment
 from scoresde.metrics import classifier_features, evaluate, load_classifier
 from scoresde.metrics.classifier import WEIGHTS
+from scoresde.report import table, write_json
 from scoresde.solvers import DPMSolverPP
 from scoresde.training import CheckpointError, ModelConfig, TrainConfig, Trainer, min_snr
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         **swept,
         "low_density": rare,
     }
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.out / "results.json", results)
     (args.out / "README.md").write_text(report(results))
     draw_sweep(drawn, results, args.out / "guidance.png")
     draw_low_density(drawn_rare, results, args.out / "low_density.png")
@@ -177,20 +177,18 @@ def report(results: dict) -> str:
     """The tables, as Markdown."""
     about, real, low = results["environment"], results["real"], results["low_density"]
     head = ["w", "noise levels", "accuracy", "precision", "recall", "Frechet distance", "error of the solver"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for row in results["rows"]:
         where = "all" if row["interval"] is None else "{:g} to {:g}".format(*row["interval"])
         cells = [f"{row['weight']:g}", where, *(f"{row[name]:.3f}" for name in SCORES[:3])]
         cells += [f"{row['frechet']:.2f} +- {row['frechet_stderr']:.2f}", f"{row['solver_error']:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     cells = ["real digits", "", *(f"{real[name]['mean']:.3f}" for name in SCORES[:3])]
-    lines.append(f"| {' | '.join(cells)} | {real['frechet']['mean']:.2f} (std {real['frechet']['std']:.2f}) | |")
-    sweep = "\n".join(lines)
+    rows.append([*cells, f"{real['frechet']['mean']:.2f} (std {real['frechet']['std']:.2f})", ""])
+    sweep = "\n".join(table(head, rows))
     head = ["scale", "distance in features", "in pixels", "to the nearest training digit", "accuracy"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in low["rows"]:
-        cells = [row["distance_in_features"], row["distance_in_pixels"], row["distance_to_nearest"], row["accuracy"]]
-        lines.append(f"| {row['scale']:g} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+    names = ("distance_in_features", "distance_in_pixels", "distance_to_nearest", "accuracy")
+    rows = [[f"{row['scale']:g}", *(f"{row[name]:.3f}" for name in names)] for row in low["rows"]]
     return f"""# Classifier-free guidance on the digits
 
 `{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
@@ -215,7 +213,7 @@ the class there and s the mean distance to it of held-out digits. Distances to t
 pixels, and to the nearest training digit: means, in units of what held-out digits have. Guidance with w = 2 keeps the
 class, and by itself leads towards the mean.
 
-{chr(10).join(lines)}
+{chr(10).join(table(head, rows))}
 
 ![Digits led towards the mean of their class, and away from it](low_density.png)
 """

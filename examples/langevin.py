@@ -29,6 +29,7 @@ from scoresde import VESDE, Denoiser, ScoreDenoiser
 from scoresde.exact import GaussianMixture
 from scoresde.info import environment
 from scoresde.noise import derive_seed
+from scoresde.report import write_json
 from scoresde.solvers.langevin import langevin
 from scoresde.training import dsm_loss
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         "evaluations": args.steps,
         "standard_error_of_a_share": round(math.sqrt(0.16 / args.chains), 4),
     }
-    (args.out / "langevin.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.out / "langevin.json", results)
     draw(learned, exact, chains, results, args.out / "langevin.png", args.seed)
     print(json.dumps({key: results[key] for key in ("score", "share_of_the_smaller_mode")}, indent=1))
     print(f"wrote {args.out}/langevin.json and langevin.png")

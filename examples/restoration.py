@@ -29,7 +29,6 @@ Writes restoration.png, results.json and README.md into --out.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -49,6 +48,7 @@ from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM
 from scoresde.guidance.projections import DDNM
 from scoresde.guidance.replacement import RePaint, Replacement
 from scoresde.info import environment
+from scoresde.report import table, write_json
 from scoresde.solvers import DDPM
 from scoresde.training import load
 from scoresde.wrappers import Clip
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         "problems": {name: repr(PROBLEMS[name](truth.shape[1:])) for name in args.problems},
         "rows": rows,
     }
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.out / "results.json", results)
     (args.out / "README.md").write_text(report(results))
     draw(truth, drawn, results, args.out / "restoration.png")
     print("\n" + report(results) + f"\nwrote {args.out}/restoration.png, results.json and README.md")
@@ -202,11 +202,11 @@ def report(results: dict) -> str:
     """The table, as Markdown."""
     about = results["environment"]
     head = ["", "method", "PSNR of a draw", "of their mean", "spread", "residual", "evaluations", "seconds"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in results["rows"]:
-        forms = {**dict.fromkeys(("psnr", "psnr_of_mean", "spread", "residual"), ".2f"), "nfe": "", "seconds": ""}
-        cells = [format(row[key], form) if key in row else "" for key, form in forms.items()]
-        lines.append(f"| {row['problem']} | {row['method']} | {' | '.join(cells)} |")
+    forms = {**dict.fromkeys(("psnr", "psnr_of_mean", "spread", "residual"), ".2f"), "nfe": "", "seconds": ""}
+    rows = (
+        [row["problem"], row["method"], *(format(row[key], form) if key in row else "" for key, form in forms.items())]
+        for row in results["rows"]
+    )
     operators = "\n".join(f"- {name}: `{operator}`" for name, operator in results["problems"].items())
     return f"""# Restoration with an unconditional model
 
@@ -220,7 +220,7 @@ where they are too sure; residual: 1 where they explain y and no more. DPS is no
 {results["zeta"]:g}. Replacement and RePaint take a noisy y only where A has one singular value, so not under blur. No
 model: A^T (A A^T + rho)^-1 y with rho = (noise / standard deviation)^2.
 
-{chr(10).join(lines)}
+{chr(10).join(table(head, rows))}
 
 {operators}
 

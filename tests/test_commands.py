@@ -21,17 +21,15 @@ import scoresde
 from scoresde import VPSDE, Clip, sample, sample_seeds
 from scoresde.cli import compare, edit, evaluate, export, likelihood, main, parser, restore, train, variance
 from scoresde.cli import sample as sampling
-from scoresde.cli.cells import Cells
-from scoresde.cli.config import SECTIONS, DataConfig, EvaluateConfig, RunConfig, override, read_toml, write_toml
-from scoresde.cli.defaults import completed
-from scoresde.cli.drawing import Recipe
-from scoresde.cli.images import grid
+from scoresde.cli.config import SECTIONS, DataConfig, RunConfig, completed, override, to_toml
+from scoresde.cli.drawing import SOLVERS, Recipe, solver_of
+from scoresde.cli.images import grid, to_levels
 from scoresde.cli.models import open_run, run_config
 from scoresde.data import TrainingData, digit_levels, digits, scaled
 from scoresde.levels import to_levels
 from scoresde.likelihood import bits_per_dim, outer_edges
-from scoresde.solvers import DDIM, DDPM
-from scoresde.solvers.catalogue import SOLVERS, solver_of
+from scoresde.report import Cells
+from scoresde.solvers import DDIM, DDPM, OptimalVariance
 from scoresde.training import ModelConfig, TrainConfig, Trainer
 from scoresde.training.folder import checkpoints
 from scoresde.variance import AnalyticDenoiser, OptimalVariance, VarianceTable
@@ -715,14 +713,14 @@ def test_a_solver_that_cannot_run_is_said_and_the_rest_goes_on(moons_run, here, 
 
 def test_cells_of_anything_go_on(tmp_path):
     path = tmp_path / "cells.jsonl"
-    cells = Cells(path, "compare", "cells", {"a": 1}, lambda record: record["key"])
+    cells = Cells(path, "scoresde compare", "cells", {"a": 1}, lambda record: record["key"])
     cells.write({"key": 1, "value": math.nan})
     cells.write({"key": 2, "value": 3.0})
     path.write_bytes(path.read_bytes()[:-3])
-    again = Cells(path, "compare", "cells", {"a": 1}, lambda record: record["key"])
+    again = Cells(path, "scoresde compare", "cells", {"a": 1}, lambda record: record["key"])
     assert again.done == {1: {"key": 1, "value": None}}
     with pytest.raises(ValueError, match="holds cells of another run: a: 1 in the file, 2 now"):
-        Cells(path, "compare", "cells", {"a": 2}, lambda record: record["key"])
+        Cells(path, "scoresde compare", "cells", {"a": 2}, lambda record: record["key"])
 
 
 # --- info ------------------------------------------------------------------------------------------------------------

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +16,6 @@ from typing import Any
 import torch
 
 from scoresde.data import BUILT_IN
-from scoresde.files import write_whole
 from scoresde.info import environment
 from scoresde.training import parallel
 
@@ -33,8 +30,6 @@ __all__ = [
     "say",
     "session",
     "sigterm",
-    "without_nan",
-    "write_json",
 ]
 
 DATA_HELP = (
@@ -138,18 +133,3 @@ def record(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     arguments = {name: value for name, value in arguments.items() if not callable(value)}
     return {"arguments": arguments, "environment": environment(device)}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write it, whole or not at all; NaN as null."""
-    text = json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def without_nan(content: Any) -> Any:
-    """NaN, which JSON has not, as null."""
-    if isinstance(content, Mapping):
-        return {key: without_nan(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -14,19 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.checks import check_count
-from scoresde.cli.cells import Cells
-from scoresde.cli.common import (
-    add_quiet,
-    command_parser,
-    going_on,
-    record,
-    say,
-    session,
-    without_nan,
-    write_json,
-)
-from scoresde.cli.drawing import GRIDS, Recipe, add_draw_arguments, draw_all, recipe, rounded
+from scoresde.cli.common import add_quiet, command_parser, going_on, record, say, session
+from scoresde.cli.drawing import GRIDS, Recipe, add_draw_arguments, draw_all, recipe, rounded, solver_of
 from scoresde.cli.measuring import (
     add_data_arguments,
     add_measure_arguments,
@@ -38,7 +27,8 @@ from scoresde.cli.measuring import (
 from scoresde.cli.models import Model, add_model_arguments, digest, open_model, sha
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS, evaluate
-from scoresde.solvers.catalogue import solver_of
+from scoresde.report import Cells, table, write_json
+from scoresde.solvers.base import check_count
 from scoresde.training import parallel
 
 __all__ = ["add_parser", "run"]
@@ -114,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         race = Race(args, model, features, reference, floor)
         made_for = race.made_for(chosen.source)
         path = args.out / "cells.jsonl"
-        kept = parallel.by_first(lambda: Cells(path, "compare", "cells", made_for, _cell, args.fresh))
+        kept = parallel.by_first(lambda: Cells(path, "scoresde compare", "cells", made_for, _cell, args.fresh))
         with going_on("finished cells are kept, and the same command goes on"):
             race.run(kept)
         if parallel.rank() == 0:
@@ -238,7 +228,7 @@ class Race:
         if notes:
             page += ["", "Not run, or not finite:", "", *notes]
         result = {"cells": rows, "real data": real, "made for": kept.made_for, **record(args, device)}
-        write_json(out / "results.json", without_nan(result))
+        write_json(out / "results.json", result)
         pictures = [f"![{name}]({name}.png)" for name in metrics if self.plot(name, rows, real["scores"].get(name))]
         head = ["# Solvers at few evaluations", "", f"`{result['environment']['command']}`", ""]
         text = "\n".join([*head, *page, "", *pictures]) + "\n"
@@ -248,14 +238,13 @@ class Race:
     def table(self, name: str, rows: list[dict[str, Any]], real: dict[str, Any] | None) -> list[str]:
         """A line a solver and grid, a column a budget."""
         budgets, many = self.args.nfe, len(set(self.args.grids)) > 1
-        lines = ["| solver | " + " | ".join(f"NFE {nfe}" for nfe in budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
         by_cell = {(row["solver"], row["grid"], row["nfe"]): row["scores"].get(name) for row in rows}
-        for solver, grid in dict.fromkeys((row["solver"], row["grid"]) for row in rows):
-            cells = [_shown(by_cell.get((solver, grid, nfe))) for nfe in budgets]
-            lines.append(f"| {solver}{f', {grid}' if many else ''} | " + " | ".join(cells) + " |")
-        if real:
-            lines.append(f"| real data | {_shown(real)}" + " | " * len(budgets))
-        return [line.rstrip() for line in lines]
+        lines = [
+            [f"{solver}, {grid}" if many else solver, *(_shown(by_cell.get((solver, grid, nfe))) for nfe in budgets)]
+            for solver, grid in dict.fromkeys((row["solver"], row["grid"]) for row in rows)
+        ]
+        lines += [["real data", _shown(real), *[""] * (len(budgets) - 1)]] if real else []
+        return table(["solver", *(f"NFE {nfe}" for nfe in budgets)], lines)
 
     def plot(self, name: str, rows: list[dict[str, Any]], real: dict[str, Any] | None) -> bool:
         """The metric against evaluations; False where there is no matplotlib."""

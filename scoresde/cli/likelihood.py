@@ -22,9 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.checks import check_count
-from scoresde.cli.cells import Cells
-from scoresde.cli.common import add_quiet, check_file, command_parser, going_on, record, session, write_json
+from scoresde.cli.common import add_quiet, check_file, command_parser, going_on, record, session
 from scoresde.cli.measuring import add_data_arguments, data_config
 from scoresde.cli.models import About, Model, add_denoiser, digest, is_run, load_denoiser, open_run, placed
 from scoresde.data import Data, TrainingData, read_data
@@ -32,6 +30,17 @@ from scoresde.errors import NonFiniteError, not_finite
 from scoresde.levels import outer_edges
 from scoresde.likelihood.bits import Dequantize, bits_per_dim, dequantized, image_seeds, log_density, mean_and_stderr
 from scoresde.likelihood.bound import elbo
+from scoresde.likelihood.discrete import (
+    Dequantize,
+    bits_per_dim,
+    dequantized,
+    image_seeds,
+    log_density,
+    mean_and_stderr,
+    outer_edges,
+)
+from scoresde.report import Cells, write_json
+from scoresde.solvers.base import check_count
 from scoresde.training import parallel
 
 __all__ = ["add_parser", "run"]
@@ -326,7 +335,7 @@ class Batches(Cells):
     """Finished batches, by their first items."""
 
     def __init__(self, path: Path, made_for: dict[str, Any], fresh: bool = False) -> None:
-        super().__init__(path, "likelihood", "batches", made_for, _first, fresh)
+        super().__init__(path, "scoresde likelihood", "batches", made_for, _first, fresh)
 
     def column(self, key: str) -> list[Any]:
         """An entry of every batch, in the order of the items; None is NaN."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import inspect
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count
-from scoresde.cli.common import write_json
 from scoresde.cli.config import DataConfig, RunConfig, read_toml
 from scoresde.cli.images import is_picture
 from scoresde.data import TrainingData
 from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser, networks
+from scoresde.report import attribute, write_json
+from scoresde.solvers.base import check_count
 from scoresde.training import CheckpointError
 from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.model import load
@@ -283,27 +281,6 @@ def load_denoiser(text: str, checkpoint: Path | None = None) -> tuple[Denoiser, 
         "checkpoint": "none" if checkpoint is None else sha(checkpoint.read_bytes()),
         "weights": _weights_digest(found),
     }
-
-
-def attribute(option: str, text: str) -> tuple[Any, ModuleType]:
-    """What MODULE:NAME is, and its module; the working folder is looked in too.
-
-    Raises:
-        ImportError: if the module cannot be imported.
-        ValueError: if it has no such name.
-    """
-    module_name, _, name = text.partition(":")
-    if not module_name or not name:
-        raise ValueError(f"{option} {text!r}: expected MODULE:NAME, my_model:denoiser say")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # a console script's path does not have it
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ImportError(f"{option} {text}: {error}") from error
-    if not hasattr(module, name):
-        raise ValueError(f"{option} {text}: {module.__name__} has no {name!r}")
-    return getattr(module, name), module
 
 
 def placed(denoiser: Denoiser, device: str | None) -> Denoiser:

@@ -6,6 +6,7 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
+from scoresde.report import table
 from scoresde.solvers.adaptive_ode import AdaptiveODE
 from scoresde.solvers.adaptive_sde import AdaptiveSDE, DPMSolverAdaptive
 from scoresde.solvers.annealed import AnnealedLangevin
@@ -82,11 +83,8 @@ def available() -> list[Entry]:
 
 def markdown(entries: Sequence[Entry]) -> str:
     """The entries as a table for the README."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    for entry in entries:
-        name, solver, *rest = entry.line()
-        lines.append("| " + " | ".join([name, f"`{solver}`", *rest]) + " |")
-    return "\n".join(lines)
+    rows = ((name, f"`{solver}`", *rest) for name, solver, *rest in (entry.line() for entry in entries))
+    return "\n".join(table(HEADER, rows))
 
 
 _ANGLE = "Salimans and Ho (2022), for the angle"

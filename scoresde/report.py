@@ -1,16 +1,71 @@
-"""Finished parts of a long computation, in a file that a killed run goes on from."""
+"""Results as they are left behind: tables, files of numbers, finished parts that a killed run goes on from; and what a
+user names as MODULE:NAME to have measured.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
-from collections.abc import Callable, Hashable
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from scoresde.cli.common import without_nan
+from scoresde.files import write_whole
 
-__all__ = ["Cells"]
+__all__ = ["Cells", "attribute", "table", "without_nan", "write_json"]
+
+
+def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> list[str]:
+    """The lines of a Markdown table.
+
+    >>> print("\\n".join(table(["solver", 5, 10], [["ddim", 0.2, 0.1]])))
+    | solver | 5 | 10 |
+    |---|---|---|
+    | ddim | 0.2 | 0.1 |
+    """
+    titles = list(head)
+    first, *lines = ("| " + " | ".join(map(str, row)) + " |" for row in (titles, *rows))
+    return [first, "|" + "---|" * len(titles), *lines]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write it, whole or not at all; NaN as null."""
+    text = json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def without_nan(content: Any) -> Any:
+    """NaN and infinity, which JSON has not, as null."""
+    if isinstance(content, Mapping):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def attribute(option: str, text: str) -> tuple[Any, ModuleType]:
+    """What MODULE:NAME is, and its module; the working folder is looked in too.
+
+    Raises:
+        ImportError: if the module cannot be imported.
+        ValueError: if it has no such name.
+    """
+    module_name, _, name = text.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{option} {text!r}: expected MODULE:NAME, my_model:denoiser say")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # a console script's path does not have it
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ImportError(f"{option} {text}: {error}") from error
+    if not hasattr(module, name):
+        raise ValueError(f"{option} {text}: {module.__name__} has no {name!r}")
+    return getattr(module, name), module
 
 
 class Cells:
@@ -20,7 +75,7 @@ class Cells:
 
     Args:
         path: the file; written with the first record.
-        command: whose it is, "likelihood" say.
+        program: whose it is, "scoresde likelihood" say.
         parts: what the records are called.
         made_for: what they depend on.
         key: of a record; it raises ValueError, TypeError or KeyError on what is none.
@@ -37,15 +92,15 @@ class Cells:
     def __init__(
         self,
         path: Path,
-        command: str,
+        program: str,
         parts: str,
         made_for: dict[str, Any],
         key: Callable[[dict[str, Any]], Hashable],
         fresh: bool = False,
     ) -> None:
         self.path, self.made_for = path, json.loads(json.dumps(made_for))
-        self.command, self.parts, self.key = command, parts, key
-        self.format = f"scoresde-{command}-1"
+        self.program, self.parts, self.key = program, parts, key
+        self.format = f"{program.replace(' ', '-')}-1"
         self.done: dict[Hashable, dict[str, Any]] = {}
         if fresh:
             path.unlink(missing_ok=True)
@@ -78,9 +133,7 @@ class Cells:
         except (ValueError, TypeError, KeyError):
             known, theirs = False, {}
         if not known:
-            raise ValueError(
-                f"{self.path} is not a file of `scoresde {self.command}`: give another --out, or remove it"
-            )
+            raise ValueError(f"{self.path} is not a file of `{self.program}`: give another --out, or remove it")
         different = [
             f"{key}: {theirs.get(key, 'nothing')} in the file, {made_for.get(key, 'nothing')} now"
             for key in sorted({*theirs, *made_for})
