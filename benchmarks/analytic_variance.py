@@ -57,8 +57,7 @@ from scoresde.metrics import frechet_distance
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
 from scoresde.report import table, write_json
-from scoresde.solvers import DDIM, DDPM, OptimalVariance, Solver
-from scoresde.solvers.optimal_variance import quiet_last
+from scoresde.solvers import DDIM, DDPM, Solver
 from scoresde.tableau import Tableau
 from scoresde.training import TrainConfig, Trainer
 from scoresde.variance import (

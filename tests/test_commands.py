@@ -21,15 +21,16 @@ import scoresde
 from scoresde import VPSDE, Clip, sample, sample_seeds
 from scoresde.cli import compare, edit, evaluate, export, likelihood, main, parser, restore, train, variance
 from scoresde.cli import sample as sampling
-from scoresde.cli.config import SECTIONS, DataConfig, RunConfig, completed, override, to_toml
-from scoresde.cli.drawing import SOLVERS, Recipe, solver_of
-from scoresde.cli.images import grid, to_levels
+from scoresde.cli.config import SECTIONS, DataConfig, RunConfig, completed, override
+from scoresde.cli.drawing import Recipe
+from scoresde.cli.images import grid
 from scoresde.cli.models import open_run, run_config
 from scoresde.data import TrainingData, digit_levels, digits, scaled
 from scoresde.levels import to_levels
 from scoresde.likelihood import bits_per_dim, outer_edges
 from scoresde.report import Cells
-from scoresde.solvers import DDIM, DDPM, OptimalVariance
+from scoresde.solvers import DDIM, DDPM
+from scoresde.solvers.catalogue import SOLVERS, solver_of
 from scoresde.training import ModelConfig, TrainConfig, Trainer
 from scoresde.training.folder import checkpoints
 from scoresde.variance import AnalyticDenoiser, OptimalVariance, VarianceTable

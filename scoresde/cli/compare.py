@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.checks import check_count
 from scoresde.cli.common import add_quiet, command_parser, going_on, record, say, session
-from scoresde.cli.drawing import GRIDS, Recipe, add_draw_arguments, draw_all, recipe, rounded, solver_of
+from scoresde.cli.drawing import GRIDS, Recipe, add_draw_arguments, draw_all, recipe, rounded
 from scoresde.cli.measuring import (
     add_data_arguments,
     add_measure_arguments,
@@ -28,7 +29,7 @@ from scoresde.cli.models import Model, add_model_arguments, digest, open_model, 
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS, evaluate
 from scoresde.report import Cells, table, write_json
-from scoresde.solvers.base import check_count
+from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel
 
 __all__ = ["add_parser", "run"]

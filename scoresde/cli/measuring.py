@@ -17,7 +17,6 @@ from scoresde.data.training import Batch
 from scoresde.metrics import METRICS, PCA, Pixels, RandomFeatures, classifier_features, inception
 from scoresde.metrics.classifier import WEIGHTS
 from scoresde.report import attribute
-from scoresde.solvers.base import check_option
 
 __all__ = [
     "FEATURES_HELP",
