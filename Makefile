@@ -28,7 +28,8 @@ docs: $(PAGES)  ## the pages and the reference, in build/site; a warning is an e
 	cp -R docs build/pages
 	cp -R benchmarks/results build/pages/results
 	for page in $(notdir $(wildcard docs/*.md)); do sed 's#](../benchmarks/results/#](results/#g' docs/$$page > build/pages/$$page; done
-	$(BIN)/zensical build --clean --strict
+	$(BIN)/zensical build --clean --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	! grep ^griffe: build/docs.log  # what a docstring says of an argument that is not there
 
 doctest: $(READY)  ## the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules scoresde

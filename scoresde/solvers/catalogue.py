@@ -80,7 +80,7 @@ def available() -> list[Entry]:
 
 
 def markdown(entries: Sequence[Entry]) -> str:
-    """The entries as a table for the README."""
+    """The entries as the table of docs/solvers.md."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     for entry in entries:
         name, solver, *rest = entry.line()
