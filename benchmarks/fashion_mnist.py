@@ -39,10 +39,11 @@ from kept import Cells, Clock, Score, floor, number, write_json
 
 from scoresde import Denoiser, Grid, bits_per_dim, sample
 from scoresde.cli.images import grid as side_by_side
-from scoresde.cli.images import to_levels, write_png
+from scoresde.cli.images import write_png
 from scoresde.cli.models import About
 from scoresde.data import fashion_mnist_levels
 from scoresde.info import environment
+from scoresde.levels import to_levels
 from scoresde.likelihood import outer_edges
 from scoresde.metrics import classifier_features, frechet_distance
 from scoresde.noise import derive_seed

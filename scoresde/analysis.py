@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_count
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_count
+from scoresde.solvers.base import Solver
 from scoresde.solvers.runge_kutta import RungeKutta
-from scoresde.tableau import Tableau
+from scoresde.tableau import Tableau, responses
 from scoresde.tensors import Time, as_time
 
 __all__ = [
@@ -47,7 +48,6 @@ __all__ = [
     "kl",
     "marginal",
     "order",
-    "responses",
     "stable_from",
     "w2",
 ]
@@ -379,21 +379,6 @@ def _responses(table: Tableau, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     f = torch.where(on, p + q * (alpha * v / S), 0.0)  # S may be zero where nothing is evaluated
     e = torch.where(on, q * (sigma**2 / S), 0.0)
     return *responses(table, f), e
-
-
-def responses(table: Tableau, f: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives of the output by the state that enters each row, xi (R + 1, D), and by each F, phi (R, D), where f,
-    shape (R, D), is the derivative of F by its own x. With f = 0 they are the weights of x_T and of every F held fixed.
-    """
-    R, K = table.b.shape
-    row, lag = torch.arange(R, device="cpu")[:, None], torch.arange(K, device="cpu")
-    readers = torch.nn.functional.pad(table.b, (0, 0, 0, K))[row + lag, lag]  # b_{i+k,k}, zero beyond the last row
-    xi, phi = f.new_zeros(R + K, f.shape[1]), f.new_zeros(R, f.shape[1])
-    xi[R] = 1.0
-    for i in reversed(range(R)):
-        phi[i] = readers[i] @ xi[i + 1 : i + 1 + K]
-        xi[i] = table.a[i] * xi[i + 1] + f[i] * phi[i]
-    return xi[: R + 1], phi
 
 
 def _affine(table: Tableau, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

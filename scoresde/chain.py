@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scoresde.sde import VariancePreserving, check_positive
+from scoresde.checks import check_positive
+from scoresde.sde import VariancePreserving
 from scoresde.tensors import Time, as_time
 
 __all__ = ["DDPMChain"]

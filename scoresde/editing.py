@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.grid import Grid
 from scoresde.guidance.operators import Mask
@@ -38,7 +39,6 @@ from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, derive_seed
 from scoresde.sampling import Solution, sample
 from scoresde.sde import SDE
 from scoresde.solvers import Solver
-from scoresde.solvers.base import check_count, check_option
 from scoresde.tensors import check_batch, widen
 
 __all__ = ["Edit", "edit", "interpolation", "interpolation_grid", "sdedit", "strength_time", "variations"]

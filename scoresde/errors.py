@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["NonFiniteError", "not_finite", "some"]
+__all__ = ["CheckpointError", "NonFiniteError", "not_finite", "some"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -30,3 +30,7 @@ def not_finite(x: Tensor) -> list[int]:
 def some(samples: list[int]) -> str:
     """The first of them, for a message."""
     return ", ".join(map(str, samples[:8])) + (f", ... ({len(samples)} in all)" if len(samples) > 8 else "")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, foreign, or was made for something else."""

@@ -14,7 +14,6 @@ and B; the other families name theirs.
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_ordered, check_positive
 from scoresde.tensors import Time, as_time, check_batch, expand_like
 
 __all__ = ["EDMSDE", "SDE", "VESDE", "VPSDE", "CosineVPSDE", "FlowSDE", "SubVPSDE"]
@@ -162,20 +162,6 @@ class SDE(ABC):
         """log N(x; 0, prior_std^2 I) in nats, shape (B,), for x of shape (B, ...)."""
         z = x.reshape(x.shape[0], -1) / self.prior_std
         return -0.5 * (z**2).sum(-1) - z.shape[1] * (math.log(self.prior_std) + 0.5 * math.log(2 * math.pi))
-
-
-def check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value}: expected a finite number > 0")
-
-
-def check_ordered(**values: float) -> None:
-    """Check that the named positive numbers strictly increase."""
-    check_positive(**values)
-    numbers = list(values.values())
-    if any(low >= high for low, high in itertools.pairwise(numbers)):
-        raise ValueError(", ".join(f"{k}={v}" for k, v in values.items()) + f": expected {' < '.join(values)}")
 
 
 class VariancePreserving(SDE):

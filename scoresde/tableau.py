@@ -27,7 +27,7 @@ from scoresde.views import view_of_mean
 if TYPE_CHECKING:
     from scoresde.noise import NoiseSource
 
-__all__ = ["State", "Tableau"]
+__all__ = ["State", "Tableau", "responses"]
 
 Column = Tensor | float
 
@@ -267,3 +267,18 @@ def _column(value: Column, name: str, rows: int | None) -> Tensor:
     if column.ndim != 1 or (rows is not None and len(column) != rows):
         raise ValueError(f"{name} has shape {tuple(column.shape)}: expected a number or {(rows or 'R',)}")
     return column
+
+
+def responses(table: Tableau, f: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of the output by the state that enters each row, xi (R + 1, D), and by each F, phi (R, D), where f,
+    shape (R, D), is the derivative of F by its own x. With f = 0 they are the weights of x_T and of every F held fixed.
+    """
+    R, K = table.b.shape
+    row, lag = torch.arange(R, device="cpu")[:, None], torch.arange(K, device="cpu")
+    readers = torch.nn.functional.pad(table.b, (0, 0, 0, K))[row + lag, lag]  # b_{i+k,k}, zero beyond the last row
+    xi, phi = f.new_zeros(R + K, f.shape[1]), f.new_zeros(R, f.shape[1])
+    xi[R] = 1.0
+    for i in reversed(range(R)):
+        phi[i] = readers[i] @ xi[i + 1 : i + 1 + K]
+        xi[i] = table.a[i] * xi[i + 1] + f[i] * phi[i]
+    return xi[: R + 1], phi

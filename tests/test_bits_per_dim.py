@@ -16,8 +16,9 @@ from torch import Tensor
 from scoresde import VPSDE, Denoiser, EpsDenoiser, NonFiniteError, sample_seeds
 from scoresde.data import digit_levels, digits
 from scoresde.exact import Gaussian, GaussianMixture
+from scoresde.levels import outer_edges
 from scoresde.likelihood import discrete
-from scoresde.likelihood.discrete import bits_per_dim, dequantized, outer_edges
+from scoresde.likelihood.discrete import bits_per_dim, dequantized
 from scoresde.likelihood.flow import LogProb, log_prob
 
 SDE = VPSDE()

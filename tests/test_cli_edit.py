@@ -10,10 +10,10 @@ import torch
 
 import scoresde
 from scoresde.cli import main
-from scoresde.cli.images import to_levels
 from scoresde.data import digit_levels, scaled
 from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, variations
 from scoresde.guidance.classifier_free import ClassifierFree
+from scoresde.levels import to_levels
 from scoresde.noise import derive_seed
 from scoresde.solvers import DDIM, DDPM, UniPC
 

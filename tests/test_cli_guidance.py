@@ -15,12 +15,12 @@ import torch
 import scoresde
 from scoresde.cli import main
 from scoresde.cli.drawing import Recipe
-from scoresde.cli.images import to_levels
 from scoresde.cli.restore import METHODS, OPERATORS, operator_of
 from scoresde.data import digit_levels, digits
 from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.guidance.operators import Blur, Downsample, FourierSampling, LinearOperator, Mask
 from scoresde.guidance.posterior_sampling import PiGDM
+from scoresde.levels import to_levels
 from scoresde.likelihood.discrete import image_seeds
 from scoresde.noise import derive_seed
 from scoresde.sampling import sample

@@ -25,9 +25,10 @@ from scoresde.cli import sample as sampling
 from scoresde.cli.cells import Cells
 from scoresde.cli.config import SECTIONS, DataConfig, RunConfig, completed, override, to_toml
 from scoresde.cli.drawing import SOLVERS, Recipe, solver_of
-from scoresde.cli.images import grid, to_levels
+from scoresde.cli.images import grid
 from scoresde.cli.models import open_run, run_config
 from scoresde.data import TrainingData, digit_levels, digits, scaled
+from scoresde.levels import to_levels
 from scoresde.likelihood import bits_per_dim, outer_edges
 from scoresde.solvers import DDIM, DDPM, OptimalVariance
 from scoresde.training import ModelConfig, TrainConfig, Trainer

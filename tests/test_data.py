@@ -41,7 +41,8 @@ from scoresde.data import (
     scaled,
     training_data,
 )
-from scoresde.likelihood.discrete import dequantized, outer_edges
+from scoresde.levels import outer_edges
+from scoresde.likelihood.discrete import dequantized
 from scoresde.noise import derive_seed
 
 IMAGES = (torch.arange(12 * 28 * 28) % 256).to(torch.uint8).reshape(12, 28, 28)

@@ -15,11 +15,12 @@ from scoresde import VPSDE
 from scoresde.cli import likelihood as command
 from scoresde.cli import main
 from scoresde.data import digit_levels, read_data
+from scoresde.errors import CheckpointError
 from scoresde.exact import Gaussian
+from scoresde.levels import outer_edges
 from scoresde.likelihood.bound import elbo
-from scoresde.likelihood.discrete import bits_per_dim, dequantized, outer_edges
+from scoresde.likelihood.discrete import bits_per_dim, dequantized
 from scoresde.likelihood.flow import log_prob
-from scoresde.training.checkpoint import CheckpointError
 
 MODULE = "a_model_of_these_tests"
 SOURCE = """

@@ -25,7 +25,7 @@ from scoresde import (
     sample,
 )
 from scoresde.analysis import gaussian_law, marginal
-from scoresde.errors import NonFiniteError
+from scoresde.errors import CheckpointError, NonFiniteError
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.likelihood.bound import elbo
 from scoresde.noise import sample_seeds
@@ -42,7 +42,6 @@ from scoresde.solvers import (
 )
 from scoresde.solvers.optimal_variance import OptimalVariance, optimal_tableau
 from scoresde.tensors import as_time
-from scoresde.training.checkpoint import CheckpointError
 from scoresde.variance.denoiser import AnalyticDenoiser
 from scoresde.variance.estimate import estimate
 from scoresde.variance.table import VarianceTable, fingerprint

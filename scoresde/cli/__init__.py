@@ -24,7 +24,7 @@ from scoresde.cli import compare, edit, evaluate, export, info, likelihood, rest
 from scoresde.cli.common import sigterm
 from scoresde.cli.drawing import GRIDS, SOLVERS
 from scoresde.cli.info import SDES
-from scoresde.training.checkpoint import CheckpointError
+from scoresde.errors import CheckpointError
 
 __all__ = ["GRIDS", "SDES", "SOLVERS", "main"]
 

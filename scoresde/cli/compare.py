@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.checks import check_count
 from scoresde.cli.cells import Cells
 from scoresde.cli.common import (
     add_quiet,
@@ -37,7 +38,6 @@ from scoresde.cli.measuring import (
 from scoresde.cli.models import Model, add_model_arguments, digest, open_model, sha
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS, evaluate
-from scoresde.solvers.base import check_count
 from scoresde.training import parallel
 
 __all__ = ["add_parser", "run"]

@@ -16,11 +16,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count, check_option
 from scoresde.data import Condition, Given, ImageFolder, Shown, TrainingData, condition_of, training_data
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS
 from scoresde.sde import SDE
-from scoresde.solvers.base import check_count, check_option
 from scoresde.training.config import TrainConfig, check_keys
 from scoresde.training.model import ModelConfig
 from scoresde.training.weights import (

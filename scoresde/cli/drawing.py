@@ -18,17 +18,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde import solvers
-from scoresde.cli.images import to_levels
+from scoresde.checks import check_count, check_option
 from scoresde.cli.models import Model
 from scoresde.data import TrainingData, nothing, scaled
 from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError, some
 from scoresde.grid import Grid
 from scoresde.guidance.classifier_free import ClassifierFree
+from scoresde.levels import to_levels
 from scoresde.noise import derive_seed
 from scoresde.sampling import sample
 from scoresde.solvers import OptimalVariance, Solver, available
-from scoresde.solvers.base import check_count, check_option
 from scoresde.training import parallel
 from scoresde.variance import AnalyticDenoiser, VarianceTable
 from scoresde.wrappers import Clip

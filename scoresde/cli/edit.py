@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.checks import check_count
 from scoresde.cli.common import add_quiet, command_parser, say, session
 from scoresde.cli.drawing import Recipe, add_draw_arguments, add_step_arguments, gathered, recipe, share
 from scoresde.cli.inputs import add_input_arguments, read_image, read_inputs
@@ -22,7 +23,6 @@ from scoresde.denoiser import Denoiser
 from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, strength_time, variations
 from scoresde.errors import NonFiniteError, some
 from scoresde.noise import derive_seed
-from scoresde.solvers.base import check_count
 from scoresde.training import parallel
 
 __all__ = ["add_parser", "run"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.cli.common import add_quiet, check_file, command_parser, record, say, session, write_json
 from scoresde.cli.config import DataConfig
 from scoresde.cli.drawing import add_solver_arguments, draw_all, recipe, rounded
@@ -22,7 +23,6 @@ from scoresde.cli.measuring import (
 from scoresde.cli.models import add_model_arguments, is_run, open_model
 from scoresde.data import BUILT_IN
 from scoresde.metrics import evaluate
-from scoresde.solvers.base import check_count
 from scoresde.training import parallel
 
 __all__ = ["add_parser", "run"]

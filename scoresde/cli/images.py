@@ -13,17 +13,12 @@ from torch import Tensor
 
 from scoresde.files import write_whole
 
-__all__ = ["check_pillow", "grid", "is_picture", "to_levels", "write_png"]
+__all__ = ["check_pillow", "grid", "is_picture", "write_png"]
 
 
 def is_picture(shape: Sequence[int]) -> bool:
     """Whether an item of that shape can be shown: (1, H, W) or (3, H, W)."""
     return len(shape) == 3 and shape[0] in (1, 3)
-
-
-def to_levels(x: Tensor) -> Tensor:
-    """Images in [-1, 1], cut to it, as uint8: to the nearest of 256 levels."""
-    return x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
 
 
 def grid(images: Tensor, columns: int | None = None) -> Tensor:

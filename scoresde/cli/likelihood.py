@@ -22,12 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.checks import check_count
 from scoresde.cli.cells import Cells
 from scoresde.cli.common import add_quiet, check_file, command_parser, going_on, record, session, write_json
 from scoresde.cli.measuring import add_data_arguments, data_config
 from scoresde.cli.models import About, Model, add_denoiser, digest, is_run, load_denoiser, open_run, placed
 from scoresde.data import Data, TrainingData, read_data
 from scoresde.errors import NonFiniteError, not_finite
+from scoresde.levels import outer_edges
 from scoresde.likelihood.bound import elbo
 from scoresde.likelihood.discrete import (
     Dequantize,
@@ -36,9 +38,7 @@ from scoresde.likelihood.discrete import (
     image_seeds,
     log_density,
     mean_and_stderr,
-    outer_edges,
 )
-from scoresde.solvers.base import check_count
 from scoresde.training import parallel
 
 __all__ = ["add_parser", "run"]

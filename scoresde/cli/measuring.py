@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_option
 from scoresde.cli.common import DATA_HELP
 from scoresde.cli.config import DataConfig
 from scoresde.cli.models import attribute
 from scoresde.data.training import Batch
 from scoresde.metrics import METRICS, PCA, Pixels, RandomFeatures, classifier_features, inception
 from scoresde.metrics.classifier import WEIGHTS
-from scoresde.solvers.base import check_option
 
 __all__ = [
     "FEATURES_HELP",

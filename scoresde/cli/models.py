@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.cli.common import write_json
 from scoresde.cli.config import DataConfig, RunConfig, read_toml
 from scoresde.cli.images import is_picture
 from scoresde.data import TrainingData
 from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser, networks
-from scoresde.solvers.base import check_count
 from scoresde.training import CheckpointError
 from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.model import load

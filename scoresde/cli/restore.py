@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.cli.common import add_quiet, command_parser, say, session
 from scoresde.cli.drawing import (
     Recipe,
@@ -24,7 +25,6 @@ from scoresde.cli.drawing import (
     share,
     solver_of,
 )
-from scoresde.cli.images import to_levels
 from scoresde.cli.inputs import add_input_arguments, read_image, read_inputs
 from scoresde.cli.models import Model, add_model_arguments, open_model
 from scoresde.cli.sample import Writer, add_out_arguments
@@ -44,9 +44,9 @@ from scoresde.guidance.operators import (
 from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM
 from scoresde.guidance.projections import DDNM
 from scoresde.guidance.replacement import RePaint, Replacement
+from scoresde.levels import to_levels
 from scoresde.noise import derive_seed
 from scoresde.solvers import SingleStep
-from scoresde.solvers.base import check_count
 from scoresde.training import parallel
 from scoresde.wrappers import Clip
 

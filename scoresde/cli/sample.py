@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.cli.common import add_quiet, check_file, command_parser, say, session
 from scoresde.cli.drawing import Recipe, add_solver_arguments, draw, gathered, recipe, share
-from scoresde.cli.images import check_pillow, grid, to_levels, write_png
+from scoresde.cli.images import check_pillow, grid, write_png
 from scoresde.cli.models import Model, add_model_arguments, open_model
 from scoresde.files import write_whole
-from scoresde.solvers.base import check_count
+from scoresde.levels import to_levels
 from scoresde.training import parallel
 
 __all__ = ["add_parser", "run"]

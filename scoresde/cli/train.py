@@ -29,12 +29,13 @@ from scoresde.cli.config import (
     write_toml,
 )
 from scoresde.cli.drawing import Recipe, draw, rounded, solver_of
-from scoresde.cli.images import check_pillow, grid, to_levels, write_png
+from scoresde.cli.images import check_pillow, grid, write_png
 from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import CONFIG, About, Model, parameters
 from scoresde.data import Given, TrainingData
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.errors import NonFiniteError
+from scoresde.levels import to_levels
 from scoresde.metrics import evaluate
 from scoresde.training import CheckpointError, Trainer, parallel
 from scoresde.wrappers import Clip

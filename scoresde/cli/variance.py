@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scoresde.checks import check_count
 from scoresde.cli.common import add_quiet, check_file, command_parser, say, session
 from scoresde.cli.measuring import add_data_arguments, data_config, items_of
 from scoresde.cli.models import add_model_arguments, open_model
-from scoresde.solvers.base import check_count
 from scoresde.training import parallel
 from scoresde.variance import VarianceTable, estimate
 

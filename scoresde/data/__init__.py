@@ -12,7 +12,6 @@ from scoresde.data.conditions import Condition, Given, dropped, nothing
 from scoresde.data.download import fetch
 from scoresde.data.folder import ImageFolder
 from scoresde.data.idx import FASHION_MNIST, fashion_mnist, fashion_mnist_levels, mnist, mnist_levels
-from scoresde.data.levels import scaled
 from scoresde.data.loader import loader
 from scoresde.data.order import Order
 from scoresde.data.shown import Shown
@@ -28,6 +27,7 @@ from scoresde.data.tasks import (
 )
 from scoresde.data.toys import TOYS, checkerboard, eight_gaussians, rings, spiral, swiss_roll, two_moons
 from scoresde.data.training import Batch, TrainingData, training_data
+from scoresde.levels import scaled
 
 __all__ = [
     "BUILT_IN",

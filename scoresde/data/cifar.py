@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_option
 from scoresde.data.download import fetch
-from scoresde.data.levels import scaled
-from scoresde.solvers.base import check_option
+from scoresde.levels import scaled
 
 __all__ = ["CIFAR10_CLASSES", "cifar10", "cifar10_levels"]
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from scoresde.data.arrays import digest
 from scoresde.data.folder import ImageFolder
-from scoresde.data.levels import scaled
 from scoresde.data.shown import Shown, mirrored
+from scoresde.levels import scaled
 
 __all__ = ["Condition", "Given", "dropped", "nothing", "same_number"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.solvers.base import check_count, check_option
+from scoresde.checks import check_count, check_option
 
 __all__ = ["ImageFolder"]
 

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_option
 from scoresde.data.download import fetch
-from scoresde.data.levels import scaled
-from scoresde.solvers.base import check_option
+from scoresde.levels import scaled
 
 __all__ = ["FASHION_MNIST", "fashion_mnist", "fashion_mnist_levels", "mnist", "mnist_levels"]
 

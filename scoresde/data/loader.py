@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from scoresde.data.order import Order, check_whole
+from scoresde.checks import check_count, check_whole
+from scoresde.data.order import Order
 from scoresde.data.training import Batch, TrainingData
-from scoresde.solvers.base import check_count
 
 __all__ = ["loader"]
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count, check_whole
 from scoresde.noise import derive_seed
-from scoresde.solvers.base import check_count
 
-__all__ = ["Order", "check_whole"]
+__all__ = ["Order"]
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,6 @@ class Order:
         """In which epoch each of them is shown: int64, one entry a position."""
         where = self.positions(step)
         return torch.arange(where.start, where.stop, device="cpu") // self.n
-
-
-def check_whole(**values: int) -> None:
-    """Raises ValueError unless the named values are whole numbers >= 0."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-            raise ValueError(f"{name}={value!r}: expected a whole number >= 0")
 
 
 @lru_cache(maxsize=4)

@@ -13,9 +13,8 @@ from scoresde.data.arrays import ARRAYS, read_arrays
 from scoresde.data.cifar import CIFAR10_CLASSES, cifar10_levels
 from scoresde.data.folder import ImageFolder, Mode
 from scoresde.data.idx import Split, fashion_mnist_levels, mnist_levels
-from scoresde.data.levels import scaled
 from scoresde.data.toys import TOYS
-from scoresde.likelihood.discrete import outer_edges
+from scoresde.levels import outer_edges, scaled
 
 __all__ = ["BUILT_IN", "Data", "digit_levels", "digits", "find_data", "read_data"]
 
@@ -27,7 +26,7 @@ class Data(NamedTuple):
         x: shape (N, ...): integer levels (uint8 images), or floating-point data.
         names: of the items, where they have any: files' names.
         levels: how many there are, where it is known.
-        data_range: what the bins of the levels fill (`scoresde.likelihood.discrete.outer_edges`), where it is known.
+        data_range: what the bins of the levels fill (`scoresde.levels.outer_edges`), where it is known.
         labels: int64, shape (N,), where there are any (and, from files, where they were asked for).
         classes: what the labels stand for, where they have names.
     """

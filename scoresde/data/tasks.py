@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scoresde.checks import check_count, check_option
 from scoresde.data.conditions import Condition, Given, same_number
 from scoresde.data.folder import ImageFolder
-from scoresde.data.levels import scaled
 from scoresde.data.shown import Shown
 from scoresde.data.sources import find_data
-from scoresde.solvers.base import check_count, check_option
+from scoresde.levels import scaled
 
 __all__ = [
     "TASKS",

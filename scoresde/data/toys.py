@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scoresde.solvers.base import check_count, check_nonnegative
+from scoresde.checks import check_count, check_nonnegative
 
 __all__ = ["TOYS", "checkerboard", "eight_gaussians", "rings", "spiral", "swiss_roll", "two_moons"]
 

@@ -11,15 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_whole
 from scoresde.data.arrays import digest
 from scoresde.data.conditions import Condition, Given, dropped
 from scoresde.data.folder import ImageFolder, Mode
-from scoresde.data.levels import scaled
-from scoresde.data.order import check_whole
 from scoresde.data.shown import Shown, drops, flips, mirrored
 from scoresde.data.sources import find_data
 from scoresde.data.tasks import condition_of
-from scoresde.likelihood.discrete import outer_edges
+from scoresde.levels import outer_edges, scaled
 
 __all__ = ["Batch", "TrainingData", "training_data"]
 

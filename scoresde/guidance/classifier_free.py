@@ -29,12 +29,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_option
 from scoresde.denoiser import Denoiser, networks
 from scoresde.guidance.base import Scale, check_scale, known_all, ratio, scale_at, scaled
 from scoresde.guidance.branches import Branch, Branching, Call, evaluate, replaced, translated
 from scoresde.nn import MLP, DiT, UNet
 from scoresde.nn.embedding import TimeEmbedding
-from scoresde.solvers.base import check_option
 from scoresde.tensors import Time, known_any, precise
 from scoresde.views import Affine, combine
 

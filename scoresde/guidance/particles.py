@@ -33,13 +33,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.guidance.base import Guidance, Scale, gradient, scale_at, scaled
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_count, check_decreasing
+from scoresde.solvers.base import SingleStep, Solver, check_decreasing
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State

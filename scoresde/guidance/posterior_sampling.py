@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count, check_option, check_positive
 from scoresde.denoiser import Denoiser
 from scoresde.guidance.base import (
     Scale,
@@ -44,8 +45,7 @@ from scoresde.guidance.base import (
 )
 from scoresde.guidance.operators import LinearOperator, Operator, check_adjoint, check_finite, match_measurement
 from scoresde.guidance.particles import Twist, Twisted
-from scoresde.sde import VPSDE, check_positive
-from scoresde.solvers.base import check_count, check_option
+from scoresde.sde import VPSDE
 from scoresde.tensors import Time, dot, expand_like, known_any, precise
 from scoresde.views import combine
 

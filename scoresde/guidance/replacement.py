@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_nonnegative
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.guidance.operators import (
@@ -43,7 +44,7 @@ from scoresde.guidance.operators import (
 )
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_decreasing, check_nonnegative
+from scoresde.solvers.base import SingleStep, Solver, check_decreasing
 from scoresde.solvers.composite import TimeTravel
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.optimal_variance import OptimalVariance

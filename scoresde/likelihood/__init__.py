@@ -9,9 +9,10 @@ bound.py        elbo: the variational bound, of a chain's steps or in continuous
 coding.py       encode and decode, and what to do with a latent
 """
 
+from scoresde.levels import outer_edges
 from scoresde.likelihood.bound import Elbo, elbo
 from scoresde.likelihood.coding import Encoding, decode, encode, interpolate, rescale
-from scoresde.likelihood.discrete import BitsPerDim, bits_per_dim, dequantized, outer_edges
+from scoresde.likelihood.discrete import BitsPerDim, bits_per_dim, dequantized
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.flow import LogProb, log_prob
 

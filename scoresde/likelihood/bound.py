@@ -46,13 +46,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError
 from scoresde.grid import Grid
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
 from scoresde.noise import SeededNoise, derive_seed, noise_source
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_count, check_option
+from scoresde.solvers.base import Solver
 from scoresde.solvers.motion import legs
 from scoresde.solvers.rows import forgotten
 from scoresde.tableau import Tableau
@@ -153,7 +154,7 @@ def elbo(
         levels: for data of so many grey levels, the decoder's Gaussian is integrated over the bin of x: level k fills
             [lo + k Delta, lo + (k + 1) Delta], Delta = (hi - lo) / levels, and the first and last bin go on to
             infinity. x stands anywhere in its bin, best in the middle. Without levels it is a density.
-        data_range: (lo, hi), what the bins fill (`scoresde.likelihood.discrete.outer_edges` makes it from the lowest
+        data_range: (lo, hi), what the bins fill (`scoresde.levels.outer_edges` makes it from the lowest
             and the highest level).
         cond: keyword arguments for the network.
         progress: show a progress bar.

@@ -34,15 +34,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
+from scoresde.levels import check_levels
 from scoresde.likelihood.flow import log_prob
 from scoresde.likelihood.interval import student_interval
 from scoresde.noise import SeededNoise, derive_seed, noise_source
 from scoresde.sde import SDE
-from scoresde.solvers.base import check_count, check_option
 
-__all__ = ["BitsPerDim", "Dequantize", "bits_per_dim", "dequantized", "outer_edges"]
+__all__ = ["BitsPerDim", "Dequantize", "bits_per_dim", "dequantized"]
 
 Dequantize = Literal["uniform", "none", "truncated-normal"]
 
@@ -102,31 +103,6 @@ class BitsPerDim:
 
     def __repr__(self) -> str:
         return f"BitsPerDim({self.value:.4f} +- {self.stderr:.2g} over {len(self.per_image)} images, nfe={self.nfe})"
-
-
-def outer_edges(lo: float, hi: float, levels: int) -> tuple[float, float]:
-    """The data_range of data whose lowest level is *at* lo and highest *at* hi: half a level wider on each side.
-
-    `bits_per_dim` takes the range that the bins fill: score_sde's data (u + k) / 256. Where the model was trained on
-    k / 255 instead (torchvision's `ToTensor`), its levels are hi - lo over levels - 1 apart and stand in the middle of
-    their bins, so that the first bin begins below lo. With the range (lo, hi) itself the images would be shrunk by
-    255 / 256, which is small, or by 16 / 17 for the digits, which is not.
-
-    Args:
-        lo, hi: of the data.
-        levels: at least 2.
-
-    Raises:
-        ValueError: unless lo < hi, both finite, and levels is a whole number >= 2.
-
-    >>> outer_edges(-1.0, 1.0, 17)  # scikit-learn's digits, as `scoresde.data.digits` scales them
-    (-1.0625, 1.0625)
-    """
-    _check_levels(levels, (lo, hi))
-    if levels < 2:
-        raise ValueError(f"levels={levels}: one level has no two ends; expected a whole number >= 2")
-    half = (hi - lo) / (levels - 1) / 2
-    return lo - half, hi + half
 
 
 def bits_per_dim(
@@ -396,7 +372,7 @@ def _bounds(log_ratio: Tensor, unit: float) -> tuple[Tensor, Tensor]:
 
 def _checked(images: Tensor, levels: int, data_range: tuple[float, float]) -> Tensor:
     """The images as int64 on the CPU."""
-    _check_levels(levels, data_range)
+    check_levels(levels, data_range)
     if not isinstance(images, Tensor) or images.is_floating_point() or images.is_complex():
         found = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(
@@ -412,12 +388,3 @@ def _checked(images: Tensor, levels: int, data_range: tuple[float, float]) -> Te
     if least < 0 or most >= levels:
         raise ValueError(f"images have levels from {least} to {most}: expected 0 .. {levels - 1}, or another levels=")
     return y
-
-
-def _check_levels(levels: int, data_range: tuple[float, float]) -> None:
-    check_count(levels=levels)
-    if not isinstance(data_range, Sequence) or len(data_range) != 2:
-        raise ValueError(f"data_range={data_range!r}: expected two numbers (lo, hi)")
-    lo, hi = data_range
-    if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
-        raise ValueError(f"the range is ({lo}, {hi}): expected finite numbers lo < hi")

@@ -33,8 +33,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count, check_option
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
-from scoresde.solvers.base import check_count, check_option
 
 __all__ = ["Divergence", "Products", "Spread"]
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.checks import check_count, check_option, check_tolerances
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import not_finite
 from scoresde.grid import Grid
@@ -33,8 +34,8 @@ from scoresde.likelihood.volume import AdaptiveVolume, TableVolume, Volume, ever
 from scoresde.noise import NoiseSource, SeededNoise, noise_source
 from scoresde.sde import SDE
 from scoresde.solvers.adaptive_ode import TORCHDIFFEQ, AdaptiveODE
-from scoresde.solvers.base import Solver, check_count, check_option
-from scoresde.solvers.motion import check_tolerances, legs
+from scoresde.solvers.base import Solver
+from scoresde.solvers.motion import legs
 from scoresde.solvers.multistep import UniPC
 from scoresde.tensors import check_batch, widen
 

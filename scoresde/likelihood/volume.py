@@ -30,7 +30,6 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from scoresde.analysis import responses
 from scoresde.denoiser import Denoiser, networks
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
@@ -40,7 +39,7 @@ from scoresde.solvers.adaptive_ode import underflow
 from scoresde.solvers.base import Solver
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.motion import Leg, Motion, NonFinite, OutOfBudget
-from scoresde.tableau import Tableau
+from scoresde.tableau import Tableau, responses
 from scoresde.views import view_of_mean
 from scoresde.wrappers import SameMean
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scoresde.checks import check_count, check_option
 from scoresde.files import write_whole
 from scoresde.metrics.features import NetworkFeatures
-from scoresde.solvers.base import check_count, check_option
 
 __all__ = ["WEIGHTS", "Classifier", "classifier_features", "load_classifier"]
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count, check_option
 from scoresde.errors import not_finite, some
 from scoresde.metrics.features import Features, Pixels
 from scoresde.metrics.frechet import frechet_distance
@@ -25,7 +26,6 @@ from scoresde.metrics.kernel import GaussianKernel, kid, median_distance, mmd
 from scoresde.metrics.neighbours import precision_recall
 from scoresde.metrics.transport import energy_distance, sliced_wasserstein
 from scoresde.noise import derive_seed
-from scoresde.solvers.base import check_count, check_option
 from scoresde.tensors import check_batch
 
 __all__ = ["METRICS", "Evaluation", "Score", "evaluate"]

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scoresde.checks import check_count
 from scoresde.metrics.frechet import Statistics
-from scoresde.solvers.base import check_count
 from scoresde.tensors import check_batch
 
 __all__ = ["PCA", "NetworkFeatures", "Pixels", "RandomFeatures", "inception"]

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.metrics.checks import as_features, as_pair
 from scoresde.metrics.pairwise import blocks, distances, squared_distances
 from scoresde.noise import derive_seed
-from scoresde.solvers.base import check_count
 
 __all__ = ["KID", "GaussianKernel", "Kernel", "PolynomialKernel", "kid", "median_distance", "mmd"]
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.metrics.checks import as_pair
 from scoresde.metrics.pairwise import blocks, squared_distances
-from scoresde.solvers.base import check_count
 
 __all__ = ["PrecisionRecall", "precision_recall"]
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.metrics.checks import as_pair
 from scoresde.metrics.pairwise import BLOCK, blocks, distances
-from scoresde.solvers.base import check_count
 
 __all__ = ["energy_distance", "sliced_wasserstein"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from scoresde.solvers.base import check_option
+from scoresde.checks import check_option
 
 __all__ = [
     "Attention",

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scoresde.checks import check_count, check_option
 from scoresde.nn.blocks import attend, concatenate, conv, shuffle, unshuffle, zero
 from scoresde.nn.embedding import TimeEmbedding
-from scoresde.solvers.base import check_count, check_option
 
 __all__ = ["DiT"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scoresde.solvers.base import check_count
+from scoresde.checks import check_count
 
 __all__ = ["TimeEmbedding"]
 

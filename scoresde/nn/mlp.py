@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from scoresde.checks import check_count
 from scoresde.nn.embedding import TimeEmbedding
-from scoresde.solvers.base import check_count
 
 __all__ = ["MLP"]
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scoresde.checks import check_count, check_option
 from scoresde.nn.blocks import (
     Attention,
     Double,
@@ -35,7 +36,6 @@ from scoresde.nn.blocks import (
     zero,
 )
 from scoresde.nn.embedding import TimeEmbedding
-from scoresde.solvers.base import check_count, check_option
 
 __all__ = ["UNet"]
 

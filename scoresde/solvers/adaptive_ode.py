@@ -29,13 +29,13 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from scoresde.checks import check_count, check_tolerances
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
-from scoresde.solvers.base import check_count
 from scoresde.solvers.first_order import ExponentialSDE
-from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, check_tolerances, legs
+from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, legs
 from scoresde.tableau import State
 from scoresde.tensors import check_batch, widen
 

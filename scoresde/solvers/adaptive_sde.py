@@ -32,12 +32,13 @@ import torch
 from torch import Tensor
 
 from scoresde.brownian import BridgeNoise, FreshNoise, where_sample
+from scoresde.checks import check_count, check_tolerances
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import check_count, check_decreasing
-from scoresde.solvers.motion import Budgeted, check_tolerances
+from scoresde.solvers.base import check_decreasing
+from scoresde.solvers.motion import Budgeted
 from scoresde.tableau import State
 from scoresde.tensors import expand_like
 

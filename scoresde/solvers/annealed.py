@@ -25,9 +25,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count, check_option
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_count, check_option
+from scoresde.solvers.base import Solver
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.rows import Rows
 from scoresde.solvers.runge_kutta import has_no_stages

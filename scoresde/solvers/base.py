@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
@@ -115,31 +115,3 @@ def check_decreasing(grid: Grid, solver: Solver) -> None:
             f"an increasing grid, from data to noise, is for deterministic solvers with a table and for AdaptiveODE, "
             f"not for {solver!r}"
         )
-
-
-def check_option(options: Collection[Any], **values: Any) -> None:
-    """Raises ValueError unless the named values are among the options."""
-    for name, value in values.items():
-        if value not in tuple(options):
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, options))}")
-
-
-def check_count(**values: int) -> None:
-    """Raises ValueError unless the named values are whole numbers >= 1."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
-
-
-def check_order(highest: int, **values: int) -> None:
-    """Raises ValueError unless the named values are whole numbers from 1 to highest."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= highest:
-            raise ValueError(f"{name}={value!r}: expected a whole number from 1 to {highest}")
-
-
-def check_nonnegative(**values: float) -> None:
-    """Raises ValueError unless the named values are finite numbers >= 0."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value!r}: expected a finite number >= 0")

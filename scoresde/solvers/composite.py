@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count, check_nonnegative
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_count, check_decreasing, check_nonnegative
+from scoresde.solvers.base import SingleStep, Solver, check_decreasing
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows, forward_rows
 from scoresde.solvers.runge_kutta import Heun

@@ -17,9 +17,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_nonnegative, check_option
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, check_nonnegative, check_option
+from scoresde.solvers.base import SingleStep
 from scoresde.solvers.rows import Rows, forgotten, one_evaluation
 
 __all__ = ["DDIM", "DDPM", "Ancestral", "EulerMaruyama", "ExponentialSDE", "ReverseDiffusion"]

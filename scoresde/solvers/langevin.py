@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.noise import NoiseSource, noise_source
-from scoresde.solvers.base import check_count
 from scoresde.tensors import check_batch, precise, widen
 
 __all__ = ["langevin"]

@@ -22,13 +22,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_count
+from scoresde.solvers.base import SingleStep, Solver
 
-__all__ = ["Budgeted", "Leg", "Motion", "NonFinite", "OutOfBudget", "check_tolerances", "legs"]
+__all__ = ["Budgeted", "Leg", "Motion", "NonFinite", "OutOfBudget", "legs"]
 
 _NEARLY_NOISE = -9.0  # lambda up to which a first step from alpha = 0 goes: D changes by about e^-9 on the way
 
@@ -187,10 +188,3 @@ class Motion:
             x = x.to(self.dtype).clone()
             x[bad] = math.nan
             raise NonFinite(t, x)
-
-
-def check_tolerances(**values: float) -> None:
-    """Raises ValueError unless the named values are finite and > 0."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value}: expected a finite number > 0")

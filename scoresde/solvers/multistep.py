@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from scoresde.checks import check_nonnegative, check_option, check_order
 from scoresde.grid import Grid
-from scoresde.solvers.base import Solver, check_nonnegative, check_option, check_order
+from scoresde.solvers.base import Solver
 from scoresde.solvers.first_order import marginal_preserving
 from scoresde.solvers.rows import forgotten
 from scoresde.solvers.runge_kutta import VARIABLES

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_nonnegative
 from scoresde.denoiser import Denoiser, NetworkDenoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_decreasing, check_nonnegative
+from scoresde.solvers.base import Solver, check_decreasing
 from scoresde.solvers.first_order import DDIM
 from scoresde.tableau import State, Tableau
 from scoresde.variance.denoiser import AnalyticDenoiser

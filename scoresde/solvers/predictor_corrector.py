@@ -26,12 +26,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
 from scoresde.solvers.annealed import langevin_rows
-from scoresde.solvers.base import SingleStep, Solver, check_count, check_decreasing
+from scoresde.solvers.base import SingleStep, Solver, check_decreasing
 from scoresde.solvers.first_order import ReverseDiffusion
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State, Tableau

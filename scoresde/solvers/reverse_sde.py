@@ -23,13 +23,14 @@ import torchsde
 from torch import Tensor
 
 from scoresde.brownian import BrownianPath, TorchsdePath
+from scoresde.checks import check_count, check_option, check_tolerances
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_count, check_decreasing, check_option
+from scoresde.solvers.base import Solver, check_decreasing
 from scoresde.solvers.first_order import DDPM
-from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, check_tolerances, legs
+from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, legs
 from scoresde.tableau import State
 
 __all__ = ["ReverseSDE"]

@@ -24,9 +24,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_option
 from scoresde.grid import Grid
 from scoresde.sde import EDMSDE, SDE
-from scoresde.solvers.base import SingleStep, check_option
+from scoresde.solvers.base import SingleStep
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.rows import Rows, stage_rows
 from scoresde.views import Affine, view_of_mean

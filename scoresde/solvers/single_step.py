@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_count, check_option, check_order
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_count, check_option, check_order
+from scoresde.solvers.base import SingleStep, Solver
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.rows import Rows, stage_rows
 from scoresde.solvers.runge_kutta import has_no_stages, rows_by_kind

@@ -1,6 +1,7 @@
 """Training by denoising score matching: the loss, where it puts its effort, and a trainer."""
 
-from scoresde.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from scoresde.errors import CheckpointError
+from scoresde.training.checkpoint import read_checkpoint, write_checkpoint
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource
 from scoresde.training.loss import Part, dsm_loss

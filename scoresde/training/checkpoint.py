@@ -9,15 +9,12 @@ from typing import Any
 
 import torch
 
+from scoresde.errors import CheckpointError
 from scoresde.files import write_whole
 
-__all__ = ["CheckpointError", "read_checkpoint", "write_checkpoint"]
+__all__ = ["read_checkpoint", "write_checkpoint"]
 
 FORMAT = "scoresde-checkpoint-1"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is damaged, foreign, or was made for something else."""
 
 
 def write_checkpoint(path: str | Path, content: dict[str, Any], made_for: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from typing import Any, Literal
 
-from scoresde.solvers.base import check_option
+from scoresde.checks import check_option
 
 __all__ = ["TrainConfig", "check_keys"]
 

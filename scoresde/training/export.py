@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scoresde.solvers.base import check_option
-from scoresde.training.checkpoint import CheckpointError
+from scoresde.checks import check_option
+from scoresde.errors import CheckpointError
 from scoresde.training.folder import WHOLE, average_file, write_files
 from scoresde.training.model import load, opened
 

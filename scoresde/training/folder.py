@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scoresde.training.checkpoint import CheckpointError, check_made_for
+from scoresde.errors import CheckpointError
+from scoresde.training.checkpoint import check_made_for
 
 __all__ = [
     "SHARDED",

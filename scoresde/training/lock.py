@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from scoresde.training.checkpoint import CheckpointError
+from scoresde.errors import CheckpointError
 
 __all__ = ["InUseError", "held"]
 

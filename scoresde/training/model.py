@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import scoresde.nn as networks
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_option
 from scoresde.denoiser import (
     EDMDenoiser,
     EpsDenoiser,
@@ -24,9 +25,8 @@ from scoresde.denoiser import (
     VelocityDenoiser,
     X0Denoiser,
 )
+from scoresde.errors import CheckpointError
 from scoresde.sde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
-from scoresde.solvers.base import check_option
-from scoresde.training.checkpoint import CheckpointError
 from scoresde.training.config import check_keys
 from scoresde.training.folder import NETWORK, Checkpoint, average_file, newest
 from scoresde.training.identity import identity

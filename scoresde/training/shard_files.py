@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from scoresde.training.checkpoint import CheckpointError
+from scoresde.errors import CheckpointError
 
 if TYPE_CHECKING:
     from scoresde.training.folder import Checkpoint

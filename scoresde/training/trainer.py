@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 
 from scoresde.data.order import Order
 from scoresde.denoiser import NetworkDenoiser
+from scoresde.errors import CheckpointError
 from scoresde.noise import derive_seed
 from scoresde.training import parallel
 from scoresde.training.average import Average, in_place_of
-from scoresde.training.checkpoint import CheckpointError
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource, batches, source_of, split
 from scoresde.training.folder import NETWORK, Checkpoint, average_file, check_safetensors, newest

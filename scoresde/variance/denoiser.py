@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from scoresde.checks import check_range
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.tensors import Time, expand_like
-from scoresde.variance.table import VarianceTable, check_range, fingerprint
+from scoresde.variance.table import VarianceTable, fingerprint
 from scoresde.wrappers import SameMean
 
 __all__ = ["AnalyticDenoiser"]

@@ -24,12 +24,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
 from scoresde.noise import SeededNoise, derive_seed
 from scoresde.sde import SDE
-from scoresde.solvers.base import check_count
 from scoresde.solvers.motion import legs
 from scoresde.tensors import check_batch, widen
 from scoresde.variance.table import Moments, VarianceTable, check_nodes, fingerprint

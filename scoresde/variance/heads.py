@@ -28,13 +28,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_option, check_range
 from scoresde.denoiser import Denoiser, NetworkDenoiser, Posterior
-from scoresde.solvers.base import check_option
 from scoresde.tensors import Time, check_batch, expand_like, known_any, precise
 from scoresde.training.loss import Draws, NoisyBatch, noisy_batch
 from scoresde.training.step import Loss
 from scoresde.training.weights import TimeSampler
-from scoresde.variance.table import check_range
 from scoresde.variance.trunk import Head, Pair
 from scoresde.views import combine
 from scoresde.wrappers import SameMean

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_nonnegative
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.solvers.base import check_nonnegative
 from scoresde.tensors import expand_like
 from scoresde.training.weights import TimeSampler
 from scoresde.variance.heads import HeadDenoiser, Reduction, Regression, noisy

@@ -36,14 +36,14 @@ from torch import Tensor, nn
 
 from scoresde import sde as sdes
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_count, check_range
 from scoresde.denoiser import Denoiser, NetworkDenoiser
+from scoresde.errors import CheckpointError
 from scoresde.files import write_whole
 from scoresde.sde import SDE
-from scoresde.solvers.base import check_count
 from scoresde.tensors import Time, precise
-from scoresde.training.checkpoint import CheckpointError
 
-__all__ = ["Moments", "VarianceTable", "check_nodes", "check_range", "fingerprint"]
+__all__ = ["Moments", "VarianceTable", "check_nodes", "fingerprint"]
 
 FORMAT = "scoresde-variance-table-1"
 
@@ -264,14 +264,6 @@ def check_nodes(sde: SDE, t: Tensor) -> None:
     usable = sde.half_log_snr(t).isfinite()
     if not bool(usable.all()):
         raise ValueError(f"half log-SNR is infinite at t = {_short(t[~usable])} of {sde!r}: leave such times out")
-
-
-def check_range(data_range: tuple[float, float]) -> float:
-    """Half the width of (lo, hi); ValueError unless they are two finite numbers and lo < hi."""
-    numbers = list(data_range) if isinstance(data_range, tuple | list) else []
-    if len(numbers) != 2 or not all(math.isfinite(x) for x in numbers) or not numbers[0] < numbers[1]:
-        raise ValueError(f"data_range={data_range!r}: expected (lo, hi), two finite numbers, lo < hi")
-    return (numbers[1] - numbers[0]) / 2
 
 
 def fingerprint(denoiser: Denoiser) -> str:

@@ -32,14 +32,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_count, check_option, check_range
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
 from scoresde.noise import derive_seed
 from scoresde.sde import SDE
-from scoresde.solvers.base import check_count, check_option
 from scoresde.tensors import check_batch, widen
-from scoresde.variance.table import check_range
 
 __all__ = ["Costs", "Errors", "analytic_costs", "kl_costs", "least_cost_path", "measure_errors", "optimal_grid"]
 

@@ -1,0 +1,75 @@
+"""Whole levels and the data that they stand for: x = (2 k - (L - 1)) / (L - 1) for level k of L, the lowest at -1 and
+the highest at 1. Level k fills the bin of width 2 / (L - 1) around its x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scoresde.checks import check_count
+
+__all__ = ["check_levels", "outer_edges", "scaled", "to_levels"]
+
+
+def scaled(k: Tensor, levels: int = 256) -> Tensor:
+    """The levels in float32, in [-1, 1], both ends exactly; it rounds but once. Their bins fill
+    `outer_edges(-1, 1, levels)`.
+
+    Args:
+        k: integers, 0 to levels - 1, of any shape; not changed.
+        levels: L, how many there are, at least 2.
+
+    Raises:
+        ValueError: if there are fewer.
+
+    >>> import torch
+    >>> scaled(torch.tensor([0, 8, 16]), levels=17)
+    tensor([-1.,  0.,  1.])
+    """
+    if levels < 2:
+        raise ValueError(f"levels={levels}: expected a whole number >= 2")
+    return k.float().mul_(2).sub_(levels - 1).div_(levels - 1)
+
+
+def outer_edges(lo: float, hi: float, levels: int) -> tuple[float, float]:
+    """The data_range of data whose lowest level is *at* lo and highest *at* hi: half a level wider on each side.
+
+    `bits_per_dim` takes the range that the bins fill: score_sde's data (u + k) / 256. Where the model was trained on
+    k / 255 instead (torchvision's `ToTensor`), its levels are hi - lo over levels - 1 apart and stand in the middle of
+    their bins, so that the first bin begins below lo. With the range (lo, hi) itself the images would be shrunk by
+    255 / 256, which is small, or by 16 / 17 for the digits, which is not.
+
+    Args:
+        lo, hi: of the data.
+        levels: at least 2.
+
+    Raises:
+        ValueError: unless lo < hi, both finite, and levels is a whole number >= 2.
+
+    >>> outer_edges(-1.0, 1.0, 17)  # scikit-learn's digits, as `scoresde.data.digits` scales them
+    (-1.0625, 1.0625)
+    """
+    check_levels(levels, (lo, hi))
+    if levels < 2:
+        raise ValueError(f"levels={levels}: one level has no two ends; expected a whole number >= 2")
+    half = (hi - lo) / (levels - 1) / 2
+    return lo - half, hi + half
+
+
+def check_levels(levels: int, data_range: tuple[float, float]) -> None:
+    """Raises ValueError unless levels is a whole number >= 1 and data_range two finite numbers lo < hi."""
+    check_count(levels=levels)
+    if not isinstance(data_range, Sequence) or len(data_range) != 2:
+        raise ValueError(f"data_range={data_range!r}: expected two numbers (lo, hi)")
+    lo, hi = data_range
+    if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
+        raise ValueError(f"the range is ({lo}, {hi}): expected finite numbers lo < hi")
+
+
+def to_levels(x: Tensor) -> Tensor:
+    """Images in [-1, 1], cut to it, as uint8: to the nearest of 256 levels."""
+    return x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
