@@ -26,6 +26,7 @@ docs: $(PAGES)  ## the pages and the reference, in build/site; a warning is an e
 	rm -rf build/pages build/site
 	mkdir -p build
 	cp -R docs build/pages
+	rm -rf build/pages/*.py build/pages/__pycache__
 	cp -R benchmarks/results build/pages/results
 	for page in $(notdir $(wildcard docs/*.md)); do sed 's#](../benchmarks/results/#](results/#g' docs/$$page > build/pages/$$page; done
 	$(BIN)/zensical build --clean --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
