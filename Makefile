@@ -3,19 +3,34 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PAGES := $(VENV)/.pages
 
-.PHONY: demo test lint types doctest format clean
+.PHONY: demo test docs lint types doctest format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
+$(PAGES): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $(PAGES)
+
 demo: $(READY)  ## train on real digits, race the solvers, draw the pictures (under five minutes on two cores)
 	$(BIN)/python examples/digits.py
 
 test: $(READY)  ## the laws
 	$(BIN)/python -m pytest -n auto
+
+docs: $(PAGES)  ## the pages and the reference, in build/site; a warning is an error
+	rm -rf build/pages build/site
+	mkdir -p build
+	cp -R docs build/pages
+	rm -rf build/pages/*.py build/pages/__pycache__
+	cp -R benchmarks/results build/pages/results
+	for page in $(notdir $(wildcard docs/*.md)); do sed 's#](../benchmarks/results/#](results/#g' docs/$$page > build/pages/$$page; done
+	$(BIN)/zensical build --clean --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	! grep ^griffe: build/docs.log  # what a docstring says of an argument that is not there
 
 doctest: $(READY)  ## the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules scoresde
@@ -32,4 +47,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = ["Time", "as_time", "check_batch", "dot", "expand_like", "known_any", "precise", "widen"]
 
 Time = Tensor | float
+"""One time for the batch, shape (), or one for each item, shape (B,)."""
 
 
 def as_time(t: Time) -> Tensor:

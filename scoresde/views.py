@@ -25,6 +25,7 @@ from scoresde.tensors import Time, as_time, expand_like, known_any, widen
 __all__ = ["VIEWS", "Affine", "check_time", "combine", "first_where", "mean_of_view", "view_of_mean"]
 
 Affine = tuple[Tensor, Tensor]
+"""(p, q): the map p x + q D of the state and the mean."""
 View = Callable[[SDE, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 

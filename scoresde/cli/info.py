@@ -36,7 +36,7 @@ def add_parsers(commands: Any) -> None:
         commands, "solvers", "every solver: order, evaluations, whether it draws noise, its paper",
         "scoresde solvers\nscoresde solvers --markdown",
     )  # fmt: skip
-    listing.add_argument("--markdown", action="store_true", help="as the README has it")
+    listing.add_argument("--markdown", action="store_true", help="as docs/solvers.md has it")
     listing.set_defaults(action=lambda args: print(markdown(available()) if args.markdown else listed()))
     show = command_parser(
         commands, "tableau", "print the coefficients of a solver on a grid",

@@ -234,7 +234,7 @@ def training_data(
         lazy: a folder's images are decoded when they are wanted; False: once, into memory.
 
     Raises:
-        As `read_data`; and ValueError if there are no labels, or the levels are not known.
+        ValueError: as `read_data`, and if there are no labels, or the levels are not known.
     """
     found = find_data(source, labels=labels, size=size, mode=mode, download=download)
     classes = found.classes if labels else None

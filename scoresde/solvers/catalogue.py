@@ -82,9 +82,12 @@ def available() -> list[Entry]:
 
 
 def markdown(entries: Sequence[Entry]) -> str:
-    """The entries as a table for the README."""
-    rows = ((name, f"`{solver}`", *rest) for name, solver, *rest in (entry.line() for entry in entries))
-    return "\n".join(table(HEADER, rows))
+    """The entries as the table of docs/solvers.md."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    for entry in entries:
+        name, solver, *rest = entry.line()
+        lines.append("| " + " | ".join([name, f"`{solver}`", *rest]) + " |")
+    return "\n".join(lines)
 
 
 _ANGLE = "Salimans and Ho (2022), for the angle"

@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 Weighting = Callable[[SDE, Tensor], Tensor]
+"""weighting(sde, t): the weight of the loss at each time, shape (B,)."""
 
 
 def simple(sde: SDE, t: Tensor) -> Tensor:
