@@ -6,7 +6,6 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
-from scoresde.report import table
 from scoresde.solvers.adaptive_ode import AdaptiveODE
 from scoresde.solvers.adaptive_sde import AdaptiveSDE, DPMSolverAdaptive
 from scoresde.solvers.annealed import AnnealedLangevin
