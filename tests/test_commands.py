@@ -21,7 +21,8 @@ import scoresde
 from scoresde import VPSDE, Clip, sample, sample_seeds
 from scoresde.cli import compare, edit, evaluate, export, likelihood, main, parser, restore, train, variance
 from scoresde.cli import sample as sampling
-from scoresde.cli.config import SECTIONS, DataConfig, RunConfig, completed, override
+from scoresde.cli.config import SECTIONS, DataConfig, EvaluateConfig, RunConfig, override, read_toml, write_toml
+from scoresde.cli.defaults import completed
 from scoresde.cli.drawing import Recipe
 from scoresde.cli.images import grid
 from scoresde.cli.models import open_run, run_config
