@@ -280,7 +280,7 @@ def test_a_brownian_path_is_shared_by_all_step_counts():
         fresh.append(float((sample(denoiser, x, DDPM(), grid=grid, seed=4).x - fine).square().mean().sqrt()))
     assert errors[2] < 0.5 * errors[0]
     assert errors[2] < 0.1 * fresh[2]
-    with pytest.raises(ValueError, match="path=True makes its own"):
+    with pytest.raises(ValueError, match="a Brownian path needs a seed for each sample"):
         sample(denoiser, x, DDPM(), steps=3, noise=lambda row, x: x, path=True)
 
 

@@ -7,7 +7,6 @@ go on to infinity.
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor
 from scoresde.chain import DDPMChain
 from scoresde.checks import check_count
 from scoresde.errors import NonFiniteError
-from scoresde.noise import SeededNoise, derive_seed, noise_source
+from scoresde.noise import SeededNoise, derive_seed, seeds_of
 from scoresde.sde import SDE
 from scoresde.solvers.rows import forgotten
 
@@ -59,9 +58,8 @@ class Draws:
 
     @classmethod
     def of(cls, x: Tensor, seed: int | Sequence[int] | None) -> Draws:
-        source = noise_source(x.device, x, secrets.randbits(62) if seed is None else seed, None, None)
-        assert isinstance(source, SeededNoise)
-        return cls(SeededNoise([derive_seed(s, _NOISE) for s in source.seeds], x.device), source.seeds)
+        seeds = seeds_of(seed, len(x))
+        return cls(SeededNoise([derive_seed(s, _NOISE) for s in seeds], x.device), seeds)
 
     def uniform(self, n: int) -> Tensor:
         """Numbers in [0, 1), float64 on the host, shape (n, B)."""

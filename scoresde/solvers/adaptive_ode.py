@@ -18,9 +18,9 @@ batch, hence a sample depends on its neighbours, within its tolerance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.integrate
@@ -83,6 +83,9 @@ class AdaptiveODE(Budgeted):
     True
     """
 
+    draws: ClassVar[bool] = False
+    goes_up: ClassVar[bool] = True
+
     method: str = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
@@ -98,16 +101,10 @@ class AdaptiveODE(Budgeted):
         check_tolerances(rtol=self.rtol, atol=self.atol, first_step=self.first_step)
         check_count(max_nfe=self.max_nfe)
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
         parts = legs(grid, free=True)
-        grid.check_sde(denoiser.sde)
         times = torch.tensor([time for leg in parts for time in (leg.t, leg.s)], dtype=torch.float64, device="cpu")
         starts = [leg.t for leg in parts] + [leg.s for leg in parts if not leg.jump]
         denoiser.check_times(torch.tensor(starts, dtype=torch.float64, device="cpu"))

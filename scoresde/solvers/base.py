@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from scoresde.chain import DDPMChain
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
-from scoresde.noise import NoiseSource
+from scoresde.noise import Noise, NoiseSource, as_source
 from scoresde.sde import SDE
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State, Tableau
@@ -25,16 +25,19 @@ __all__ = ["SingleStep", "Solver"]
 
 class Solver:
     """A sampler. It holds options only, never state: use it as often, on as many batches and from as many threads as
-    you like. A subclass gives `tableau(grid)`, if its coefficients are known beforehand, or else `iterate`.
+    you like. A subclass gives `tableau(grid)`, if its coefficients are known beforehand, or else `loop`.
 
     Attributes:
         adaptive: whether it chooses its own times, so that `sample` needs no steps=, nfe= or grid=: the grid then only
             says where it starts, where it ends and at which times between a state is reported.
+        draws, goes_up: of a loop: whether it draws noise, and whether it runs on an increasing grid too.
         power: of the `Grid.sampling` that `sample(steps=...)` takes where no grid is given, chosen by measurement
             (benchmarks/results/step_counts); None for the SDE's customary grid.
     """
 
     adaptive: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
+    goes_up: ClassVar[bool] = False
     power: ClassVar[float | None] = None
 
     @property
@@ -84,15 +87,42 @@ class Solver:
             raise ValueError(f"{self!r} needs more than nfe={nfe} evaluations for a single step")
         return steps
 
+    @final
     def iterate(
         self,
         denoiser: Denoiser,
         x: Tensor,
         grid: Grid,
-        noise: NoiseSource | None = None,
+        noise: Noise | None = None,
         cond: Mapping[str, Any] | None = None,
     ) -> Iterator[State]:
-        """Run from x on the grid, yielding a `State` after each row."""
+        """Run from x on the grid, yielding a `State` after each row.
+
+        Args:
+            denoiser: the model.
+            x: x_T, shape (B, ...), in the dtype that the state is to have.
+            grid: where to step.
+            noise: where the z_i come from, a function (row, x) or a source of `scoresde.noise`.
+            cond: keyword arguments for the denoiser.
+
+        Raises:
+            ValueError: before any evaluation, if the denoiser's SDE is not the grid's, the grid goes a way that the
+                solver cannot, or it draws noise and is given none.
+        """
+        grid.check_sde(denoiser.sde)
+        if not self.has_table:  # of a table `Tableau` says all this
+            if grid.increasing and not self.goes_up:
+                check_decreasing(grid, self)
+            if noise is None and self.draws:
+                raise ValueError(
+                    f"{self!r} draws noise: pass noise=, a function (row, x) such as scoresde.noise.SeededNoise"
+                )
+        return self.loop(denoiser, x, grid, None if noise is None else as_source(noise), dict(cond or {}))
+
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
+    ) -> Iterator[State]:
+        """What `iterate` runs once it has checked its arguments: the table; a solver that has none gives a loop."""
         return self.tableau(grid).iterate(denoiser, x, noise, cond)
 
 

@@ -12,7 +12,7 @@ what a trajectory keeps are the states that the samples came from.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -182,13 +182,8 @@ class Restart(_Composite):
             moves += [_Move(t, s, i) for t, s in pairwise(path)]
         return self._tableau(grid, moves, self.S_noise)
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
         check_decreasing(grid, self)
         for interval in self._unmet(grid):
@@ -196,7 +191,7 @@ class Restart(_Composite):
                 f"{grid!r} has no noisy time below u_max={interval[3]} after its start, so the interval {interval} "
                 "would not run: take more steps, or a grid with more times near the data, Grid.power say"
             )
-        return super().iterate(denoiser, x, grid, noise, cond)
+        return super().loop(denoiser, x, grid, noise, cond)
 
     def _unmet(self, grid: Grid) -> list[tuple[int, int, float, float]]:
         return [interval for interval in self.intervals if _nearest(grid, interval) is None]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,9 +26,9 @@ from scoresde.brownian import BrownianPath, TorchsdePath
 from scoresde.checks import check_count, check_option, check_tolerances
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
+from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_decreasing
+from scoresde.solvers.base import Solver
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, legs
 from scoresde.tableau import State
@@ -110,27 +110,20 @@ class ReverseSDE(Budgeted):
     def within(self, sde: SDE, nfe: int) -> tuple[Solver, Grid]:
         return super().within(sde, nfe) if self.adaptive_steps else Solver.within(self, sde, nfe)
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
-        grid.check_sde(denoiser.sde)
-        check_decreasing(grid, self)
-        if not isinstance(noise, GeneratorNoise | SeededNoise):
-            raise ValueError("ReverseSDE needs a Brownian path for each sample: give seed= or generator=, not noise=")
+        assert noise is not None
         parts = legs(grid, free=self.adaptive_steps)
         denoiser.check_times(torch.tensor([leg.t for leg in parts], dtype=torch.float64, device="cpu"))
         budget = self.max_nfe if self.adaptive_steps else math.inf
-        return self._loop(Motion(denoiser, cond, x.dtype, grid.times, 1.0, budget), x, parts, noise)
+        motion = Motion(denoiser, cond, x.dtype, grid.times, 1.0, budget)
+        return self._loop(motion, x, parts, noise, noise.entropies(len(x)))
 
     def _loop(
-        self, motion: Motion, x: Tensor, parts: list[Leg], noise: GeneratorNoise | SeededNoise
+        self, motion: Motion, x: Tensor, parts: list[Leg], noise: NoiseSource, entropies: list[int]
     ) -> Iterator[State]:
-        entropies, event = noise.entropies(len(x)), (x[0].numel(),)
+        event = (x[0].numel(),)
         path = BrownianPath(entropies, event, area=True) if self.path == "tree" else TorchsdePath(entropies, event)
         run = _Run(self, motion, path)
         for row, leg in enumerate(parts):
