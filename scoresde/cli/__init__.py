@@ -6,10 +6,13 @@ config.py      a training run in words: dataclasses, TOML, --set
 defaults.py    what these leave open, chosen for the data
 models.py      run folders and other models
 drawing.py     samples by number, in any batch and on any number of processes
+inputs.py      given images as items of a model
 measuring.py   real data and feature spaces by name
-cells.py       finished parts of a long computation, in a file that a killed run goes on from
+writing.py     where samples go, and what is finished when a command is stopped
 images.py      PNG files
-common.py      how commands stop, what they say
+common.py      the options of a command, how commands stop, what they say
+
+Each command parses its arguments into one frozen `Options` and hands that on.
 """
 
 from __future__ import annotations

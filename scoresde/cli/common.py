@@ -1,4 +1,8 @@
-"""What the commands share: how they stop, what they say, the files they leave."""
+"""What the commands share: their options, how they stop, what they say, the files they leave.
+
+A command's arguments are parsed once into a frozen object, its `Options`, which is composed of groups that several
+commands have: each group stands beside the function that adds its arguments to a parser.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self, TypeVar, get_type_hints
 
 import torch
 
@@ -21,14 +26,14 @@ from scoresde.training import parallel
 
 __all__ = [
     "DATA_HELP",
+    "Options",
+    "SessionOptions",
     "Terminated",
-    "add_quiet",
+    "add_session_arguments",
     "check_file",
     "command_parser",
     "going_on",
     "record",
-    "say",
-    "session",
     "sigterm",
 ]
 
@@ -36,6 +41,77 @@ DATA_HELP = (
     f"{', '.join(BUILT_IN)} (name:PATH says where it is, name:N how many points); a file .npy, .npz or "
     ".safetensors; or a folder of images"
 )
+
+Kind = TypeVar("Kind", bound="Options")
+
+
+class Options:
+    """What a command, or a group of its arguments, was given; base of frozen dataclasses. A field has the name of its
+    argument; one that is `Options` itself is a group.
+    """
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """From what was parsed."""
+        kinds = get_type_hints(cls)
+        groups = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Options)}
+        return cls(**{name: groups[name].of(args) if name in groups else getattr(args, name) for name in kinds})
+
+    def flat(self) -> dict[str, Any]:
+        """All values by their arguments' names, those of groups among them."""
+        found: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            found |= value.flat() if isinstance(value, Options) else {name: value}
+        return found
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those that are not None or False; of these names alone, if there are some."""
+        values = self.flat()
+        return {
+            name: values[name] for name in names or values if values[name] is not None and values[name] is not False
+        }
+
+
+@dataclass(frozen=True)
+class SessionOptions(Options):
+    """Where a command runs, and whether it says more than results."""
+
+    device: str | None
+    quiet: bool
+
+    @contextlib.contextmanager
+    def start(self) -> Iterator[torch.device]:
+        """This process's device; under torchrun, in the group of all (`scoresde.training.start`).
+
+        Raises:
+            ValueError: if there is no such device.
+        """
+        try:
+            chosen = None if self.device is None else torch.device(self.device)
+            if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
+                raise RuntimeError("there is no GPU that torch can use")
+            if chosen is not None and chosen.type != "cuda":  # which would open the first GPU in every process
+                torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:  # no such device, or not in this build
+            raise ValueError(f"--device {self.device}: {error}") from error
+        with parallel.start(chosen) as found:
+            yield found
+
+    @property
+    def progress(self) -> bool:
+        """Whether this process shows progress bars."""
+        return not self.quiet and parallel.rank() == 0
+
+    def say(self, text: str) -> None:
+        """A remark, on stderr."""
+        if self.progress:
+            print(text, file=sys.stderr)
+
+
+def add_session_arguments(parser: argparse.ArgumentParser) -> None:
+    """--device and --quiet."""
+    parser.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    parser.add_argument("--quiet", action="store_true", help="results only: no progress bars, no remarks")
 
 
 class Terminated(SystemExit):
@@ -74,27 +150,19 @@ def going_on(text: str) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def session(device: str | None) -> Iterator[torch.device]:
-    """This process's device; under torchrun, in the group of all (`scoresde.training.start`).
+def command_parser(
+    commands: Any, name: str, text: str, examples: str, run: Callable[[Kind], None], kind: type[Kind]
+) -> argparse.ArgumentParser:
+    """A parser of a command's arguments.
 
-    Raises:
-        ValueError: if there is no such device.
+    Args:
+        commands: what it is added to.
+        name: of the command.
+        text: its help.
+        examples: what that ends in, a line each.
+        run: what it does.
+        kind: of options, made of its arguments and given to `run`.
     """
-    try:
-        chosen = None if device is None else torch.device(device)
-        if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("there is no GPU that torch can use")
-        if chosen is not None and chosen.type != "cuda":  # which would open the first GPU in every process
-            torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # no such device, or not in this build
-        raise ValueError(f"--device {device}: {error}") from error
-    with parallel.start(chosen) as found:
-        yield found
-
-
-def command_parser(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help ends in examples, a line each."""
     made: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text.partition("\n")[0],
@@ -102,19 +170,8 @@ def command_parser(commands: Any, name: str, text: str, examples: str) -> argpar
         epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    made.set_defaults(action=lambda args: run(kind.of(args)))
     return made
-
-
-def add_quiet(parser: argparse.ArgumentParser) -> None:
-    """--device and --quiet."""
-    parser.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
-    parser.add_argument("--quiet", action="store_true", help="results only: no progress bars, no remarks")
-
-
-def say(args: argparse.Namespace, text: str) -> None:
-    """A remark, on stderr."""
-    if not args.quiet and parallel.rank() == 0:
-        print(text, file=sys.stderr)
 
 
 def check_file(path: Path, *suffixes: str) -> None:
@@ -128,8 +185,8 @@ def check_file(path: Path, *suffixes: str) -> None:
         raise PermissionError(f"--out {path}: {path.parent} cannot be written to")
 
 
-def record(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def record(options: Options, device: torch.device) -> dict[str, Any]:
     """How numbers came about, for the file that they are in."""
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    arguments = {name: value for name, value in arguments.items() if not callable(value)}
+    plain = (str, int, float, list, type(None))
+    arguments = {name: value if isinstance(value, plain) else str(value) for name, value in options.flat().items()}
     return {"arguments": arguments, "environment": environment(device)}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from scoresde.cli.common import command_parser
+from scoresde.cli.common import Options, command_parser
 from scoresde.cli.drawing import GRIDS
 from scoresde.cli.models import open_run, parameters
-from scoresde.grid import Grid
+from scoresde.grid import SPACINGS
 from scoresde.info import environment
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown
@@ -24,35 +24,57 @@ _CHAINS = {"chain": "ddpm", "cosine-chain": "ddpm-cosine"}
 SDES = {_CHAINS.get(name, name): kind for name, kind in SDE_KINDS.items()}
 
 
+@dataclass(frozen=True)
+class InfoOptions(Options):
+    """The arguments of `info`."""
+
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class SolversOptions(Options):
+    """The arguments of `solvers`."""
+
+    markdown: bool
+
+
+@dataclass(frozen=True)
+class TableauOptions(Options):
+    """The arguments of `tableau`."""
+
+    solver: str
+    sde: str
+    steps: int
+    grid: str
+
+
 def add_parsers(commands: Any) -> None:
     """The arguments of the three."""
     about = command_parser(
         commands, "info", "versions, devices, and what there is; or what is in a run folder",
-        "scoresde info\nscoresde info runs/fm",
+        "scoresde info\nscoresde info runs/fm", info, InfoOptions,
     )  # fmt: skip
     about.add_argument("folder", nargs="?", type=Path, metavar="run", help="a run folder")
-    about.set_defaults(action=info)
     listing = command_parser(
         commands, "solvers", "every solver: order, evaluations, whether it draws noise, its paper",
-        "scoresde solvers\nscoresde solvers --markdown",
+        "scoresde solvers\nscoresde solvers --markdown", solvers, SolversOptions,
     )  # fmt: skip
     listing.add_argument("--markdown", action="store_true", help="as docs/solvers.md has it")
-    listing.set_defaults(action=lambda args: print(markdown(available()) if args.markdown else listed()))
     show = command_parser(
         commands, "tableau", "print the coefficients of a solver on a grid",
         "scoresde tableau heun --sde edm --steps 5\nscoresde tableau ddim --sde ddpm --steps 10 --grid strided",
+        tableau, TableauOptions,
     )  # fmt: skip
     show.add_argument("solver", choices=SOLVERS, metavar="solver", help="a name from `scoresde solvers`")
     show.add_argument("--sde", choices=SDES, default="vp", help="with its default parameters (vp)")
     show.add_argument("--steps", type=int, default=10, help="(10)")
     show.add_argument("--grid", choices=GRIDS, default="default", help="spacing (the solver's own)")
-    show.set_defaults(action=tableau)
 
 
-def info(args: argparse.Namespace) -> None:
+def info(options: InfoOptions) -> None:
     """Print versions, devices, SDEs and solvers; or what a run folder holds."""
-    if args.folder is not None:
-        print(described(args.folder))
+    if options.folder is not None:
+        print(described(options.folder))
         return
     facts = environment()
     del facts["dtype"], facts["command"]
@@ -86,12 +108,16 @@ def _lines(facts: dict[str, str]) -> str:
     return "\n".join(f"{name:9s} {value}" for name, value in facts.items())
 
 
-def tableau(args: argparse.Namespace) -> None:
-    """Print the table of args.solver on args.grid."""
-    process = SDES[args.sde]()
-    solver = SOLVERS[args.solver].solver
-    grid = solver.grid if args.grid == "default" else getattr(Grid, args.grid)
-    print(solver.tableau(grid(process, args.steps)))
+def solvers(options: SolversOptions) -> None:
+    """Print the solvers."""
+    print(markdown(available()) if options.markdown else listed())
+
+
+def tableau(options: TableauOptions) -> None:
+    """Print the table of a solver on a grid."""
+    solver = SOLVERS[options.solver].solver
+    spacing = solver.grid if options.grid == "default" else SPACINGS[options.grid]
+    print(solver.tableau(spacing(SDES[options.sde](), options.steps)))
 
 
 def listed() -> str:

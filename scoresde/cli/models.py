@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_count
+from scoresde.cli.common import Options
 from scoresde.cli.config import DataConfig, RunConfig, read_toml
 from scoresde.cli.images import is_picture
 from scoresde.data import TrainingData
@@ -32,11 +33,11 @@ __all__ = [
     "CONFIG",
     "About",
     "Model",
+    "ModelOptions",
     "add_model_arguments",
     "digest",
     "folder_of",
     "load_denoiser",
-    "open_model",
     "placed",
     "run_config",
 ]
@@ -191,6 +192,37 @@ def run_config(folder: Path) -> RunConfig:
     return RunConfig.of(read_toml(folder / CONFIG))
 
 
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Which model: a run folder, or --denoiser; which alone is moved to --device, where that is given."""
+
+    run: Path | None
+    denoiser: str | None
+    checkpoint: Path | None
+    shape: list[int] | None
+    average: int
+    device: str | None
+
+    def open(self, device: torch.device) -> Model:
+        """The model on a device.
+
+        Raises:
+            ValueError: if none is named, or two; if its data's shape is not known.
+            FileNotFoundError, CheckpointError, ImportError: as `scoresde.training.load` and `load_denoiser`.
+        """
+        if (self.run is None) == (self.denoiser is None):
+            raise ValueError("name one model: a run folder, or --denoiser MODULE:NAME")
+        if self.run is not None:
+            return open_run(self.run, self.average, device, self.shape)
+        assert self.denoiser is not None
+        if not self.shape:
+            raise ValueError("--denoiser needs --shape, that of one item: --shape 3 32 32")
+        denoiser, made_for = load_denoiser(self.denoiser, self.checkpoint)
+        check_count(**{f"shape {i}": n for i, n in enumerate(self.shape)})
+        about = About(tuple(self.shape), 256 if is_picture(self.shape) else None)
+        return Model(placed(denoiser, None if self.device is None else str(device)), about, made_for)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, what: str = "a run folder of `scoresde train`") -> None:
     """Which model: a run folder, or --denoiser."""
     parser.add_argument("run", nargs="?", type=Path, help=what)
@@ -204,25 +236,6 @@ def add_denoiser(group: Any) -> None:
     """--denoiser and --checkpoint."""
     group.add_argument("--denoiser", metavar="MODULE:NAME", help="a Denoiser, or a function that returns one")
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="given to that function, as its only argument")
-
-
-def open_model(args: argparse.Namespace, device: torch.device) -> Model:
-    """The model that the arguments name, on a device.
-
-    Raises:
-        ValueError: if they name none, or two; if its data's shape is not known.
-        FileNotFoundError, CheckpointError, ImportError: as `scoresde.training.load` and `load_denoiser`.
-    """
-    if (args.run is None) == (args.denoiser is None):
-        raise ValueError("name one model: a run folder, or --denoiser MODULE:NAME")
-    if args.run is not None:
-        return open_run(args.run, args.average, device, args.shape)
-    if not args.shape:
-        raise ValueError("--denoiser needs --shape, that of one item: --shape 3 32 32")
-    denoiser, made_for = load_denoiser(args.denoiser, args.checkpoint)
-    check_count(**{f"shape {i}": n for i, n in enumerate(args.shape)})
-    about = About(tuple(args.shape), 256 if is_picture(args.shape) else None)
-    return Model(placed(denoiser, None if args.device is None else str(device)), about, made_for)
 
 
 def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", shape: list[int] | None = None) -> Model:

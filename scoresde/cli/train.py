@@ -7,14 +7,21 @@ import json
 import math
 import sys
 import textwrap
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from scoresde.cli.common import DATA_HELP, add_quiet, command_parser, going_on, say, session
+from scoresde.cli.common import (
+    DATA_HELP,
+    Options,
+    SessionOptions,
+    add_session_arguments,
+    command_parser,
+    going_on,
+)
 from scoresde.cli.config import (
     SECTIONS,
     DataConfig,
@@ -72,9 +79,25 @@ FILES = """files in OUT:
   samples/        a grid of samples every train.evaluate_every steps (images)"""
 
 
+@dataclass(frozen=True)
+class TrainOptions(Options):
+    """The arguments of `train`; `short` holds those of the short flags that were given, by their names."""
+
+    out: Path
+    config: Path | None
+    changes: list[str]
+    short: dict[str, Any]
+    session: SessionOptions
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        short = {name: value for name in SHORT if (value := getattr(args, name)) is not None}
+        return cls(args.out, args.config, args.changes, short, SessionOptions.of(args))
+
+
 def add_parser(commands: Any) -> None:
     """The arguments of `train`."""
-    parser = command_parser(commands, "train", TEXT, EXAMPLES)
+    parser = command_parser(commands, "train", TEXT, EXAMPLES, run, TrainOptions)
     parser.epilog = f"{parser.epilog}\n\n{FILES}\n\n{_keys()}"
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="of the run")
@@ -97,8 +120,7 @@ def add_parser(commands: Any) -> None:
     add("--sde", help="model.sde: vp, subvp, cosine, ve, edm, flow, chain or cosine-chain (vp)")
     add("--predicts", help="model.predicts: eps, v, x0, score, velocity or edm (by the SDE)")
     add("--seed", type=int, help="train.seed, of everything random (0)")
-    add_quiet(parser)
-    parser.set_defaults(action=run)
+    add_session_arguments(parser)
 
 
 SHORT = {
@@ -129,29 +151,29 @@ def _keys() -> str:
     return "\n".join(lines)
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+def settings_of(options: TrainOptions) -> dict[str, Any]:
     """The configuration that the arguments give: the file's, then --set, then the short flags.
 
     Raises:
         ValueError: if something is not known, or there are no data.
     """
-    path = args.config
-    if path is None and args.data is None and (args.out / CONFIG).exists():
-        path = args.out / CONFIG  # the run itself
+    path = options.config
+    if path is None and "data" not in options.short and (options.out / CONFIG).exists():
+        path = options.out / CONFIG  # the run itself
     settings: dict[str, Any] = {} if path is None else read_toml(path)
     check_sections(settings)
-    override(settings, args.changes)
+    override(settings, options.changes)
     check_sections(settings)
-    for name, (part, key) in SHORT.items():
-        if (value := getattr(args, name)) is not None:
-            whole = name == "preset" and value.isdecimal()
-            settings.setdefault(part, {})[key] = int(value) if whole else value
+    for name, value in options.short.items():
+        part, key = SHORT[name]
+        whole = name == "preset" and value.isdecimal()
+        settings.setdefault(part, {})[key] = int(value) if whole else value
     if "source" not in settings.get("data", {}):
-        raise ValueError(f"give --data, or data.source in --config ({args.out} has no run to go on with)")
+        raise ValueError(f"give --data, or data.source in --config ({options.out} has no run to go on with)")
     return settings
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: TrainOptions) -> None:
     """Run the command.
 
     Raises:
@@ -160,23 +182,23 @@ def run(args: argparse.Namespace) -> None:
         NonFiniteLossError: if the loss is not finite.
     """
     check_installed()
-    settings = settings_of(args)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: give a folder")
+    settings = settings_of(options)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file: give a folder")
     data_config = section(DataConfig, "data", settings["data"])
-    with session(args.device) as device:
+    with options.session.start() as device:
         data = data_config.open(seed=settings.get("train", {}).get("seed", 0))
         config = completed(settings, data)
-        trainer = prepare(config, data, args.out, device)
+        trainer = prepare(config, data, options.out, device)
         if parallel.rank() == 0:
-            write_toml(args.out / CONFIG, config.to_dict())
-            About.of(data).write(args.out)
-        remarks(args, config, trainer, device)
-        again = f"scoresde train --out {args.out} goes on from the last checkpoint"
+            write_toml(options.out / CONFIG, config.to_dict())
+            About.of(data).write(options.out)
+        remarks(options, config, trainer, device)
+        again = f"scoresde train --out {options.out} goes on from the last checkpoint"
         with going_on(again):
-            trainer.fit(progress=not args.quiet)
+            trainer.fit(progress=not options.session.quiet)
         if parallel.rank() == 0:
-            print(summary(trainer, args.out))
+            print(summary(trainer, options.out))
 
 
 def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.device) -> Trainer:
@@ -206,17 +228,19 @@ def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.devi
         raise CheckpointError(f"{error} ({hint})") from error
 
 
-def remarks(args: argparse.Namespace, config: RunConfig, trainer: Trainer, device: torch.device) -> None:
+def remarks(options: TrainOptions, config: RunConfig, trainer: Trainer, device: torch.device) -> None:
     """What is trained, on what, and from where."""
     if trainer.step:
         what = "done" if trainer.step >= config.train.steps else "going on"
-        say(args, f"{args.out} is at step {trainer.step} of {config.train.steps}: {what}")
+        options.session.say(f"{options.out} is at step {trainer.step} of {config.train.steps}: {what}")
     size = parameters(trainer.denoiser)
     about = About.of(trainer.data) if isinstance(trainer.data, TrainingData) else None
     what = "" if about is None or about.num_classes is None else f" of {about.num_classes} classes"
-    say(args, f"{trainer.denoiser}, {size / 1e6:.3g} million parameters, on {len(trainer.data)} items{what}, {device}")
+    options.session.say(
+        f"{trainer.denoiser}, {size / 1e6:.3g} million parameters, on {len(trainer.data)} items{what}, {device}"
+    )
     if device.type == "cpu" and size > 10e6:
-        say(args, "this network is large for a CPU: --preset 28 or --preset 8 is smaller")
+        options.session.say("this network is large for a CPU: --preset 28 or --preset 8 is smaller")
 
 
 def summary(trainer: Trainer, out: Path) -> str:

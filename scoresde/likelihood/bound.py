@@ -77,6 +77,13 @@ class Elbo:
         """
         return -self.value / (self.dim * math.log(2))
 
+    def of_levels(self, levels: int, data_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """Bits per dimension of images of whole levels and their standard error, each of shape (B,), x being these
+        `dequantized`: `bits_per_dim` and the offset log2(levels / (hi - lo)), data_range being (lo, hi).
+        """
+        lo, hi = data_range
+        return self.bits_per_dim.double() + math.log2(levels / (hi - lo)), self.stderr / (self.dim * math.log(2))
+
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The ends of value -+ t_{(1 + level) / 2}(dof) stderr, t(dof) the quantiles of Student's t: what covers the
         bound's mean over the draws.
