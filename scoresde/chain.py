@@ -45,6 +45,7 @@ class DDPMChain(VariancePreserving):
         self.betas = betas.detach().clone()
         self.steps = len(betas)
         self.t_min, self.t_max = 1.0, float(self.steps)
+        self.nodes = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu")
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @classmethod

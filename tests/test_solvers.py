@@ -39,7 +39,7 @@ def run(entry, denoiser, shape_or_x, sde=None, steps=6, **arguments):
 
 def test_every_solver_is_listed():
     listed = {type(entry.solver) for entry in available()}
-    abstract = {"Solver", "SingleStep", "OptimalVariance"}  # the last wants a denoiser that knows its variance
+    abstract = {"Solver", "SingleStep"}
     public = {getattr(scoresde.solvers, name) for name in scoresde.solvers.__all__ if name not in abstract}
     solvers = {c for c in public if isinstance(c, type) and issubclass(c, scoresde.solvers.Solver)}
     assert solvers == listed
@@ -50,6 +50,23 @@ def test_every_solver_is_listed():
 def test_the_call_makes_the_solver(name):
     entry = ENTRIES[name]
     assert eval(entry.call, vars(scoresde.solvers).copy()) == entry.solver
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_evaluations_are_counted_without_the_table_as_it_has_them(name):
+    """On every SDE, to t = 0, to noise and, where that is possible, back up."""
+    solver = ENTRIES[name].solver
+    for sde in FEW.values():
+        for N in (1, 2, 5):
+            grids = [solver.grid(sde, N), solver.grid(sde, N, end=sde.t_min)]
+            if ENTRIES[name].deterministic:
+                grids.append(grids[1].reversed())
+            for grid in grids:
+                try:
+                    table = solver.tableau(grid)
+                except ValueError:  # Restart beyond the SDE's noise, a view without a limit there
+                    continue
+                assert solver.evaluations(grid) == table.nfe, grid
 
 
 @pytest.mark.parametrize("name", [n for n in TABLES if TABLES[n].evaluations])

@@ -24,8 +24,8 @@ from scoresde import __version__
 from scoresde.cli import compare, edit, evaluate, export, info, likelihood, restore, sample, train, variance
 from scoresde.cli.common import sigterm
 from scoresde.cli.drawing import GRIDS
-from scoresde.cli.info import SDES
 from scoresde.errors import CheckpointError
+from scoresde.schedules import SDES
 from scoresde.solvers.catalogue import SOLVERS
 
 __all__ = ["GRIDS", "SDES", "SOLVERS", "main"]

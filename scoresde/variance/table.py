@@ -34,12 +34,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scoresde import schedules
 from scoresde.chain import DDPMChain
 from scoresde.checks import check_count, check_range
 from scoresde.denoiser import Denoiser, NetworkDenoiser
 from scoresde.errors import CheckpointError
 from scoresde.files import write_whole
+from scoresde.schedules import SDES
 from scoresde.sde import SDE
 from scoresde.tensors import Time, precise
 
@@ -47,7 +47,7 @@ __all__ = ["Moments", "VarianceTable", "check_nodes", "fingerprint"]
 
 FORMAT = "scoresde-variance-table-1"
 
-_REBUILT = {kind: getattr(schedules, kind) for kind in schedules.__all__}
+_REBUILT = {kind.__name__: kind for kind in SDES.values() if isinstance(kind, type)}
 """SDEs that their repr says everything of."""
 
 
