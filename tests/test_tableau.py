@@ -7,7 +7,19 @@ from itertools import pairwise
 
 import pytest
 import torch
-from common import SDES, SOLVERS, STOCHASTIC, Nonlinear, end_of, generator, network_for, normal, solve, start_of
+from common import (
+    SDES,
+    SOLVERS,
+    STOCHASTIC,
+    Nonlinear,
+    end_of,
+    every_pair,
+    generator,
+    network_for,
+    normal,
+    solve,
+    start_of,
+)
 from textbook import ddim, ddpm, ddpm_chain, euler_maruyama, euler_t, heun_edm, heun_t
 
 from scoresde import (
@@ -80,7 +92,7 @@ def test_inexact_methods_meet_i1_to_first_order(name):
 
 # Textbook agreement: a non-linear denoiser, float64, rank 1 and image rank, ending at t_min and on the data.
 
-SHAPES = [(3, 5), (2, 3, 4, 4)]
+SHAPES = {"rank 1": (3, 5), "images": (2, 3, 4, 4)}
 
 
 def textbook(name, denoiser, x, times, z):
@@ -98,9 +110,7 @@ def textbook(name, denoiser, x, times, z):
     }[name]()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["rank 1", "images"])
-@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
-@pytest.mark.parametrize("name", SOLVERS)
+@every_pair(name=list(SOLVERS), sde=SDES, shape=SHAPES)
 def test_tableau_equals_textbook(name, sde, shape):
     denoiser = Nonlinear(sde)
     for end in (0.0, end_of(sde)):
