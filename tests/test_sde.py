@@ -11,7 +11,7 @@ import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from common import EVERY_SDE
+from common import EVERY_SDE, every_pair
 from torch import Tensor
 
 from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, SubVPSDE
@@ -370,9 +370,7 @@ def test_betas_are_not_rounded_to_float32(make: Callable[..., object]) -> None:
 # perturb
 
 
-@all_sdes
-@pytest.mark.parametrize("event", [(), (3,), (2, 4), (1, 2, 2)])
-@pytest.mark.parametrize("per_sample", [False, True])
+@every_pair(name=list(SDES), event=[(), (3,), (2, 4), (1, 2, 2)], per_sample=[False, True])
 def test_perturb_is_alpha_x0_plus_sigma_noise(name: str, event: tuple[int, ...], per_sample: bool) -> None:
     """Its moments over noise of mean 0 and variance 1 are alpha x0 and sigma, sample by sample."""
     sde = SDES[name]
