@@ -90,6 +90,9 @@ class DDPMChain(VariancePreserving):
         n = torch.searchsorted(B, integrated_beta.contiguous()).clamp(1, self.steps)
         return (n - 1) + (integrated_beta - B[n - 1]) / rates[n - 1]
 
+    def arrays(self) -> dict[str, Tensor]:
+        return {"betas": self.betas}
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DDPMChain) and torch.equal(self.betas, other.betas)
 

@@ -10,6 +10,7 @@ FlowSDE       alpha = 1 - t,  sigma = t                      rectified flow
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -364,3 +365,24 @@ def sde_of(name: str, options: Mapping[str, Any] | None = None) -> SDE:
     name, options = sde_name(name), dict(options or {})
     check_keys(f"sde {name!r}", options, signature(SDES[name]).parameters)
     return SDES[name](**options)
+
+
+def sde_from(text: str, arrays: Mapping[str, Any]) -> SDE | None:
+    """The SDE of that repr, with what its `arrays` were, or None; nothing in the text is executed.
+
+    >>> sde_from(repr(FlowSDE(t_max=0.9)), {})
+    FlowSDE(t_min=1e-05, t_max=0.9)
+    """
+    made: SDE
+    try:
+        if "betas" in arrays:
+            made = DDPMChain(torch.as_tensor(arrays["betas"]))
+        else:
+            call = ast.parse(text, mode="eval").body
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+                return None
+            kinds = {kind.__name__: kind for kind in SDES.values() if isinstance(kind, type)}
+            made = kinds[call.func.id](**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
+    except (SyntaxError, KeyError, TypeError, ValueError):
+        return None
+    return made if repr(made) == text else None

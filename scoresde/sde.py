@@ -121,6 +121,10 @@ class SDE(ABC):
         """The largest time at which the scales are defined: where a solver that adds noise (EDM's churn) may stand."""
         return self.t_max
 
+    def arrays(self) -> dict[str, Tensor]:
+        """The numbers that its repr has a hash of only: with both, `sde_from` makes it again."""
+        return {}
+
     @property
     def most_steps(self) -> float:
         """The most steps that a grid to t = 0 can have: one a node, or infinitely many."""

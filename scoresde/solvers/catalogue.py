@@ -214,11 +214,12 @@ def solver_of(text: str) -> Solver:
         return SOLVERS[name].solver
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)  # noqa: PT018
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError(f"{text} is no call")
         made = _CLASSES[call.func.id]
         args = [ast.literal_eval(arg) for arg in call.args]
         options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, AssertionError, KeyError) as error:
+    except (SyntaxError, ValueError, KeyError) as error:
         names = ", ".join(SOLVERS)
         raise ValueError(f"solver {text}: expected a call, 'DDIM(eta=0.2)' say, or one of {names}") from error
     try:
