@@ -13,15 +13,12 @@ from scoresde.cli.drawing import GRIDS
 from scoresde.cli.models import open_run, parameters
 from scoresde.grid import SPACINGS
 from scoresde.info import environment
+from scoresde.schedules import SDES, sde_of
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown
 from scoresde.training.folder import newest
-from scoresde.training.model import SDE_KINDS
 
-__all__ = ["SDES", "add_parsers"]
-
-_CHAINS = {"chain": "ddpm", "cosine-chain": "ddpm-cosine"}
-SDES = {_CHAINS.get(name, name): kind for name, kind in SDE_KINDS.items()}
+__all__ = ["add_parsers"]
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,11 @@ def add_parsers(commands: Any) -> None:
     listing.add_argument("--markdown", action="store_true", help="as docs/solvers.md has it")
     show = command_parser(
         commands, "tableau", "print the coefficients of a solver on a grid",
-        "scoresde tableau heun --sde edm --steps 5\nscoresde tableau ddim --sde ddpm --steps 10 --grid strided",
+        "scoresde tableau heun --sde edm --steps 5\nscoresde tableau ddim --sde chain --steps 10 --grid strided",
         tableau, TableauOptions,
     )  # fmt: skip
     show.add_argument("solver", choices=SOLVERS, metavar="solver", help="a name from `scoresde solvers`")
-    show.add_argument("--sde", choices=SDES, default="vp", help="with its default parameters (vp)")
+    show.add_argument("--sde", default="vp", metavar="SDE", help=f"with its default parameters: {', '.join(SDES)} (vp)")
     show.add_argument("--steps", type=int, default=10, help="(10)")
     show.add_argument("--grid", choices=GRIDS, default="default", help="spacing (the solver's own)")
 
@@ -117,7 +114,7 @@ def tableau(options: TableauOptions) -> None:
     """Print the table of a solver on a grid."""
     solver = SOLVERS[options.solver].solver
     spacing = solver.grid if options.grid == "default" else SPACINGS[options.grid]
-    print(solver.tableau(spacing(SDES[options.sde](), options.steps)))
+    print(solver.tableau(spacing(sde_of(options.sde), options.steps)))
 
 
 def listed() -> str:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.editing.latents import check_pair
 from scoresde.grid import Grid
@@ -50,10 +49,8 @@ def strength_time(sde: SDE, strength: float) -> float:
     """
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
         raise ValueError(f"strength={strength!r}: expected a number in (0, 1]; nothing is edited at 0, all is new at 1")
-    if isinstance(sde, DDPMChain):
-        return float(max(1, round(strength * sde.steps)))
-    if sde.customary_grid == "uniform":
-        return float(strength * sde.t_max)
+    if sde.customary_grid in ("uniform", "strided"):
+        return float(sde.snapped(torch.tensor([strength * sde.t_max], dtype=torch.float64, device="cpu")))
     times = Grid.customary(sde, _FINE).times
     position = (1 - strength) * _FINE
     i = min(int(position), _FINE - 1)

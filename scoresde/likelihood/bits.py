@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
@@ -275,7 +274,7 @@ class _Bins:
         """Those of a model; Delta / 2 = tau sigma_t / alpha_t."""
         if t is None and noise == "truncated-normal":
             t = max(sde.t_min, float(sde.time_at(math.log(2 * _TAU / Delta))))
-            t = float(math.ceil(t)) if isinstance(sde, DDPMChain) else t  # a node, where a table can end
+            t = t if sde.nodes is None else float(sde.nodes[sde.nodes >= t][0])  # a node, where a table can end
         if t is None:
             return cls(lo, Delta, noise)
         if isinstance(t, bool) or not isinstance(t, Real) or not 0 < t < sde.t_max:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count
 from scoresde.errors import NonFiniteError
 from scoresde.noise import SeededNoise, derive_seed, seeds_of
@@ -151,9 +150,9 @@ def gaussian_kl(dim: int, ratio: Any, square: Tensor) -> Tensor:
 
 def decoder_std(sde: SDE, t: float) -> float:
     """The decoder's standard deviation, by the rule of `elbo`, of a chain whose last noisy time is t."""
-    if isinstance(sde, DDPMChain) and sde.steps > 1 and t == 1:
-        one = torch.ones(1, dtype=torch.float64, device="cpu")
-        return float(sde.sigma(one) * forgotten(sde, 2 * one, one).sqrt())
+    if sde.nodes is not None and len(sde.nodes) > 1 and t == float(sde.nodes[0]):
+        one, two = sde.nodes[:2]
+        return float(sde.sigma(one) * forgotten(sde, two, one).sqrt())
     return relative_noise(sde, t)
 
 

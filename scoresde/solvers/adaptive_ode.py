@@ -23,10 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import scipy.integrate
-import scipy.sparse
 import torch
-import torchdiffeq
 from torch import Tensor
 
 from scoresde.checks import check_count, check_tolerances
@@ -144,6 +141,8 @@ class AdaptiveODE(Budgeted):
         return (motion.radius(leg.s) * w).to(x.dtype), first
 
     def _torchdiffeq(self, motion: Motion, w: Tensor, lambdas: Tensor, first: float) -> tuple[Tensor, float]:
+        import torchdiffeq  # here, and scipy below: they take a while to import
+
         watched = _Watched(motion, first)
         lambdas = lambdas.to(w.device)
         # Without step_t torchdiffeq steps over the end and interpolates; without first_step it tries one of any length.
@@ -154,6 +153,9 @@ class AdaptiveODE(Budgeted):
         return path[-1], watched.step
 
     def _scipy(self, motion: Motion, w: Tensor, lambdas: Tensor, first: float) -> tuple[Tensor, float]:
+        import scipy.integrate
+        import scipy.sparse
+
         start, end = lambdas.tolist()
         share, n = self._share(len(w)), w[0].numel()
         options: dict[str, Any] = {"rtol": self.rtol / share, "atol": self.atol / share}

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, final
 
+import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
@@ -62,7 +62,9 @@ class Solver:
         return Grid.sampling(sde, steps, power=self.power, end=end)
 
     def evaluations(self, grid: Grid) -> int | None:
-        """Evaluations of the denoiser on that grid, or None where they are not known beforehand."""
+        """Evaluations of the denoiser on that grid, or None where they are not known beforehand. Solvers that can tell
+        without their table do: the budget of `sample(nfe=)` asks several times.
+        """
         return self.tableau(grid).nfe
 
     def within(self, sde: SDE, nfe: int) -> tuple[Solver, Grid]:
@@ -82,9 +84,11 @@ class Solver:
             ValueError: if not even one step fits.
         """
         check_count(nfe=nfe)
-        most = min(int(nfe), sde.steps - math.ceil(end)) if isinstance(sde, DDPMChain) else int(nfe)
+        most = int(min(nfe, sde.most_steps - math.ceil(end)))
         grid = spacing or (partial(self.grid, end=end) if end else self.grid)
-        steps = bisect_right(range(1, most + 1), nfe, key=lambda n: self.evaluations(grid(sde, n)) or 0)
+        if most >= 1 and (self.evaluations(grid(sde, most)) or 0) <= nfe:  # one evaluation a step
+            return most
+        steps = bisect_right(range(1, most), nfe, key=lambda n: self.evaluations(grid(sde, n)) or 0)
         if steps == 0:
             raise ValueError(f"{self!r} needs more than nfe={nfe} evaluations for a single step")
         return steps
@@ -139,8 +143,15 @@ class SingleStep(Solver, ABC):
         to alpha_s = 0 even.
         """
 
+    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
+        """Evaluations of each of the moves t -> s, int64, shape (M,): one, unless the solver has more."""
+        return torch.ones(len(t), dtype=torch.int64, device="cpu")
+
     def tableau(self, grid: Grid) -> Tableau:
         return self.rows(grid.sde, grid.times[:-1], grid.times[1:]).tableau(grid)
+
+    def evaluations(self, grid: Grid) -> int:
+        return int(self.stages(grid.sde, grid.times[:-1], grid.times[1:]).sum())
 
 
 def check_decreasing(grid: Grid, solver: Solver) -> None:

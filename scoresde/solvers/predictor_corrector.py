@@ -94,7 +94,7 @@ class PredictorCorrector(Solver):
         return self.predictor.grid(sde, steps, end=end)
 
     def evaluations(self, grid: Grid) -> int:
-        return self.predictor.tableau(grid).nfe + self.corrector_steps * int(self._corrects(grid)[2].sum())
+        return self.predictor.evaluations(grid) + self.corrector_steps * int(self._corrects(grid)[2].sum())
 
     @property
     def has_table(self) -> bool:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
@@ -126,11 +125,11 @@ def _times(sde: SDE, times: Grid | Tensor | Sequence[float] | None) -> Tensor:
 
 
 def table_times(sde: SDE, n: int | None = None) -> Tensor:
-    """The times of a table, increasing, float64 on the host: all nodes of a `DDPMChain`; else, or where n says how
-    many, that number (100) uniform in half log-SNR, as `estimate` says.
+    """The times of a table, increasing, float64 on the host: all nodes of a chain; else, or where n says how many, that
+    number (100) uniform in half log-SNR, as `estimate` says.
     """
-    if n is None and isinstance(sde, DDPMChain):
-        return torch.arange(1, sde.steps + 1, dtype=torch.float64, device="cpu")
+    if n is None and sde.nodes is not None:
+        return sde.nodes
     start = legs(Grid(sde, [sde.t_max, sde.t_min]), free=True)[-1].t
     return Grid.log_snr(sde, (n or 100) - 1, start=start, end=sde.t_min).times.flip(0)
 

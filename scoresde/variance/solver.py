@@ -110,7 +110,7 @@ class OptimalVariance(Solver):
         return self.solver.grid(sde, steps, end=end)
 
     def evaluations(self, grid: Grid) -> int | None:
-        return len(_one_step(self.solver, grid))
+        return self.solver.evaluations(grid)
 
     def loop(
         self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
