@@ -10,9 +10,8 @@ inputs.py      given images as items of a model
 measuring.py   real data and feature spaces by name
 writing.py     where samples go, and what is finished when a command is stopped
 images.py      PNG files
-common.py      the options of a command, how commands stop, what they say
-
-Each command parses its arguments into one frozen `Options` and hands that on.
+common.py      how commands begin and stop, what they say
+options.py     what a command was given: a frozen dataclass that declares its arguments, parsed once and handed on
 """
 
 from __future__ import annotations

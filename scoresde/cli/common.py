@@ -1,8 +1,4 @@
-"""What the commands share: their options, how they stop, what they say, the files they leave.
-
-A command's arguments are parsed once into a frozen object, its `Options`, which is composed of groups that several
-commands have: each group stands beside the function that adds its arguments to a parser.
-"""
+"""What the commands share: how they begin and stop, what they say, the files they leave."""
 
 from __future__ import annotations
 
@@ -16,20 +12,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import torch
 
+from scoresde.cli.options import Options, option
 from scoresde.data import BUILT_IN
 from scoresde.info import environment
 from scoresde.training import parallel
 
 __all__ = [
     "DATA_HELP",
-    "Options",
     "SessionOptions",
     "Terminated",
-    "add_session_arguments",
     "check_file",
     "command_parser",
     "going_on",
@@ -37,47 +32,20 @@ __all__ = [
     "sigterm",
 ]
 
+Kind = TypeVar("Kind", bound=Options)
+
 DATA_HELP = (
     f"{', '.join(BUILT_IN)} (name:PATH says where it is, name:N how many points); a file .npy, .npz or "
     ".safetensors; or a folder of images"
 )
 
-Kind = TypeVar("Kind", bound="Options")
 
-
-class Options:
-    """What a command, or a group of its arguments, was given; base of frozen dataclasses. A field has the name of its
-    argument; one that is `Options` itself is a group.
-    """
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        """From what was parsed."""
-        kinds = get_type_hints(cls)
-        groups = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Options)}
-        return cls(**{name: groups[name].of(args) if name in groups else getattr(args, name) for name in kinds})
-
-    def flat(self) -> dict[str, Any]:
-        """All values by their arguments' names, those of groups among them."""
-        found: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            found |= value.flat() if isinstance(value, Options) else {name: value}
-        return found
-
-    def given(self, *names: str) -> dict[str, Any]:
-        """Those that are not None or False; of these names alone, if there are some."""
-        values = self.flat()
-        return {
-            name: values[name] for name in names or values if values[name] is not None and values[name] is not False
-        }
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SessionOptions(Options):
     """Where a command runs, and whether it says more than results."""
 
-    device: str | None
-    quiet: bool
+    device: str | None = option("cpu, cuda, ... (a GPU where there is one)")
+    quiet: bool = option("results only: no progress bars, no remarks")
 
     @contextlib.contextmanager
     def start(self) -> Iterator[torch.device]:
@@ -106,12 +74,6 @@ class SessionOptions(Options):
         """A remark, on stderr."""
         if self.progress:
             print(text, file=sys.stderr)
-
-
-def add_session_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device and --quiet."""
-    parser.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
-    parser.add_argument("--quiet", action="store_true", help="results only: no progress bars, no remarks")
 
 
 class Terminated(SystemExit):
@@ -153,7 +115,7 @@ def going_on(text: str) -> Iterator[None]:
 def command_parser(
     commands: Any, name: str, text: str, examples: str, run: Callable[[Kind], None], kind: type[Kind]
 ) -> argparse.ArgumentParser:
-    """A parser of a command's arguments.
+    """A command's parser.
 
     Args:
         commands: what it is added to.
@@ -161,7 +123,7 @@ def command_parser(
         text: its help.
         examples: what that ends in, a line each.
         run: what it does.
-        kind: of options, made of its arguments and given to `run`.
+        kind: its options, which `run` is given.
     """
     made: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -170,6 +132,7 @@ def command_parser(
         epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    kind.add_to({"": made})
     made.set_defaults(action=lambda args: run(kind.of(args)))
     return made
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
-from scoresde.cli.common import Options, SessionOptions, add_session_arguments, command_parser, going_on, record
-from scoresde.cli.drawing import GRIDS, DrawOptions, Recipe, StepOptions, add_draw_arguments, draw_all, recipe, rounded
-from scoresde.cli.measuring import Measure, MeasureOptions, add_measure_arguments, check_measurable
-from scoresde.cli.models import Model, ModelOptions, add_model_arguments, digest, sha
+from scoresde.cli.common import SessionOptions, command_parser, going_on, record
+from scoresde.cli.drawing import GRIDS, DrawOptions, Recipe, StepOptions, draw_all, recipe, rounded
+from scoresde.cli.measuring import Measure, MeasureOptions, check_measurable, measures
+from scoresde.cli.models import Model, ModelOptions, digest, sha
+from scoresde.cli.options import Options, option, part
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS, evaluate
 from scoresde.metrics.evaluate import title
@@ -42,38 +43,29 @@ torchrun --nproc-per-node=4 -m scoresde compare runs/fm --solvers ddim unipc3 --
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompareOptions(Options):
     """The arguments of `compare`."""
 
-    model: ModelOptions
-    solvers: list[str]
-    nfe: list[int]
-    grids: list[str]
-    n: int
-    out: Path
-    fresh: bool
-    measure: MeasureOptions
-    draw: DrawOptions
+    model: ModelOptions = part("the model")
+    solvers: list[str] = option(
+        "names from `scoresde solvers`, or calls, 'DDIM(eta=0.2)' (ddim dpm++2m unipc3 heun)",
+        ["ddim", "dpm++2m", "unipc3", "heun"], "NAME", nargs="+")  # fmt: skip
+    nfe: list[int] = option("budgets of evaluations (5 10 20)", [5, 10, 20], "N", nargs="+")
+    grids: list[str] = option(
+        f"spacings, {', '.join(GRIDS)} (default: each solver's own)", ["default"], "GRID", nargs="+", choices=GRIDS
+    )
+    n: int = option("samples of each cell (500)", 500, "N", flags=("--n", "--number"))
+    out: Path = option("of results", metavar="FOLDER", required=True)
+    fresh: bool = option("forget the cells of an earlier run")
+    measure: MeasureOptions = measures("frechet")
+    draw: DrawOptions = part("the samples")
     session: SessionOptions
 
 
 def add_parser(commands: Any) -> None:
     """The arguments of `compare`."""
-    parser = command_parser(commands, "compare", TEXT, EXAMPLES, run, CompareOptions)
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--solvers", nargs="+", default=["ddim", "dpm++2m", "unipc3", "heun"], metavar="NAME",
-        help="names from `scoresde solvers`, or calls, 'DDIM(eta=0.2)' (ddim dpm++2m unipc3 heun)")  # fmt: skip
-    add("--nfe", nargs="+", type=int, default=[5, 10, 20], metavar="N", help="budgets of evaluations (5 10 20)")
-    add("--grids", nargs="+", default=["default"], choices=GRIDS, metavar="GRID",
-        help=f"spacings, {', '.join(GRIDS)} (default: each solver's own)")  # fmt: skip
-    add("--n", "--number", type=int, default=500, metavar="N", help="samples of each cell (500)")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="of results")
-    add("--fresh", action="store_true", help="forget the cells of an earlier run")
-    add_measure_arguments(parser, ["frechet"])
-    add_draw_arguments(parser.add_argument_group("the samples"))
-    add_session_arguments(parser)
+    command_parser(commands, "compare", TEXT, EXAMPLES, run, CompareOptions)
 
 
 Cell = tuple[str, str, int]
@@ -96,7 +88,7 @@ def run(options: CompareOptions) -> None:
     for name in options.solvers:
         solver_of(name)
     with session.start() as device:
-        model = options.model.open(device)
+        model = options.model.open(session, device)
         race = Race(options, model, options.measure.open(model, session, device))
         path, made_for = out / "cells.jsonl", race.made_for()
         kept = parallel.by_first(lambda: Cells(path, "scoresde compare", "cells", made_for, _cell, options.fresh))
@@ -125,7 +117,9 @@ class Race:
             for nfe in self.budgets
         ]
         check_measurable(self.names, samples=options.n, data=len(by.reference))
-        self.told = recipe(options.draw, StepOptions("ddim", 1000), model).told  # which checks the rest of the options
+        self.told = recipe(
+            options.draw, StepOptions(solver="ddim", nfe=1000, steps=None, grid="default"), model
+        ).told  # which checks the rest of the options
         self._real: Tensor | None = None
 
     def made_for(self) -> dict[str, Any]:
@@ -168,7 +162,7 @@ class Race:
         head = {"solver": solver, "grid": grid, "nfe": nfe}
         start = time.perf_counter()
         try:
-            made = recipe(self.options.draw, StepOptions(solver, nfe, grid=grid), self.model)
+            made = recipe(self.options.draw, StepOptions(solver=solver, nfe=nfe, steps=None, grid=grid), self.model)
             x = draw_all(made, self.options.n, self.options.draw.batch_size, progress=False)
         except (ValueError, TypeError, ArithmeticError) as error:
             if parallel.world() > 1 and isinstance(error, ArithmeticError):

@@ -3,20 +3,18 @@ number of processes."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
-from scoresde.cli.common import Options
 from scoresde.cli.models import Model
+from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData, nothing, scaled
 from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError, some
@@ -36,10 +34,8 @@ __all__ = [
     "DrawOptions",
     "Guidance",
     "Recipe",
+    "SamplesOptions",
     "StepOptions",
-    "add_draw_arguments",
-    "add_solver_arguments",
-    "add_step_arguments",
     "draw",
     "draw_all",
     "gathered",
@@ -49,6 +45,9 @@ __all__ = [
 ]
 
 GRIDS = ("default", *SPACINGS)
+SOLVER_HELP = "a name from `scoresde solvers`, or a call, 'DDIM(eta=0.2)'"
+NFE_HELP = "evaluations of the network ({}, unless --steps; a budget for adaptive solvers)"
+CLASS_HELP = "of all samples: 0, 1, ..., or its name"
 
 
 @dataclass(frozen=True)
@@ -133,33 +132,35 @@ def _in_turn(items: range, n: int) -> Tensor:
     return torch.tensor([i % n for i in items], dtype=torch.long, device="cpu")
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """--guidance and --guidance-interval, as `ClassifierFree` takes them."""
+@dataclass(frozen=True, kw_only=True)
+class Guidance(Options):
+    """Classifier-free guidance, as `ClassifierFree` takes it.
 
-    weight: float
-    interval: tuple[float, float] | None = None
+    Raises:
+        ValueError: if there is an interval, and no weight.
+    """
 
-    @classmethod
-    def of(cls, weight: float | None, interval: list[float] | None) -> Guidance | None:
-        """None without a weight.
+    weight: float = option(
+        "classifier-free guidance, of a network trained with --drop, at twice the work: D_0 + W (D_1 - D_0), D_1 being "
+        "told class and conditions and D_0 nothing. 1 is D_1 alone, as without it, 0 is D_0 alone; 2, say, is more "
+        "typical of the class and less various", metavar="W", flags=("--guidance",), dest="guidance")  # fmt: skip
+    interval: list[float] | None = option(
+        "noise levels sigma / alpha that are guided, LO < level <= HI; D_1 alone runs at others (all)",
+        metavar=("LO", "HI"), flags=("--guidance-interval",), dest="guidance_interval", nargs=2)  # fmt: skip
 
-        Raises:
-            ValueError: if there is an interval then.
-        """
-        if weight is None and interval is not None:
+    def __post_init__(self) -> None:
+        if self.weight is None and self.interval is not None:
             raise ValueError("--guidance-interval says where --guidance W is: give that, too")
-        return None if weight is None else cls(weight, None if interval is None else (interval[0], interval[1]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepOptions(Options):
     """The solver and its steps."""
 
-    solver: str
-    nfe: int | None = None
-    steps: int | None = None
-    grid: str = "default"
+    solver: str = option(f"{SOLVER_HELP} (unipc3)", "unipc3")
+    nfe: int | None = option(NFE_HELP.format("20"))
+    steps: int | None = option("steps, instead of --nfe")
+    grid: str = option("spacing of the steps (the solver's own)", "default", choices=GRIDS)
 
     def counts(self, solver: Solver, denoiser: Denoiser) -> dict[str, Any]:
         """The arguments of `sample` that say how many steps there are, and where."""
@@ -178,68 +179,33 @@ class StepOptions(Options):
         return counts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DrawOptions(Options):
     """What does not depend on the solver."""
 
-    seed: int
-    label: str | None
+    seed: int = option("of the samples (0)", 0)
+    label: str | None = option(f"{CLASS_HELP} (each class in turn)", metavar="K", flags=("--class",))
     guidance: Guidance | None
-    condition_from: str | None
-    measured: bool
-    clip: bool
-    variance: Path | None
-    batch_size: int
+    condition_from: str | None = option(
+        "items whose conditions the network is told, sample i that of item i: of a run of `scoresde train --condition` "
+        "(what it was trained on)", metavar="DATA")  # fmt: skip
+    measured: bool = option(
+        "--condition-from has not the items but what is known of them: small ones, grey ones, JPEG files; with holes, "
+        "and a last channel white where it is known")  # fmt: skip
+    clip: bool = option("clip the posterior mean to [-1, 1] at each evaluation")
+    variance: Path | None = option(
+        "from `scoresde variance`: the optimal variance (Analytic-DPM), for one-step solvers (ddpm, ddim, ...)",
+        metavar="TABLE.npz")  # fmt: skip
+    batch_size: int = option("samples that the network takes at once (64)", 64, "N")
 
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        return replace(super().of(args), guidance=Guidance.of(args.guidance, args.guidance_interval))
 
-
-def add_solver_arguments(parser: argparse.ArgumentParser, n: int = 64) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SamplesOptions(Options):
     """How many samples, and how they are drawn."""
-    group = parser.add_argument_group("the samples")
-    group.add_argument("--n", "--number", type=int, default=n, metavar="N", help=f"how many ({n})")
-    add_step_arguments(group)
-    add_draw_arguments(group)
 
-
-def add_step_arguments(group: Any, solver: str | None = "unipc3", defaults: tuple[str, str] = ("unipc3", "20")) -> None:
-    """The solver and its steps.
-
-    Args:
-        group: of arguments.
-        solver: the default.
-        defaults: in words, of the solver and of --nfe.
-    """
-    add, (its, nfe) = group.add_argument, defaults
-    add("--solver", default=solver, help=f"a name from `scoresde solvers`, or a call, 'DDIM(eta=0.2)' ({its})")
-    add("--nfe", type=int, help=f"evaluations of the network ({nfe}, unless --steps; a budget for adaptive solvers)")
-    add("--steps", type=int, help="steps, instead of --nfe")
-    add("--grid", choices=GRIDS, default="default", help="spacing of the steps (the solver's own)")
-
-
-def add_draw_arguments(group: Any, conditions: bool = True) -> None:
-    """What does not depend on the solver; with --condition-from and --measured, if conditions."""
-    add, otherwise = group.add_argument, "each class in turn" if conditions else "none, where trained with --drop"
-    add("--seed", type=int, default=0, help="of the samples (0)")
-    add("--class", dest="label", metavar="K", help=f"of all samples: 0, 1, ..., or its name ({otherwise})")
-    add("--guidance", type=float, metavar="W", help="classifier-free guidance, of a network trained with --drop, at "
-        "twice the work: D_0 + W (D_1 - D_0), D_1 being told class and conditions and D_0 nothing. 1 is D_1 alone, as "
-        "without it, 0 is D_0 alone; 2, say, is more typical of the class and less various")  # fmt: skip
-    add("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="noise levels sigma / alpha that are "
-        "guided, LO < level <= HI; D_1 alone runs at others (all)")  # fmt: skip
-    if conditions:
-        add("--condition-from", metavar="DATA", help="items whose conditions the network is told, sample i that of "
-            "item i: of a run of `scoresde train --condition` (what it was trained on)")  # fmt: skip
-        add("--measured", action="store_true", help="--condition-from has not the items but what is known of them: "
-            "small ones, grey ones, JPEG files; with holes, and a last channel white where it is known")  # fmt: skip
-    else:
-        group.set_defaults(condition_from=None, measured=False)
-    add("--clip", action="store_true", help="clip the posterior mean to [-1, 1] at each evaluation")
-    add("--variance", type=Path, metavar="TABLE.npz", help="from `scoresde variance`: the optimal variance (Analytic-"
-        "DPM), for one-step solvers (ddpm, ddim, ...)")  # fmt: skip
-    add("--batch-size", type=int, default=64, metavar="N", help="samples that the network takes at once (64)")
+    n: int = option("how many (64)", 64, "N", flags=("--n", "--number"))
+    steps: StepOptions
+    draw: DrawOptions
 
 
 def recipe(options: DrawOptions, steps: StepOptions, model: Model) -> Recipe:
@@ -304,7 +270,8 @@ def _guided(guidance: Guidance, made: Recipe) -> Denoiser:
         )
     # Each is one number throughout.
     null = {key: value.flatten()[0].item() for key, value in nothing(cond, made.model.about.num_classes).items()}
-    return ClassifierFree(made.denoiser, guidance.weight, null=null, interval=guidance.interval)
+    interval = None if guidance.interval is None else (guidance.interval[0], guidance.interval[1])
+    return ClassifierFree(made.denoiser, guidance.weight, null=null, interval=interval)
 
 
 def share(n: int) -> range:
@@ -331,11 +298,7 @@ def draw_all(made: Recipe, n: int, batch_size: int, progress: bool) -> Tensor | 
 
 def gathered(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor | None:
     """The processes' parts, items of that shape, one after the other, in the first; None in the others."""
-    x = torch.cat(parts) if parts else torch.empty(0, *shape)
-    if parallel.world() == 1:
-        return x
-    whole: list[Any] | None = [None] * parallel.world() if parallel.rank() == 0 else None
-    dist.gather_object(x, whole)
+    whole = parallel.to_first(torch.cat(parts) if parts else torch.empty(0, *shape))
     return None if whole is None else torch.cat(whole)
 
 

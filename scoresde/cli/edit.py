@@ -12,20 +12,12 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_count
-from scoresde.cli.common import Options, SessionOptions, add_session_arguments, command_parser
-from scoresde.cli.drawing import (
-    DrawOptions,
-    Recipe,
-    StepOptions,
-    add_draw_arguments,
-    add_step_arguments,
-    draw,
-    recipe,
-    share,
-)
-from scoresde.cli.inputs import InputOptions, add_input_arguments
-from scoresde.cli.models import Model, ModelOptions, add_model_arguments
-from scoresde.cli.writing import OutOptions, Writer, add_out_arguments
+from scoresde.cli.common import SessionOptions, command_parser
+from scoresde.cli.drawing import NFE_HELP, DrawOptions, Recipe, StepOptions, draw, recipe, share
+from scoresde.cli.inputs import InputOptions
+from scoresde.cli.models import Model, ModelOptions
+from scoresde.cli.options import Options, option, part
+from scoresde.cli.writing import OutOptions, Writer
 from scoresde.data.folder import read_image
 from scoresde.denoiser import Denoiser
 from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, strength_time, variations
@@ -56,47 +48,38 @@ scoresde edit runs/fm --input threes.npz --encode --from-class 3 --to-class 8 --
 scoresde edit runs/fm --input photo.png --variations 8 --strength 0.4 --solver ddpm --out variations.png
 scoresde edit runs/fm --input folder/ --interpolate 9 --nfe 50 --out paths.png
 """
+NFE = "20 on the whole way from t_max, of which the part below --strength is made, with --encode each way"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EditOptions(Options):
     """The arguments of `edit`."""
 
-    model: ModelOptions
-    inputs: InputOptions
-    strength: float | None
-    encode: bool
-    from_class: str | None
-    keep: Path | None
-    variations: int | None
-    interpolate: list[int] | None
-    steps: StepOptions
-    draw: DrawOptions
-    out: OutOptions
-    beside: bool
+    model: ModelOptions = part("the model")
+    inputs: InputOptions = part("the inputs")
+    strength: float | None = option("in (0, 1]: how far to noise (0.5; 1 with --encode)", metavar="S", group="the edit")
+    encode: bool = option("by the ODE, instead of by noise", group="the edit")
+    from_class: str | None = option(
+        "of the inputs, with --encode (their labels, where they have any)", metavar="K", group="the edit"
+    )
+    to_class: str | None = option("of the results: the same as --class", metavar="K", group="the edit", dest="label")
+    keep: Path | None = option(
+        "an image whose white pixels stay as they are in the inputs", metavar="MASK", group="the edit"
+    )
+    variations: int | None = option("how many of each input", metavar="K", group="the edit")
+    interpolate: list[int] | None = option(
+        "how many on a path, or rows and columns of a sheet", metavar="N", group="the edit", nargs="+"
+    )
+    steps: StepOptions = part("the solver", nfe={"help": NFE_HELP.format(NFE)})
+    draw: DrawOptions = part("the solver")
+    out: OutOptions = part(columns={"help": "of the grid (a row for each input, or a square)"})
+    beside: bool = option("the inputs too, each before its results")
     session: SessionOptions
 
 
 def add_parser(commands: Any) -> None:
     """The arguments of `edit`."""
-    parser = command_parser(commands, "edit", TEXT, EXAMPLES, run, EditOptions)
-    add_model_arguments(parser)
-    add_input_arguments(parser.add_argument_group("the inputs"))
-    add = parser.add_argument_group("the edit").add_argument
-    add("--strength", type=float, metavar="S", help="in (0, 1]: how far to noise (0.5; 1 with --encode)")
-    add("--encode", action="store_true", help="by the ODE, instead of by noise")
-    add("--from-class", metavar="K", help="of the inputs, with --encode (their labels, where they have any)")
-    add("--to-class", dest="label", metavar="K", help="of the results: the same as --class")
-    add("--keep", type=Path, metavar="MASK", help="an image whose white pixels stay as they are in the inputs")
-    add("--variations", type=int, metavar="K", help="how many of each input")
-    add("--interpolate", type=int, nargs="+", metavar="N", help="how many on a path, or rows and columns of a sheet")
-    group = parser.add_argument_group("the solver")
-    nfe = "20 on the whole way from t_max, of which the part below --strength is made, with --encode each way"
-    add_step_arguments(group, defaults=("unipc3", nfe))
-    add_draw_arguments(group)
-    add_out_arguments(parser, "a row for each input, or a square")
-    parser.add_argument("--beside", action="store_true", help="the inputs too, each before its results")
-    add_session_arguments(parser)
+    command_parser(commands, "edit", TEXT, EXAMPLES, run, EditOptions)
 
 
 def run(options: EditOptions) -> None:
@@ -110,7 +93,7 @@ def run(options: EditOptions) -> None:
     _check(options)
     out, session = options.out, options.session
     with session.start() as device:
-        model = options.model.open(device)
+        model = options.model.open(session, device)
         job = _job(options, model)
         writer = Writer(replace(out, columns=out.columns or job.columns), model.about)
         own = replace(job.made, told=None)  # results are not its items

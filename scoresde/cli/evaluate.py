@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from scoresde.checks import check_count
-from scoresde.cli.common import Options, SessionOptions, add_session_arguments, check_file, command_parser, record
+from scoresde.cli.common import SessionOptions, check_file, command_parser, record
 from scoresde.cli.config import DataConfig
-from scoresde.cli.drawing import DrawOptions, StepOptions, add_solver_arguments, draw_all, recipe, rounded
-from scoresde.cli.measuring import MeasureOptions, add_measure_arguments, check_measurable, reference_of
-from scoresde.cli.models import ModelOptions, add_model_arguments, is_run
+from scoresde.cli.drawing import SamplesOptions, draw_all, recipe, rounded
+from scoresde.cli.measuring import MeasureOptions, check_measurable, measures, reference_of
+from scoresde.cli.models import ModelOptions, is_run
+from scoresde.cli.options import Options, option, part
 from scoresde.data import BUILT_IN
 from scoresde.metrics import evaluate
 from scoresde.report import write_json
@@ -36,27 +37,20 @@ scoresde evaluate --denoiser my_model:load --shape 3 32 32 --n 1000 --data cifar
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(Options):
     """The arguments of `evaluate`."""
 
-    model: ModelOptions
-    measure: MeasureOptions
-    out: Path | None
-    n: int
-    steps: StepOptions
-    draw: DrawOptions
+    model: ModelOptions = part("the model", run={"help": "samples (.npz, .npy, a folder of images), or a run folder"})
+    measure: MeasureOptions = measures("frechet", "kid", "precision_recall")
+    out: Path | None = option("result, with how it came about", metavar="FILE.json")
+    samples: SamplesOptions = part("the samples", n={"default": 1000, "help": "how many (1000)"})
     session: SessionOptions
 
 
 def add_parser(commands: Any) -> None:
     """The arguments of `evaluate`."""
-    parser = command_parser(commands, "evaluate", TEXT, EXAMPLES, run, EvaluateOptions)
-    add_model_arguments(parser, "samples (.npz, .npy, a folder of images), or a run folder")
-    add_measure_arguments(parser, ["frechet", "kid", "precision_recall"])
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="result, with how it came about")
-    add_solver_arguments(parser, n=1000)
-    add_session_arguments(parser)
+    command_parser(commands, "evaluate", TEXT, EXAMPLES, run, EvaluateOptions)
 
 
 def run(options: EvaluateOptions) -> None:
@@ -71,26 +65,26 @@ def run(options: EvaluateOptions) -> None:
     if options.out is not None:
         check_file(options.out)
     source, metrics, session = options.model.run, options.measure.metrics, options.session
+    n, steps, how = options.samples.n, options.samples.steps, options.samples.draw
     from_file = source is not None and options.model.denoiser is None and not is_run(source)
     with session.start() as device:
-        model = None if from_file else options.model.open(device)
+        model = None if from_file else options.model.open(session, device)
         measure = options.measure.open(model, session, device)
         if model is None:
             assert source is not None
             x = samples_of(source, measure.data)
             about: dict[str, Any] = {"samples from": str(source)}
         else:
-            check_measurable(metrics, samples=options.n, data=len(measure.reference))
-            made = recipe(options.draw, options.steps, model)
+            check_measurable(metrics, samples=n, data=len(measure.reference))
+            made = recipe(how, steps, model)
             about = {"samples from": made.describe()}
-            found = draw_all(made, options.n, options.draw.batch_size, session.progress)
+            found = draw_all(made, n, how.batch_size, session.progress)
             if found is None:  # the first process does the rest
                 return
             x = rounded(found) if model.about.pictures else found
         if parallel.rank():
             return
-        seed = options.draw.seed
-        result = evaluate(x, measure.reference, metrics, measure.features, seed=seed, floor=measure.floor)
+        result = evaluate(x, measure.reference, metrics, measure.features, seed=how.seed, floor=measure.floor)
         if options.out is not None:
             content = {**about, "data": measure.data.source, **result.as_dict(), **record(options, device)}
             write_json(options.out, content)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scoresde.cli.common import Options, command_parser
+from scoresde.cli.common import command_parser
 from scoresde.cli.models import ABOUT, CONFIG, folder_of
+from scoresde.cli.options import Options, option
 from scoresde.training.export import DTYPES, export
 from scoresde.training.model import opened
 
@@ -26,24 +27,19 @@ scoresde export runs/fm --out fashion-mnist-small --dtype float16          half 
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
     """The arguments of `export`."""
 
-    run: Path
-    out: Path
-    average: int
-    dtype: str
+    run: Path = option("a run folder of `scoresde train`, or one of its checkpoints", flags=("run",))
+    out: Path = option("which must not exist", metavar="FOLDER", required=True)
+    average: int = option("which averaged weights (0)", 0, "I")
+    dtype: str = option("of the file (float32)", "float32", choices=DTYPES)
 
 
 def add_parser(commands: Any) -> None:
     """The arguments of `export`."""
-    parser = command_parser(commands, "export", TEXT, EXAMPLES, run, ExportOptions)
-    add = parser.add_argument
-    add("run", type=Path, help="a run folder of `scoresde train`, or one of its checkpoints")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="which must not exist")
-    add("--average", type=int, default=0, metavar="I", help="which averaged weights (0)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the file (float32)")
+    command_parser(commands, "export", TEXT, EXAMPLES, run, ExportOptions)
 
 
 def run(options: ExportOptions) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from scoresde.cli.common import Options, command_parser
+from scoresde.cli.common import command_parser
 from scoresde.cli.drawing import GRIDS
 from scoresde.cli.models import open_run, parameters
+from scoresde.cli.options import Options, option
 from scoresde.grid import SPACINGS
 from scoresde.info import environment
 from scoresde.schedules import SDES, sde_of
@@ -21,51 +22,45 @@ from scoresde.training.folder import newest
 __all__ = ["add_parsers"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InfoOptions(Options):
     """The arguments of `info`."""
 
-    folder: Path | None
+    folder: Path | None = option("a run folder", metavar="run", flags=("folder",), nargs="?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SolversOptions(Options):
     """The arguments of `solvers`."""
 
-    markdown: bool
+    markdown: bool = option("as docs/solvers.md has it")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TableauOptions(Options):
     """The arguments of `tableau`."""
 
-    solver: str
-    sde: str
-    steps: int
-    grid: str
+    solver: str = option("a name from `scoresde solvers`", metavar="solver", flags=("solver",), choices=SOLVERS)
+    sde: str = option(f"with its default parameters: {', '.join(SDES)} (vp)", "vp", "SDE")
+    steps: int = option("(10)", 10)
+    grid: str = option("spacing (the solver's own)", "default", choices=GRIDS)
 
 
 def add_parsers(commands: Any) -> None:
     """The arguments of the three."""
-    about = command_parser(
+    command_parser(
         commands, "info", "versions, devices, and what there is; or what is in a run folder",
         "scoresde info\nscoresde info runs/fm", info, InfoOptions,
     )  # fmt: skip
-    about.add_argument("folder", nargs="?", type=Path, metavar="run", help="a run folder")
-    listing = command_parser(
+    command_parser(
         commands, "solvers", "every solver: order, evaluations, whether it draws noise, its paper",
         "scoresde solvers\nscoresde solvers --markdown", solvers, SolversOptions,
     )  # fmt: skip
-    listing.add_argument("--markdown", action="store_true", help="as docs/solvers.md has it")
-    show = command_parser(
+    command_parser(
         commands, "tableau", "print the coefficients of a solver on a grid",
         "scoresde tableau heun --sde edm --steps 5\nscoresde tableau ddim --sde chain --steps 10 --grid strided",
         tableau, TableauOptions,
     )  # fmt: skip
-    show.add_argument("solver", choices=SOLVERS, metavar="solver", help="a name from `scoresde solvers`")
-    show.add_argument("--sde", default="vp", metavar="SDE", help=f"with its default parameters: {', '.join(SDES)} (vp)")
-    show.add_argument("--steps", type=int, default=10, help="(10)")
-    show.add_argument("--grid", choices=GRIDS, default="default", help="spacing (the solver's own)")
 
 
 def info(options: InfoOptions) -> None:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from scoresde.cli.common import DATA_HELP, Options
+from scoresde.cli.common import DATA_HELP
 from scoresde.cli.models import About
+from scoresde.cli.options import Options, option
 from scoresde.data import ImageFolder, scaled
 from scoresde.data.folder import read_image
 from scoresde.data.sources import find_data
 
-__all__ = ["InputOptions", "add_input_arguments"]
+__all__ = ["InputOptions"]
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InputOptions(Options):
     """Which images are given."""
 
-    input: str
-    limit: int | None
-    levels: int | None
+    input: str = option(f"an image file; {DATA_HELP}", metavar="DATA", required=True)
+    limit: int | None = option("the first N of them (all)", metavar="N")
+    levels: int | None = option("of whole numbers (256, or a built-in data set's own)", metavar="L")
 
     def read(self, about: About, labels: bool = False) -> tuple[Tensor, Tensor | None]:
         """The inputs, float32, shape (N, *event), in the model's units; and their labels, if they are wanted.
@@ -69,10 +69,3 @@ class InputOptions(Options):
             raise ValueError(f"--input {source} has labels from {found.min()} to {found.max()}, the model "
                              f"{about.num_classes} classes")  # fmt: skip
         return x.float(), found
-
-
-def add_input_arguments(group: Any) -> None:
-    """--input, --limit and --levels."""
-    group.add_argument("--input", required=True, metavar="DATA", help=f"an image file; {DATA_HELP}")
-    group.add_argument("--limit", type=int, metavar="N", help="the first N of them (all)")
-    group.add_argument("--levels", type=int, metavar="L", help="of whole numbers (256, or a built-in data set's own)")

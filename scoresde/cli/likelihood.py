@@ -8,6 +8,7 @@ class or a condition is told those of each item: the density is that of the item
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterable
@@ -17,22 +18,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
-from scoresde.cli.common import (
-    Options,
-    SessionOptions,
-    add_session_arguments,
-    check_file,
-    command_parser,
-    going_on,
-    record,
-)
-from scoresde.cli.measuring import DataOptions, add_data_arguments
-from scoresde.cli.models import About, Model, add_denoiser, digest, is_run, load_denoiser, open_run, placed
+from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, command_parser, going_on, record
+from scoresde.cli.measuring import DataOptions
+from scoresde.cli.models import About, DenoiserOptions, Model, digest, is_run, open_run
+from scoresde.cli.options import Options, option, part
 from scoresde.data import Data, TrainingData, read_data
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.levels import outer_edges
@@ -59,34 +52,36 @@ torchrun --nproc-per-node=4 -m scoresde likelihood runs/fm --data fashion-mnist-
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OdeOptions(Options):
     """How the ODE is solved: arguments of `log_prob`."""
 
-    divergence: str | None
-    probes: int | None
-    steps: int | None
-    rtol: float | None
-    atol: float | None
+    divergence: str | None = option("(hutchinson)", choices=("hutchinson", "exact", "hutch++"))
+    probes: int | None = option("of the divergence", metavar="N")
+    steps: int | None = option("fixed ones, instead of adaptive steps", metavar="N")
+    rtol: float | None = option("of adaptive steps")
+    atol: float | None = option("of adaptive steps")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NoiseOptions(Options):
     """How levels are dequantised: arguments of `bits_per_dim`."""
 
-    dequantize: str | None
-    repeats: int | None
-    importance: int | None
-    t: float | None
+    dequantize: Dequantize | None = option("noise in the bins (uniform)", choices=get_args(Dequantize))
+    repeats: int | None = option("independent estimates per image (1)", metavar="R")
+    importance: int | None = option("draws of the importance-weighted bound (1)", metavar="K")
+    t: float | None = option("where the ODE starts")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LevelOptions(Options):
     """Data of whole levels."""
 
-    levels: int | None
-    range: list[float] | None
-    levels_at_ends: bool
+    levels: int | None = option("how many (256)", metavar="L")
+    range: list[float] | None = option(
+        "what the bins of the levels fill, in the model's units (-1 1)", metavar=("LO", "HI"), nargs=2
+    )
+    levels_at_ends: bool = option("level 0 is at LO itself and the last at HI, as after torchvision's ToTensor")
     noise: NoiseOptions
 
     def of_data(self, source: str | None, data: Data) -> dict[str, Any]:
@@ -104,60 +99,31 @@ class LevelOptions(Options):
         return {"levels": levels, "data_range": data_range, **self.noise.given()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LikelihoodOptions(Options):
     """The arguments of `likelihood`."""
 
-    source: str | None
-    out: Path
-    data: DataOptions
-    denoiser: str | None
-    checkpoint: Path | None
-    average: int
-    fresh: bool
-    limit: int | None
-    batch: int
-    seed: int
+    source: str | None = option(
+        "a run folder of `scoresde train`; with --denoiser, the data", metavar="RUN", flags=("source",), nargs="?"
+    )
+    out: Path = option("result; finished batches are kept beside it", metavar="FILE.json", required=True)
+    data: DataOptions = part(data={"help": f"what is measured (what the run was trained on): {DATA_HELP}"})
+    own: DenoiserOptions
+    average: int = option("which averaged weights of a run (0)", 0, "I")
+    fresh: bool = option("forget the finished batches of an earlier run")
+    limit: int | None = option("the first N items (all)", metavar="N")
+    batch: int = option("items that the network takes at once (64)", 64, "N", flags=("--batch", "--batch-size"))
+    seed: int = option("of the probes and of the noise in the bins (0)", 0)
     session: SessionOptions
-    ode: OdeOptions
-    levels: LevelOptions
-    bound: bool
-    draws: int | None
+    ode: OdeOptions = part("the ODE")
+    levels: LevelOptions = part("data of whole levels")
+    bound: bool = option("in continuous time, beside the likelihood", group="the variational bound")
+    draws: int | None = option("of lambda, per item (64)", metavar="N", group="the variational bound")
 
 
 def add_parser(commands: Any) -> None:
     """The arguments of `likelihood`."""
-    parser = command_parser(commands, "likelihood", TEXT, EXAMPLES, run, LikelihoodOptions)
-    add = parser.add_argument
-    add("source", nargs="?", metavar="RUN", help="a run folder of `scoresde train`; with --denoiser, the data")
-    add("--out", type=Path, required=True, metavar="FILE.json", help="result; finished batches are kept beside it")
-    add_data_arguments(parser, "what is measured (what the run was trained on)")
-    add_denoiser(parser)
-    add("--average", type=int, default=0, metavar="I", help="which averaged weights of a run (0)")
-    add("--fresh", action="store_true", help="forget the finished batches of an earlier run")
-    add("--limit", type=int, metavar="N", help="the first N items (all)")
-    add("--batch", "--batch-size", type=int, default=64, metavar="N", help="items that the network takes at once (64)")
-    add("--seed", type=int, default=0, help="of the probes and of the noise in the bins (0)")
-    add_session_arguments(parser)
-    ode = parser.add_argument_group("the ODE")
-    ode.add_argument("--divergence", choices=("hutchinson", "exact", "hutch++"), help="(hutchinson)")
-    ode.add_argument("--probes", type=int, metavar="N", help="of the divergence")
-    ode.add_argument("--steps", type=int, metavar="N", help="fixed ones, instead of adaptive steps")
-    ode.add_argument("--rtol", type=float, help="of adaptive steps")
-    ode.add_argument("--atol", type=float, help="of adaptive steps")
-    levels = parser.add_argument_group("data of whole levels")
-    levels.add_argument("--levels", type=int, metavar="L", help="how many (256)")
-    levels.add_argument("--range", type=float, nargs=2, metavar=("LO", "HI"),
-                        help="what the bins of the levels fill, in the model's units (-1 1)")  # fmt: skip
-    levels.add_argument("--levels-at-ends", action="store_true",
-                        help="level 0 is at LO itself and the last at HI, as after torchvision's ToTensor")  # fmt: skip
-    levels.add_argument("--dequantize", choices=get_args(Dequantize), help="noise in the bins (uniform)")
-    levels.add_argument("--repeats", type=int, metavar="R", help="independent estimates per image (1)")
-    levels.add_argument("--importance", type=int, metavar="K", help="draws of the importance-weighted bound (1)")
-    levels.add_argument("--t", type=float, help="where the ODE starts")
-    bound = parser.add_argument_group("the variational bound")
-    bound.add_argument("--bound", action="store_true", help="in continuous time, beside the likelihood")
-    bound.add_argument("--draws", type=int, metavar="N", help="of lambda, per item (64)")
+    command_parser(commands, "likelihood", TEXT, EXAMPLES, run, LikelihoodOptions)
 
 
 def run(options: LikelihoodOptions) -> None:
@@ -190,7 +156,8 @@ def run(options: LikelihoodOptions) -> None:
             bar.update(sum(len(which) for which in batches if which.start in kept.done))
             todo = [which for which in batches if which.start not in kept.done]
             for i in range(0, len(todo), parallel.world()):
-                for record in _gathered([job.timed(todo[k]) for k in [i + parallel.rank()] if k < len(todo)]):
+                mine = todo[i + parallel.rank() : i + parallel.rank() + 1]
+                for record in itertools.chain(*parallel.to_first([job.timed(which) for which in mine]) or []):
                     kept.write(record)
                     bar.update(len(record["each"]))
         if parallel.rank() == 0:
@@ -203,12 +170,11 @@ def _job(options: LikelihoodOptions, device: torch.device) -> _Job:
     """What is measured: the model and the data of a run folder and --data, or of --denoiser and the data in their
     place; and, where the network is told more than a class, the data with that."""
     which = options.data
-    if options.denoiser is not None:
+    if options.own.denoiser is not None:
         source = which.data or options.source
         if source is None:
             raise ValueError("--denoiser needs data: scoresde likelihood DATA --denoiser MODULE:NAME")
-        denoiser, made_for = load_denoiser(options.denoiser, options.checkpoint)
-        denoiser = placed(denoiser, None if options.session.device is None else str(device))
+        denoiser, made_for = options.own.load(None if options.session.device is None else device)
         data = read_data(source, size=which.size, mode=which.mode, download=which.download)
         model = Model(denoiser, About(tuple(data.x.shape[1:])), made_for)
         return _Job(replace(options, data=replace(which, data=source)), model, data, None)
@@ -236,15 +202,6 @@ def _job(options: LikelihoodOptions, device: torch.device) -> _Job:
         data = data._replace(levels=levels, data_range=outer_edges(-1.0, 1.0, levels))
     told = replace(model.told_of(chosen), classes=False, levels=data.levels).open() if about.conditions else None
     return _Job(replace(options, data=replace(which, data=chosen.source)), model, data, told)
-
-
-def _gathered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of all processes, in the first; none in the others."""
-    if parallel.world() == 1:
-        return records
-    parts: list[Any] | None = [None] * parallel.world() if parallel.rank() == 0 else None
-    dist.gather_object(records, parts)
-    return [] if parts is None else [record for part in parts for record in part]
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

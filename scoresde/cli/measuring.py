@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from scoresde.cli.common import DATA_HELP, Options, SessionOptions
+from scoresde.cli.common import DATA_HELP, SessionOptions
 from scoresde.cli.config import DataConfig
 from scoresde.cli.models import Model
+from scoresde.cli.options import Options, option, part
 from scoresde.data.folder import Mode
 from scoresde.data.training import Batch
 from scoresde.metrics import METRICS, PCA, Pixels, RandomFeatures, classifier_features, inception
@@ -26,11 +26,10 @@ __all__ = [
     "DataOptions",
     "Measure",
     "MeasureOptions",
-    "add_data_arguments",
-    "add_measure_arguments",
     "check_measurable",
     "features_of",
     "items_of",
+    "measures",
     "reference_of",
 ]
 
@@ -40,14 +39,16 @@ FEATURES_HELP = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
     """Which data, and what is made of a folder's images."""
 
-    data: str | None
-    size: int | None
-    mode: Mode | None
-    download: bool
+    data: str | None = option(
+        f"real data, best such as were not trained on (what the run was trained on): {DATA_HELP}", metavar="DATA"
+    )
+    size: int | None = option("to make of a folder's images", metavar="PIXELS")
+    mode: Mode | None = option("to make of a folder's images: grey or colour", choices=get_args(Mode))
+    download: bool = option("a data set that is not at its PATH, into it")
 
     def config(self, default: DataConfig | None, source: str | None = None) -> DataConfig:
         """What --data, or `source`, names; by default the data of the model's run.
@@ -67,14 +68,14 @@ class DataOptions(Options):
         return DataConfig(source, size=size, mode=mode, download=self.download)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeasureOptions(DataOptions):
     """What samples are measured by, and against which data."""
 
-    features: str | None
-    metrics: list[str]
-    floor: str | None
-    limit: int | None
+    features: str | None = option(FEATURES_HELP, metavar="SPACE")
+    metrics: list[str] = option("", metavar="NAME", nargs="+")
+    floor: str | None = option("further real data, to measure in the samples' place (half of --data)", metavar="DATA")
+    limit: int | None = option("the first N of the real data (all)", metavar="N")
 
     def open(self, model: Model | None, session: SessionOptions, device: torch.device) -> Measure:
         """The real data and the feature space.
@@ -119,23 +120,10 @@ class Measure:
     features: Callable[[Tensor], Tensor]
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """--data and what is made of a folder's images."""
-    parser.add_argument("--data", metavar="DATA", help=f"{what}: {DATA_HELP}")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="to make of a folder's images")
-    parser.add_argument("--mode", choices=("L", "RGB"), help="to make of a folder's images: grey or colour")
-    parser.add_argument("--download", action="store_true", help="a data set that is not at its PATH, into it")
-
-
-def add_measure_arguments(parser: argparse.ArgumentParser, metrics: list[str]) -> None:
-    """What samples are measured by: --data and how many of them, --features, --metrics and --floor."""
-    add_data_arguments(parser, "real data, best such as were not trained on (what the run was trained on)")
-    add = parser.add_argument
-    add("--features", metavar="SPACE", help=FEATURES_HELP)
-    add("--metrics", nargs="+", default=metrics, metavar="NAME",
-        help=f"precision_recall (four of them), {', '.join(METRICS)} ({' '.join(metrics)})")  # fmt: skip
-    add("--floor", metavar="DATA", help="further real data, to measure in the samples' place (half of --data)")
-    add("--limit", type=int, metavar="N", help="the first N of the real data (all)")
+def measures(*metrics: str) -> Any:
+    """`MeasureOptions` with these metrics by default."""
+    names = f"precision_recall (four of them), {', '.join(METRICS)} ({' '.join(metrics)})"
+    return part(metrics={"default": list(metrics), "help": names})
 
 
 def items_of(data: DataConfig, limit: int | None = None) -> Batch:

@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_count
-from scoresde.cli.common import Options, SessionOptions, add_session_arguments, command_parser
+from scoresde.cli.common import SessionOptions, command_parser
 from scoresde.cli.drawing import (
+    CLASS_HELP,
+    NFE_HELP,
+    SOLVER_HELP,
     DrawOptions,
     Recipe,
     StepOptions,
-    add_draw_arguments,
-    add_step_arguments,
     draw,
     recipe,
     share,
 )
-from scoresde.cli.inputs import InputOptions, add_input_arguments
-from scoresde.cli.models import Model, ModelOptions, add_model_arguments
-from scoresde.cli.writing import OutOptions, Writer, add_out_arguments
+from scoresde.cli.inputs import InputOptions
+from scoresde.cli.models import Model, ModelOptions
+from scoresde.cli.options import Options, option, part
+from scoresde.cli.writing import OutOptions, Writer
 from scoresde.denoiser import Denoiser
 from scoresde.guidance.operators import LinearOperator, Operator
 from scoresde.guidance.operators.words import operator_of
@@ -147,45 +149,41 @@ def _steps(made: Recipe) -> int:
     return int(made.options.get("steps") or made.solver.steps_within(made.denoiser.sde, made.options["nfe"]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RestoreOptions(Options):
     """The arguments of `restore`."""
 
-    model: ModelOptions
-    inputs: InputOptions
-    operator: str
-    known: bool
-    noise_std: float
-    method: str
-    scale: float | None
-    n: int
-    steps: StepOptions
-    draw: DrawOptions
-    out: OutOptions
+    model: ModelOptions = part("the model")
+    inputs: InputOptions = part("the measurements")
+    operator: str = option("how they are measured: see above", metavar="A", group="the measurements", required=True)
+    known: bool = option(
+        "INPUT are the measurements, not whole images", flags=("--measured",), group="the measurements"
+    )
+    noise_std: float = option(
+        "of the measurement's noise, in units of the data (images are in [-1, 1]): added here, or with --measured the "
+        "noise that it has (0; pigdm and mmps take that of rounding, 0.0023, where INPUT are whole grey levels)",
+        0.0, "STD", group="the measurements")  # fmt: skip
+    method: str = option("see above (pigdm)", "pigdm", group="the samples", choices=METHODS)
+    scale: float | None = option(f"of the gradient of {', '.join(SCALED)} (1)", metavar="W", group="the samples")
+    n: int = option("of each image (4)", 4, "K", flags=("--n", "--number"), group="the samples")
+    steps: StepOptions = part(
+        "the samples",
+        solver={"help": f"{SOLVER_HELP} (ddpm; unipc3 for ddnm)", "default": ""},
+        nfe={"help": NFE_HELP.format("see above")},
+    )
+    draw: DrawOptions = part(
+        "the samples",
+        label={"help": f"{CLASS_HELP} (none, where trained with --drop)"},
+        condition_from=False,
+        measured=False,
+    )
+    out: OutOptions = part(columns=False)
     session: SessionOptions
 
 
 def add_parser(commands: Any) -> None:
     """The arguments of `restore`."""
-    parser = command_parser(commands, "restore", TEXT, EXAMPLES, run, RestoreOptions)
-    add_model_arguments(parser)
-    group = parser.add_argument_group("the measurements")
-    add_input_arguments(group)
-    add = group.add_argument
-    add("--operator", required=True, metavar="A", help="how they are measured: see above")
-    add("--measured", dest="known", action="store_true", help="INPUT are the measurements, not whole images")
-    add("--noise-std", type=float, default=0.0, metavar="STD", help="of the measurement's noise, in units of the data "
-        "(images are in [-1, 1]): added here, or with --measured the noise that it has (0; pigdm and mmps take that of "
-        "rounding, 0.0023, where INPUT are whole grey levels)")  # fmt: skip
-    group = parser.add_argument_group("the samples")
-    add = group.add_argument
-    add("--method", choices=METHODS, default="pigdm", help="see above (pigdm)")
-    add("--scale", type=float, metavar="W", help=f"of the gradient of {', '.join(SCALED)} (1)")
-    add("--n", "--number", type=int, default=4, metavar="K", help="of each image (4)")
-    add_step_arguments(group, "", ("ddpm; unipc3 for ddnm", "see above"))
-    add_draw_arguments(group, conditions=False)
-    add_out_arguments(parser, None)
-    add_session_arguments(parser)
+    command_parser(commands, "restore", TEXT, EXAMPLES, run, RestoreOptions)
 
 
 def run(options: RestoreOptions) -> None:
@@ -205,7 +203,7 @@ def run(options: RestoreOptions) -> None:
     if not 0 <= options.noise_std < math.inf:
         raise ValueError(f"--noise-std {options.noise_std:g}: expected a number >= 0")
     with session.start() as device:
-        job = _job(options, options.model.open(device))
+        job = _job(options, options.model.open(session, device))
         writer = Writer(replace(out, columns=job.each + 1 + (job.truth is not None)), job.made.model.about)
         parts = draw(job, share(job.samples), options.draw.batch_size, session.progress)
         whole = writer.collect(parts, lambda x: _write(writer, job, x), job.samples, session)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from scoresde.checks import check_count
-from scoresde.cli.common import Options, SessionOptions, add_session_arguments, command_parser
-from scoresde.cli.drawing import DrawOptions, Recipe, StepOptions, add_solver_arguments, draw, recipe, share
-from scoresde.cli.models import ModelOptions, add_model_arguments
-from scoresde.cli.writing import OutOptions, Writer, add_out_arguments
+from scoresde.cli.common import SessionOptions, command_parser
+from scoresde.cli.drawing import Recipe, SamplesOptions, draw, recipe, share
+from scoresde.cli.models import ModelOptions
+from scoresde.cli.options import Options, part
+from scoresde.cli.writing import OutOptions, Writer
 
 __all__ = ["add_parser", "run"]
 
@@ -38,25 +39,19 @@ torchrun --nproc-per-node=4 -m scoresde sample runs/fm --number 50000 --batch-si
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleOptions(Options):
     """The arguments of `sample`."""
 
-    model: ModelOptions
-    n: int
-    steps: StepOptions
-    draw: DrawOptions
+    model: ModelOptions = part("the model")
+    samples: SamplesOptions = part("the samples")
     out: OutOptions
     session: SessionOptions
 
 
 def add_parser(commands: Any) -> None:
     """The arguments of `sample`."""
-    parser = command_parser(commands, "sample", TEXT, EXAMPLES, run, SampleOptions)
-    add_model_arguments(parser)
-    add_solver_arguments(parser)
-    add_out_arguments(parser, "a square")
-    add_session_arguments(parser)
+    command_parser(commands, "sample", TEXT, EXAMPLES, run, SampleOptions)
 
 
 def run(options: SampleOptions) -> None:
@@ -67,18 +62,18 @@ def run(options: SampleOptions) -> None:
             first evaluation.
         ArithmeticError: if samples are not finite, or a budget ran out.
     """
-    out, session, n = options.out, options.session, options.n
+    session, how, n = options.session, options.samples.draw, options.samples.n
     check_count(**options.given("n", "columns"))
     with session.start() as device:
-        model = options.model.open(device)
-        made = recipe(options.draw, options.steps, model)
-        if made.told is not None and options.draw.condition_from is None:
+        model = options.model.open(session, device)
+        made = recipe(how, options.samples.steps, model)
+        if made.told is not None and how.condition_from is None:
             session.say("conditions are those of what the network was trained on: --condition-from names other items")
-        writer = Writer(out, model.about)
-        parts = draw(made, share(n), options.draw.batch_size, session.progress)
+        writer = Writer(options.out, model.about)
+        parts = draw(made, share(n), how.batch_size, session.progress)
         whole = writer.collect(parts, lambda x: writer.finish(x, made.labels(range(len(x)))), n, session)
         if whole is not None:
-            print(f"{out.out}: {len(whole)} samples of {made.solver!r}, {_count(made)}, seed {made.seed}")
+            print(f"{writer.out}: {len(whole)} samples of {made.solver!r}, {_count(made)}, seed {made.seed}")
 
 
 def _count(made: Recipe) -> str:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 import textwrap
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from scoresde.cli.common import (
-    DATA_HELP,
-    Options,
-    SessionOptions,
-    add_session_arguments,
-    command_parser,
-    going_on,
-)
+from scoresde.cli.common import DATA_HELP, SessionOptions, command_parser, going_on
 from scoresde.cli.config import (
     SECTIONS,
     DataConfig,
@@ -39,8 +31,9 @@ from scoresde.cli.drawing import Recipe, draw, rounded
 from scoresde.cli.images import grid, write_png
 from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import CONFIG, About, Model, parameters
+from scoresde.cli.options import Options, option, part
 from scoresde.data import Given, TrainingData
-from scoresde.data.folder import check_pillow
+from scoresde.data.folder import Mode, check_pillow
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.errors import NonFiniteError
 from scoresde.levels import to_levels
@@ -80,65 +73,53 @@ FILES = """files in OUT:
   samples/        a grid of samples every train.evaluate_every steps (images)"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class ShortOptions(Options):
+    """Short for --set: what is parsed has the entry's name."""
+
+    classes: bool = option("data.classes=true: conditional on the data's classes", dest="data.classes")
+    condition: str | None = option(
+        "data.condition, an image that the network is told of: super-resolution:4, inpainting, uncropping, "
+        "colourisation, jpeg:5-30, or given:PATH, one for each item",
+        metavar="TASK",
+        dest="data.condition",
+    )
+    drop: float | None = option("data.drop: tell it nothing with this probability (0)", metavar="P", dest="data.drop")
+    size: int | None = option("data.size, to make of a folder's images", metavar="PIXELS", dest="data.size")
+    mode: Mode | None = option(
+        "data.mode, to make of a folder's images: grey or colour", choices=get_args(Mode), dest="data.mode"
+    )
+    steps: int | None = option("train.steps (20000)", dest="train.steps")
+    batch_size: int | None = option("train.batch_size (64)", metavar="N", dest="train.batch_size")
+    lr: float | None = option("train.lr, the largest learning rate (by the network's size)", dest="train.lr")
+    preset: str | None = option(
+        "model.preset: 8, 28, 32 or 64, the size of the network (the images' own)", dest="model.preset"
+    )
+    sde: str | None = option(f"model.sde: {', '.join(SDES)} (vp)", dest="model.sde")
+    predicts: str | None = option(
+        "model.predicts: eps, v, x0, score, velocity or edm (by the SDE)", dest="model.predicts"
+    )
+    seed: int | None = option("train.seed, of everything random (0)", dest="train.seed")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions(Options):
-    """The arguments of `train`; `short` holds those of the short flags that were given, by their names."""
+    """The arguments of `train`."""
 
-    out: Path
-    config: Path | None
-    changes: list[str]
-    short: dict[str, Any]
+    out: Path = option("of the run", metavar="FOLDER", required=True)
+    data: str | None = option(DATA_HELP, metavar="DATA", dest="data.source")
+    config: Path | None = option("sections data, model, loss, train and evaluate", metavar="FILE.toml")
+    changes: list[str] = option(
+        "an entry of the configuration, as in TOML; as often as you like", [], "SECTION.KEY=VALUE", flags=("--set",),
+        action="append")  # fmt: skip
+    short: ShortOptions = part("short for --set")
     session: SessionOptions
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        short = {name: value for name in SHORT if (value := getattr(args, name)) is not None}
-        return cls(args.out, args.config, args.changes, short, SessionOptions.of(args))
 
 
 def add_parser(commands: Any) -> None:
     """The arguments of `train`."""
     parser = command_parser(commands, "train", TEXT, EXAMPLES, run, TrainOptions)
     parser.epilog = f"{parser.epilog}\n\n{FILES}\n\n{_keys()}"
-    add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="FOLDER", help="of the run")
-    add("--data", metavar="DATA", help=DATA_HELP)
-    add("--config", type=Path, metavar="FILE.toml", help="sections data, model, loss, train and evaluate")
-    add("--set", dest="changes", action="append", default=[], metavar="SECTION.KEY=VALUE",
-        help="an entry of the configuration, as in TOML; as often as you like")  # fmt: skip
-    short = parser.add_argument_group("short for --set")
-    add = short.add_argument
-    add("--classes", action="store_true", default=None, help="data.classes=true: conditional on the data's classes")
-    add("--condition", metavar="TASK", help="data.condition, an image that the network is told of: super-resolution:4, "
-        "inpainting, uncropping, colourisation, jpeg:5-30, or given:PATH, one for each item")  # fmt: skip
-    add("--drop", type=float, metavar="P", help="data.drop: tell it nothing with this probability (0)")
-    add("--size", type=int, metavar="PIXELS", help="data.size, to make of a folder's images")
-    add("--mode", choices=("L", "RGB"), help="data.mode, to make of a folder's images: grey or colour")
-    add("--steps", type=int, help="train.steps (20000)")
-    add("--batch-size", type=int, metavar="N", help="train.batch_size (64)")
-    add("--lr", type=float, help="train.lr, the largest learning rate (by the network's size)")
-    add("--preset", help="model.preset: 8, 28, 32 or 64, the size of the network (the images' own)")
-    add("--sde", help=f"model.sde: {', '.join(SDES)} (vp)")
-    add("--predicts", help="model.predicts: eps, v, x0, score, velocity or edm (by the SDE)")
-    add("--seed", type=int, help="train.seed, of everything random (0)")
-    add_session_arguments(parser)
-
-
-SHORT = {
-    "data": ("data", "source"),
-    "classes": ("data", "classes"),
-    "condition": ("data", "condition"),
-    "drop": ("data", "drop"),
-    "size": ("data", "size"),
-    "mode": ("data", "mode"),
-    "steps": ("train", "steps"),
-    "batch_size": ("train", "batch_size"),
-    "lr": ("train", "lr"),
-    "seed": ("train", "seed"),
-    "preset": ("model", "preset"),
-    "sde": ("model", "sde"),
-    "predicts": ("model", "predicts"),
-}
 
 
 def _keys() -> str:
@@ -159,16 +140,16 @@ def settings_of(options: TrainOptions) -> dict[str, Any]:
         ValueError: if something is not known, or there are no data.
     """
     path = options.config
-    if path is None and "data" not in options.short and (options.out / CONFIG).exists():
+    if path is None and options.data is None and (options.out / CONFIG).exists():
         path = options.out / CONFIG  # the run itself
     settings: dict[str, Any] = {} if path is None else read_toml(path)
     check_sections(settings)
     override(settings, options.changes)
     check_sections(settings)
-    for name, value in options.short.items():
-        part, key = SHORT[name]
-        whole = name == "preset" and value.isdecimal()
-        settings.setdefault(part, {})[key] = int(value) if whole else value
+    for name, value in {"data.source": options.data, **options.short.given()}.items():
+        place, _, key = name.partition(".")
+        if value is not None:
+            settings.setdefault(place, {})[key] = int(value) if key == "preset" and value.isdecimal() else value
     if "source" not in settings.get("data", {}):
         raise ValueError(f"give --data, or data.source in --config ({options.out} has no run to go on with)")
     return settings

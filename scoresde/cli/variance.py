@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from scoresde.checks import check_count
-from scoresde.cli.common import Options, SessionOptions, add_session_arguments, check_file, command_parser
-from scoresde.cli.measuring import DataOptions, add_data_arguments, items_of
-from scoresde.cli.models import ModelOptions, add_model_arguments
+from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, command_parser
+from scoresde.cli.measuring import DataOptions, items_of
+from scoresde.cli.models import ModelOptions
+from scoresde.cli.options import Options, option, part
 from scoresde.training import parallel
 from scoresde.variance import VarianceTable, estimate
 from scoresde.variance.estimate import table_times
@@ -34,34 +34,24 @@ torchrun --nproc-per-node=4 -m scoresde variance runs/fm --samples 1000 --out ta
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VarianceOptions(Options):
     """The arguments of `variance`."""
 
-    model: ModelOptions
-    data: DataOptions
-    samples: int
-    times: int | None
-    limit: int | None
-    seed: int
-    batch_size: int
-    out: Path
+    model: ModelOptions = part("the model")
+    data: DataOptions = part(data={"help": f"what x_0 is drawn from (what the run was trained on): {DATA_HELP}"})
+    samples: int = option("draws at each time (100)", 100, "M")
+    times: int | None = option("how many, uniform in half log-SNR (100; all nodes of a chain)", metavar="R")
+    limit: int | None = option("the first N of the data (all)", metavar="N")
+    seed: int = option("of the draws (0)", 0)
+    batch_size: int = option("samples that the network takes at once (256)", 256, "N")
+    out: Path = option("the table", metavar="TABLE.npz", required=True)
     session: SessionOptions
 
 
 def add_parser(commands: Any) -> None:
     """The arguments of `variance`."""
-    parser = command_parser(commands, "variance", TEXT, EXAMPLES, run, VarianceOptions)
-    add_model_arguments(parser)
-    add_data_arguments(parser, "what x_0 is drawn from (what the run was trained on)")
-    add = parser.add_argument
-    add("--samples", type=int, default=100, metavar="M", help="draws at each time (100)")
-    add("--times", type=int, metavar="R", help="how many, uniform in half log-SNR (100; all nodes of a chain)")
-    add("--limit", type=int, metavar="N", help="the first N of the data (all)")
-    add("--seed", type=int, default=0, help="of the draws (0)")
-    add("--batch-size", type=int, default=256, metavar="N", help="samples that the network takes at once (256)")
-    add("--out", type=Path, required=True, metavar="TABLE.npz", help="the table")
-    add_session_arguments(parser)
+    command_parser(commands, "variance", TEXT, EXAMPLES, run, VarianceOptions)
 
 
 def run(options: VarianceOptions) -> None:
@@ -78,31 +68,29 @@ def run(options: VarianceOptions) -> None:
     check_file(options.out, ".npz")
     session = options.session
     with session.start() as device:
-        model = options.model.open(device)
+        model = options.model.open(session, device)
         chosen = options.data.config(model.data())
         x, told = items_of(model.told_of(chosen), options.limit)
         if tuple(x.shape[1:]) != model.about.shape:
             raise ValueError(f"{chosen.source} has items {tuple(x.shape[1:])}, the model's are {model.about.shape}")
         cond = {name: value.to(model.denoiser.device) for name, value in told.items()}
         session.say(f"{options.samples} draws at each time, from {len(x)} items of {chosen.source}")
-        rank, world = parallel.rank(), parallel.world()
-        table = estimate(
-            model.denoiser,
-            x,
-            table_times(model.denoiser.sde, options.times),
-            samples=options.samples,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            cond=cond,
-            progress=session.progress,
-            shard=(rank, world),
+        parts = parallel.to_first(
+            estimate(
+                model.denoiser,
+                x,
+                table_times(model.denoiser.sde, options.times),
+                samples=options.samples,
+                seed=options.seed,
+                batch_size=options.batch_size,
+                cond=cond,
+                progress=session.progress,
+                shard=(parallel.rank(), parallel.world()),
+            )
         )
-        if world > 1:
-            parts: list[Any] | None = [None] * world if rank == 0 else None
-            dist.gather_object(table, parts)
-            if parts is None:
-                return
-            table = VarianceTable.merge(parts)
+        if parts is None:
+            return
+        table = VarianceTable.merge(parts) if len(parts) > 1 else parts[0]
         table.save(options.out)
         print(summary(table))
         session.say(f"wrote {options.out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,35 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.cli.common import Options, SessionOptions, check_file
+from scoresde.cli.common import SessionOptions, check_file
 from scoresde.cli.drawing import gathered
 from scoresde.cli.images import grid, write_png
 from scoresde.cli.models import About
+from scoresde.cli.options import Options, option
 from scoresde.data.folder import check_pillow
 from scoresde.files import write_whole
 from scoresde.levels import to_levels
 from scoresde.training import parallel
 
-__all__ = ["OutOptions", "Writer", "add_out_arguments"]
+__all__ = ["OutOptions", "Writer"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutOptions(Options):
     """Where samples go."""
 
-    out: Path
-    columns: int | None
-    floating: bool
-
-
-def add_out_arguments(parser: argparse.ArgumentParser, columns: str | None) -> None:
-    """--out, --columns (which by default are as it says; None for no choice) and --float."""
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="FILE.png, FILE.npz, or a folder")
-    if columns is None:
-        parser.set_defaults(columns=None)
-    else:
-        parser.add_argument("--columns", type=int, metavar="N", help=f"of the grid ({columns})")
-    parser.add_argument("--float", dest="floating", action="store_true", help="into .npz also `x`, float32, unrounded")
+    out: Path = option("FILE.png, FILE.npz, or a folder", metavar="PATH", required=True)
+    columns: int | None = option("of the grid (a square)", metavar="N")
+    floating: bool = option("into .npz also `x`, float32, unrounded", flags=("--float",))
 
 
 class Writer:
