@@ -41,8 +41,7 @@ from scoresde.guidance.base import Guidance, Scale, scale_at, scaled
 from scoresde.guidance.gradients import gradient
 from scoresde.noise import Noise, NoiseSource, noise_source
 from scoresde.run import choose
-from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_decreasing
+from scoresde.solvers.base import Around, SingleStep, check_decreasing
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State
@@ -122,7 +121,7 @@ class Potential(Twisted):
 
 
 @dataclass(frozen=True)
-class TwistedSMC(Solver):
+class TwistedSMC(Around):
     """The particle method of the module's docstring, on a denoiser that is a `Twisted` guidance: `DPS` with a
     noise_std, `PiGDM`, `MomentMatching`, or `Potential`.
 
@@ -163,9 +162,6 @@ class TwistedSMC(Solver):
         check_count(particles=self.particles)
         if isinstance(self.ess, bool) or not 0 <= self.ess <= 1:
             raise ValueError(f"ess={self.ess!r}: expected a share from 0 to 1")
-
-    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        return self.solver.grid(sde, steps, end=end)
 
     def evaluations(self, grid: Grid) -> int:
         return grid.steps + int(float(grid.times[-1]) > 0)

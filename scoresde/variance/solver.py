@@ -27,8 +27,7 @@ from scoresde.checks import check_nonnegative
 from scoresde.denoiser import Denoiser, NetworkDenoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
-from scoresde.sde import SDE
-from scoresde.solvers.base import Solver
+from scoresde.solvers.base import Around, Solver
 from scoresde.solvers.first_order import DDIM
 from scoresde.tableau import State, Tableau
 from scoresde.variance.table import VarianceTable
@@ -37,7 +36,7 @@ __all__ = ["OptimalVariance", "optimal_tableau", "quiet_last"]
 
 
 @dataclass(frozen=True)
-class OptimalVariance(Solver):
+class OptimalVariance(Around):
     """A one-step solver with the optimal variance: OptimalVariance(DDPM()) is Analytic-DDPM, OptimalVariance(DDIM())
     Analytic-DDIM, and with a denoiser whose variance is elementwise SN- or NPR-DPM. One evaluation a step, on the
     solver's own grid. No noise is added on the last step, to sigma = 0.
@@ -105,12 +104,6 @@ class OptimalVariance(Solver):
             "sample(denoiser, shape, OptimalVariance(solver), ...); the bound on the likelihood is "
             "elbo(denoiser, x, solver, grid, variance='posterior')"
         )
-
-    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        return self.solver.grid(sde, steps, end=end)
-
-    def evaluations(self, grid: Grid) -> int | None:
-        return self.solver.evaluations(grid)
 
     def loop(
         self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
