@@ -15,7 +15,6 @@ from scoresde.grid import Grid
 from scoresde.info import environment
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown
-from scoresde.training.folder import newest
 from scoresde.training.model import SDE_KINDS
 
 __all__ = ["SDES", "add_parsers"]
@@ -63,7 +62,8 @@ def info(args: argparse.Namespace) -> None:
 
 def described(folder: Path) -> str:
     """A run folder in words."""
-    model, found = open_run(folder), newest(folder)
+    model = open_run(folder)
+    found = model.checkpoint
     assert found is not None
     progress, about = found.manifest["progress"], model.about
     data = model.data()
