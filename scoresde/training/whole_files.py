@@ -17,7 +17,6 @@ from scoresde.errors import CheckpointError
 from scoresde.files import sync, write_flushed
 
 __all__ = [
-    "NETWORK",
     "OPTIMISER",
     "check_safetensors",
     "contents",
@@ -28,13 +27,13 @@ __all__ = [
     "write_weights",
 ]
 
-NETWORK, OPTIMISER = "network.safetensors", "optimiser.pt"
+OPTIMISER = "optimiser.pt"
 
 
 def weights_file(average: int | None) -> str:
     """The name of an average's file, or of the network's as it was trained where that is None."""
     if average is None:
-        return NETWORK
+        return "network.safetensors"
     return f"average-{average}.safetensors" if average else "average.safetensors"
 
 
