@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
+from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
@@ -104,8 +104,7 @@ def choose(
 
 def locate(run: Callable[[], Iterator[State]], source: NoiseSource, end: Tensor) -> NonFiniteError:
     """Replay a run that ended non-finite, with checks, to say where it went wrong."""
-    if isinstance(source, GeneratorNoise | SeededNoise):
-        source.rewind()
+    source.rewind()
     with torch.no_grad():
         for state in run():
             if samples := not_finite(state.x):

@@ -15,7 +15,7 @@ from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
+from scoresde.noise import Noise, NoiseSource, noise_source
 from scoresde.run import Solution, check_solver, choose, locate
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
@@ -34,7 +34,7 @@ def sample(
     grid: Grid | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    noise: NoiseSource | None = None,
+    noise: Noise | None = None,
     cond: Mapping[str, Any] | None = None,
     trajectory: bool = False,
     progress: bool = False,
@@ -100,7 +100,6 @@ def sample(
     else:
         if grid.increasing:
             raise ValueError("an increasing grid encodes data: give x, not a shape")
-        assert isinstance(source, GeneratorNoise | SeededNoise)
         out_dtype = torch.float32
         x_T = source.prior(denoiser.sde, shape_or_x, out_dtype, float(grid.times[0]))
 
@@ -111,10 +110,8 @@ def sample(
         kind: Any = "hutchinson" if log_prob is True else log_prob
         return _with_density(denoiser, x_T, out_dtype, solver, grid, kind, source, cond, differentiable, progress)
 
-    draw = source
+    draw: Noise = source
     if path:
-        if not isinstance(source, GeneratorNoise | SeededNoise):
-            raise ValueError("path=True makes its own noise: give seed= or generator=, not noise=")
         if not solver.has_table:
             raise ValueError(f"path=True is for solvers with a table, not {solver!r}; ReverseSDE has a path of its own")
         draw = BrownianNoise(solver.tableau(grid), source.entropies(len(x_T)))
@@ -160,11 +157,10 @@ def _with_density(
     progress: bool,
 ) -> Solution:
     """The solution with its log-density, log p(x_T) - log |det dx / dx_T|."""
-    from scoresde.likelihood.flow import density_run, probe_source  # which imports this module
+    from scoresde.likelihood.flow import density_run  # which imports this module
 
     trace = kind if isinstance(kind, Divergence) else Divergence(kind)
-    noise = probe_source(source, x_T)
-    volume = density_run(denoiser, x_T, solver, grid, trace, noise, cond, differentiable)
+    volume = density_run(denoiser, x_T, solver, grid, trace, source.probes(), cond, differentiable)
     with torch.set_grad_enabled(differentiable):
         with tqdm(desc=type(solver).__name__, disable=not progress, leave=False) as bar:
             x, log_det = volume.solve(x_T, bar.update)

@@ -25,7 +25,7 @@ from scoresde.grid import Grid
 from scoresde.views import view_of_mean
 
 if TYPE_CHECKING:
-    from scoresde.noise import NoiseSource
+    from scoresde.noise import Noise
 
 __all__ = ["State", "Tableau", "responses"]
 
@@ -161,7 +161,7 @@ class Tableau:
         return len(self.t)
 
     def iterate(
-        self, denoiser: Denoiser, x: Tensor, noise: NoiseSource | None = None, cond: Mapping[str, Any] | None = None
+        self, denoiser: Denoiser, x: Tensor, noise: Noise | None = None, cond: Mapping[str, Any] | None = None
     ) -> Iterator[State]:
         """Run the table from x, yielding the `State` after each row.
 
@@ -186,7 +186,7 @@ class Tableau:
         return self._loop(self._rows(denoiser), denoiser, x, noise, dict(cond or {}))
 
     def _loop(
-        self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: NoiseSource | None, cond: dict[str, Any]
+        self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: Noise | None, cond: dict[str, Any]
     ) -> Iterator[State]:
         output = denoiser.outputs(self.t)
         steps, nfe = [*self.step.tolist(), -1], 0

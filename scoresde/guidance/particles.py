@@ -39,7 +39,7 @@ from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.guidance.base import Guidance, Scale, scale_at, scaled
 from scoresde.guidance.gradients import gradient
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
+from scoresde.noise import Noise, NoiseSource, noise_source
 from scoresde.run import choose
 from scoresde.sde import SDE
 from scoresde.solvers.base import SingleStep, Solver, check_decreasing
@@ -170,14 +170,10 @@ class TwistedSMC(Solver):
     def evaluations(self, grid: Grid) -> int:
         return grid.steps + int(float(grid.times[-1]) > 0)
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
+        assert noise is not None
         return (state for state, _ in self.run(denoiser, x, grid, noise, cond, equal=True))
 
     def run(
@@ -185,7 +181,7 @@ class TwistedSMC(Solver):
         denoiser: Denoiser,
         x: Tensor,
         grid: Grid,
-        noise: NoiseSource | None,
+        noise: NoiseSource,
         cond: Mapping[str, Any] | None,
         equal: bool,
     ) -> Iterator[tuple[State, _Weights]]:
@@ -195,10 +191,6 @@ class TwistedSMC(Solver):
                 f"{type(self).__name__} takes a guidance that knows log p(y | x_t), a PiGDM or MomentMatching around "
                 f"the model say, not {type(denoiser).__name__}"
             )
-        grid.check_sde(denoiser.sde)
-        check_decreasing(grid, self)
-        if noise is None:
-            raise ValueError("particles draw noise: pass noise=, a function (row, x)")
         if len(x) % self.particles:
             raise ValueError(
                 f"{len(x)} samples for particles={self.particles}: expected a multiple, groups of that many neighbours"
@@ -371,7 +363,7 @@ def twisted_smc(
     grid: Grid | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    noise: NoiseSource | None = None,
+    noise: Noise | None = None,
     cond: Mapping[str, Any] | None = None,
 ) -> Particles:
     """Weighted particles of the posterior, with an estimate of p(y).
@@ -393,12 +385,12 @@ def twisted_smc(
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"expected a Denoiser, not {type(denoiser).__name__}")
     _, grid = choose(denoiser.sde, solver, steps, nfe, grid)
+    check_decreasing(grid, solver)
     source = noise_source(denoiser.device, shape_or_x, seed, generator, noise)
     if isinstance(shape_or_x, Tensor):
         check_batch(shape_or_x, "x_T")
         x_T, dtype = widen(shape_or_x), shape_or_x.dtype
     else:
-        assert isinstance(source, GeneratorNoise | SeededNoise)
         dtype = torch.float32
         x_T = source.prior(denoiser.sde, shape_or_x, dtype, float(grid.times[0]))
     check_call(denoiser, x_T, cond)

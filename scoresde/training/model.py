@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import scoresde.nn as networks
-from scoresde.chain import DDPMChain
-from scoresde.checks import check_option
+from scoresde.checks import check_keys, check_option
 from scoresde.denoiser import (
     EDMDenoiser,
     EpsDenoiser,
@@ -26,25 +25,13 @@ from scoresde.denoiser import (
     X0Denoiser,
 )
 from scoresde.errors import CheckpointError
-from scoresde.schedules import EDMSDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
-from scoresde.sde import SDE
-from scoresde.training.config import check_keys
+from scoresde.schedules import sde_name, sde_of
 from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.identity import identity
 from scoresde.training.whole_files import weights_file
 
 __all__ = ["ModelConfig", "check_model", "load", "load_ema", "opened"]
 
-SDE_KINDS: dict[str, Callable[..., SDE]] = {
-    "vp": VPSDE,
-    "subvp": SubVPSDE,
-    "cosine": CosineVPSDE,
-    "ve": VESDE,
-    "edm": EDMSDE,
-    "flow": FlowSDE,
-    "chain": DDPMChain.linear,
-    "cosine-chain": DDPMChain.cosine,
-}
 PREDICTIONS: dict[str, type[NetworkDenoiser]] = {
     "eps": EpsDenoiser,
     "v": VDenoiser,
@@ -61,8 +48,8 @@ class ModelConfig:
     """A denoiser in words.
 
     Args:
-        sde: "vp", "subvp", "cosine", "ve", "edm", "flow", or a DDPM chain, "chain" and "cosine-chain".
-        sde_options: keyword arguments of its class (of `DDPMChain.linear` and `DDPMChain.cosine` for the chains).
+        sde: a name in `scoresde.schedules.SDES`: "vp", "flow", "chain", ...
+        sde_options: keyword arguments of what that makes it by, `VPSDE`, `DDPMChain.linear`, ...
         network: "unet", "dit" or "mlp": the classes of `scoresde.nn`.
         preset: a size or name that the network's class has a preset for, `UNet.preset(32, **options)` say.
         options: keyword arguments of the network's class, or on top of the preset.
@@ -88,7 +75,7 @@ class ModelConfig:
     sigma_data: float | None = None
 
     def __post_init__(self) -> None:
-        check_option(SDE_KINDS, sde=self.sde)
+        object.__setattr__(self, "sde", sde_name(self.sde))
         check_option(PREDICTIONS, predicts=self.predicts)
         check_option([key for key, name in NETWORKS.items() if hasattr(networks, name)], network=self.network)
         for name in ("sde_options", "options"):
@@ -97,7 +84,7 @@ class ModelConfig:
                 object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
             except TypeError as error:
                 raise ValueError(f"{name}={getattr(self, name)!r}: JSON cannot hold it ({error})") from error
-        check_keys(f"sde {self.sde!r}", self.sde_options, inspect.signature(SDE_KINDS[self.sde]).parameters)
+        sde_of(self.sde, self.sde_options)  # raises on options that it has not
         check_keys(f"network {self.network!r}", self.options, inspect.signature(self._class).parameters)
         if self.preset is not None and not hasattr(self._class, "preset"):
             raise ValueError(f"preset={self.preset!r}: network {self.network!r} has no presets")
@@ -145,7 +132,7 @@ class ModelConfig:
 
     def around(self, net: nn.Module) -> NetworkDenoiser:
         """The denoiser around a network."""
-        kind, sde = PREDICTIONS[self.predicts], SDE_KINDS[self.sde](**self.sde_options)
+        kind, sde = PREDICTIONS[self.predicts], sde_of(self.sde, self.sde_options)
         time = None if self.time_scale is None else _Scaled(self.time_scale)
         more = {} if self.sigma_data is None else {"sigma_data": self.sigma_data}
         return kind(net, sde, time=time, **more)

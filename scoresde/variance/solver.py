@@ -16,7 +16,7 @@ Var is one number a time, from a `VarianceTable` (Analytic-DPM: Bao et al., ICLR
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from scoresde.denoiser import Denoiser, NetworkDenoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_decreasing
+from scoresde.solvers.base import Solver
 from scoresde.solvers.first_order import DDIM
 from scoresde.tableau import State, Tableau
 from scoresde.variance.table import VarianceTable
@@ -110,28 +110,19 @@ class OptimalVariance(Solver):
         return self.solver.grid(sde, steps, end=end)
 
     def evaluations(self, grid: Grid) -> int | None:
-        return len(_one_step(self.solver, grid))
+        return self.solver.evaluations(grid)
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
-        grid.check_sde(denoiser.sde)
-        check_decreasing(grid, self)
         C = denoiser.covariance(grid.times[:-1])
         if C is not None and self.clamp is None:
             return _with_covariance(self.solver, grid, C, self.last).iterate(denoiser, x, noise, cond)
         rows = self._rows(grid)
         if isinstance(denoiser, NetworkDenoiser) and type(denoiser).posterior is NetworkDenoiser.posterior:
             raise ValueError(_no_variance(denoiser))
-        if noise is None and any(row.noisy for row in rows):
-            raise ValueError("these steps draw noise: pass noise=, a function (row, x) such as noise.SeededNoise")
         denoiser.check_times(grid.times[:-1])
-        return self._loop(rows, denoiser, x, noise, dict(cond or {}))
+        return self._loop(rows, denoiser, x, noise, cond)
 
     def _rows(self, grid: Grid) -> list[_Row]:
         base, alpha_t = _one_step(self.solver, grid), grid.sde.alpha(grid.times[:-1])
