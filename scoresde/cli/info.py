@@ -16,7 +16,6 @@ from scoresde.info import environment
 from scoresde.schedules import SDES, sde_of
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown
-from scoresde.training.folder import newest
 
 __all__ = ["add_parsers"]
 
@@ -60,7 +59,8 @@ def info(args: argparse.Namespace) -> None:
 
 def described(folder: Path) -> str:
     """A run folder in words."""
-    model, found = open_run(folder), newest(folder)
+    model = open_run(folder)
+    found = model.checkpoint
     assert found is not None
     progress, about = found.manifest["progress"], model.about
     data = model.data()
