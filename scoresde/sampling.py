@@ -11,15 +11,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.brownian import BrownianNoise
-from scoresde.denoiser import Denoiser, check_call
+from scoresde.denoiser import Denoiser, check_call, check_denoiser
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
 from scoresde.noise import Noise, NoiseSource, noise_source
-from scoresde.run import Solution, check_solver, choose, locate
+from scoresde.run import Solution, check_solver, choose, initial, locate
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
-from scoresde.tensors import check_batch, widen
 
 __all__ = ["NonFiniteError", "sample"]
 
@@ -86,23 +85,13 @@ def sample(
     >>> solution.x.shape, solution.nfe
     (torch.Size([1000, 2]), 20)
     """
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"sample needs a Denoiser, not {type(denoiser).__name__}: wrap the network, EpsDenoiser(net, sde, time=...)"
-        )
+    check_denoiser(denoiser)
     check_solver(solver)
     solver, grid = choose(denoiser.sde, solver, steps, nfe, grid, end=denoiser.sde.t_min if log_prob else 0.0)
     source = noise_source(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
-    if isinstance(shape_or_x, Tensor):
-        check_batch(shape_or_x, "x_T")
-        out_dtype = shape_or_x.dtype
-        x_T = widen(shape_or_x)
-    else:
-        if grid.increasing:
-            raise ValueError("an increasing grid encodes data: give x, not a shape")
-        out_dtype = torch.float32
-        x_T = source.prior(denoiser.sde, shape_or_x, out_dtype, float(grid.times[0]))
-
+    if grid.increasing and not isinstance(shape_or_x, Tensor):
+        raise ValueError("an increasing grid encodes data: give x, not a shape")
+    x_T, out_dtype = initial(denoiser, shape_or_x, grid, source)
     check_call(denoiser, x_T, cond)
     if log_prob:
         if trajectory or path or noise is not None:

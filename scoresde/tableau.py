@@ -157,6 +157,16 @@ class Tableau:
         """Number of evaluations of the denoiser."""
         return int(self.evaluates.sum())
 
+    @property
+    def one_step(self) -> bool:
+        """Whether each row is a step of the grid by its own F: x_s = a' x + b' D + c z, as `in_x0` has it."""
+        whole = len(self) == self.grid.steps and torch.equal(self.t, self.grid.times[:-1])
+        return whole and bool(self.evaluates.all()) and not bool((self.b[:, 1:] != 0).any())
+
+    def in_x0(self) -> tuple[Tensor, Tensor]:
+        """(a', b') of such rows: F = p x + q D put in, a' = a + b p and b' = b q, each of shape (R,)."""
+        return self.a + self.b[:, 0] * self.p, self.b[:, 0] * self.q
+
     def __len__(self) -> int:
         return len(self.t)
 

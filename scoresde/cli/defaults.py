@@ -57,7 +57,8 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> 
         if options.setdefault(key, value) != value:
             raise ValueError(f"model.options.{key} = {options[key]!r}, but the data's is {value!r}: leave it out")
     model["options"] = options
-    sde = sde_of(model.setdefault("sde", "vp"), model.get("sde_options"))
+    given = model.get("sde_options")
+    sde = sde_of(model.setdefault("sde", "vp"), given if isinstance(given, Mapping) else None)
     predicts = model.setdefault("predicts", sde.customary_prediction)
     if predicts == "edm":
         model.setdefault("sigma_data", _std(data))

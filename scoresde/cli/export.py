@@ -12,6 +12,7 @@ from scoresde.cli.models import ABOUT, CONFIG, folder_of
 from scoresde.cli.options import Options, option
 from scoresde.training.export import DTYPES, export
 from scoresde.training.model import opened
+from scoresde.training.whole_files import weights_file
 
 __all__ = ["add_parser", "run"]
 
@@ -50,9 +51,9 @@ def run(options: ExportOptions) -> None:
     """
     if not options.run.exists():
         raise FileNotFoundError(f"{options.run}: there is no such run folder")
-    found = opened(options.run)
+    found = opened(options.run, weights_file(options.average))
     folder = folder_of(found)
-    out = export(found.path, options.out, average=options.average, dtype=options.dtype)
+    out = export(found, options.out, average=options.average, dtype=options.dtype)
     for name in (CONFIG, ABOUT):
         if (folder / name).exists():
             shutil.copy(folder / name, out / name)

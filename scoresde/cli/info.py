@@ -17,7 +17,6 @@ from scoresde.info import environment
 from scoresde.schedules import SDES, sde_of
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown
-from scoresde.training.folder import newest
 
 __all__ = ["add_parsers"]
 
@@ -77,7 +76,8 @@ def info(options: InfoOptions) -> None:
 
 def described(folder: Path) -> str:
     """A run folder in words."""
-    model, found = open_run(folder), newest(folder)
+    model = open_run(folder)
+    found = model.checkpoint
     assert found is not None
     progress, about = found.manifest["progress"], model.about
     data = model.data()

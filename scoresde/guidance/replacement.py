@@ -44,7 +44,7 @@ from scoresde.guidance.operators import (
 )
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver
+from scoresde.solvers.base import Around, SingleStep, Solver
 from scoresde.solvers.composite import TimeTravel
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.predictor_corrector import PredictorCorrector
@@ -55,7 +55,7 @@ __all__ = ["RePaint", "Replacement"]
 
 
 @dataclass(frozen=True, eq=False)
-class Replacement(Solver):
+class Replacement(Around):
     """A solver whose state has its known part overwritten, at the start and after each evaluation of the denoiser: each
     prediction, each correction, each stage of a step (Song et al., 2021; the module's docstring).
 
@@ -96,12 +96,6 @@ class Replacement(Solver):
         A, _ = _checked(self.operator, self.noise_std, self)
         object.__setattr__(self, "operator", A)
         object.__setattr__(self, "_A", A)
-
-    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        return self.solver.grid(sde, steps, end=end)
-
-    def evaluations(self, grid: Grid) -> int | None:
-        return self.solver.evaluations(grid)
 
     def loop(
         self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]

@@ -30,8 +30,8 @@ from scoresde.checks import check_count, check_tolerances
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
-from scoresde.solvers.first_order import ExponentialSDE
-from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, legs
+from scoresde.solvers.first_order import DDIM
+from scoresde.solvers.motion import Budgeted, Leg, Motion, legs
 from scoresde.tableau import State
 
 __all__ = ["AdaptiveODE"]
@@ -112,24 +112,16 @@ class AdaptiveODE(Budgeted):
             raise ValueError(
                 f"rtol={self.rtol} for {len(x)} samples: float64 does not have the digits, take {_DIGITS * share:.1g}"
             )
-        return self._loop(Motion(denoiser, cond, x.dtype, times, 0.0, self.max_nfe), x, parts)
+        motion, first = Motion(denoiser, cond, x.dtype, times, 0.0, self.max_nfe), self.first_step
 
-    def _loop(self, motion: Motion, x: Tensor, parts: list[Leg]) -> Iterator[State]:
-        first = self.first_step
-        for row, leg in enumerate(parts):
-            try:
-                if leg.jump:
-                    x = motion.jump(x, leg, ExponentialSDE(tau=0.0))  # DDIM, also up to alpha = 0
-                else:
-                    x, first = self._integrate(motion, x, leg, first)
-            except OutOfBudget:
-                assert motion.reached is not None
-                yield State(row, motion.nfe, leg.step, False, *motion.reached)
-                return
-            except NonFinite as stop:
-                yield State(row, motion.nfe, leg.step, False, stop.t, stop.x)
-                return
-            yield State(row, motion.nfe, leg.step, leg.done, leg.s, x)
+        def move(x: Tensor, leg: Leg) -> Tensor:
+            nonlocal first
+            if leg.jump:
+                return motion.jump(x, leg, DDIM())
+            x, first = self._integrate(motion, x, leg, first)
+            return x
+
+        return motion.follow(x, parts, move)
 
     def _integrate(self, motion: Motion, x: Tensor, leg: Leg, first: float) -> tuple[Tensor, float]:
         """The state at the end of a leg and the first step to propose on the next."""

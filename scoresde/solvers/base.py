@@ -20,7 +20,7 @@ from scoresde.sde import SDE
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State, Tableau
 
-__all__ = ["SingleStep", "Solver"]
+__all__ = ["Around", "SingleStep", "Solver", "check_decreasing"]
 
 
 class Solver:
@@ -152,6 +152,18 @@ class SingleStep(Solver, ABC):
 
     def evaluations(self, grid: Grid) -> int:
         return int(self.stages(grid.sde, grid.times[:-1], grid.times[1:]).sum())
+
+
+class Around(Solver):
+    """A solver around another, on whose grid it steps and whose evaluations it makes."""
+
+    solver: Solver
+
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        return self.solver.grid(sde, steps, end=end)
+
+    def evaluations(self, grid: Grid) -> int | None:
+        return self.solver.evaluations(grid)
 
 
 def check_decreasing(grid: Grid, solver: Solver) -> None:

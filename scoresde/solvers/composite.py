@@ -26,7 +26,7 @@ from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_decreasing
+from scoresde.solvers.base import Around, SingleStep, check_decreasing
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows, forward_rows
 from scoresde.solvers.runge_kutta import Heun
@@ -51,14 +51,11 @@ def _ends(moves: Sequence[Move]) -> Tensor:
     return torch.tensor([move[:2] for move in moves], dtype=torch.float64, device="cpu").T
 
 
-class _Composite(Solver, ABC):
+class _Composite(Around, ABC):
     """A solver whose moves down are another's steps, on the grid that is its custom."""
 
     solver: SingleStep
     S_noise: float = 1.0  # factor of the forward process's noise
-
-    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        return self.solver.grid(sde, steps, end=end)
 
     @abstractmethod
     def moves(self, grid: Grid) -> list[Move]:

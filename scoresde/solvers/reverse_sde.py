@@ -27,7 +27,7 @@ from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
 from scoresde.solvers.first_order import DDPM
-from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, legs
+from scoresde.solvers.motion import Budgeted, Motion, legs
 from scoresde.tableau import State
 
 __all__ = ["ReverseSDE"]
@@ -98,29 +98,15 @@ class ReverseSDE(Budgeted):
     def loop(
         self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
+        from scoresde.solvers.torchsde_legs import Legs  # torchsde takes a while to import
+
         assert noise is not None
         parts = legs(grid, free=self.adaptive_steps)
         denoiser.check_times(torch.tensor([leg.t for leg in parts], dtype=torch.float64, device="cpu"))
         budget = self.max_nfe if self.adaptive_steps else math.inf
         motion = Motion(denoiser, cond, x.dtype, grid.times, 1.0, budget)
-        return self._loop(motion, x, parts, noise, noise.entropies(len(x)))
-
-    def _loop(
-        self, motion: Motion, x: Tensor, parts: list[Leg], noise: NoiseSource, entropies: list[int]
-    ) -> Iterator[State]:
-        from scoresde.solvers.torchsde_legs import Legs  # torchsde takes a while to import
-
-        path = BrownianPath(entropies, (x[0].numel(),), area=True)
-        dt = self.first_step if self.adaptive_steps else None
-        run = Legs(motion, path, self.method, dt, self.rtol, self.atol)
-        for row, leg in enumerate(parts):
-            try:
-                x = motion.jump(x, leg, DDPM(), noise) if leg.jump else run.follow(x, leg)
-            except OutOfBudget:
-                assert motion.reached is not None
-                yield State(row, motion.nfe, leg.step, False, *motion.reached)
-                return
-            except NonFinite as stop:
-                yield State(row, motion.nfe, leg.step, False, stop.t, stop.x)
-                return
-            yield State(row, motion.nfe, leg.step, leg.done, leg.s, x)
+        path = BrownianPath(noise.entropies(len(x)), (x[0].numel(),), area=True)
+        run = Legs(motion, path, self.method, self.first_step if self.adaptive_steps else None, self.rtol, self.atol)
+        return motion.follow(
+            x, parts, lambda x, leg: motion.jump(x, leg, DDPM(), noise) if leg.jump else run.follow(x, leg)
+        )

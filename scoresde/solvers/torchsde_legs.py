@@ -90,7 +90,7 @@ class Legs(torchsde.BaseBrownian):
             warnings.warn(
                 f"steps reached the shortest, 2^-10 in half log-SNR, and the tolerance rtol={self.rtol}, "
                 f"atol={self.atol} is not met there: raise rtol and atol, or take method='srk'",
-                stacklevel=5,  # the caller of `sample`
+                stacklevel=6,  # the caller of `sample`
             )
 
     def f(self, time: Tensor, w: Tensor) -> Tensor:
@@ -125,3 +125,6 @@ class Legs(torchsde.BaseBrownian):
 
     def _half_log_snr(self, time: Tensor) -> float:
         return self.end if float(time) == self.end - self.start else self.start + float(time)
+
+    def __repr__(self) -> str:
+        return f"Legs({self.method!r}, dt={self.dt}, rtol={self.rtol}, atol={self.atol})"

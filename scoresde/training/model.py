@@ -26,8 +26,9 @@ from scoresde.denoiser import (
 )
 from scoresde.errors import CheckpointError
 from scoresde.schedules import sde_name, sde_of
-from scoresde.training.folder import NETWORK, Checkpoint, average_file, newest
+from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.identity import identity
+from scoresde.training.whole_files import weights_file
 
 __all__ = ["ModelConfig", "check_model", "load", "load_ema", "opened"]
 
@@ -147,20 +148,22 @@ class _Scaled:
         return self.factor * t
 
 
-def load(path: str | Path, average: int | None = 0, device: torch.device | str = "cpu") -> NetworkDenoiser:
+def load(path: str | Path | Checkpoint, average: int | None = 0, device: torch.device | str = "cpu") -> NetworkDenoiser:
     """A trained denoiser, ready to sample from: built anew from what the run's manifest says, in eval mode.
 
     Args:
-        path: the run folder of a `Trainer(..., model=ModelConfig(...), folder=...)`, or one of its checkpoints.
+        path: the run folder of a `Trainer(..., model=ModelConfig(...), folder=...)`, one of its checkpoints, or what
+            `opened` gave.
         average: which of the averaged weights, where there are several; None for the weights without averaging.
         device: where to.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        CheckpointError: if none is whole, the model's description is missing or from another version, or there is no
+        CheckpointError: if these weights are whole in none (of a checkpoint that is passed over a warning tells; its
+            other files are not looked at), the model's description is missing or from another version, or there is no
             such average.
     """
-    found = opened(path)
+    found = opened(path, name := weights_file(average))
     if found.manifest["model"] is None:
         raise CheckpointError(
             f"{found.path} does not say what the model is, the Trainer having been given no model=ModelConfig(...): "
@@ -172,40 +175,46 @@ def load(path: str | Path, average: int | None = 0, device: torch.device | str =
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{found.path} describes a model that this version cannot build: {error}") from error
     assert isinstance(denoiser.net, nn.Module)
-    found.weights(NETWORK if average is None else average_file(average), denoiser.net)
+    found.weights(name, denoiser.net)
     denoiser.net.to(device).eval().requires_grad_(False)
     return denoiser
 
 
-def load_ema(path: str | Path, denoiser: NetworkDenoiser, average: int = 0) -> NetworkDenoiser:
+def load_ema(path: str | Path | Checkpoint, denoiser: NetworkDenoiser, average: int = 0) -> NetworkDenoiser:
     """The denoiser with the averaged weights of a trainer's checkpoint, in eval mode: to sample without the data.
 
     Args:
-        path: the run folder of a `Trainer`, for its newest checkpoint, or one checkpoint's folder.
+        path: the run folder of a `Trainer`, for its newest checkpoint, one checkpoint's folder, or what `opened` gave.
         denoiser: built as for training; its network's weights do not matter, and are not changed.
         average: which of the averages, where there are several.
 
     Raises:
         FileNotFoundError: if there is none.
-        CheckpointError: if it is damaged, or was made for another SDE, parameterisation, time label or network.
+        CheckpointError: as `load` does; if it was made for another SDE, parameterisation, time label or network.
     """
     if not isinstance(denoiser.net, nn.Module):
         raise ValueError(f"load_ema needs an adapter around an nn.Module, not {denoiser!r}")
-    found = opened(path)
+    found = opened(path, name := weights_file(average))
     found.check(identity(denoiser), whole=False)
     net = copy.deepcopy(denoiser.net)
-    found.weights(average_file(average), net)
+    found.weights(name, net)
     return denoiser.with_net(net.eval().requires_grad_(False))
 
 
-def opened(path: str | Path) -> Checkpoint:
-    """The newest checkpoint there, or the one that has this folder.
+def opened(path: str | Path | Checkpoint, name: str | None = None) -> Checkpoint:
+    """The newest checkpoint there, or the one that has this folder; one that is open already, as it is.
+
+    Args:
+        path: the run folder, a checkpoint's, or a checkpoint.
+        name: of the weights that are wanted, by `weights_file`, if nothing else of it need be whole.
 
     Raises:
         FileNotFoundError: if there is none.
-        CheckpointError: if none is whole.
+        CheckpointError: if none is whole, or there are no such weights.
     """
-    found = newest(Path(path))
+    if isinstance(path, Checkpoint):
+        return path
+    found = newest(Path(path), name)
     if found is None:
         raise FileNotFoundError(f"there is no checkpoint in {path}")
     return found
