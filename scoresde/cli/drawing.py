@@ -17,7 +17,7 @@ from scoresde.cli.models import Model
 from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData, nothing, scaled
 from scoresde.denoiser import Denoiser
-from scoresde.errors import NonFiniteError, some
+from scoresde.errors import NonFiniteError
 from scoresde.grid import SPACINGS
 from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.levels import to_levels
@@ -30,7 +30,10 @@ from scoresde.variance import AnalyticDenoiser, OptimalVariance, VarianceTable
 from scoresde.wrappers import Clip
 
 __all__ = [
+    "CLASS_HELP",
     "GRIDS",
+    "NFE_HELP",
+    "SOLVER_HELP",
     "DrawOptions",
     "Guidance",
     "Recipe",
@@ -105,10 +108,7 @@ class Recipe:
         try:
             found = sample(self.denoiser, shape, self.solver, seed=self.seeds(items), cond=cond, **self.options)
         except NonFiniteError as stop:
-            samples = [items[i] for i in stop.samples]
-            where = "" if stop.step is None else f" in step {stop.step}, at t = {stop.time:.6g}"
-            text = f"samples {some(samples)} became non-finite{where}"
-            raise NonFiniteError(text, stop.step, stop.time, samples) from stop
+            raise stop.of("samples", [items[i] for i in stop.samples]) from stop
         if found.status != "complete":
             raise ArithmeticError(f"the budget of {found.nfe} evaluations ran out at t = {found.t:.4g}: raise --nfe")
         return found.x
@@ -169,9 +169,8 @@ class StepOptions(Options):
             if solver.adaptive:
                 raise ValueError(f"--grid {self.grid}: {solver!r} chooses its own times")
             spacing = SPACINGS[self.grid]
-            return {
-                "grid": spacing(sde, self.steps or solver.steps_within(sde, counts.get("nfe", 20), spacing=spacing))
-            }
+            steps = self.steps or solver.steps_within(sde, counts.get("nfe", 20), spacing=spacing)
+            return {"grid": spacing(sde, steps)}
         if not counts and not solver.adaptive:
             counts = {"nfe": 20}
         if "nfe" in counts:
@@ -299,7 +298,9 @@ def draw_all(made: Recipe, n: int, batch_size: int, progress: bool) -> Tensor | 
 def gathered(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor | None:
     """The processes' parts, items of that shape, one after the other, in the first; None in the others."""
     whole = parallel.to_first(torch.cat(parts) if parts else torch.empty(0, *shape))
-    return None if whole is None else torch.cat(whole)
+    if whole is None:
+        return None
+    return torch.cat(whole) if len(whole) > 1 else whole[0]
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from scoresde.cli.writing import OutOptions, Writer
 from scoresde.data.folder import read_image
 from scoresde.denoiser import Denoiser
 from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, strength_time, variations
-from scoresde.errors import NonFiniteError, some
+from scoresde.errors import NonFiniteError
 
 __all__ = ["add_parser", "run"]
 
@@ -160,11 +160,7 @@ class _Job:
         try:
             return self.apply(which).flatten(0, 1)
         except NonFiniteError as stop:
-            bad = sorted({which[i % len(which)] for i in stop.samples})
-            where = "" if stop.step is None else f" in step {stop.step}, at t = {stop.time:.6g}"
-            raise NonFiniteError(
-                f"the edits of inputs {some(bad)} became non-finite{where}", stop.step, stop.time, bad
-            ) from stop
+            raise stop.of("the edits of inputs", sorted({which[i % len(which)] for i in stop.samples})) from stop
 
 
 def _job(options: EditOptions, model: Model) -> _Job:

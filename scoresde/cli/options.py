@@ -28,13 +28,12 @@ class Options:
         """
         for own, kind, _ in _arguments(cls):
             how = dict(own.metadata)
-            where = title if (named := how.pop("group", None)) is None else named
-            if where not in groups:
+            if (where := how.pop("group", title)) not in groups:
                 groups[where] = groups[""].add_argument_group(where)
             if issubclass(kind, Options):
                 kind.add_to(groups, where, **how)
             elif changes.get(own.name) is False:
-                groups[""].set_defaults(**{how["dest"] or own.name: False if kind is bool else how["default"]})
+                groups[""].set_defaults(**{_dest(own): False if kind is bool else how["default"]})
             else:
                 _add(groups[where], own.name, kind, how | changes.get(own.name, {}))
 
@@ -47,7 +46,7 @@ class Options:
                 group = kind.of(args)
                 found[own.name] = group if group.given() or not optional else None
             else:
-                found[own.name] = getattr(args, own.metadata["dest"] or own.name)
+                found[own.name] = getattr(args, _dest(own))
         return cls(**found)
 
     def flat(self) -> dict[str, Any]:
@@ -55,7 +54,7 @@ class Options:
         found: dict[str, Any] = {}
         for own in fields(self):  # type: ignore[arg-type]
             value = getattr(self, own.name)
-            found |= value.flat() if isinstance(value, Options) else {own.metadata.get("dest") or own.name: value}
+            found |= value.flat() if isinstance(value, Options) else {_dest(own): value}
         return found
 
     def given(self, *names: str) -> dict[str, Any]:
@@ -65,31 +64,26 @@ class Options:
         return {name: value for name, value in chosen.items() if value is not None and value is not False}
 
 
-def option(
-    help: str,
-    default: Any = None,
-    metavar: str | tuple[str, ...] | None = None,
-    *,
-    flags: tuple[str, ...] = (),
-    group: str | None = None,
-    dest: str | None = None,
-    **how: Any,
-) -> Any:
+def option(help: str, default: Any = None, metavar: Any = None, **how: Any) -> Any:
     """A field of `Options` that is an argument of its type: a number, a text, a path, a list of these, or a flag.
 
     Args:
-        help, default, metavar, **how: as `add_argument` takes them.
-        flags: its names; that of the field, if there are none.
+        help, default, metavar, **how: as `add_argument` takes them, and
+        flags: its names, if they are not that of the field.
         group: title of its group in the help; "" for none.
-        dest: name of what is parsed; that of the field, if there is none.
+        dest: name of what is parsed, if it is not that of the field.
     """
-    own = {"help": help, "default": default, "metavar": metavar, "flags": flags, "group": group, "dest": dest}
-    return field(metadata=own | how)
+    return field(metadata={"help": help, "default": default, "metavar": metavar, **how})
 
 
-def part(group: str = "", **changes: Any) -> Any:
+def part(group: str | None = None, **changes: Any) -> Any:
     """A field that is `Options`, under a title in the help, with changes of its options."""
-    return field(metadata={"group": group} | changes)
+    return field(metadata=changes if group is None else {"group": group, **changes})
+
+
+def _dest(own: Any) -> str:
+    """The name of what is parsed for a field."""
+    return str(own.metadata.get("dest", own.name))
 
 
 def _arguments(options: Any) -> Iterator[tuple[Any, Any, bool]]:
@@ -103,13 +97,13 @@ def _arguments(options: Any) -> Iterator[tuple[Any, Any, bool]]:
 
 
 def _add(place: Any, name: str, kind: Any, how: dict[str, Any]) -> None:
-    flags = how.pop("flags") or ("--" + name.replace("_", "-"),)
+    flags = how.pop("flags", ("--" + name.replace("_", "-"),))
     if kind is bool:
         how["action"] = "store_true"
     elif kind is not str:
         how["type"] = kind
     if flags[0].startswith("-"):
-        how["dest"] = how["dest"] or name
+        how.setdefault("dest", name)
         if kind is not bool and "choices" not in how:
             how["metavar"] = how["metavar"] or name.upper()
     place.add_argument(*flags, **{key: value for key, value in how.items() if value is not None})
