@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PAGES := $(VENV)/.pages
 
-.PHONY: demo test docs lint types doctest format clean
+.PHONY: demo test docs tables lint types doctest format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ docs: $(PAGES)  ## the pages and the reference, in build/site; a warning is an e
 	for page in $(notdir $(wildcard docs/*.md)); do sed 's#](../benchmarks/results/#](results/#g' docs/$$page > build/pages/$$page; done
 	$(BIN)/zensical build --clean --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
 	! grep ^griffe: build/docs.log  # what a docstring says of an argument that is not there
+
+tables: $(READY)  ## the tables of the pages that the package itself knows: solvers, SDEs, names
+	$(BIN)/python docs/tables.py
 
 doctest: $(READY)  ## the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules scoresde

@@ -9,6 +9,7 @@
 
 from importlib.metadata import version
 
+from scoresde import schedules
 from scoresde.chain import DDPMChain
 from scoresde.denoiser import (
     Denoiser,
@@ -28,7 +29,7 @@ from scoresde.likelihood import bits_per_dim, elbo, log_prob
 from scoresde.noise import sample_seeds
 from scoresde.run import Solution
 from scoresde.sampling import NonFiniteError, sample
-from scoresde.schedules import EDMSDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
+from scoresde.schedules import *
 from scoresde.sde import SDE
 from scoresde.tableau import State, Tableau
 from scoresde.training import load
@@ -37,18 +38,13 @@ from scoresde.wrappers import Clip, DynamicThreshold
 __version__ = version("scoresde")
 
 __all__ = [
-    "EDMSDE",
     "SDE",
-    "VESDE",
-    "VPSDE",
     "Clip",
-    "CosineVPSDE",
     "DDPMChain",
     "Denoiser",
     "DynamicThreshold",
     "EDMDenoiser",
     "EpsDenoiser",
-    "FlowSDE",
     "Grid",
     "NetworkDenoiser",
     "NonFiniteError",
@@ -56,7 +52,6 @@ __all__ = [
     "ScoreDenoiser",
     "Solution",
     "State",
-    "SubVPSDE",
     "Tableau",
     "VDenoiser",
     "VelocityDenoiser",
@@ -72,3 +67,4 @@ __all__ = [
     "sample",
     "sample_seeds",
 ]
+__all__ += schedules.__all__

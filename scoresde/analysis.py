@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.grid import Grid
@@ -346,7 +345,7 @@ def stable_from(
     check_count(most=most)
     make = grid or (lambda n: solver.grid(sde, n))
     least = None
-    for n in range(min(most, sde.steps) if isinstance(sde, DDPMChain) else most, 0, -1):
+    for n in range(int(min(most, sde.most_steps)), 0, -1):
         table = solver.tableau(make(n))
         law, truth = gaussian_law(table, target), marginal(target, sde, table.grid.times[-1])
         second = law.variances + (law.mean - truth.mean) ** 2

@@ -35,14 +35,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torchsde
 from torch import Tensor
 
 from scoresde.sde import SDE
 from scoresde.tableau import Tableau
 from scoresde.tensors import expand_like
 
-__all__ = ["BridgeNoise", "BrownianNoise", "BrownianPath", "FreshNoise", "TorchsdePath", "snr", "where_sample"]
+__all__ = ["BridgeNoise", "BrownianNoise", "BrownianPath", "FreshNoise", "snr", "where_sample"]
 
 _RANGE = 64.0  # lambda runs over [-64, 64]
 _LEVELS = 18  # cells of 2^-11
@@ -178,38 +177,6 @@ class BrownianPath:
             for x in X:
                 self._generator.standard_normal(out=x[sample])
         return torch.from_numpy(X)
-
-
-class TorchsdePath:
-    """`BrownianPath.between` by torchsde's BrownianInterval (Li et al., 2020), one for each sample, with its tree of
-    halves, without which the path would depend on what was asked before.
-
-    Args:
-        entropies: one number per sample: all that its path depends on.
-        event: shape of a sample.
-    """
-
-    def __init__(self, entropies: Sequence[int], event: Sequence[int]) -> None:
-        self.shape = (len(entropies), *event)
-        self._paths = [
-            torchsde.BrownianInterval(
-                -_RANGE,
-                _RANGE,
-                size=(1, math.prod(event)),
-                dtype=torch.float64,
-                device="cpu",
-                entropy=entropy,
-                halfway_tree=True,
-                tol=2 * _RANGE / 2**_LEVELS,
-                levy_area_approximation="space-time",
-            )
-            for entropy in entropies
-        ]
-
-    def between(self, start: float, end: float) -> _Point:
-        pairs = [path(start, end, return_U=True) for path in self._paths]
-        W, U = (torch.cat(parts).reshape(self.shape) for parts in zip(*pairs, strict=True))
-        return W, U
 
 
 class BrownianNoise:

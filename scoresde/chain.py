@@ -45,6 +45,7 @@ class DDPMChain(VariancePreserving):
         self.betas = betas.detach().clone()
         self.steps = len(betas)
         self.t_min, self.t_max = 1.0, float(self.steps)
+        self.nodes = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu")
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @classmethod
@@ -88,6 +89,9 @@ class DDPMChain(VariancePreserving):
         rates, B = self._rates_and_integral(integrated_beta)
         n = torch.searchsorted(B, integrated_beta.contiguous()).clamp(1, self.steps)
         return (n - 1) + (integrated_beta - B[n - 1]) / rates[n - 1]
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {"betas": self.betas}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DDPMChain) and torch.equal(self.betas, other.betas)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from typing import Any
 
 __all__ = [
     "check_count",
+    "check_keys",
     "check_nonnegative",
     "check_option",
     "check_order",
@@ -84,3 +85,10 @@ def check_range(data_range: tuple[float, float]) -> float:
     if len(numbers) != 2 or not all(math.isfinite(x) for x in numbers) or not numbers[0] < numbers[1]:
         raise ValueError(f"data_range={data_range!r}: expected (lo, hi), two finite numbers, lo < hi")
     return (numbers[1] - numbers[0]) / 2
+
+
+def check_keys(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError, naming each, if some of the given keys are not known."""
+    known = list(known)
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"{name} has no {', '.join(map(repr, unknown))}: it knows {', '.join(known)}")

@@ -31,6 +31,7 @@ __all__ = [
     "VelocityDenoiser",
     "X0Denoiser",
     "check_call",
+    "check_denoiser",
     "networks",
 ]
 
@@ -353,6 +354,14 @@ def dtype_of_label(label: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if label.is_floating_point() else label.dtype
 
 
+def check_denoiser(denoiser: object) -> None:
+    """Raises TypeError unless it is a denoiser."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            f"expected a Denoiser, not {type(denoiser).__name__}: wrap the network, EpsDenoiser(net, sde, time=...)"
+        )
+
+
 def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) -> None:
     """What every run checks before its first evaluation.
 
@@ -360,10 +369,7 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
         TypeError: if the denoiser is none, or cond is no mapping.
         ValueError: if a condition is a tensor with neither one entry nor one per sample, or the batch is empty.
     """
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"expected a Denoiser, not {type(denoiser).__name__}: wrap the network, EpsDenoiser(net, sde, time=...)"
-        )
+    check_denoiser(denoiser)
     if x.numel() == 0:
         raise ValueError(f"the batch has shape {tuple(x.shape)}: it is empty")
     if cond is not None and not isinstance(cond, Mapping):

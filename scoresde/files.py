@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["write_whole"]
+__all__ = ["sync", "write_flushed", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -23,17 +23,27 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{path.name}.{secrets.token_hex(4)}.partial"
     try:
-        with temporary.open("xb") as file:  # with the permissions of any new file, which mkstemp's has not
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_flushed(temporary, write)
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename too
-        finally:
-            os.close(directory)
+        sync(path.parent)  # the rename too
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def write_flushed(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a new file, to the disk; `write` is called with it, open for bytes."""
+    with path.open("xb") as file:  # with the permissions of any new file, which mkstemp's has not
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """A file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -128,8 +128,8 @@ class Grid:
         """The spacing customary for the SDE: uniform in t, Karras for `EDMSDE`, strided nodes for `DDPMChain`. With
         another end than 0, a chain's are the nodes nearest to uniform times.
         """
-        if end != 0 and isinstance(sde, DDPMChain):
-            return cls(sde, _nodes(sde, cls.uniform(sde, steps, end=end).times))
+        if end != 0 and sde.nodes is not None:
+            return cls(sde, sde.snapped(cls.uniform(sde, steps, end=end).times))
         grid: Grid = getattr(cls, sde.customary_grid)(sde, steps, **({} if end == 0 else {"end": end}))
         return grid
 
@@ -215,9 +215,9 @@ class Grid:
             forward=lambda t: standard.time_at(sde.half_log_snr(t).clamp(min=floor)) ** (1 / power),
             inverse=lambda u: sde.time_at(standard.half_log_snr(u**power)),
         )
-        if not isinstance(sde, DDPMChain):
+        if sde.nodes is None:
             return grid
-        nodes = _nodes(sde, grid.times[:-1] if end == 0 else grid.times)
+        nodes = sde.snapped(grid.times[:-1] if end == 0 else grid.times)
         return cls(sde, torch.cat([nodes, nodes.new_zeros(1)]) if end == 0 else nodes)
 
     @classmethod
@@ -310,17 +310,6 @@ class Grid:
         if points > 1:
             times[-1] = low
         return cls(sde, torch.cat([times, times.new_zeros(1)]) if to_zero else times)
-
-
-def _nodes(chain: DDPMChain, times: Tensor) -> Tensor:
-    """The nearest nodes of the chain that strictly decrease."""
-    K = len(times)
-    if chain.steps < K:
-        raise ValueError(f"steps={K}, but the chain has only {chain.steps} nodes")
-    rank = torch.arange(K - 1, -1, -1, dtype=torch.float64, device="cpu")
-    # n_i - (K - 1 - i) must not increase: the running maximum from the end, within the chain.
-    slack = (times.round() - rank).clamp(min=1.0, max=chain.steps - K + 1.0)
-    return slack.flip(0).cummax(0).values.flip(0) + rank
 
 
 def _time_of(sde: SDE, tau: float, most: float) -> float:

@@ -7,6 +7,7 @@ With a generator the whole batch is drawn at once, which is faster where the net
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,9 +16,19 @@ from torch import Tensor
 
 from scoresde.sde import SDE
 
-__all__ = ["GeneratorNoise", "NoiseSource", "SeededNoise", "noise_source", "sample_seeds"]
+__all__ = [
+    "FunctionNoise",
+    "GeneratorNoise",
+    "Noise",
+    "NoiseSource",
+    "SeededNoise",
+    "as_source",
+    "noise_source",
+    "sample_seeds",
+    "seeds_of",
+]
 
-NoiseSource = Callable[[int, Tensor], Tensor]
+Noise = Callable[[int, Tensor], Tensor]
 """noise(row, x): standard normal of the shape, dtype and device of x for that row of the tableau."""
 
 _BLOCK = 2**9  # numbers that a sample's stream draws at a time: one call for many rows of a small event
@@ -37,7 +48,68 @@ def derive_seed(seed: int, *key: int) -> int:
     return int(np.random.SeedSequence(entropy=seed, spawn_key=key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class GeneratorNoise:
+class NoiseSource(ABC):
+    """Where a run's numbers come from.
+
+    Attributes:
+        seeds: one per sample, where each has streams of its own; else None.
+    """
+
+    seeds: list[int] | None = None
+
+    @abstractmethod
+    def __call__(self, row: int, x: Tensor) -> Tensor:
+        """z of that row, standard normal, of the shape, dtype and device of x."""
+
+    @abstractmethod
+    def prior(self, sde: SDE, shape: Sequence[int], dtype: torch.dtype, t: float) -> Tensor:
+        """A draw from the prior of a run that starts at t, shape (B, ...)."""
+
+    @abstractmethod
+    def signs(self, row: int, count: int, x: Tensor) -> Tensor:
+        """+1 and -1 with equal probability, for that row, shape (count, *x.shape)."""
+
+    @abstractmethod
+    def entropies(self, batch: int) -> list[int]:
+        """A number per sample, in [0, 2^63), to seed its Brownian path; call it before the first z_i."""
+
+    @abstractmethod
+    def rewind(self) -> None:
+        """Back to before the first z_i, to replay a run."""
+
+    def probes(self) -> NoiseSource:
+        """The source of a likelihood's probes: with seeds, streams apart from those of the z_i."""
+        return self
+
+
+class FunctionNoise(NoiseSource):
+    """A function noise(row, x) of the caller's. It has no prior and no seeds: what needs them says so."""
+
+    def __init__(self, function: Noise) -> None:
+        self.function = function
+
+    def __call__(self, row: int, x: Tensor) -> Tensor:
+        return self.function(row, x)
+
+    def prior(self, sde: SDE, shape: Sequence[int], dtype: torch.dtype, t: float) -> Tensor:
+        raise ValueError("with noise= give x_T itself, not a shape: a function (row, x) has no prior")
+
+    def signs(self, row: int, count: int, x: Tensor) -> Tensor:
+        return torch.stack([torch.where(self.function(row, x) < 0, -1.0, 1.0).to(x) for _ in range(count)])
+
+    def entropies(self, batch: int) -> list[int]:
+        raise ValueError("a Brownian path needs a seed for each sample: give seed= or generator=, not noise=")
+
+    def rewind(self) -> None:
+        pass
+
+
+def as_source(noise: Noise) -> NoiseSource:
+    """The source itself, or a function (row, x) as one."""
+    return noise if isinstance(noise, NoiseSource) else FunctionNoise(noise)
+
+
+class GeneratorNoise(NoiseSource):
     """Noise for the whole batch from one generator, on the generator's device."""
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -57,23 +129,20 @@ class GeneratorNoise:
     def __call__(self, row: int, x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=self._generator, dtype=x.dtype, device=x.device)
 
-    def signs(self, count: int, x: Tensor) -> Tensor:
-        """+1 and -1 with equal probability, shape (count, *x.shape)."""
+    def signs(self, row: int, count: int, x: Tensor) -> Tensor:
         bits = torch.empty(count, *x.shape, dtype=x.dtype, device=x.device).random_(0, 2, generator=self._generator)
         return bits.mul_(2).sub_(1)
 
     def entropies(self, batch: int) -> list[int]:
-        """A number per sample, in [0, 2^62), to seed its Brownian path; call it before the first z_i."""
         drawn = torch.randint(2**62, (batch,), generator=self._generator, device=self._generator.device)
         numbers: list[int] = drawn.tolist()
         return numbers
 
     def rewind(self) -> None:
-        """Back to before the first z_i, to replay a run."""
         self._generator.set_state(self._start)
 
 
-class SeededNoise:
+class SeededNoise(NoiseSource):
     """Streams for each sample: one for its x_T, another for its z_i (so that a user who passes x_T drawn from the same
     seed does not see it again as noise), a third for its Brownian path.
 
@@ -84,11 +153,11 @@ class SeededNoise:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device, stream: int = 1) -> None:
-        self.seeds, self.device, self.stream = list(seeds), device, stream
+        self.seeds: list[int] = list(seeds)
+        self.device, self.stream = device, stream
         self.rewind()
 
     def rewind(self) -> None:
-        """Back to the first draw, to replay a run."""
         self._generators: list[torch.Generator] = []
         self._block: Tensor | None = None
         self._used = 0
@@ -108,8 +177,7 @@ class SeededNoise:
         self._used += 1
         return self._block[:, self._used - 1]
 
-    def signs(self, count: int, x: Tensor) -> Tensor:
-        """+1 and -1 with equal probability, shape (count, *x.shape)."""
+    def signs(self, row: int, count: int, x: Tensor) -> Tensor:
         if not self._generators:
             self._generators = self._streams(self.stream)
         bits = x.new_empty(len(x), count, *x.shape[1:])
@@ -118,7 +186,7 @@ class SeededNoise:
         return bits.mul_(2).sub_(1).movedim(1, 0)
 
     def entropies(self, batch: int) -> list[int]:
-        """A number per sample, in [0, 2^63), to seed its Brownian path; nothing is drawn.
+        """As `NoiseSource`; nothing is drawn.
 
         Raises:
             ValueError: if there is not one seed per sample.
@@ -126,6 +194,9 @@ class SeededNoise:
         if len(self.seeds) != batch:
             raise ValueError(f"{len(self.seeds)} seeds for {batch} samples: give one per sample")
         return [derive_seed(s, 2) for s in self.seeds]
+
+    def probes(self) -> SeededNoise:
+        return SeededNoise(self.seeds, self.device, stream=3)
 
     def _streams(self, stream: int) -> list[torch.Generator]:
         return [torch.Generator(self.device).manual_seed(derive_seed(s, stream)) for s in self.seeds]
@@ -136,7 +207,7 @@ def noise_source(
     shape_or_x: Sequence[int] | Tensor,
     seed: int | Sequence[int] | None,
     generator: torch.Generator | None,
-    noise: NoiseSource | None,
+    noise: Noise | None,
 ) -> NoiseSource:
     """The source that these arguments of `sample` name; seeded by the operating system where none is given.
 
@@ -158,19 +229,28 @@ def noise_source(
     if noise is not None:
         if not is_tensor:
             raise ValueError("with noise= give x_T itself, not a shape")
-        return noise
+        return as_source(noise)
     if generator is not None:
         if generator.device.type != device.type:
             raise ValueError(f"the generator is on {generator.device}, the samples on {device}: make it there")
         return GeneratorNoise(generator)
+    return GeneratorNoise.fresh(device) if seed is None else SeededNoise(seeds_of(seed, int(batch)), device)
+
+
+def seeds_of(seed: int | Sequence[int] | None, n: int) -> list[int]:
+    """The seeds of n samples: derived from one integer, those given, or from the operating system.
+
+    Raises:
+        ValueError: unless they are whole numbers >= 0, one, or one per sample.
+    """
     if seed is None:
-        return GeneratorNoise.fresh(device)
+        seed = secrets.randbits(63)
     listed = seed.tolist() if isinstance(seed, Tensor | np.ndarray | np.generic) else seed
     seeds = [listed] if isinstance(listed, int) else list(listed)
     if any(not isinstance(n, int | np.integer) or n < 0 for n in seeds):
         raise ValueError(f"seed={seed!r}: expected whole numbers >= 0")
     if isinstance(listed, int):
-        seeds = sample_seeds(listed, int(batch))
-    if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds for {batch} samples: give one integer, or one per sample")
-    return SeededNoise(seeds, device)
+        return sample_seeds(listed, n)
+    if len(seeds) != n:
+        raise ValueError(f"{len(seeds)} seeds for {n} samples: give one integer, or one per sample")
+    return seeds

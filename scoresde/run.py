@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
+from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
+from scoresde.tensors import check_batch, widen
 
-__all__ = ["Solution", "check_solver", "choose", "locate"]
+__all__ = ["Solution", "check_solver", "choose", "initial", "locate"]
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,21 @@ def choose(
     return solver, solver.grid(sde, steps, end=end) if end else solver.grid(sde, steps)
 
 
+def initial(
+    denoiser: Denoiser, shape_or_x: Sequence[int] | Tensor, grid: Grid, source: NoiseSource
+) -> tuple[Tensor, torch.dtype]:
+    """x_T as the state that a run begins with, float32 or wider: drawn for the grid's start, or given. And the dtype
+    that its results are to have.
+    """
+    if isinstance(shape_or_x, Tensor):
+        check_batch(shape_or_x, "x_T")
+        return widen(shape_or_x), shape_or_x.dtype
+    return source.prior(denoiser.sde, shape_or_x, torch.float32, float(grid.times[0])), torch.float32
+
+
 def locate(run: Callable[[], Iterator[State]], source: NoiseSource, end: Tensor) -> NonFiniteError:
     """Replay a run that ended non-finite, with checks, to say where it went wrong."""
-    if isinstance(source, GeneratorNoise | SeededNoise):
-        source.rewind()
+    source.rewind()
     with torch.no_grad():
         for state in run():
             if samples := not_finite(state.x):

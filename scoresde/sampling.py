@@ -11,15 +11,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.brownian import BrownianNoise
-from scoresde.denoiser import Denoiser, check_call
+from scoresde.denoiser import Denoiser, check_call, check_denoiser
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
-from scoresde.run import Solution, check_solver, choose, locate
+from scoresde.noise import Noise, NoiseSource, noise_source
+from scoresde.run import Solution, check_solver, choose, initial, locate
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
-from scoresde.tensors import check_batch, widen
 
 __all__ = ["NonFiniteError", "sample"]
 
@@ -34,7 +33,7 @@ def sample(
     grid: Grid | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    noise: NoiseSource | None = None,
+    noise: Noise | None = None,
     cond: Mapping[str, Any] | None = None,
     trajectory: bool = False,
     progress: bool = False,
@@ -86,24 +85,13 @@ def sample(
     >>> solution.x.shape, solution.nfe
     (torch.Size([1000, 2]), 20)
     """
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"sample needs a Denoiser, not {type(denoiser).__name__}: wrap the network, EpsDenoiser(net, sde, time=...)"
-        )
+    check_denoiser(denoiser)
     check_solver(solver)
     solver, grid = choose(denoiser.sde, solver, steps, nfe, grid, end=denoiser.sde.t_min if log_prob else 0.0)
     source = noise_source(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
-    if isinstance(shape_or_x, Tensor):
-        check_batch(shape_or_x, "x_T")
-        out_dtype = shape_or_x.dtype
-        x_T = widen(shape_or_x)
-    else:
-        if grid.increasing:
-            raise ValueError("an increasing grid encodes data: give x, not a shape")
-        assert isinstance(source, GeneratorNoise | SeededNoise)
-        out_dtype = torch.float32
-        x_T = source.prior(denoiser.sde, shape_or_x, out_dtype, float(grid.times[0]))
-
+    if grid.increasing and not isinstance(shape_or_x, Tensor):
+        raise ValueError("an increasing grid encodes data: give x, not a shape")
+    x_T, out_dtype = initial(denoiser, shape_or_x, grid, source)
     check_call(denoiser, x_T, cond)
     if log_prob:
         if trajectory or path or noise is not None:
@@ -111,10 +99,8 @@ def sample(
         kind: Any = "hutchinson" if log_prob is True else log_prob
         return _with_density(denoiser, x_T, out_dtype, solver, grid, kind, source, cond, differentiable, progress)
 
-    draw = source
+    draw: Noise = source
     if path:
-        if not isinstance(source, GeneratorNoise | SeededNoise):
-            raise ValueError("path=True makes its own noise: give seed= or generator=, not noise=")
         if not solver.has_table:
             raise ValueError(f"path=True is for solvers with a table, not {solver!r}; ReverseSDE has a path of its own")
         draw = BrownianNoise(solver.tableau(grid), source.entropies(len(x_T)))
@@ -160,11 +146,10 @@ def _with_density(
     progress: bool,
 ) -> Solution:
     """The solution with its log-density, log p(x_T) - log |det dx / dx_T|."""
-    from scoresde.likelihood.flow import density_run, probe_source  # which imports this module
+    from scoresde.likelihood.flow import density_run  # which imports this module
 
     trace = kind if isinstance(kind, Divergence) else Divergence(kind)
-    noise = probe_source(source, x_T)
-    volume = density_run(denoiser, x_T, solver, grid, trace, noise, cond, differentiable)
+    volume = density_run(denoiser, x_T, solver, grid, trace, source.probes(), cond, differentiable)
     with torch.set_grad_enabled(differentiable):
         with tqdm(desc=type(solver).__name__, disable=not progress, leave=False) as bar:
             x, log_det = volume.solve(x_T, bar.update)

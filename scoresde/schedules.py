@@ -1,4 +1,4 @@
-"""The forward SDEs of the field, each a pair (alpha_t, sigma_t) with what is known of it in closed form.
+"""The forward SDEs of the field, by name, each a pair (alpha_t, sigma_t) with what is known of it in closed form.
 
 VPSDE         alpha^2 + sigma^2 = 1,  beta(t) linear         Song et al. (2021), eq. 11
 SubVPSDE      sigma = 1 - alpha^2                            Song et al. (2021), eq. 12
@@ -10,18 +10,22 @@ FlowSDE       alpha = 1 - t,  sigma = t                      rectified flow
 
 from __future__ import annotations
 
+import ast
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from inspect import signature
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_ordered, check_positive
+from scoresde.chain import DDPMChain
+from scoresde.checks import check_keys, check_option, check_ordered, check_positive
 from scoresde.sde import SDE, VariancePreserving
 from scoresde.tensors import Time, as_time
 
-__all__ = ["EDMSDE", "VESDE", "VPSDE", "CosineVPSDE", "FlowSDE", "SubVPSDE"]
+__all__ = ["EDMSDE", "SDES", "VESDE", "VPSDE", "CosineVPSDE", "FlowSDE", "SubVPSDE", "sde_of"]
 
 
 class _LinearBeta(VariancePreserving):
@@ -180,6 +184,8 @@ class VESDE(SDE):
         ValueError: unless 0 < sigma_min < sigma_max and 0 < t_min < t_max.
     """
 
+    customary_prediction: ClassVar[str] = "edm"
+
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     t_min: float = 1e-5
@@ -237,6 +243,8 @@ class EDMSDE(SDE):
         ValueError: unless 0 < t_min < t_max.
     """
 
+    customary_prediction: ClassVar[str] = "edm"
+
     t_min: float = 0.002
     t_max: float = 80.0
     customary_grid: ClassVar[str] = "karras"
@@ -284,6 +292,8 @@ class FlowSDE(SDE):
         ValueError: unless 0 < t_min < t_max <= 1.
     """
 
+    customary_prediction: ClassVar[str] = "velocity"
+
     t_min: float = 1e-5
     t_max: float = 1.0
 
@@ -315,3 +325,64 @@ class FlowSDE(SDE):
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
         t = as_time(t)
         return -torch.ones_like(t), torch.ones_like(t)
+
+
+SDES: dict[str, Callable[..., SDE]] = {
+    "vp": VPSDE,
+    "subvp": SubVPSDE,
+    "cosine": CosineVPSDE,
+    "ve": VESDE,
+    "edm": EDMSDE,
+    "flow": FlowSDE,
+    "chain": DDPMChain.linear,
+    "cosine-chain": DDPMChain.cosine,
+}
+"""Every SDE by the name that a command line and a run folder have for it."""
+
+_OTHER_NAMES = {"ddpm": "chain", "ddpm-cosine": "cosine-chain"}
+
+
+def sde_name(name: str) -> str:
+    """The name in `SDES` that a word means, "chain" for "ddpm".
+
+    Raises:
+        ValueError: if there is none.
+    """
+    name = _OTHER_NAMES.get(name, name)
+    check_option(SDES, sde=name)
+    return name
+
+
+def sde_of(name: str, options: Mapping[str, Any] | None = None) -> SDE:
+    """The SDE of a name in `SDES`, with these arguments of its constructor.
+
+    Raises:
+        ValueError: if there is none of that name, an argument is not known, or out of its range.
+
+    >>> sde_of("vp", {"beta_max": 10.0}), sde_of("ddpm").t_max
+    (VPSDE(beta_min=0.1, beta_max=10.0, t_min=1e-05, t_max=1.0), 1000.0)
+    """
+    name, options = sde_name(name), dict(options or {})
+    check_keys(f"sde {name!r}", options, signature(SDES[name]).parameters)
+    return SDES[name](**options)
+
+
+def sde_from(text: str, arrays: Mapping[str, Any]) -> SDE | None:
+    """The SDE of that repr, with what its `arrays` were, or None; nothing in the text is executed.
+
+    >>> sde_from(repr(FlowSDE(t_max=0.9)), {})
+    FlowSDE(t_min=1e-05, t_max=0.9)
+    """
+    made: SDE
+    try:
+        if "betas" in arrays:
+            made = DDPMChain(torch.as_tensor(arrays["betas"]))
+        else:
+            call = ast.parse(text, mode="eval").body
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+                return None
+            kinds = {kind.__name__: kind for kind in SDES.values() if isinstance(kind, type)}
+            made = kinds[call.func.id](**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
+    except (SyntaxError, KeyError, TypeError, ValueError):
+        return None
+    return made if repr(made) == text else None

@@ -47,11 +47,16 @@ class SDE(ABC):
         t_max: the time of the prior.
         prior_std: standard deviation of the prior N(0, prior_std^2 I) that sampling starts from.
         customary_grid: name of the `Grid` constructor that `sample(steps=N)` uses where the solver has no wish.
+        customary_prediction: what a network for it is usually trained to predict, a word of `ModelConfig(predicts=)`.
+        nodes: the times at which the process is exact, where it is a chain with steps of its own: increasing, float64,
+            shape (N,). None where it is continuous.
     """
 
     t_min: float
     t_max: float
     customary_grid: ClassVar[str] = "uniform"
+    customary_prediction: ClassVar[str] = "v"
+    nodes: Tensor | None = None
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:
@@ -115,6 +120,32 @@ class SDE(ABC):
     def t_limit(self) -> float:
         """The largest time at which the scales are defined: where a solver that adds noise (EDM's churn) may stand."""
         return self.t_max
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The numbers that its repr has a hash of only: with both, `sde_from` makes it again."""
+        return {}
+
+    @property
+    def most_steps(self) -> float:
+        """The most steps that a grid to t = 0 can have: one a node, or infinitely many."""
+        return math.inf if self.nodes is None else len(self.nodes)
+
+    def snapped(self, times: Tensor) -> Tensor:
+        """Strictly decreasing times moved to the nearest nodes that strictly decrease too; a process without nodes
+        leaves them.
+
+        Raises:
+            ValueError: if there are more times than nodes.
+        """
+        if self.nodes is None:
+            return times
+        N, K = len(self.nodes), len(times)
+        if N < K:
+            raise ValueError(f"steps={K}, but the chain has only {N} nodes")
+        rank = torch.arange(K - 1, -1, -1, dtype=torch.float64, device="cpu")
+        # n_i - (K - 1 - i) must not increase: the running maximum from the end, within the chain.
+        slack = (times.round() - rank).clamp(min=1.0, max=N - K + 1.0)
+        return slack.flip(0).cummax(0).values.flip(0) + rank
 
     def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
         """x_t = alpha_t x0 + sigma_t noise.

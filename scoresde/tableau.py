@@ -25,7 +25,7 @@ from scoresde.grid import Grid
 from scoresde.views import view_of_mean
 
 if TYPE_CHECKING:
-    from scoresde.noise import NoiseSource
+    from scoresde.noise import Noise
 
 __all__ = ["State", "Tableau", "responses"]
 
@@ -157,11 +157,21 @@ class Tableau:
         """Number of evaluations of the denoiser."""
         return int(self.evaluates.sum())
 
+    @property
+    def one_step(self) -> bool:
+        """Whether each row is a step of the grid by its own F: x_s = a' x + b' D + c z, as `in_x0` has it."""
+        whole = len(self) == self.grid.steps and torch.equal(self.t, self.grid.times[:-1])
+        return whole and bool(self.evaluates.all()) and not bool((self.b[:, 1:] != 0).any())
+
+    def in_x0(self) -> tuple[Tensor, Tensor]:
+        """(a', b') of such rows: F = p x + q D put in, a' = a + b p and b' = b q, each of shape (R,)."""
+        return self.a + self.b[:, 0] * self.p, self.b[:, 0] * self.q
+
     def __len__(self) -> int:
         return len(self.t)
 
     def iterate(
-        self, denoiser: Denoiser, x: Tensor, noise: NoiseSource | None = None, cond: Mapping[str, Any] | None = None
+        self, denoiser: Denoiser, x: Tensor, noise: Noise | None = None, cond: Mapping[str, Any] | None = None
     ) -> Iterator[State]:
         """Run the table from x, yielding the `State` after each row.
 
@@ -186,7 +196,7 @@ class Tableau:
         return self._loop(self._rows(denoiser), denoiser, x, noise, dict(cond or {}))
 
     def _loop(
-        self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: NoiseSource | None, cond: dict[str, Any]
+        self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: Noise | None, cond: dict[str, Any]
     ) -> Iterator[State]:
         output = denoiser.outputs(self.t)
         steps, nfe = [*self.step.tolist(), -1], 0

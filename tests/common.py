@@ -1,40 +1,31 @@
-"""What the tests share: SDEs, solvers, a denoiser that is not linear, and networks around an exact one."""
+"""What the tests share: SDEs, solvers, a non-linear denoiser, networks around an exact one, designs of cases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import combinations, product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from scoresde import (
-    EDMSDE,
     SDE,
-    VESDE,
-    VPSDE,
     CosineVPSDE,
     DDPMChain,
     Denoiser,
-    FlowSDE,
     Grid,
     Posterior,
-    SubVPSDE,
     sample,
+    schedules,
 )
 from scoresde.solvers import DDIM, DDPM, Euler, EulerMaruyama, Heun, Solver
 from scoresde.tensors import as_time, expand_like
 
-SDES: dict[str, SDE] = {
-    "vp": VPSDE(),
-    "subvp": SubVPSDE(),
-    "cosine": CosineVPSDE(),
-    "ve": VESDE(),
-    "edm": EDMSDE(),
-    "flow": FlowSDE(),
-    "chain": DDPMChain(),
-    "cosine chain": DDPMChain.cosine(),
-}
+# All of the registry: an SDE that is added there meets the laws of the tests.
+SDES: dict[str, SDE] = {name.replace("-", " "): make() for name, make in schedules.SDES.items()}
 
 # With alpha = 0 at the start, and a short chain: for the tests of the SDEs and grids themselves.
 EVERY_SDE: dict[str, SDE] = SDES | {
@@ -110,3 +101,48 @@ def solve(denoiser: Denoiser, x: Tensor, solver: Solver, grid: Grid, z: list[Ten
     steps = solver.tableau(grid).step.tolist()
     noise = None if z is None else (lambda row, _: z[steps[row]].clone())
     return sample(denoiser, x, solver, grid=grid, noise=noise).x
+
+
+def covering(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Rows, one level of each factor, in which every pair of levels of any two factors occurs: instead of their product
+    where no interaction of three is claimed. Greedy: a row begins with the first pair that is left, of the largest
+    factors first, and takes of each other factor the level that closes the most.
+    """
+    levels = [list(factor) for factor in factors]
+    by_size = sorted(range(len(levels)), key=lambda k: -len(levels[k]))
+    cells = [[(k, c) for c in range(len(levels[k]))] for k in by_size]
+    left = dict.fromkeys(frozenset(pair) for two in combinations(cells, 2) for pair in product(*two))
+    rows = []
+    while left:
+        row = dict(next(iter(left)))
+        for k in by_size:
+            if k not in row:
+                closed = [sum(frozenset([(k, c), cell]) in left for cell in row.items()) for c in range(len(levels[k]))]
+                row[k] = closed.index(max(closed))
+        for pair in combinations(row.items(), 2):
+            left.pop(frozenset(pair), None)
+        rows.append(tuple(levels[k][row[k]] for k in range(len(levels))))
+    return rows
+
+
+def every_pair(**factors: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test over the rows of `covering`, with the values of a mapping under the names of its keys."""
+
+    def value(factor: Iterable[Any], level: Any) -> Any:
+        return factor[level] if isinstance(factor, Mapping) else level
+
+    rows = [
+        pytest.param(*map(value, factors.values(), row), id="-".join(map(str, row)))
+        for row in covering(*factors.values())
+    ]
+    return pytest.mark.parametrize(list(factors), rows)
+
+
+@contextmanager
+def named(case: str) -> Iterator[None]:
+    """Says in an error which case of a loop it is from."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(case)
+        raise

@@ -8,7 +8,7 @@ from itertools import pairwise
 import mpmath
 import pytest
 import torch
-from common import SDES, Counting, Nonlinear, generator, network_for, normal
+from common import SDES, Counting, Nonlinear, every_pair, generator, network_for, normal
 from torch.distributions import Normal, kl_divergence
 
 from scoresde import (
@@ -167,15 +167,13 @@ def test_of_a_ddpm_chain_it_is_the_bound_of_the_paper(variance, steps):
     torch.testing.assert_close(found.bits_per_dim, -found.value / (3 * math.log(2)))
 
 
-@pytest.mark.parametrize("solver", NOISY.values(), ids=NOISY)
-@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
-def test_a_chain_is_below_the_likelihood(solver, sde):
-    for target in TARGETS.values():
-        x = target.sample(16, generator(2), torch.float64)
-        found = elbo(target.denoiser(sde), x, solver, grid_of(sde, 12), seed=0)
-        gap = target.log_prob(x) - found.value
-        assert (gap >= -5 * found.stderr).all()
-        assert gap.sum() >= -3 * found.stderr.norm()
+@every_pair(solver=NOISY, sde=SDES, target=TARGETS)
+def test_a_chain_is_below_the_likelihood(solver, sde, target):
+    x = target.sample(16, generator(2), torch.float64)
+    found = elbo(target.denoiser(sde), x, solver, grid_of(sde, 12), seed=0)
+    gap = target.log_prob(x) - found.value
+    assert (gap >= -5 * found.stderr).all()
+    assert gap.sum() >= -3 * found.stderr.norm()
 
 
 @pytest.mark.parametrize("sde", SDES.values(), ids=SDES)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import every_pair
 
 import scoresde
 from scoresde.cli import GRIDS, SDES, SOLVERS, main
@@ -43,9 +44,7 @@ def test_tableau_knows_every_solver(solver, capsys):
         assert out.startswith("Tableau of ")
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("sde", SDES)
-@pytest.mark.parametrize("solver", ["ddpm", "heun", "unipc3", "eab3-v"])
+@every_pair(solver=["ddpm", "heun", "unipc3", "eab3-v"], sde=list(SDES), grid=GRIDS)
 def test_tableau_prints_or_says_why_not(solver, sde, grid, capsys):
     status = main(["tableau", solver, "--sde", sde, "--grid", grid, "--steps", "4"])
     out, err = capsys.readouterr()

@@ -22,8 +22,7 @@ from scoresde.guidance.operators import Blur, Downsample, FourierSampling, Linea
 from scoresde.guidance.operators.words import OPERATORS, operator_of
 from scoresde.guidance.posterior_sampling import PiGDM
 from scoresde.levels import to_levels
-from scoresde.likelihood.bits import image_seeds
-from scoresde.noise import derive_seed
+from scoresde.noise import derive_seed, seeds_of
 from scoresde.sampling import sample
 from scoresde.solvers import DDPM, UniPC
 from scoresde.variance import VarianceTable, estimate
@@ -142,12 +141,12 @@ def test_what_a_network_is_told_of_an_item_is_told_to_its_likelihood_and_varianc
     edges = scoresde.likelihood.outer_edges(-1.0, 1.0, 17)
     first = {name: value[:5] for name, value in cond.items()}
     expected = scoresde.bits_per_dim(
-        denoiser, levels[:5], 17, steps=4, seed=image_seeds(0, 5), data_range=edges, cond=first
+        denoiser, levels[:5], 17, steps=4, seed=seeds_of(0, 5), data_range=edges, cond=first
     )
     torch.testing.assert_close(torch.tensor(result["each"]), expected.per_image.float(), rtol=1e-4, atol=1e-4)
     shuffled = {"label": labels[:5], "image": image[:5].flip(0)}
     other = scoresde.bits_per_dim(
-        denoiser, levels[:5], 17, steps=4, seed=image_seeds(0, 5), data_range=edges, cond=shuffled
+        denoiser, levels[:5], 17, steps=4, seed=seeds_of(0, 5), data_range=edges, cond=shuffled
     )
     assert (expected.per_image - other.per_image).abs().max() > 2e-3
     assert run("variance", path, "--samples", 8, "--times", 4, "--data", "digits", "--out", "t.npz", *CPU) == 0

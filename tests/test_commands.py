@@ -30,6 +30,7 @@ from scoresde.data import TrainingData, digit_levels, digits, scaled
 from scoresde.levels import to_levels
 from scoresde.likelihood import bits_per_dim, outer_edges
 from scoresde.report import Cells
+from scoresde.schedules import SDES
 from scoresde.solvers import DDIM, DDPM
 from scoresde.solvers.catalogue import SOLVERS, solver_of
 from scoresde.training import ModelConfig, TrainConfig, Trainer
@@ -124,7 +125,7 @@ def test_what_is_not_said_fits_the_data():
     config = completed({"data": {"source": "a"}, "model": {"sde": "flow"}, "train": {"steps": 7}}, points)
     assert (config.model.network, config.model.preset, config.model.options) == ("mlp", None, {"event_shape": [2]})
     assert (config.model.predicts, config.loss.weighting, config.train.steps) == ("velocity", "velocity", 7)
-    for sde in ("vp", "subvp", "cosine", "ve", "edm", "flow", "chain", "cosine-chain"):
+    for sde in SDES:
         for data in (points, images(1, 8, 8), TrainingData(torch.linspace(0, 1, 36).reshape(3, 1, 12))):
             model = completed({"data": {"source": "a"}, "model": {"sde": sde}}, data).model
             net = model.build(0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import EVERY_SDE
+from common import EVERY_SDE, every_pair
 from torch import Tensor
 
 from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, Grid
@@ -51,9 +51,7 @@ def assert_uniform(u: Tensor) -> None:
     assert float((u - line).abs().max()) < 1e-12 * (span + float(u.abs().max()))
 
 
-@all_sdes
-@all_spacings
-@pytest.mark.parametrize("steps", [2, 7, 50])
+@every_pair(name=list(SDES), spacing=SPACINGS, steps=[2, 7, 50])
 def test_spacing_is_uniform_in_its_variable(name: str, spacing: str, steps: int) -> None:
     grid = make(name, spacing, steps)
     t = grid.times[:-1] if spacing in LOGARITHMIC else grid.times  # the last step of the former is an extra one
@@ -96,9 +94,7 @@ def test_karras_on_edm_is_the_published_formula() -> None:
     np.testing.assert_allclose(Grid.karras(EDMSDE(), N).times.numpy(), [*t, 0.0], rtol=1e-13)
 
 
-@all_sdes
-@all_spacings
-@pytest.mark.parametrize("steps", STEPS)
+@every_pair(name=list(SDES), spacing=SPACINGS, steps=STEPS)
 def test_every_number_of_steps_strictly_decreases_from_start_to_zero(name: str, spacing: str, steps: int) -> None:
     grid = make(name, spacing, steps)
     assert grid.steps == steps == len(grid) - 1
@@ -110,9 +106,7 @@ def test_every_number_of_steps_strictly_decreases_from_start_to_zero(name: str, 
         assert float(grid.times[-2]) == SDES[name].t_min
 
 
-@all_sdes
-@all_spacings
-@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+@every_pair(name=list(SDES), spacing=SPACINGS, steps=[1, 2, 7, 100])
 def test_the_ends_asked_for_are_met_to_the_last_bit(name: str, spacing: str, steps: int) -> None:
     """Not through forward and inverse, whose rounding would leave [t_min, t_max]."""
     sde = SDES[name]

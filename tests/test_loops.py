@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from common import SDES, Nonlinear, end_of, generator, normal, start_of
+from common import SDES, Nonlinear, end_of, every_pair, generator, normal, start_of
 from textbook_loops import corrector_predictor, dpm_solver_adaptive, gotta_go_fast, predictor_corrector
 
 from scoresde import (
@@ -78,9 +78,7 @@ def test_pc_equals_textbook(predictor, rule, name, shape):
             torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("order", ["predictor", "corrector"])
-@pytest.mark.parametrize("rule", [*RULES, None])
-@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
+@every_pair(sde=SDES, rule=[*RULES, None], order=["predictor", "corrector"])
 def test_pc_is_finite_and_counts(sde, rule, order):
     """At any number of steps, ending at t_min and on the data, from alpha = 0 too: the NFE that the network saw."""
     for predictor in (DDIM(), Heun()):

@@ -420,7 +420,7 @@ def test_bad_input_is_named_before_the_network() -> None:
         with pytest.raises(TypeError, match="has no table"):
             run(Replacement(solver, KNOWN, MEASURED))
     grid = Grid.uniform(VPSDE(), 3)
-    with pytest.raises(ValueError, match="replacement draws noise"):
+    with pytest.raises(ValueError, match="draws noise"):
         Replacement(DDIM(), KNOWN, MEASURED).iterate(denoiser, x, grid)
     with pytest.raises(ValueError, match="the grid was made for"):
         Replacement(DDIM(), KNOWN, MEASURED).iterate(Nonlinear(SDES["ve"]), x, grid)

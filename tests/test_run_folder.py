@@ -19,17 +19,22 @@ from common import normal
 from test_trainer import DATA, Net, assert_same, make
 
 from scoresde import VESDE, VPSDE, EpsDenoiser, VDenoiser
+from scoresde.cli import info, main
+from scoresde.cli.models import About, open_run
 from scoresde.nn import MLP
 from scoresde.training import (
     CheckpointError,
     ImportanceTimes,
+    ModelConfig,
     TrainConfig,
+    Trainer,
     likelihood,
+    load,
     load_ema,
-    read_checkpoint,
-    write_checkpoint,
 )
+from scoresde.training import folder as run_folder
 from scoresde.training.folder import Checkpoint, checkpoints, newest
+from scoresde.training.model import opened
 
 # Forks, one after the other, a process for each line that it reads: `folder event`. The process trains there, and kills
 # itself at that event: a file or folder opened, made, renamed or removed, or a training step. Its status is printed,
@@ -199,7 +204,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(name, harm, tmp_path):
     assert_same(resumed.fit(progress=False), whole)
     assert [p.name for p in checkpoints(tmp_path)] == ["00000030", "00000020", "00000010"]
     assert make(tmp_path, steps=30).step == 30  # the damaged one has been replaced
-    (trainer.path / "manifest.json").write_text("{")
+    (trainer.path / "manifest.json").write_text("{")  # which sampling needs, too
     with pytest.warns(UserWarning, match="older checkpoint"):
         load_ema(tmp_path, EpsDenoiser(Net(), VPSDE()))
     with pytest.raises(CheckpointError, match="00000030"):
@@ -208,6 +213,80 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(name, harm, tmp_path):
         (other / name).write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .*30.*20.*10"):
         make(tmp_path, steps=30)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files that were hashed, one after the other."""
+    names, original = [], run_folder._sha256
+    monkeypatch.setattr(run_folder, "_sha256", lambda path: names.append(path.name) or original(path))
+    return names
+
+
+WORDS = ModelConfig(network="mlp", options={"event_shape": 3, "width": 4, "depth": 1})
+WEIGHTS = {None: "network.safetensors", 0: "average.safetensors", 1: "average-1.safetensors"}
+
+
+def described(folder):
+    """A run with two averages and two checkpoints, which can be built from its manifest."""
+    config = TrainConfig(steps=10, batch_size=8, checkpoint_every=5, ema_decay=(0.5, 0.9))
+    return Trainer(WORDS.build(seed=0), DATA.float(), config, folder=folder, model=WORDS).fit(progress=False)
+
+
+def test_a_file_is_hashed_once_and_only_if_it_is_read(tmp_path, hashed):
+    trainer = described(tmp_path)
+    About((3,)).write(tmp_path)
+    for average, name in WEIGHTS.items():
+        for read in (load, open_run):
+            hashed.clear()
+            read(tmp_path, average)
+            assert hashed == [name]
+    hashed.clear()
+    load_ema(tmp_path, WORDS.build(), 1)
+    assert hashed == [WEIGHTS[1]]
+    hashed.clear()
+    load(opened(tmp_path, WEIGHTS[0]), 1)
+    assert hashed == [WEIGHTS[0], WEIGHTS[1]]  # it was opened for another
+    hashed.clear()
+    assert str(checkpoints(tmp_path)[0]) in info.described(tmp_path)
+    assert hashed == [WEIGHTS[0]]
+    hashed.clear()
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out"), "--average", "1"]) == 0
+    assert hashed == [WEIGHTS[1], WEIGHTS[0]]  # what is read, and what is written
+    hashed.clear()
+    trainer.load(tmp_path)
+    assert sorted(hashed) == sorted([*WEIGHTS.values(), "optimiser.pt"])
+
+
+@pytest.mark.parametrize("average", WEIGHTS)
+@pytest.mark.parametrize("harm", ["missing", "changed"])
+def test_to_sample_only_the_weights_asked_for_need_be_whole(average, harm, tmp_path):
+    """Whatever else is damaged, they are sampled from; training goes back. If they are, sampling goes back too."""
+    trainer, name = described(tmp_path), WEIGHTS[average]
+    last, before = checkpoints(tmp_path)
+    expected = [load(path, average).net.state_dict() for path in (last, before)]
+
+    def damage(path):
+        if harm == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+    def same(found, expected):
+        return all(torch.equal(value, expected[key]) for key, value in found.net.state_dict().items())
+
+    for other in {*WEIGHTS.values(), "optimiser.pt"} - {name}:
+        damage(last / other)
+    assert same(load(tmp_path, average), expected[0])  # a warning is an error here
+    with pytest.raises(CheckpointError, match=rf"{last.name}/optimiser\.pt"):
+        opened(tmp_path, name).optimiser(trainer._optimiser, trainer.net)
+    with pytest.warns(UserWarning, match=f"the older checkpoint .*{before.name} is used instead"):
+        assert opened(tmp_path).path == before
+    damage(last / name)
+    with pytest.warns(UserWarning, match=f"{last.name}/{name} .*the older checkpoint .*{before.name} is used instead"):
+        assert same(load(tmp_path, average), expected[1])
+    with pytest.raises(CheckpointError, match=f"{last.name}/{name}"):
+        load(last, average)
 
 
 def test_what_a_killed_save_leaves_is_no_checkpoint_and_is_cleared(tmp_path):
@@ -323,12 +402,13 @@ def test_a_file_outside_the_checkpoint_is_not_read(tmp_path):
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "c.pt"
-    write_checkpoint(path, {"a": torch.ones(3)}, {"sde": "x"})
+    trainer = make(tmp_path, steps=10).fit(progress=False)
+    before = {path.name: path.read_bytes() for path in trainer.path.iterdir()}
+    trainer._optimiser.param_groups[0]["extra"] = lambda: None  # after the weights, which are written by then
     with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
-        write_checkpoint(path, {"a": lambda: None}, {"sde": "x"})
-    assert torch.equal(read_checkpoint(path, {"sde": "x"})["a"], torch.ones(3))
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+        trainer.save(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000010"]
+    assert {path.name: path.read_bytes() for path in trainer.path.iterdir()} == before
 
 
 def test_another_version_is_warned_of(tmp_path):

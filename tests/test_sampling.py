@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from common import SDES, SOLVERS, STOCHASTIC, Counting, Nonlinear, generator, network_for, normal, start_of
+from common import SDES, SOLVERS, STOCHASTIC, Counting, Nonlinear, every_pair, generator, network_for, normal, start_of
 
 import scoresde
 from scoresde import (
@@ -39,20 +39,18 @@ from scoresde.solvers import DDIM, DDPM, Euler, EulerMaruyama, Heun
 MIXTURE = GaussianMixture(means=[[1.0, -1.0, 0.5], [-2.0, 0.0, 1.0]], weights=[0.3, 0.7], std=0.2)
 
 
-@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
-@pytest.mark.parametrize("name", SOLVERS)
-def test_finite_and_counted_at_any_number_of_steps(name, sde):
+@every_pair(name=list(SOLVERS), sde=SDES, steps=[1, 2, 3, 4, 5, 7, 8, 13, 20, 97], end=["data", "t_min"])
+def test_finite_and_counted_at_any_number_of_steps(name, sde, steps, end):
     """On the data and at t_min; the NFE is what a counting denoiser saw, at times of the grid, within the budget."""
-    for steps in (1, 2, 3, 4, 5, 7, 8, 13, 20, 97):
-        for end in (0.0, sde.t_min):
-            grid = Grid.uniform(sde, steps, start=start_of(sde) if name == "euler-maruyama" else None, end=end)
-            counting = Counting(MIXTURE.denoiser(sde))
-            solution = sample(counting, (2, 3), SOLVERS[name], grid=grid, seed=0)
-            assert bool(solution.x.isfinite().all())
-            assert solution.nfe == len(counting.times) == SOLVERS[name].tableau(grid).nfe
-            assert set(counting.times) <= set(grid.times.tolist())
-            stages = 2 if name.startswith("heun") else 1
-            assert solution.nfe in (stages * steps, stages * steps - 1, stages * steps - 2)
+    start = start_of(sde) if name == "euler-maruyama" else None
+    grid = Grid.uniform(sde, steps, start=start, end={"data": 0.0, "t_min": sde.t_min}[end])
+    counting = Counting(MIXTURE.denoiser(sde))
+    solution = sample(counting, (2, 3), SOLVERS[name], grid=grid, seed=0)
+    assert bool(solution.x.isfinite().all())
+    assert solution.nfe == len(counting.times) == SOLVERS[name].tableau(grid).nfe
+    assert set(counting.times) <= set(grid.times.tolist())
+    stages = 2 if name.startswith("heun") else 1
+    assert solution.nfe in (stages * steps, stages * steps - 1, stages * steps - 2)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -63,9 +61,7 @@ def test_as_many_steps_as_the_chain_has_nodes(name):
     assert solution.grid.times.tolist() == list(range(50, -1, -1))
 
 
-@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
-@pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("nfe", [1, 2, 3, 6, 9, 10])
+@every_pair(name=list(SOLVERS), sde=SDES, nfe=[1, 2, 3, 6, 9, 10])
 def test_a_budget_is_kept_and_used(name, sde, nfe):
     counting = Counting(MIXTURE.denoiser(sde))
     solution = sample(counting, (1, 3), SOLVERS[name], nfe=nfe, seed=0)

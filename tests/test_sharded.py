@@ -523,7 +523,7 @@ def test_nothing_in_a_sharded_checkpoint_is_executed(sharded):
     path = checkpoints(sharded)[0]
     (path / ".metadata").write_bytes(pickle.dumps(Payload()))  # what torch's own storage would read
     assert build(sharded).step == 8
-    shard = next(path.glob("shard-00001-model-00001-*"))
+    shard = next(path.glob("shard-00001-model-00002-*"))  # of the average, which sampling needs as well
     content = shard.read_bytes()
     for harm in (pickle.dumps(Payload()), b"", content[: len(content) // 2], b"\xff" * 64):
         shard.write_bytes(harm)
@@ -546,6 +546,22 @@ def test_a_damaged_shard_is_passed_over_by_name(sharded, once):
     with pytest.warns(UserWarning, match=rf"{shard.name} is truncated .*older checkpoint .*00000004 is used"):
         resumed = build(sharded)
     assert_near(whole_of(resumed.fit(progress=False)), whole_of(once))
+
+
+def test_of_a_sharded_checkpoint_only_the_shards_that_are_asked_for_are_read(sharded):
+    """The others may be anything."""
+    path = checkpoints(sharded)[0]
+    asked = {p.name: p.read_bytes() for p in path.glob("shard-*-model-00003-of-00004.safetensors")}
+    assert len(asked) == 2
+    for other in set(path.glob("shard-*")) - {path / name for name in asked}:
+        other.write_bytes(pickle.dumps(Payload()))
+    found = load_ema(sharded, EpsDenoiser(Blocks(), VPSDE()), average=1).net.state_dict()
+    for key, value in build(steps=8).fit(progress=False).averages[1].module.state_dict().items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-10)
+    (path / next(iter(asked))).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"model-00003-of-00004\.safetensors is truncated .*00000004 is used"):
+        load_ema(sharded, EpsDenoiser(Blocks(), VPSDE()), average=1)
+    assert not Path("/tmp/scoresde-was-here").exists()
 
 
 # ---- one run in a folder ----

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from common import SDES, Counting, Nonlinear, end_of, normal, start_of
+from common import SDES, Nonlinear, end_of, normal, start_of
 from textbook import heun_edm
 from textbook_steps import (
     annealed_langevin,
@@ -175,23 +175,6 @@ def test_i1_data_passes_unchanged(name, sde):
             states = list(table.iterate(constant, x, noise=lambda row, x: torch.zeros_like(x)))
             after = sde.alpha(torch.cat([table.t[1:], grid.times[-1:]]))
             torch.testing.assert_close(torch.stack([s.x for s in states]).flatten(), 2.0 * after, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
-@pytest.mark.parametrize("name", EVERY)
-def test_finite_and_counted(name, sde):
-    """At any number of steps, to t_min and to the data, from t_max itself (alpha = 0 on the flow)."""
-    counting = Counting(Linear(sde, torch.tensor([0.8], dtype=torch.float64)))
-    solver, x = EVERY[name], normal(2, 1)
-    for steps in (1, 2, 3, 5, 7, 13):
-        for end in (0.0, sde.t_min):
-            grid = Grid.uniform(sde, steps, end=end)
-            counting.times.clear()
-            table = solver.tableau(grid)
-            states = list(table.iterate(counting, sde.prior_std * x, lambda row, _: x))
-            assert bool(torch.stack([s.x for s in states]).isfinite().all())
-            assert states[-1].nfe == len(counting.times) == table.nfe
-            assert sum(s.done for s in states) == steps
 
 
 @pytest.mark.parametrize("sde", SDES.values(), ids=SDES)

@@ -7,7 +7,20 @@ from itertools import pairwise
 
 import pytest
 import torch
-from common import SDES, SOLVERS, STOCHASTIC, Nonlinear, end_of, generator, network_for, normal, solve, start_of
+from common import (
+    SDES,
+    SOLVERS,
+    STOCHASTIC,
+    Nonlinear,
+    end_of,
+    every_pair,
+    generator,
+    network_for,
+    normal,
+    solve,
+    start_of,
+)
+from test_single_step import output_law
 from textbook import ddim, ddpm, ddpm_chain, euler_maruyama, euler_t, heun_edm, heun_t
 
 from scoresde import (
@@ -80,7 +93,7 @@ def test_inexact_methods_meet_i1_to_first_order(name):
 
 # Textbook agreement: a non-linear denoiser, float64, rank 1 and image rank, ending at t_min and on the data.
 
-SHAPES = [(3, 5), (2, 3, 4, 4)]
+SHAPES = {"rank 1": (3, 5), "images": (2, 3, 4, 4)}
 
 
 def textbook(name, denoiser, x, times, z):
@@ -98,9 +111,7 @@ def textbook(name, denoiser, x, times, z):
     }[name]()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["rank 1", "images"])
-@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
-@pytest.mark.parametrize("name", SOLVERS)
+@every_pair(name=list(SOLVERS), sde=SDES, shape=SHAPES)
 def test_tableau_equals_textbook(name, sde, shape):
     denoiser = Nonlinear(sde)
     for end in (0.0, end_of(sde)):
@@ -163,19 +174,6 @@ def test_order_on_the_exact_flow(solver, order, sde):
         errors.append(float((solve(denoiser, x, solver, grid) - exact).square().mean().sqrt()))
     measured = [math.log2(a / b) for a, b in pairwise(errors)]
     assert measured == pytest.approx([order] * 2, abs=0.1), errors
-
-
-def output_law(solver, grid, std):
-    """Standard deviation of the output for N(0, std^2) data and x_T ~ N(0, alpha^2 std^2 + sigma^2), with no sampling:
-    D is linear, so the output is a sum of independent responses to x_T and to the noise of each row, run as one batch.
-    """
-    sde, denoiser = grid.sde, Gaussian(mean=[0.0], std=std).denoiser(grid.sde)
-    table = solver.tableau(grid)
-    impulses = torch.eye(1 + table.nfe, dtype=torch.float64)
-    *_, last = table.iterate(denoiser, impulses[:, :1].clone(), lambda row, x: impulses[:, row + 1 : row + 2])
-    response = last.x[:, 0]
-    start = sde.alpha(grid.times[0]) ** 2 * std**2 + sde.sigma(grid.times[0]) ** 2
-    return math.sqrt(float(response[0] ** 2 * start + (response[1:] ** 2).sum()))
 
 
 @pytest.mark.parametrize("sde", SDES.values(), ids=SDES)

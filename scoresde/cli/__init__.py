@@ -17,15 +17,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import torch
 
-from scoresde import __version__
 from scoresde.cli import compare, edit, evaluate, export, info, likelihood, restore, sample, train, variance
 from scoresde.cli.common import sigterm
 from scoresde.cli.drawing import GRIDS
-from scoresde.cli.info import SDES
 from scoresde.errors import CheckpointError
+from scoresde.schedules import SDES
 from scoresde.solvers.catalogue import SOLVERS
 
 __all__ = ["GRIDS", "SDES", "SOLVERS", "main"]
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--version", action="version", version=f"scoresde {__version__}")
+    found.add_argument("--version", action="version", version=f"scoresde {version('scoresde')}")
     commands = found.add_subparsers(dest="command", required=True, metavar="command")
     for module in (train, sample, edit, restore, evaluate, likelihood, variance, compare, export):
         module.add_parser(commands)

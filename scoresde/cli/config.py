@@ -12,12 +12,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count, check_option
+from scoresde.checks import check_count, check_keys, check_option
 from scoresde.data import Condition, Given, ImageFolder, Shown, TrainingData, condition_of, training_data
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS
 from scoresde.sde import SDE
-from scoresde.training.config import TrainConfig, check_keys
+from scoresde.training.config import TrainConfig
 from scoresde.training.model import ModelConfig
 from scoresde.training.weights import (
     ImportanceTimes,

@@ -10,10 +10,10 @@ import torch
 
 from scoresde.cli.config import SECTIONS, RunConfig, check_sections
 from scoresde.data import TrainingData
+from scoresde.schedules import sde_of
 
 __all__ = ["CHOSEN", "completed"]
 
-_PREDICTS = {"ve": "edm", "edm": "edm", "flow": "velocity"}
 _WEIGHTING = {"eps": "simple", "score": "simple", "velocity": "velocity", "edm": "edm"}
 CHOSEN = {
     "model.network",
@@ -57,11 +57,12 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> 
         if options.setdefault(key, value) != value:
             raise ValueError(f"model.options.{key} = {options[key]!r}, but the data's is {value!r}: leave it out")
     model["options"] = options
-    sde = model.setdefault("sde", "vp")
-    predicts = model.setdefault("predicts", _PREDICTS.get(sde, "v"))
+    given = model.get("sde_options")
+    sde = sde_of(model.setdefault("sde", "vp"), given if isinstance(given, Mapping) else None)
+    predicts = model.setdefault("predicts", sde.customary_prediction)
     if predicts == "edm":
         model.setdefault("sigma_data", _std(data))
-    elif sde not in ("edm", "chain", "cosine-chain"):  # whose times are no fractions of 1
+    elif sde.t_max <= 1:
         model.setdefault("time_scale", 999.0)
     loss.setdefault("weighting", _WEIGHTING.get(predicts, "min-snr"))
     loss.setdefault("times", "log-normal" if loss["weighting"] == "edm" else "uniform")

@@ -11,6 +11,7 @@ from scoresde.cli.common import command_parser
 from scoresde.cli.models import ABOUT, CONFIG, folder_of
 from scoresde.training.export import DTYPES, export
 from scoresde.training.model import opened
+from scoresde.training.whole_files import weights_file
 
 __all__ = ["add_parser", "run"]
 
@@ -45,9 +46,9 @@ def run(args: argparse.Namespace) -> None:
     """
     if not args.run.exists():
         raise FileNotFoundError(f"{args.run}: there is no such run folder")
-    found = opened(args.run)
+    found = opened(args.run, weights_file(args.average))
     folder = folder_of(found)
-    out = export(found.path, args.out, average=args.average, dtype=args.dtype)
+    out = export(found, args.out, average=args.average, dtype=args.dtype)
     for name in (CONFIG, ABOUT):
         if (folder / name).exists():
             shutil.copy(folder / name, out / name)

@@ -13,15 +13,11 @@ from scoresde.cli.drawing import GRIDS
 from scoresde.cli.models import open_run, parameters
 from scoresde.grid import Grid
 from scoresde.info import environment
+from scoresde.schedules import SDES, sde_of
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown
-from scoresde.training.folder import newest
-from scoresde.training.model import SDE_KINDS
 
-__all__ = ["SDES", "add_parsers"]
-
-_CHAINS = {"chain": "ddpm", "cosine-chain": "ddpm-cosine"}
-SDES = {_CHAINS.get(name, name): kind for name, kind in SDE_KINDS.items()}
+__all__ = ["add_parsers"]
 
 
 def add_parsers(commands: Any) -> None:
@@ -40,10 +36,10 @@ def add_parsers(commands: Any) -> None:
     listing.set_defaults(action=lambda args: print(markdown(available()) if args.markdown else listed()))
     show = command_parser(
         commands, "tableau", "print the coefficients of a solver on a grid",
-        "scoresde tableau heun --sde edm --steps 5\nscoresde tableau ddim --sde ddpm --steps 10 --grid strided",
+        "scoresde tableau heun --sde edm --steps 5\nscoresde tableau ddim --sde chain --steps 10 --grid strided",
     )  # fmt: skip
     show.add_argument("solver", choices=SOLVERS, metavar="solver", help="a name from `scoresde solvers`")
-    show.add_argument("--sde", choices=SDES, default="vp", help="with its default parameters (vp)")
+    show.add_argument("--sde", default="vp", metavar="SDE", help=f"with its default parameters: {', '.join(SDES)} (vp)")
     show.add_argument("--steps", type=int, default=10, help="(10)")
     show.add_argument("--grid", choices=GRIDS, default="default", help="spacing (the solver's own)")
     show.set_defaults(action=tableau)
@@ -63,7 +59,8 @@ def info(args: argparse.Namespace) -> None:
 
 def described(folder: Path) -> str:
     """A run folder in words."""
-    model, found = open_run(folder), newest(folder)
+    model = open_run(folder)
+    found = model.checkpoint
     assert found is not None
     progress, about = found.manifest["progress"], model.about
     data = model.data()
@@ -88,7 +85,7 @@ def _lines(facts: dict[str, str]) -> str:
 
 def tableau(args: argparse.Namespace) -> None:
     """Print the table of args.solver on args.grid."""
-    process = SDES[args.sde]()
+    process = sde_of(args.sde)
     solver = SOLVERS[args.solver].solver
     grid = solver.grid if args.grid == "default" else getattr(Grid, args.grid)
     print(solver.tableau(grid(process, args.steps)))

@@ -29,8 +29,9 @@ from scoresde.cli.models import About, Model, add_denoiser, digest, is_run, load
 from scoresde.data import Data, TrainingData, read_data
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.levels import outer_edges
-from scoresde.likelihood.bits import Dequantize, bits_per_dim, dequantized, image_seeds, log_density, mean_and_stderr
+from scoresde.likelihood.bits import Dequantize, bits_per_dim, dequantized, log_density, mean_and_stderr
 from scoresde.likelihood.bound import elbo
+from scoresde.noise import seeds_of
 from scoresde.report import Cells, write_json
 from scoresde.training import parallel
 
@@ -193,7 +194,7 @@ class _Job:
         if model.about.num_classes is not None and self.labels is None:
             raise ValueError("the model has classes, and the data no labels: expected those of each item")
         self.names = None if data.names is None else data.names[: len(self.x)]
-        self.seeds = image_seeds(args.seed, len(self.x))
+        self.seeds = seeds_of(args.seed, len(self.x))
         self.options = {name: value for name in _FOR_ODE if (value := getattr(args, name)) is not None}
         if "steps" in self.options:
             _refuse(args, ("rtol", "atol"), "is for adaptive steps, and --steps are fixed")

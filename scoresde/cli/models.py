@@ -24,8 +24,9 @@ from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser, networks
 from scoresde.report import attribute, write_json
 from scoresde.training import CheckpointError
-from scoresde.training.folder import Checkpoint, newest
-from scoresde.training.model import load
+from scoresde.training.folder import Checkpoint
+from scoresde.training.model import load, opened
+from scoresde.training.whole_files import weights_file
 
 __all__ = [
     "ABOUT",
@@ -101,13 +102,18 @@ class Model:
         denoiser: on its device, in eval mode.
         about: the data that it was trained on, as far as it is known.
         made_for: what tells it from others.
-        folder: of its run, or None.
+        checkpoint: that it is of, or None.
     """
 
     denoiser: Denoiser
     about: About
     made_for: dict[str, str]
-    folder: Path | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """Of its run, or None."""
+        return None if self.checkpoint is None else folder_of(self.checkpoint)
 
     def data(self) -> DataConfig | None:
         """The data of its run, if it is known."""
@@ -234,9 +240,8 @@ def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", s
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such run folder")
-    found = newest(path)
-    denoiser = load(path, average, device)
-    assert found is not None
+    found = opened(path, weights_file(average))
+    denoiser = load(found, average, device)
     folder = folder_of(found)
     about = About.read(folder)
     if about is None:
@@ -245,7 +250,7 @@ def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", s
         options = found.manifest["model"]["options"]
         about = About(tuple(shape), 256 if is_picture(shape) else None, options.get("num_classes"))
     weights = {"weights": _weights_digest(denoiser), "sde": repr(denoiser.sde), "denoiser": type(denoiser).__name__}
-    return Model(denoiser, about, weights, folder)
+    return Model(denoiser, about, weights, found)
 
 
 def folder_of(found: Checkpoint) -> Path:

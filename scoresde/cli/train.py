@@ -38,6 +38,7 @@ from scoresde.denoiser import NetworkDenoiser
 from scoresde.errors import NonFiniteError
 from scoresde.levels import to_levels
 from scoresde.metrics import evaluate
+from scoresde.schedules import SDES
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import CheckpointError, Trainer, parallel
 from scoresde.wrappers import Clip
@@ -94,7 +95,7 @@ def add_parser(commands: Any) -> None:
     add("--batch-size", type=int, metavar="N", help="train.batch_size (64)")
     add("--lr", type=float, help="train.lr, the largest learning rate (by the network's size)")
     add("--preset", help="model.preset: 8, 28, 32 or 64, the size of the network (the images' own)")
-    add("--sde", help="model.sde: vp, subvp, cosine, ve, edm, flow, chain or cosine-chain (vp)")
+    add("--sde", help=f"model.sde: {', '.join(SDES)} (vp)")
     add("--predicts", help="model.predicts: eps, v, x0, score, velocity or edm (by the SDE)")
     add("--seed", type=int, help="train.seed, of everything random (0)")
     add_quiet(parser)

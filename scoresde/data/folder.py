@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scoresde.checks import check_count, check_option
 
-__all__ = ["ImageFolder", "check_pillow", "read_image"]
+__all__ = ["ImageFolder", "read_image"]
 
 Mode = Literal["L", "RGB"]
 

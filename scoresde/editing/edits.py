@@ -27,7 +27,7 @@ from scoresde.denoiser import Denoiser, check_call
 from scoresde.editing.latents import check_pair, interpolate, plan
 from scoresde.editing.sdedit import choose_down, cut, normal, perturbed, start_time, strength_time
 from scoresde.grid import Grid
-from scoresde.noise import SeededNoise, derive_seed, noise_source
+from scoresde.noise import SeededNoise, derive_seed, seeds_of
 from scoresde.run import Solution
 from scoresde.sampling import sample
 from scoresde.sde import SDE
@@ -279,10 +279,8 @@ def variations(
     check_pair(denoiser, solver)
     check_call(denoiser, x, cond)
     start, B, repeats = strength_time(denoiser.sde, strength), len(x), [k, *[1] * (x.ndim - 1)]
-    source = noise_source(x.device, x, seed, None, None)
-    if isinstance(source, SeededNoise):
-        seeds = [derive_seed(s, _VARIATION, j) for j in range(k) for s in source.seeds]
-        source = SeededNoise(seeds, x.device)
+    seeds = seeds_of(seed, B)
+    source = SeededNoise([derive_seed(s, _VARIATION, j) for j in range(k) for s in seeds], x.device)
     options: dict[str, Any] = {"trajectory": trajectory, "progress": progress, "differentiable": differentiable}
     if by == "perturbation":
         solver, whole = choose_down(denoiser.sde, solver, steps, nfe, grid)

@@ -31,9 +31,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser
+from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
-from scoresde.run import Solution, choose
+from scoresde.run import Solution, check_solver, choose
 from scoresde.sampling import sample
 from scoresde.solvers import AdaptiveODE, Solver
 from scoresde.tensors import check_batch, expand_like, precise, widen
@@ -232,12 +232,8 @@ def rescale(latent: Tensor, temperature: float | Tensor) -> Tensor:
 
 def check_pair(denoiser: Denoiser, solver: Solver) -> None:
     """Raises TypeError unless they are a denoiser and an instance of a solver."""
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"expected a Denoiser, not {type(denoiser).__name__}: wrap the network, EpsDenoiser(net, sde, time=...)"
-        )
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be an instance of a solver (UniPC() say), not {solver!r}")
+    check_denoiser(denoiser)
+    check_solver(solver)
 
 
 def plan(

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.editing.latents import check_pair
 from scoresde.grid import Grid
 from scoresde.guidance.operators import Mask
 from scoresde.guidance.projections import DDNM
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
+from scoresde.noise import NoiseSource, noise_source
 from scoresde.run import Solution, choose
 from scoresde.sampling import sample
 from scoresde.sde import SDE
@@ -50,10 +49,8 @@ def strength_time(sde: SDE, strength: float) -> float:
     """
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
         raise ValueError(f"strength={strength!r}: expected a number in (0, 1]; nothing is edited at 0, all is new at 1")
-    if isinstance(sde, DDPMChain):
-        return float(max(1, round(strength * sde.steps)))
-    if sde.customary_grid == "uniform":
-        return float(strength * sde.t_max)
+    if sde.customary_grid in ("uniform", "strided"):
+        return float(sde.snapped(torch.tensor([strength * sde.t_max], dtype=torch.float64, device="cpu")))
     times = Grid.customary(sde, _FINE).times
     position = (1 - strength) * _FINE
     i = min(int(position), _FINE - 1)
@@ -173,7 +170,6 @@ def cut(grid: Grid, t: float) -> Grid:
 
 def normal(sde: SDE, x: Tensor, source: NoiseSource) -> Tensor:
     """prior_std eps, of the shape of x: from the stream of x_T, which no solver reads."""
-    assert isinstance(source, GeneratorNoise | SeededNoise)
     return source.prior(sde, x.shape, x.dtype, sde.t_max)
 
 

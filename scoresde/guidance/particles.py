@@ -34,19 +34,18 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_count
-from scoresde.denoiser import Denoiser, check_call
+from scoresde.denoiser import Denoiser, check_call, check_denoiser
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.guidance.base import Guidance, Scale, scale_at, scaled
 from scoresde.guidance.gradients import gradient
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise, noise_source
-from scoresde.run import choose
-from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_decreasing
+from scoresde.noise import Noise, NoiseSource, noise_source
+from scoresde.run import choose, initial
+from scoresde.solvers.base import Around, SingleStep, check_decreasing
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State
-from scoresde.tensors import Time, check_batch, expand_like, widen
+from scoresde.tensors import Time, expand_like
 from scoresde.views import combine
 
 __all__ = ["Particles", "Potential", "Twist", "Twisted", "TwistedSMC", "systematic", "twisted_smc"]
@@ -122,7 +121,7 @@ class Potential(Twisted):
 
 
 @dataclass(frozen=True)
-class TwistedSMC(Solver):
+class TwistedSMC(Around):
     """The particle method of the module's docstring, on a denoiser that is a `Twisted` guidance: `DPS` with a
     noise_std, `PiGDM`, `MomentMatching`, or `Potential`.
 
@@ -164,20 +163,13 @@ class TwistedSMC(Solver):
         if isinstance(self.ess, bool) or not 0 <= self.ess <= 1:
             raise ValueError(f"ess={self.ess!r}: expected a share from 0 to 1")
 
-    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        return self.solver.grid(sde, steps, end=end)
-
     def evaluations(self, grid: Grid) -> int:
         return grid.steps + int(float(grid.times[-1]) > 0)
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
+        assert noise is not None
         return (state for state, _ in self.run(denoiser, x, grid, noise, cond, equal=True))
 
     def run(
@@ -185,7 +177,7 @@ class TwistedSMC(Solver):
         denoiser: Denoiser,
         x: Tensor,
         grid: Grid,
-        noise: NoiseSource | None,
+        noise: NoiseSource,
         cond: Mapping[str, Any] | None,
         equal: bool,
     ) -> Iterator[tuple[State, _Weights]]:
@@ -195,10 +187,6 @@ class TwistedSMC(Solver):
                 f"{type(self).__name__} takes a guidance that knows log p(y | x_t), a PiGDM or MomentMatching around "
                 f"the model say, not {type(denoiser).__name__}"
             )
-        grid.check_sde(denoiser.sde)
-        check_decreasing(grid, self)
-        if noise is None:
-            raise ValueError("particles draw noise: pass noise=, a function (row, x)")
         if len(x) % self.particles:
             raise ValueError(
                 f"{len(x)} samples for particles={self.particles}: expected a multiple, groups of that many neighbours"
@@ -371,7 +359,7 @@ def twisted_smc(
     grid: Grid | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    noise: NoiseSource | None = None,
+    noise: Noise | None = None,
     cond: Mapping[str, Any] | None = None,
 ) -> Particles:
     """Weighted particles of the posterior, with an estimate of p(y).
@@ -390,17 +378,11 @@ def twisted_smc(
     solver = TwistedSMC() if solver is None else solver
     if not isinstance(solver, TwistedSMC):
         raise TypeError(f"solver={solver!r}: expected a TwistedSMC(...)")
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(f"expected a Denoiser, not {type(denoiser).__name__}")
+    check_denoiser(denoiser)
     _, grid = choose(denoiser.sde, solver, steps, nfe, grid)
+    check_decreasing(grid, solver)
     source = noise_source(denoiser.device, shape_or_x, seed, generator, noise)
-    if isinstance(shape_or_x, Tensor):
-        check_batch(shape_or_x, "x_T")
-        x_T, dtype = widen(shape_or_x), shape_or_x.dtype
-    else:
-        assert isinstance(source, GeneratorNoise | SeededNoise)
-        dtype = torch.float32
-        x_T = source.prior(denoiser.sde, shape_or_x, dtype, float(grid.times[0]))
+    x_T, dtype = initial(denoiser, shape_or_x, grid, source)
     check_call(denoiser, x_T, cond)
     ess = []
     with torch.no_grad():

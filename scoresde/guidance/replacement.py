@@ -24,7 +24,7 @@ wrong by 15 % of its norm and the width 2.5 times the right one; with 2, 5 and 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ from scoresde.guidance.operators import (
 )
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_decreasing
+from scoresde.solvers.base import Around, SingleStep, Solver
 from scoresde.solvers.composite import TimeTravel
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.predictor_corrector import PredictorCorrector
@@ -55,7 +55,7 @@ __all__ = ["RePaint", "Replacement"]
 
 
 @dataclass(frozen=True, eq=False)
-class Replacement(Solver):
+class Replacement(Around):
     """A solver whose state has its known part overwritten, at the start and after each evaluation of the denoiser: each
     prediction, each correction, each stage of a step (Song et al., 2021; the module's docstring).
 
@@ -97,31 +97,15 @@ class Replacement(Solver):
         object.__setattr__(self, "operator", A)
         object.__setattr__(self, "_A", A)
 
-    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        return self.solver.grid(sde, steps, end=end)
-
-    def evaluations(self, grid: Grid) -> int | None:
-        return self.solver.evaluations(grid)
-
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
-        grid.check_sde(denoiser.sde)
-        check_decreasing(grid, self)
+        assert noise is not None
         check_adjoint(self._A, x)
         known = self._A.pseudo_inverse(match_measurement(self._A, self.y, x))
         check_finite(known)
         table = _table(self.solver, grid)
         draws = _draws(table, _checked(self._A, self.noise_std, self)[1])
-        if noise is None:
-            raise ValueError(
-                "replacement draws noise: pass noise=, a function (row, x) such as scoresde.noise.SeededNoise"
-            )
         first = self._overwritten(x, known, draws[0], noise, len(table))
         states = self.solver.iterate(denoiser, first, grid, noise, cond)
         return self._loop(states, known, draws[1:], noise, len(table) + 1)
@@ -191,13 +175,8 @@ class RePaint(Solver):
     def evaluations(self, grid: Grid) -> int | None:
         return self._inner.evaluations(grid)
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
         return self._inner.iterate(denoiser, x, grid, noise, cond)
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
 from scoresde.denoiser import networks
@@ -114,6 +113,8 @@ class AdaptiveVolume(Volume):
 
     def _integrate(self, x: Tensor, leg: Leg, first: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """The end state, the volume, the products' part in it, (B, K, n), and the first step to propose on the next."""
+        import torchdiffeq  # which takes a while to import
+
         motion, n = self.motion, self.n
         motion.reached = leg.t, x
         motion.check(x, leg.t)

@@ -21,7 +21,6 @@ likelihood estimation for diffusion ODEs"). The importance-weighted bound log (1
 from __future__ import annotations
 
 import math
-import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,14 +32,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.levels import check_levels
 from scoresde.likelihood.flow import log_prob
 from scoresde.likelihood.interval import student_interval
-from scoresde.noise import SeededNoise, derive_seed, noise_source
+from scoresde.noise import derive_seed, seeds_of
 from scoresde.sde import SDE
 
 __all__ = ["BitsPerDim", "Dequantize", "bits_per_dim", "dequantized"]
@@ -174,7 +172,7 @@ def bits_per_dim(
         )
     lo, hi = data_range
     bins = _Bins.of(denoiser.sde, dequantize, lo, (hi - lo) / levels, t)
-    seeds = image_seeds(seed, len(y))
+    seeds = seeds_of(seed, len(y))
     shape, unit = (len(y), repeats, importance), y[0].numel() * math.log(2)
     rows = math.prod(shape)
     parts = [range(rows)[first : first + (batch_size or rows)] for first in range(0, rows, batch_size or rows)]
@@ -239,19 +237,8 @@ def dequantized(
     tensor([[  0., 128., 255.]])
     """
     y, (lo, hi) = _checked(images, levels, data_range), data_range
-    seeds = [derive_seed(s, 0, 0, 0) for s in image_seeds(seed, len(y))]
+    seeds = [derive_seed(s, 0, 0, 0) for s in seeds_of(seed, len(y))]
     return _Bins(lo, (hi - lo) / levels, "uniform").draw(y, seeds)[0].to(dtype)
-
-
-def image_seeds(seed: int | Sequence[int] | None, n: int) -> list[int]:
-    """One seed per image: derived from an integer, given, or from the operating system.
-
-    Raises:
-        ValueError: if a seed is no whole number >= 0, or there are not n of them.
-    """
-    source = noise_source(torch.device("cpu"), (n,), secrets.randbits(63) if seed is None else seed, None, None)
-    assert isinstance(source, SeededNoise)
-    return source.seeds
 
 
 def entries_of(cond: Mapping[str, Any] | None, which: Sequence[int], n: int) -> dict[str, Any]:
@@ -287,7 +274,7 @@ class _Bins:
         """Those of a model; Delta / 2 = tau sigma_t / alpha_t."""
         if t is None and noise == "truncated-normal":
             t = max(sde.t_min, float(sde.time_at(math.log(2 * _TAU / Delta))))
-            t = float(math.ceil(t)) if isinstance(sde, DDPMChain) else t  # a node, where a table can end
+            t = t if sde.nodes is None else float(sde.nodes[sde.nodes >= t][0])  # a node, where a table can end
         if t is None:
             return cls(lo, Delta, noise)
         if isinstance(t, bool) or not isinstance(t, Real) or not 0 < t < sde.t_max:

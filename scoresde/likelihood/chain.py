@@ -34,6 +34,7 @@ from scoresde.likelihood.decoder import (
     square_norm,
     total,
 )
+from scoresde.run import check_solver
 from scoresde.solvers.base import Solver
 from scoresde.solvers.rows import forgotten
 from scoresde.tableau import Tableau
@@ -72,7 +73,7 @@ class Chain(NamedTuple):
         variance: str,
     ) -> Chain:
         table = _one_step_table(denoiser, solver, grid, variance)
-        a, b = table.a + table.b[:, 0] * table.p, table.b[:, 0] * table.q
+        a, b = table.in_x0()
         C = denoiser.covariance(table.t) if variance == "posterior" else None
         A, l2 = _inference(grid, a, b, table.c, C)
         draws = max(2, math.ceil(200 / len(table))) if draws is None else draws
@@ -133,8 +134,7 @@ class Chain(NamedTuple):
 def _one_step_table(denoiser: Denoiser, solver: Solver, grid: Grid, variance: str) -> Tableau:
     """The solver's table, if the bound of its chain can be computed and is finite."""
     hint = "take DDPM(), DDIM(eta=1) or ExponentialSDE(), or leave solver and grid out for continuous time"
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be an instance of a solver (DDPM() say), not {solver!r}")
+    check_solver(solver)
     if not isinstance(grid, Grid):
         raise TypeError(f"grid is {type(grid).__name__}: expected a Grid")
     grid.check_sde(denoiser.sde)
@@ -147,13 +147,11 @@ def _one_step_table(denoiser: Denoiser, solver: Solver, grid: Grid, variance: st
         table = solver.tableau(grid)
     except TypeError as error:
         raise ValueError(f"{error}. Without one its steps have no Gaussian density: {hint}") from error
-    if len(table) != grid.steps or not torch.equal(table.t, grid.times[:-1]) or bool((table.b[:, 1:] != 0).any()):
+    if not table.one_step:
         raise ValueError(
-            f"{solver!r} has steps of several evaluations, or steps that read those before them: its p(x_s | x_t) is "
-            f"no Gaussian of known mean; {hint}"
+            f"{solver!r} has steps of several evaluations or of none, or steps that read those before them: its "
+            f"p(x_s | x_t) is no Gaussian of known mean; {hint}"
         )
-    if not bool(table.evaluates.all()):
-        raise ValueError(f"{solver!r} has steps that do not evaluate the denoiser: {hint}")
     still = table.c[:-1] == 0
     if variance == "solver" and bool(still.any()):
         t = float(table.t[:-1][still][0])

@@ -7,7 +7,6 @@ go on to infinity.
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count
 from scoresde.errors import NonFiniteError
-from scoresde.noise import SeededNoise, derive_seed, noise_source
+from scoresde.noise import SeededNoise, derive_seed, seeds_of
 from scoresde.sde import SDE
 from scoresde.solvers.rows import forgotten
 
@@ -59,9 +57,8 @@ class Draws:
 
     @classmethod
     def of(cls, x: Tensor, seed: int | Sequence[int] | None) -> Draws:
-        source = noise_source(x.device, x, secrets.randbits(62) if seed is None else seed, None, None)
-        assert isinstance(source, SeededNoise)
-        return cls(SeededNoise([derive_seed(s, _NOISE) for s in source.seeds], x.device), source.seeds)
+        seeds = seeds_of(seed, len(x))
+        return cls(SeededNoise([derive_seed(s, _NOISE) for s in seeds], x.device), seeds)
 
     def uniform(self, n: int) -> Tensor:
         """Numbers in [0, 1), float64 on the host, shape (n, B)."""
@@ -153,9 +150,9 @@ def gaussian_kl(dim: int, ratio: Any, square: Tensor) -> Tensor:
 
 def decoder_std(sde: SDE, t: float) -> float:
     """The decoder's standard deviation, by the rule of `elbo`, of a chain whose last noisy time is t."""
-    if isinstance(sde, DDPMChain) and sde.steps > 1 and t == 1:
-        one = torch.ones(1, dtype=torch.float64, device="cpu")
-        return float(sde.sigma(one) * forgotten(sde, 2 * one, one).sqrt())
+    if sde.nodes is not None and len(sde.nodes) > 1 and t == float(sde.nodes[0]):
+        one, two = sde.nodes[:2]
+        return float(sde.sigma(one) * forgotten(sde, two, one).sqrt())
     return relative_noise(sde, t)
 
 

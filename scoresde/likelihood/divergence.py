@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_count, check_option
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
+from scoresde.noise import Noise, as_source
 
 __all__ = ["Divergence", "Products"]
 
@@ -92,15 +92,14 @@ class Divergence:
         if self.kind == "hutch++" and self.probes % 3:
             raise ValueError(f"probes={self.probes}: hutch++ takes a multiple of 3, a third for each of its parts")
 
-    def draw(self, x: Tensor, noise: NoiseSource, row: int = 0) -> Tensor:
+    def draw(self, x: Tensor, noise: Noise, row: int = 0) -> Tensor:
         """Probes for a batch, shape (P, *x.shape): K of them, for "hutch++" the two thirds that are random."""
         count = {"exact": 0, "hutchinson": self.probes, "hutch++": 2 * self.probes // 3}[self.kind]
         if count == 0:
             return x.new_empty(0, *x.shape)
-        if self.distribution == "rademacher" and isinstance(noise, SeededNoise | GeneratorNoise):
-            return noise.signs(count, x)
-        normals = torch.stack([noise(row, x) for _ in range(count)])
-        return normals if self.distribution == "gaussian" else torch.where(normals < 0, -1.0, 1.0).to(x.dtype)
+        if self.distribution == "rademacher":
+            return as_source(noise).signs(row, count, x)
+        return torch.stack([noise(row, x) for _ in range(count)])
 
     def estimating(self, probes: Tensor) -> Tensor:
         """Those of the drawn probes that estimate, v of `Products`, (K, B, ...)."""

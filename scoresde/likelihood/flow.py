@@ -32,7 +32,7 @@ from scoresde.likelihood.adaptive import AdaptiveVolume
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
 from scoresde.likelihood.volume import TableVolume, Volume, every_other
-from scoresde.noise import NoiseSource, SeededNoise, noise_source
+from scoresde.noise import NoiseSource, noise_source
 from scoresde.run import choose
 from scoresde.sde import SDE
 from scoresde.solvers.adaptive_ode import TORCHDIFFEQ, AdaptiveODE
@@ -170,7 +170,7 @@ def log_prob(
     run = (
         denoiser,
         Divergence(divergence, probes, distribution, mode, chunk),
-        probe_source(noise_source(x.device, x, seed, generator, None), x),
+        noise_source(x.device, x, seed, generator, None).probes(),
         cond,
         bool(differentiable),
     )
@@ -228,11 +228,6 @@ def log_prob(
     value, stderr, dof, prior, log_det, residual, error = (number.to(x_t.dtype) for number in numbers)
     latent = x_T.to(x.dtype)
     return LogProb(value, stderr, dof, volume.nfe, latent, prior, log_det, residual, error, volume.status, volume.t)
-
-
-def probe_source(source: NoiseSource, x: Tensor) -> NoiseSource:
-    """Where the probes for a batch x come from: with seeds, a stream of each sample's own, apart from its noise."""
-    return SeededNoise(source.seeds, x.device, stream=3) if isinstance(source, SeededNoise) else source
 
 
 def density_run(

@@ -18,7 +18,6 @@ import math
 from numbers import Real
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 __all__ = ["degrees_of_freedom", "student", "student_interval"]
@@ -43,6 +42,8 @@ def student(dof: Tensor, level: float = 0.95) -> Tensor:
     """
     if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1:
         raise ValueError(f"level={level!r}: expected the share that the interval is to cover, in (0, 1), 0.95 say")
+    from scipy.special import stdtrit  # which takes a while to import
+
     finite = dof.detach().cpu().double().clamp(max=1e10)  # where it is the normal distribution's to the last digits
     quantile = stdtrit(finite.numpy(), (1 + float(level)) / 2)
     return torch.as_tensor(quantile, dtype=dof.dtype, device=dof.device)

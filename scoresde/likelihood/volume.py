@@ -29,7 +29,7 @@ from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence, Products
 from scoresde.likelihood.spread import Spread
-from scoresde.noise import GeneratorNoise, NoiseSource, SeededNoise
+from scoresde.noise import Noise, as_source
 from scoresde.solvers.base import Solver
 from scoresde.tableau import Tableau, responses
 from scoresde.views import view_of_mean
@@ -69,11 +69,12 @@ class Volume(ABC):
         self,
         denoiser: Denoiser,
         trace: Divergence,
-        noise: NoiseSource,
+        noise: Noise,
         cond: Mapping[str, Any] | None,
         create_graph: bool,
     ) -> None:
-        self.denoiser, self.trace, self.noise, self.cond = denoiser, trace, noise, dict(cond or {})
+        self.denoiser, self.trace, self.cond = denoiser, trace, dict(cond or {})
+        self.noise = as_source(noise)
         self.create_graph = create_graph
 
     @abstractmethod
@@ -154,8 +155,7 @@ class TableVolume(Volume):
 
     def locate(self, x: Tensor, bad: list[int]) -> NonFiniteError:
         self._checked = True
-        if isinstance(self.noise, SeededNoise | GeneratorNoise):
-            self.noise.rewind()
+        self.noise.rewind()
         try:
             with torch.no_grad():
                 self.solve(x)

@@ -11,39 +11,31 @@
 No such number means anything without its feature space, sample sizes and floor: quote them with it.
 """
 
+from scoresde.metrics import frechet, kernel, neighbours, transport
 from scoresde.metrics.classifier import Classifier, classifier_features, load_classifier
 from scoresde.metrics.evaluate import METRICS, Evaluation, Score, evaluate
 from scoresde.metrics.features import PCA, Features, NetworkFeatures, Pixels, RandomFeatures, inception
-from scoresde.metrics.frechet import Statistics, frechet_distance
-from scoresde.metrics.kernel import KID, GaussianKernel, Kernel, PolynomialKernel, kid, median_distance, mmd
-from scoresde.metrics.neighbours import PrecisionRecall, precision_recall
-from scoresde.metrics.transport import energy_distance, sliced_wasserstein
+from scoresde.metrics.frechet import *
+from scoresde.metrics.kernel import *
+from scoresde.metrics.neighbours import *
+from scoresde.metrics.transport import *
 
 __all__ = [
-    "KID",
     "METRICS",
     "PCA",
     "Classifier",
     "Evaluation",
     "Features",
-    "GaussianKernel",
-    "Kernel",
     "NetworkFeatures",
     "Pixels",
-    "PolynomialKernel",
-    "PrecisionRecall",
     "RandomFeatures",
     "Score",
-    "Statistics",
     "classifier_features",
-    "energy_distance",
     "evaluate",
-    "frechet_distance",
     "inception",
-    "kid",
     "load_classifier",
-    "median_distance",
-    "mmd",
-    "precision_recall",
-    "sliced_wasserstein",
 ]
+__all__ += frechet.__all__
+__all__ += kernel.__all__
+__all__ += neighbours.__all__
+__all__ += transport.__all__

@@ -1,53 +1,43 @@
 """Solvers: each turns a `Grid` into a `Tableau`, or is a loop of the same call shape. Options go to the constructor.
 
-`available()` lists them all, with their orders, costs and papers.
+A file a family, with the names that it gives in its own `__all__`; `catalogue.py` has every solver by name, in a line
+of its own, and `available()` lists them with their orders, costs and papers.
 """
 
-from scoresde.solvers.adaptive_ode import AdaptiveODE
-from scoresde.solvers.adaptive_sde import AdaptiveSDE, DPMSolverAdaptive
-from scoresde.solvers.annealed import AnnealedLangevin
+from scoresde.solvers import (
+    adaptive_ode,
+    adaptive_sde,
+    annealed,
+    composite,
+    exponential,
+    first_order,
+    predictor_corrector,
+    reverse_sde,
+    runge_kutta,
+    single_step,
+)
+from scoresde.solvers.adaptive_ode import *
+from scoresde.solvers.adaptive_sde import *
+from scoresde.solvers.annealed import *
 from scoresde.solvers.base import SingleStep, Solver
-from scoresde.solvers.catalogue import Entry, available
-from scoresde.solvers.composite import EDMStochastic, Restart, TimeTravel
-from scoresde.solvers.exponential import DEIS, ERSDE, IPNDM, DPMSolverPP, ExponentialAB, SASolver, UniPC
-from scoresde.solvers.first_order import DDIM, DDPM, Ancestral, EulerMaruyama, ExponentialSDE, ReverseDiffusion
+from scoresde.solvers.catalogue import Entry, available, solver_of
+from scoresde.solvers.composite import *
+from scoresde.solvers.exponential import *
+from scoresde.solvers.first_order import *
 from scoresde.solvers.langevin import langevin
-from scoresde.solvers.predictor_corrector import PredictorCorrector
-from scoresde.solvers.reverse_sde import ReverseSDE
-from scoresde.solvers.runge_kutta import Euler, Heun, RungeKutta
-from scoresde.solvers.single_step import DPMSolver, ExponentialHeun
+from scoresde.solvers.predictor_corrector import *
+from scoresde.solvers.reverse_sde import *
+from scoresde.solvers.runge_kutta import *
+from scoresde.solvers.single_step import *
 
-__all__ = [
-    "DDIM",
-    "DDPM",
-    "DEIS",
-    "ERSDE",
-    "IPNDM",
-    "AdaptiveODE",
-    "AdaptiveSDE",
-    "Ancestral",
-    "AnnealedLangevin",
-    "DPMSolver",
-    "DPMSolverAdaptive",
-    "DPMSolverPP",
-    "EDMStochastic",
-    "Entry",
-    "Euler",
-    "EulerMaruyama",
-    "ExponentialAB",
-    "ExponentialHeun",
-    "ExponentialSDE",
-    "Heun",
-    "PredictorCorrector",
-    "Restart",
-    "ReverseDiffusion",
-    "ReverseSDE",
-    "RungeKutta",
-    "SASolver",
-    "SingleStep",
-    "Solver",
-    "TimeTravel",
-    "UniPC",
-    "available",
-    "langevin",
-]
+__all__ = ["Entry", "SingleStep", "Solver", "available", "langevin", "solver_of"]
+__all__ += adaptive_ode.__all__
+__all__ += adaptive_sde.__all__
+__all__ += annealed.__all__
+__all__ += composite.__all__
+__all__ += exponential.__all__
+__all__ += first_order.__all__
+__all__ += predictor_corrector.__all__
+__all__ += reverse_sde.__all__
+__all__ += runge_kutta.__all__
+__all__ += single_step.__all__

@@ -18,23 +18,20 @@ batch, hence a sample depends on its neighbours, within its tolerance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import scipy.integrate
-import scipy.sparse
 import torch
-import torchdiffeq
 from torch import Tensor
 
 from scoresde.checks import check_count, check_tolerances
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
-from scoresde.solvers.first_order import ExponentialSDE
-from scoresde.solvers.motion import Budgeted, Leg, Motion, NonFinite, OutOfBudget, legs
+from scoresde.solvers.first_order import DDIM
+from scoresde.solvers.motion import Budgeted, Leg, Motion, legs
 from scoresde.tableau import State
 
 __all__ = ["AdaptiveODE"]
@@ -83,6 +80,9 @@ class AdaptiveODE(Budgeted):
     True
     """
 
+    draws: ClassVar[bool] = False
+    goes_up: ClassVar[bool] = True
+
     method: str = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
@@ -98,16 +98,10 @@ class AdaptiveODE(Budgeted):
         check_tolerances(rtol=self.rtol, atol=self.atol, first_step=self.first_step)
         check_count(max_nfe=self.max_nfe)
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
         parts = legs(grid, free=True)
-        grid.check_sde(denoiser.sde)
         times = torch.tensor([time for leg in parts for time in (leg.t, leg.s)], dtype=torch.float64, device="cpu")
         starts = [leg.t for leg in parts] + [leg.s for leg in parts if not leg.jump]
         denoiser.check_times(torch.tensor(starts, dtype=torch.float64, device="cpu"))
@@ -118,24 +112,16 @@ class AdaptiveODE(Budgeted):
             raise ValueError(
                 f"rtol={self.rtol} for {len(x)} samples: float64 does not have the digits, take {_DIGITS * share:.1g}"
             )
-        return self._loop(Motion(denoiser, cond, x.dtype, times, 0.0, self.max_nfe), x, parts)
+        motion, first = Motion(denoiser, cond, x.dtype, times, 0.0, self.max_nfe), self.first_step
 
-    def _loop(self, motion: Motion, x: Tensor, parts: list[Leg]) -> Iterator[State]:
-        first = self.first_step
-        for row, leg in enumerate(parts):
-            try:
-                if leg.jump:
-                    x = motion.jump(x, leg, ExponentialSDE(tau=0.0))  # DDIM, also up to alpha = 0
-                else:
-                    x, first = self._integrate(motion, x, leg, first)
-            except OutOfBudget:
-                assert motion.reached is not None
-                yield State(row, motion.nfe, leg.step, False, *motion.reached)
-                return
-            except NonFinite as stop:
-                yield State(row, motion.nfe, leg.step, False, stop.t, stop.x)
-                return
-            yield State(row, motion.nfe, leg.step, leg.done, leg.s, x)
+        def move(x: Tensor, leg: Leg) -> Tensor:
+            nonlocal first
+            if leg.jump:
+                return motion.jump(x, leg, DDIM())
+            x, first = self._integrate(motion, x, leg, first)
+            return x
+
+        return motion.follow(x, parts, move)
 
     def _integrate(self, motion: Motion, x: Tensor, leg: Leg, first: float) -> tuple[Tensor, float]:
         """The state at the end of a leg and the first step to propose on the next."""
@@ -147,6 +133,8 @@ class AdaptiveODE(Budgeted):
         return (motion.radius(leg.s) * w).to(x.dtype), first
 
     def _torchdiffeq(self, motion: Motion, w: Tensor, lambdas: Tensor, first: float) -> tuple[Tensor, float]:
+        import torchdiffeq  # here, and scipy below: they take a while to import
+
         watched = _Watched(motion, first)
         lambdas = lambdas.to(w.device)
         # Without step_t torchdiffeq steps over the end and interpolates; without first_step it tries one of any length.
@@ -157,6 +145,9 @@ class AdaptiveODE(Budgeted):
         return path[-1], watched.step
 
     def _scipy(self, motion: Motion, w: Tensor, lambdas: Tensor, first: float) -> tuple[Tensor, float]:
+        import scipy.integrate
+        import scipy.sparse
+
         start, end = lambdas.tolist()
         share, n = self._share(len(w)), w[0].numel()
         options: dict[str, Any] = {"rtol": self.rtol / share, "atol": self.atol / share}

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
@@ -37,7 +37,6 @@ from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import check_decreasing
 from scoresde.solvers.motion import Budgeted
 from scoresde.tableau import State
 from scoresde.tensors import expand_like
@@ -53,8 +52,6 @@ class _View(Protocol):
 
 class _Adaptive(Budgeted):
     """The loop of the module's docstring; a subclass gives the clock and the attempt."""
-
-    draws: ClassVar[bool]
 
     rtol: float
     atol: float
@@ -104,20 +101,11 @@ class _Adaptive(Budgeted):
     def _path(self, clock: Tensor, x: Tensor) -> FreshNoise:
         return FreshNoise(clock, x)
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
-        grid.check_sde(denoiser.sde)
-        check_decreasing(grid, self)
-        if noise is None and self.draws:
-            raise ValueError(f"{type(self).__name__} draws noise: pass noise=, a function (row, x)")
         denoiser.check_times(grid.times[grid.times > 0])
-        return self._loop(denoiser, x, grid, noise, dict(cond or {}))
+        return self._loop(denoiser, x, grid, noise, cond)
 
     def _loop(
         self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
@@ -220,8 +208,6 @@ class AdaptiveSDE(_Adaptive):
         ValueError: unless rtol, atol, h_init and exponent are > 0, 0 < safety < 1 and max_nfe >= 1; by `iterate`,
             before any evaluation, if the SDEs differ, there is no noise, or the denoiser is undefined at a grid time.
     """
-
-    draws: ClassVar[bool] = True
 
     rtol: float = 0.02
     atol: float = 2 / 256

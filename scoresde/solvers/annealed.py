@@ -35,7 +35,7 @@ from scoresde.solvers.runge_kutta import has_no_stages
 from scoresde.tableau import Tableau
 from scoresde.views import view_of_mean
 
-__all__ = ["AnnealedLangevin", "langevin_rows"]
+__all__ = ["AnnealedLangevin"]
 
 Rule = Literal["snr", "ncsn", "ncsnv2"]
 
@@ -94,10 +94,19 @@ class AnnealedLangevin(Solver):
         make = Grid.log_snr if float(sde.alpha(sde.t_max)) > 0 else Grid.customary
         return make(sde, steps, end=end)
 
+    def evaluations(self, grid: Grid) -> int:
+        ends = has_no_stages(grid.sde, grid.times[:-1], grid.times[1:])
+        return self.steps_per_level * len(self._levels(grid)) + int(ends.sum())
+
+    def _levels(self, grid: Grid) -> Tensor:
+        """Which times of the grid are levels."""
+        u = (-grid.sde.half_log_snr(grid.times)).exp()
+        return ((u > 0) & (u < math.inf)).nonzero().flatten()
+
     def tableau(self, grid: Grid) -> Tableau:
         sde, times = grid.sde, grid.times
         alpha, u = sde.alpha(times), (-sde.half_log_snr(times)).exp()
-        levels = ((u > 0) & (u < math.inf)).nonzero().flatten()
+        levels = self._levels(grid)
         r = self._ratio(float(u[levels].min())) if len(levels) else 0.0
         # Step i goes on to time i + 1 and stays there; the first stays at its start, too.
         i = levels.repeat_interleave(self.steps_per_level)

@@ -7,34 +7,37 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
+import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
-from scoresde.noise import NoiseSource
+from scoresde.noise import Noise, NoiseSource, as_source
 from scoresde.sde import SDE
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State, Tableau
 
-__all__ = ["SingleStep", "Solver"]
+__all__ = ["Around", "SingleStep", "Solver", "check_decreasing"]
 
 
 class Solver:
     """A sampler. It holds options only, never state: use it as often, on as many batches and from as many threads as
-    you like. A subclass gives `tableau(grid)`, if its coefficients are known beforehand, or else `iterate`.
+    you like. A subclass gives `tableau(grid)`, if its coefficients are known beforehand, or else `loop`.
 
     Attributes:
         adaptive: whether it chooses its own times, so that `sample` needs no steps=, nfe= or grid=: the grid then only
             says where it starts, where it ends and at which times between a state is reported.
+        draws, goes_up: of a loop: whether it draws noise, and whether it runs on an increasing grid too.
         power: of the `Grid.sampling` that `sample(steps=...)` takes where no grid is given, chosen by measurement
             (benchmarks/results/step_counts); None for the SDE's customary grid.
     """
 
     adaptive: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
+    goes_up: ClassVar[bool] = False
     power: ClassVar[float | None] = None
 
     @property
@@ -59,7 +62,9 @@ class Solver:
         return Grid.sampling(sde, steps, power=self.power, end=end)
 
     def evaluations(self, grid: Grid) -> int | None:
-        """Evaluations of the denoiser on that grid, or None where they are not known beforehand."""
+        """Evaluations of the denoiser on that grid, or None where they are not known beforehand. Solvers that can tell
+        without their table do: the budget of `sample(nfe=)` asks several times.
+        """
         return self.tableau(grid).nfe
 
     def within(self, sde: SDE, nfe: int) -> tuple[Solver, Grid]:
@@ -77,22 +82,51 @@ class Solver:
             ValueError: if not even one step fits.
         """
         check_count(nfe=nfe)
-        most = min(int(nfe), sde.steps - math.ceil(end)) if isinstance(sde, DDPMChain) else int(nfe)
+        most = int(min(nfe, sde.most_steps - math.ceil(end)))
         grid = partial(self.grid, end=end) if end else self.grid
-        steps = bisect_right(range(1, most + 1), nfe, key=lambda n: self.evaluations(grid(sde, n)) or 0)
+        if most >= 1 and (self.evaluations(grid(sde, most)) or 0) <= nfe:  # one evaluation a step
+            return most
+        steps = bisect_right(range(1, most), nfe, key=lambda n: self.evaluations(grid(sde, n)) or 0)
         if steps == 0:
             raise ValueError(f"{self!r} needs more than nfe={nfe} evaluations for a single step")
         return steps
 
+    @final
     def iterate(
         self,
         denoiser: Denoiser,
         x: Tensor,
         grid: Grid,
-        noise: NoiseSource | None = None,
+        noise: Noise | None = None,
         cond: Mapping[str, Any] | None = None,
     ) -> Iterator[State]:
-        """Run from x on the grid, yielding a `State` after each row."""
+        """Run from x on the grid, yielding a `State` after each row.
+
+        Args:
+            denoiser: the model.
+            x: x_T, shape (B, ...), in the dtype that the state is to have.
+            grid: where to step.
+            noise: where the z_i come from, a function (row, x) or a source of `scoresde.noise`.
+            cond: keyword arguments for the denoiser.
+
+        Raises:
+            ValueError: before any evaluation, if the denoiser's SDE is not the grid's, the grid goes a way that the
+                solver cannot, or it draws noise and is given none.
+        """
+        grid.check_sde(denoiser.sde)
+        if not self.has_table:  # of a table `Tableau` says all this
+            if grid.increasing and not self.goes_up:
+                check_decreasing(grid, self)
+            if noise is None and self.draws:
+                raise ValueError(
+                    f"{self!r} draws noise: pass noise=, a function (row, x) such as scoresde.noise.SeededNoise"
+                )
+        return self.loop(denoiser, x, grid, None if noise is None else as_source(noise), dict(cond or {}))
+
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
+    ) -> Iterator[State]:
+        """What `iterate` runs once it has checked its arguments: the table; a solver that has none gives a loop."""
         return self.tableau(grid).iterate(denoiser, x, noise, cond)
 
 
@@ -107,8 +141,27 @@ class SingleStep(Solver, ABC):
         to alpha_s = 0 even.
         """
 
+    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
+        """Evaluations of each of the moves t -> s, int64, shape (M,): one, unless the solver has more."""
+        return torch.ones(len(t), dtype=torch.int64, device="cpu")
+
     def tableau(self, grid: Grid) -> Tableau:
         return self.rows(grid.sde, grid.times[:-1], grid.times[1:]).tableau(grid)
+
+    def evaluations(self, grid: Grid) -> int:
+        return int(self.stages(grid.sde, grid.times[:-1], grid.times[1:]).sum())
+
+
+class Around(Solver):
+    """A solver around another, on whose grid it steps and whose evaluations it makes."""
+
+    solver: Solver
+
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        return self.solver.grid(sde, steps, end=end)
+
+    def evaluations(self, grid: Grid) -> int | None:
+        return self.solver.evaluations(grid)
 
 
 def check_decreasing(grid: Grid, solver: Solver) -> None:

@@ -6,17 +6,19 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
-from scoresde.solvers.adaptive_ode import AdaptiveODE
-from scoresde.solvers.adaptive_sde import AdaptiveSDE, DPMSolverAdaptive
-from scoresde.solvers.annealed import AnnealedLangevin
+from scoresde.solvers import (
+    adaptive_ode,
+    adaptive_sde,
+    annealed,
+    composite,
+    exponential,
+    first_order,
+    predictor_corrector,
+    reverse_sde,
+    runge_kutta,
+    single_step,
+)
 from scoresde.solvers.base import Solver
-from scoresde.solvers.composite import EDMStochastic, Restart, TimeTravel
-from scoresde.solvers.exponential import DEIS, ERSDE, IPNDM, DPMSolverPP, ExponentialAB, SASolver, UniPC
-from scoresde.solvers.first_order import DDIM, DDPM, Ancestral, EulerMaruyama, ExponentialSDE, ReverseDiffusion
-from scoresde.solvers.predictor_corrector import PredictorCorrector
-from scoresde.solvers.reverse_sde import ReverseSDE
-from scoresde.solvers.runge_kutta import Euler, Heun, RungeKutta
-from scoresde.solvers.single_step import DPMSolver, ExponentialHeun
 
 __all__ = ["ALIASES", "SOLVERS", "Entry", "available", "solver_of"]
 
@@ -105,86 +107,86 @@ _ZHAO = "Zhao et al. (2023)"
 # (name, solver, order, evaluations, deterministic, view, source) of each, by family.
 _FAMILIES: dict[str, list[tuple[str, Solver, int | None, str, bool, str, str]]] = {
     "first order": [
-        ("ddpm", DDPM(), 1, "N", False, "x0", "Ho et al. (2020)"),
-        ("ddpm-beta", DDPM("beta"), 1, "N", False, "x0", "Ho et al. (2020)"),
-        ("ddim", DDIM(), 1, "N", True, "x0", _DDIM),
-        ("ddim-0.5", DDIM(0.5), 1, "N", False, "x0", _DDIM),
-        ("ancestral", Ancestral(), 1, "N", False, "x0", _SONG),
-        ("reverse-diffusion", ReverseDiffusion(), 1, "N", False, "x0", _SONG),
-        ("reverse-diffusion-ode", ReverseDiffusion(probability_flow=True), 1, "N", True, "x0", _SONG),
-        ("euler-maruyama", EulerMaruyama(), 1, "N", False, "x0", _SONG),
-        ("euler-maruyama-sigma", EulerMaruyama("sigma"), 1, "N", False, "x0", _SONG),
-        ("euler", Euler("t"), 1, "N", True, "velocity", _SONG),
-        ("exponential-sde", ExponentialSDE(), 1, "N", False, "x0", _LU_PP),
-        ("er-sde1", ERSDE(1), 1, "N", False, "x0", _CUI),
+        ("ddpm", first_order.DDPM(), 1, "N", False, "x0", "Ho et al. (2020)"),
+        ("ddpm-beta", first_order.DDPM("beta"), 1, "N", False, "x0", "Ho et al. (2020)"),
+        ("ddim", first_order.DDIM(), 1, "N", True, "x0", _DDIM),
+        ("ddim-0.5", first_order.DDIM(0.5), 1, "N", False, "x0", _DDIM),
+        ("ancestral", first_order.Ancestral(), 1, "N", False, "x0", _SONG),
+        ("reverse-diffusion", first_order.ReverseDiffusion(), 1, "N", False, "x0", _SONG),
+        ("reverse-diffusion-ode", first_order.ReverseDiffusion(probability_flow=True), 1, "N", True, "x0", _SONG),
+        ("euler-maruyama", first_order.EulerMaruyama(), 1, "N", False, "x0", _SONG),
+        ("euler-maruyama-sigma", first_order.EulerMaruyama("sigma"), 1, "N", False, "x0", _SONG),
+        ("euler", runge_kutta.Euler("t"), 1, "N", True, "velocity", _SONG),
+        ("exponential-sde", first_order.ExponentialSDE(), 1, "N", False, "x0", _LU_PP),
+        ("er-sde1", exponential.ERSDE(1), 1, "N", False, "x0", _CUI),
     ],
     "multistep": [
-        ("dpm++2m", DPMSolverPP(2), 2, "N", True, "x0", _LU_PP),
-        ("dpm++3m", DPMSolverPP(3), 3, "N", True, "x0", _LU_PP),
-        ("dpm++3m-published", DPMSolverPP(3, as_published=True), 2, "N", True, "x0", _LU_PP),
-        ("deis2", DEIS(2), 2, "N", True, "eps", _ZHANG),
-        ("deis3", DEIS(3), 3, "N", True, "eps", _ZHANG),
-        ("deis4", DEIS(4), 4, "N", True, "eps", _ZHANG),
-        ("deis3-rho", DEIS(3, "sigma"), 3, "N", True, "eps", _ZHANG),
-        ("ipndm3", IPNDM(3), 2, "N", True, "eps", "Liu et al. (2022)"),
-        ("ipndm4", IPNDM(4), 2, "N", True, "eps", "Liu et al. (2022)"),
-        ("eab3-eps", ExponentialAB(3, "eps"), 3, "N", True, "eps", _ZHANG),
-        ("eab4-eps", ExponentialAB(4, "eps"), 4, "N", True, "eps", _ZHANG),
-        ("eab2-v", ExponentialAB(2, "v"), 2, "N", True, "v", _ANGLE),
-        ("eab3-v", ExponentialAB(3, "v"), 3, "N", True, "v", _ANGLE),
-        ("eab4-v", ExponentialAB(4, "v"), 4, "N", True, "v", _ANGLE),
-        ("eab4-v-lambda", ExponentialAB(4, "v", "half_log_snr"), 4, "N", True, "v", _ANGLE),
-        ("eab3-flow", ExponentialAB(3, "flow"), 3, "N", True, "flow", _FLOW),
-        ("eab4-flow", ExponentialAB(4, "flow"), 4, "N", True, "flow", _FLOW),
-        ("eab2-v-sde", ExponentialAB(2, "v", tau=1.0), 2, "N", False, "v", _ANGLE),
-        ("eab2-flow-sde", ExponentialAB(2, "flow", tau=1.0), 2, "N", False, "flow", _FLOW),
-        ("unip2", UniPC(2, corrector=False), 2, "N", True, "x0", _ZHAO),
-        ("unip3", UniPC(3, corrector=False), 3, "N", True, "x0", _ZHAO),
-        ("unipc2", UniPC(2), 3, "N", True, "x0", _ZHAO),
-        ("unipc3", UniPC(3), 4, "N", True, "x0", _ZHAO),
-        ("unipc4", UniPC(4), 5, "N", True, "x0", _ZHAO),
-        ("unipc4-v", UniPC(4, "v"), 5, "N", True, "v", _ZHAO),
-        ("unipc3-eps", UniPC(3, "eps"), 4, "N", True, "eps", _ZHAO),
-        ("dpm++2m-sde", DPMSolverPP(2, stochastic=True), 2, "N", False, "x0", _LU_PP),
-        ("dpm++3m-sde", DPMSolverPP(3, stochastic=True), 2, "N", False, "x0", _LU_PP),
-        ("sa-solver", SASolver(), 2, "N", False, "x0", "Xue et al. (2023)"),
-        ("er-sde2", ERSDE(2), 2, "N", False, "x0", _CUI),
-        ("er-sde3", ERSDE(3), 2, "N", False, "x0", _CUI),
-        ("er-sde3-published", ERSDE(3, as_published=True), 2, "N", False, "x0", _CUI),
+        ("dpm++2m", exponential.DPMSolverPP(2), 2, "N", True, "x0", _LU_PP),
+        ("dpm++3m", exponential.DPMSolverPP(3), 3, "N", True, "x0", _LU_PP),
+        ("dpm++3m-published", exponential.DPMSolverPP(3, as_published=True), 2, "N", True, "x0", _LU_PP),
+        ("deis2", exponential.DEIS(2), 2, "N", True, "eps", _ZHANG),
+        ("deis3", exponential.DEIS(3), 3, "N", True, "eps", _ZHANG),
+        ("deis4", exponential.DEIS(4), 4, "N", True, "eps", _ZHANG),
+        ("deis3-rho", exponential.DEIS(3, "sigma"), 3, "N", True, "eps", _ZHANG),
+        ("ipndm3", exponential.IPNDM(3), 2, "N", True, "eps", "Liu et al. (2022)"),
+        ("ipndm4", exponential.IPNDM(4), 2, "N", True, "eps", "Liu et al. (2022)"),
+        ("eab3-eps", exponential.ExponentialAB(3, "eps"), 3, "N", True, "eps", _ZHANG),
+        ("eab4-eps", exponential.ExponentialAB(4, "eps"), 4, "N", True, "eps", _ZHANG),
+        ("eab2-v", exponential.ExponentialAB(2, "v"), 2, "N", True, "v", _ANGLE),
+        ("eab3-v", exponential.ExponentialAB(3, "v"), 3, "N", True, "v", _ANGLE),
+        ("eab4-v", exponential.ExponentialAB(4, "v"), 4, "N", True, "v", _ANGLE),
+        ("eab4-v-lambda", exponential.ExponentialAB(4, "v", "half_log_snr"), 4, "N", True, "v", _ANGLE),
+        ("eab3-flow", exponential.ExponentialAB(3, "flow"), 3, "N", True, "flow", _FLOW),
+        ("eab4-flow", exponential.ExponentialAB(4, "flow"), 4, "N", True, "flow", _FLOW),
+        ("eab2-v-sde", exponential.ExponentialAB(2, "v", tau=1.0), 2, "N", False, "v", _ANGLE),
+        ("eab2-flow-sde", exponential.ExponentialAB(2, "flow", tau=1.0), 2, "N", False, "flow", _FLOW),
+        ("unip2", exponential.UniPC(2, corrector=False), 2, "N", True, "x0", _ZHAO),
+        ("unip3", exponential.UniPC(3, corrector=False), 3, "N", True, "x0", _ZHAO),
+        ("unipc2", exponential.UniPC(2), 3, "N", True, "x0", _ZHAO),
+        ("unipc3", exponential.UniPC(3), 4, "N", True, "x0", _ZHAO),
+        ("unipc4", exponential.UniPC(4), 5, "N", True, "x0", _ZHAO),
+        ("unipc4-v", exponential.UniPC(4, "v"), 5, "N", True, "v", _ZHAO),
+        ("unipc3-eps", exponential.UniPC(3, "eps"), 4, "N", True, "eps", _ZHAO),
+        ("dpm++2m-sde", exponential.DPMSolverPP(2, stochastic=True), 2, "N", False, "x0", _LU_PP),
+        ("dpm++3m-sde", exponential.DPMSolverPP(3, stochastic=True), 2, "N", False, "x0", _LU_PP),
+        ("sa-solver", exponential.SASolver(), 2, "N", False, "x0", "Xue et al. (2023)"),
+        ("er-sde2", exponential.ERSDE(2), 2, "N", False, "x0", _CUI),
+        ("er-sde3", exponential.ERSDE(3), 2, "N", False, "x0", _CUI),
+        ("er-sde3-published", exponential.ERSDE(3, as_published=True), 2, "N", False, "x0", _CUI),
     ],
     "Runge-Kutta": [
-        ("heun", Heun(), 2, "2N - 1", True, "eps", _EDM),
-        ("heun-t", Heun("t"), 2, "2N - 1", True, "velocity", _EDM),
-        ("heun-angle", Heun("angle"), 2, "2N - 1", True, "v", _ANGLE),
-        ("midpoint", RungeKutta("midpoint"), 2, "2N - 1", True, "eps", _EDM),
-        ("ralston", RungeKutta("ralston"), 2, "2N - 1", True, "eps", _EDM),
-        ("kutta3", RungeKutta("kutta3"), 3, "3N - 2", True, "eps", _ZHANG),
-        ("rk4", RungeKutta("rk4"), 4, "4N - 3", True, "eps", _ZHANG),
-        ("rk4-lambda", RungeKutta("rk4", "half_log_snr"), 4, "4N - 3", True, "eps", _EDM),
-        ("rk4-angle", RungeKutta("rk4", "angle"), 4, "4N - 3", True, "v", _ANGLE),
-        ("rk4-flow", RungeKutta("rk4", "flow"), 4, "4N - 3", True, "flow", _FLOW),
-        ("dpm-solver2", DPMSolver(2), 2, "2N - 1", True, "eps", _LU),
-        ("dpm-solver3", DPMSolver(3), 3, "3N - 2", True, "eps", _LU),
-        ("dpm-solver-fast", DPMSolver(3, fast=True), 3, "3N - 2", True, "eps", _LU),
-        ("dpm++2s", DPMSolver(2, "x0"), 2, "2N - 1", True, "x0", _LU_PP),
-        ("dpm++3s", DPMSolver(3, "x0"), 3, "3N - 2", True, "x0", _LU_PP),
-        ("exponential-heun", ExponentialHeun(), 2, "2N - 1", True, "x0", "Hochbruck and Ostermann (2010)"),
-        ("edm-stochastic", EDMStochastic(), 2, "2N - 1", False, "eps", _EDM),
-        ("restart", Restart([(3, 2, 0.06, 0.3)]), None, "2N - 1 + 8", False, "eps", "Xu et al. (2023)"),
-        ("time-travel", TimeTravel(jump=2, repeats=2), 1, "", False, "x0", "Lugmayr et al. (2022)"),
+        ("heun", runge_kutta.Heun(), 2, "2N - 1", True, "eps", _EDM),
+        ("heun-t", runge_kutta.Heun("t"), 2, "2N - 1", True, "velocity", _EDM),
+        ("heun-angle", runge_kutta.Heun("angle"), 2, "2N - 1", True, "v", _ANGLE),
+        ("midpoint", runge_kutta.RungeKutta("midpoint"), 2, "2N - 1", True, "eps", _EDM),
+        ("ralston", runge_kutta.RungeKutta("ralston"), 2, "2N - 1", True, "eps", _EDM),
+        ("kutta3", runge_kutta.RungeKutta("kutta3"), 3, "3N - 2", True, "eps", _ZHANG),
+        ("rk4", runge_kutta.RungeKutta("rk4"), 4, "4N - 3", True, "eps", _ZHANG),
+        ("rk4-lambda", runge_kutta.RungeKutta("rk4", "half_log_snr"), 4, "4N - 3", True, "eps", _EDM),
+        ("rk4-angle", runge_kutta.RungeKutta("rk4", "angle"), 4, "4N - 3", True, "v", _ANGLE),
+        ("rk4-flow", runge_kutta.RungeKutta("rk4", "flow"), 4, "4N - 3", True, "flow", _FLOW),
+        ("dpm-solver2", single_step.DPMSolver(2), 2, "2N - 1", True, "eps", _LU),
+        ("dpm-solver3", single_step.DPMSolver(3), 3, "3N - 2", True, "eps", _LU),
+        ("dpm-solver-fast", single_step.DPMSolver(3, fast=True), 3, "3N - 2", True, "eps", _LU),
+        ("dpm++2s", single_step.DPMSolver(2, "x0"), 2, "2N - 1", True, "x0", _LU_PP),
+        ("dpm++3s", single_step.DPMSolver(3, "x0"), 3, "3N - 2", True, "x0", _LU_PP),
+        ("exponential-heun", single_step.ExponentialHeun(), 2, "2N - 1", True, "x0", "Hochbruck and Ostermann (2010)"),
+        ("edm-stochastic", composite.EDMStochastic(), 2, "2N - 1", False, "eps", _EDM),
+        ("restart", composite.Restart([(3, 2, 0.06, 0.3)]), None, "2N - 1 + 8", False, "eps", "Xu et al. (2023)"),
+        ("time-travel", composite.TimeTravel(jump=2, repeats=2), 1, "", False, "x0", "Lugmayr et al. (2022)"),
     ],
     "Langevin": [
-        ("annealed-langevin", AnnealedLangevin(), None, "5N + 1", False, "score", _NCSN),
-        ("pc", PredictorCorrector(), None, "2N - 1", False, "score", _SONG),
-        ("pc-ald", PredictorCorrector(corrector="ald"), None, "2N - 1", False, "score", _SONG),
+        ("annealed-langevin", annealed.AnnealedLangevin(), None, "5N + 1", False, "score", _NCSN),
+        ("pc", predictor_corrector.PredictorCorrector(), None, "2N - 1", False, "score", _SONG),
+        ("pc-ald", predictor_corrector.PredictorCorrector(corrector="ald"), None, "2N - 1", False, "score", _SONG),
     ],
     "adaptive": [
-        ("ode-dopri5", AdaptiveODE(), None, "", True, "eps", "torchdiffeq"),
-        ("ode-rk45", AdaptiveODE("RK45"), None, "", True, "eps", "scipy"),
-        ("dpm-solver23", DPMSolverAdaptive(3), None, "", True, "eps", _LU),
-        ("dpm-solver12", DPMSolverAdaptive(2), None, "", True, "eps", _LU),
-        ("adaptive-sde", AdaptiveSDE(), None, "", False, "score", _GOTTA),
-        ("reverse-sde", ReverseSDE(), None, "N", False, "eps", "torchsde"),
+        ("ode-dopri5", adaptive_ode.AdaptiveODE(), None, "", True, "eps", "torchdiffeq"),
+        ("ode-rk45", adaptive_ode.AdaptiveODE("RK45"), None, "", True, "eps", "scipy"),
+        ("dpm-solver23", adaptive_sde.DPMSolverAdaptive(3), None, "", True, "eps", _LU),
+        ("dpm-solver12", adaptive_sde.DPMSolverAdaptive(2), None, "", True, "eps", _LU),
+        ("adaptive-sde", adaptive_sde.AdaptiveSDE(), None, "", False, "score", _GOTTA),
+        ("reverse-sde", reverse_sde.ReverseSDE(), None, "N", False, "eps", "torchsde"),
     ],
 }
 
@@ -212,11 +214,12 @@ def solver_of(text: str) -> Solver:
         return SOLVERS[name].solver
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)  # noqa: PT018
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError(f"{text} is no call")
         made = _CLASSES[call.func.id]
         args = [ast.literal_eval(arg) for arg in call.args]
         options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, AssertionError, KeyError) as error:
+    except (SyntaxError, ValueError, KeyError) as error:
         names = ", ".join(SOLVERS)
         raise ValueError(f"solver {text}: expected a call, 'DDIM(eta=0.2)' say, or one of {names}") from error
     try:

@@ -12,7 +12,8 @@ what a trajectory keeps are the states that the samples came from.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep, Solver, check_decreasing
+from scoresde.solvers.base import Around, SingleStep, check_decreasing
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows, forward_rows
 from scoresde.solvers.runge_kutta import Heun
@@ -34,7 +35,7 @@ from scoresde.tableau import State, Tableau
 __all__ = ["EDMStochastic", "Restart", "TimeTravel"]
 
 
-class _Move(NamedTuple):
+class Move(NamedTuple):
     t: float
     s: float
     step: int
@@ -45,23 +46,34 @@ def _level(sde: SDE, t: Tensor | float) -> Tensor:
     return (-sde.half_log_snr(t)).exp()
 
 
-class _Composite(Solver):
+def _ends(moves: Sequence[Move]) -> Tensor:
+    """(t, s) of moves, float64, each of shape (M,)."""
+    return torch.tensor([move[:2] for move in moves], dtype=torch.float64, device="cpu").T
+
+
+class _Composite(Around, ABC):
     """A solver whose moves down are another's steps, on the grid that is its custom."""
 
     solver: SingleStep
+    S_noise: float = 1.0  # factor of the forward process's noise
 
-    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        return self.solver.grid(sde, steps, end=end)
+    @abstractmethod
+    def moves(self, grid: Grid) -> list[Move]:
+        """The moves in their order: down by the solver, up by the forward process."""
 
-    def _tableau(self, grid: Grid, moves: Sequence[_Move], S_noise: float = 1.0) -> Tableau:
-        """The table of the moves, in their order: down by the solver, up by the forward process."""
+    def evaluations(self, grid: Grid) -> int:
+        t, s = _ends(self.moves(grid))
+        return int(self.solver.stages(grid.sde, t[s < t], s[s < t]).sum())
+
+    def tableau(self, grid: Grid) -> Tableau:
         check_decreasing(grid, self)
-        t, s = torch.tensor([move[:2] for move in moves], dtype=torch.float64, device="cpu").T
+        moves = self.moves(grid)
+        t, s = _ends(moves)
         step = torch.tensor([move.step for move in moves], device="cpu")
         up, down = (s > t).nonzero().flatten(), (s < t).nonzero().flatten()
         rows = Rows.merge(
             [
-                forward_rows(grid.sde, t[up], s[up], S_noise).numbered(up),
+                forward_rows(grid.sde, t[up], s[up], self.S_noise).numbered(up),
                 self.solver.rows(grid.sde, t[down], s[down]).numbered(down),
             ]
         )
@@ -106,7 +118,7 @@ class EDMStochastic(_Composite):
             raise ValueError(f"S_min={self.S_min}, S_max={self.S_max}: expected 0 <= S_min <= S_max")
         self._check_solver()
 
-    def tableau(self, grid: Grid) -> Tableau:
+    def moves(self, grid: Grid) -> list[Move]:
         sde, t = grid.sde, grid.times[:-1]
         gamma = min(self.S_churn / grid.steps, math.sqrt(2) - 1)
         u = _level(sde, t)
@@ -116,9 +128,9 @@ class EDMStochastic(_Composite):
         moves = []
         for i, (start, top, end) in enumerate(zip(t.tolist(), t_hat.tolist(), grid.times[1:].tolist(), strict=True)):
             if top > start:
-                moves.append(_Move(start, top, i))
-            moves.append(_Move(top, end, i))
-        return self._tableau(grid, moves, self.S_noise)
+                moves.append(Move(start, top, i))
+            moves.append(Move(top, end, i))
+        return moves
 
 
 @dataclass(frozen=True)
@@ -174,21 +186,16 @@ class Restart(_Composite):
         grid = super().grid(sde, steps, end=end)
         return Grid.power(sde, steps, power=2.0, end=end) if self._unmet(grid) else grid
 
-    def tableau(self, grid: Grid) -> Tableau:
+    def moves(self, grid: Grid) -> list[Move]:
         times, loops = grid.times.tolist(), self._loops(grid)
         moves = []
         for i in range(grid.steps):
             path = [times[i], times[i + 1], *loops.get(i + 1, [])]
-            moves += [_Move(t, s, i) for t, s in pairwise(path)]
-        return self._tableau(grid, moves, self.S_noise)
+            moves += [Move(t, s, i) for t, s in pairwise(path)]
+        return moves
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
         check_decreasing(grid, self)
         for interval in self._unmet(grid):
@@ -196,7 +203,7 @@ class Restart(_Composite):
                 f"{grid!r} has no noisy time below u_max={interval[3]} after its start, so the interval {interval} "
                 "would not run: take more steps, or a grid with more times near the data, Grid.power say"
             )
-        return super().iterate(denoiser, x, grid, noise, cond)
+        return super().loop(denoiser, x, grid, noise, cond)
 
     def _unmet(self, grid: Grid) -> list[tuple[int, int, float, float]]:
         return [interval for interval in self.intervals if _nearest(grid, interval) is None]
@@ -255,14 +262,14 @@ class TimeTravel(_Composite):
         check_nonnegative(u_min=self.u_min)
         self._check_solver()
 
-    def tableau(self, grid: Grid) -> Tableau:
-        times, moves = grid.times.tolist(), list[_Move]()
+    def moves(self, grid: Grid) -> list[Move]:
+        times, moves = grid.times.tolist(), list[Move]()
         noisy = (_level(grid.sde, grid.times) > self.u_min).tolist()
         for i in range(grid.steps):
             end = i + self.jump
             if i % self.jump == 0 and end <= grid.steps and noisy[end]:
                 # All but the last pass belong to the block's first step, so that only the last leaves states for good.
                 round_trip = [*pairwise(times[i : end + 1]), (times[end], times[i])]
-                moves += [_Move(t, s, i) for t, s in round_trip] * (self.repeats - 1)
-            moves.append(_Move(times[i], times[i + 1], i))
-        return self._tableau(grid, moves)
+                moves += [Move(t, s, i) for t, s in round_trip] * (self.repeats - 1)
+            moves.append(Move(times[i], times[i + 1], i))
+        return moves

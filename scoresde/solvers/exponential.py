@@ -20,8 +20,7 @@ from torch import Tensor
 
 from scoresde.checks import check_nonnegative, check_option, check_order
 from scoresde.grid import Grid
-from scoresde.solvers.base import Solver
-from scoresde.solvers.multistep import CURVES, Kernel, Rule, Steps, Variable, View, steps_in
+from scoresde.solvers.multistep import CURVES, Kernel, Multistep, Rule, Steps, Variable, View, steps_in
 from scoresde.solvers.runge_kutta import VARIABLES
 from scoresde.tableau import Tableau
 
@@ -34,7 +33,7 @@ def _check_published(order: int, as_published: bool) -> None:
 
 
 @dataclass(frozen=True)
-class ExponentialAB(Solver):
+class ExponentialAB(Multistep):
     """Exponential Adams-Bashforth: the polynomial through the last `order` values of F, integrated exactly. In x0 and
     lambda it is UniP (Zhao et al., 2023), in eps and t DEIS-tAB (Zhang and Chen, 2023), in v and flow plain
     Adams-Bashforth on a curve without a linear part.
@@ -51,8 +50,6 @@ class ExponentialAB(Solver):
     Raises:
         ValueError: on another order, view or variable, or a tau that is negative.
     """
-
-    power: ClassVar[float | None] = 4.0
 
     order: int = 3
     view: View = "x0"
@@ -72,7 +69,7 @@ class ExponentialAB(Solver):
 
 
 @dataclass(frozen=True)
-class DPMSolverPP(Solver):
+class DPMSolverPP(Multistep):
     """DPM-Solver++ 2M and 3M and their SDE forms (Lu et al., 2022b, algorithm 2 and appendix): the view x0 in lambda.
 
     The official code's 3M takes half of the second difference, and so does every code that follows it: measured, it is
@@ -90,8 +87,6 @@ class DPMSolverPP(Solver):
     Raises:
         ValueError: on another order, rule or view, or as_published without order 3.
     """
-
-    power: ClassVar[float | None] = 4.0
 
     order: int = 2
     stochastic: bool = False
@@ -132,7 +127,7 @@ def _second_derivative(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DEIS(Solver):
+class DEIS(Multistep):
     """Diffusion exponential integrator sampler (Zhang and Chen, 2023), the view eps: tAB and rhoAB.
 
     Args:
@@ -142,8 +137,6 @@ class DEIS(Solver):
     Raises:
         ValueError: on another order or variable.
     """
-
-    power: ClassVar[float | None] = 4.0
 
     order: int = 3
     variable: Literal["t", "sigma"] = "t"
@@ -157,7 +150,7 @@ class DEIS(Solver):
 
 
 @dataclass(frozen=True)
-class IPNDM(Solver):
+class IPNDM(Multistep):
     """Improved pseudo-numerical method (Liu et al., 2022; Zhang and Chen, 2023): DDIM's step with eps replaced by the
     Adams-Bashforth combination of equal steps, whatever the steps are. Its order shows only on steps that are equal in
     sigma / alpha, and is two where the ratio of neighbouring steps tends to one; at few evaluations it is often good.
@@ -168,8 +161,6 @@ class IPNDM(Solver):
     Raises:
         ValueError: on another order.
     """
-
-    power: ClassVar[float | None] = 4.0
 
     order: int = 4
 
@@ -186,7 +177,7 @@ class IPNDM(Solver):
 
 
 @dataclass(frozen=True)
-class UniPC(Solver):
+class UniPC(Multistep):
     """UniPC (Zhao et al., 2023): the predictor UniP-p and the corrector UniC-p, which adds the newest value and one
     order, at one evaluation a step. There is no corrector on the last step.
 
@@ -201,8 +192,6 @@ class UniPC(Solver):
     Raises:
         ValueError: on another order, view or rule.
     """
-
-    power: ClassVar[float | None] = 4.0
 
     order: int = 3
     view: View = "x0"
@@ -223,7 +212,7 @@ class UniPC(Solver):
 
 
 @dataclass(frozen=True)
-class SASolver(Solver):
+class SASolver(Multistep):
     """SA-Solver (Xue et al., 2023): stochastic Adams with predictor and corrector in the view x0, one evaluation a
     step; the corrector takes the predictor's noise.
 
@@ -238,8 +227,6 @@ class SASolver(Solver):
     Raises:
         ValueError: on other numbers, or a tau that is negative; by `tableau` if the function's values are.
     """
-
-    power: ClassVar[float | None] = 4.0
 
     predictor: int = 3
     corrector: int = 4
@@ -275,7 +262,7 @@ def recommended_noise_scale(u: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ERSDE(Solver):
+class ERSDE(Multistep):
     """Extended reverse-time SDE solver (Cui et al., 2023), of a noise scale phi(u), u = sigma / alpha: the view x0
     interpolated in u, with r = phi(u_s) / phi(u_t),
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
-from scoresde.noise import NoiseSource, noise_source
+from scoresde.noise import Noise, noise_source
 from scoresde.tensors import check_batch, precise, widen
 
 __all__ = ["langevin"]
@@ -33,7 +33,7 @@ def langevin(
     steps: int,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    noise: NoiseSource | None = None,
+    noise: Noise | None = None,
     cond: Mapping[str, Any] | None = None,
     trajectory: bool = False,
 ) -> Tensor:

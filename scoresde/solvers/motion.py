@@ -13,7 +13,7 @@ the same everywhere, and the same on every SDE.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -28,6 +28,7 @@ from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
 from scoresde.solvers.base import SingleStep, Solver
+from scoresde.tableau import State
 
 __all__ = ["Budgeted", "Leg", "Motion", "NonFinite", "OutOfBudget", "legs"]
 
@@ -167,6 +168,22 @@ class Motion:
         a, b, c = float(rows.a), float(rows.b), float(rows.c)
         x = x * (a + b * float(u)) + self._output(x, leg.t) * (b * float(v))
         return x if c == 0 else x + c * noise(0, x)  # type: ignore[misc]
+
+    def follow(self, x: Tensor, parts: Sequence[Leg], move: Callable[[Tensor, Leg], Tensor]) -> Iterator[State]:
+        """The states at the ends of the parts, each made by move(x, leg); the last one where a NaN or the end of the
+        budget stops the run.
+        """
+        for row, leg in enumerate(parts):
+            try:
+                x = move(x, leg)
+            except OutOfBudget:
+                assert self.reached is not None
+                yield State(row, self.nfe, leg.step, False, *self.reached)
+                return
+            except NonFinite as stop:
+                yield State(row, self.nfe, leg.step, False, stop.t, stop.x)
+                return
+            yield State(row, self.nfe, leg.step, leg.done, leg.s, x)
 
     def accept(self, half_log_snr: float, w: Tensor) -> None:
         """The state and its time are where the run stands."""

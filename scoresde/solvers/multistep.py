@@ -31,13 +31,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from scoresde.grid import Grid
+from scoresde.solvers.base import Solver
 from scoresde.solvers.first_order import marginal_preserving
 from scoresde.solvers.rows import forgotten
 from scoresde.solvers.runge_kutta import VARIABLES
@@ -45,7 +46,7 @@ from scoresde.solvers.weights import exponential_kernel, interpolation_weights
 from scoresde.tableau import Tableau
 from scoresde.views import view_of_mean
 
-__all__ = ["CURVES", "Kernel", "Rule", "Steps", "Variable", "View", "steps_in"]
+__all__ = ["CURVES", "Kernel", "Multistep", "Rule", "Steps", "Variable", "View", "steps_in"]
 
 View = Literal["x0", "eps", "v", "flow"]
 Variable = Literal["half_log_snr", "sigma", "t", "angle", "flow"]
@@ -54,6 +55,15 @@ Kernel = Callable[[Tensor], Tensor]
 
 CURVES: dict[str, Variable] = {"v": "angle", "flow": "flow"}
 """Views whose flow is the integral of F alone, and the variable it is over: a key of `runge_kutta.VARIABLES`."""
+
+
+class Multistep(Solver):
+    """A solver of one evaluation a step, which reads those of earlier steps too."""
+
+    power: ClassVar[float | None] = 4.0
+
+    def evaluations(self, grid: Grid) -> int:
+        return grid.steps
 
 
 @dataclass(frozen=True)

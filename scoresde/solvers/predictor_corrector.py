@@ -18,7 +18,7 @@ The paper's algorithm 1 corrects at s, after the predictor; the authors' code co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
 from scoresde.solvers.annealed import langevin_rows
-from scoresde.solvers.base import SingleStep, Solver, check_decreasing
+from scoresde.solvers.base import SingleStep, Solver
 from scoresde.solvers.first_order import ReverseDiffusion
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State, Tableau
@@ -94,7 +94,7 @@ class PredictorCorrector(Solver):
         return self.predictor.grid(sde, steps, end=end)
 
     def evaluations(self, grid: Grid) -> int:
-        return self.predictor.tableau(grid).nfe + self.corrector_steps * int(self._corrects(grid)[2].sum())
+        return self.predictor.evaluations(grid) + self.corrector_steps * int(self._corrects(grid)[2].sum())
 
     @property
     def has_table(self) -> bool:
@@ -118,20 +118,12 @@ class PredictorCorrector(Solver):
         rows = [predict, correct] if self.order == "predictor" else [correct, predict]
         return Rows.merge(rows).tableau(grid)
 
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
         if self.has_table:
-            return super().iterate(denoiser, x, grid, noise, cond)
-        grid.check_sde(denoiser.sde)
-        check_decreasing(grid, self)
-        if noise is None:
-            raise ValueError("the corrector draws noise: pass noise=, a function (row, x)")
+            return super().loop(denoiser, x, grid, noise, cond)
+        assert noise is not None
         at, _, corrected = self._corrects(grid)
         rows = self.predictor.rows(grid.sde, grid.times[:-1], grid.times[1:])
         zero = torch.zeros(grid.steps, dtype=torch.int64, device="cpu")
@@ -140,7 +132,7 @@ class PredictorCorrector(Solver):
             for i, pair in enumerate(grid.times.unfold(0, 2, 1))
         ]
         denoiser.check_times(torch.cat([at[corrected], *(table.t[table.evaluates] for table in predict)]))
-        return self._loop(denoiser, x, grid, predict, noise, dict(cond or {}))
+        return self._loop(denoiser, x, grid, predict, noise, cond)
 
     def _loop(
         self,

@@ -33,7 +33,7 @@ from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.rows import Rows, stage_rows
 from scoresde.views import Affine, view_of_mean
 
-__all__ = ["METHODS", "VARIABLES", "Euler", "Heun", "RungeKutta", "has_no_stages", "rows_by_kind"]
+__all__ = ["Euler", "Heun", "RungeKutta"]
 
 Variable = Literal["sigma", "half_log_snr", "t", "angle", "flow"]
 Method = Literal["euler", "heun", "midpoint", "ralston", "kutta3", "rk4"]
@@ -143,13 +143,17 @@ class RungeKutta(SingleStep):
         power = {"sigma": 2.0, "t": 2.5, "half_log_snr": 1.5}.get(self.variable, 4.0)  # measured
         return Grid.power(sde, steps, power=power, end=end)
 
+    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
+        return torch.where(self._singular(sde, t, s), 1, len(METHODS[self.method]))
+
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
-        singular = sde.sigma(s) == 0
-        if self.variable in ("sigma", "half_log_snr"):
-            singular = has_no_stages(sde, t, s)
+        singular = self._singular(sde, t, s)
         return rows_by_kind(
             t, s, singular, lambda kind, t, s: DDIM().rows(sde, t, s) if kind else self._stages(sde, t, s)
         )
+
+    def _singular(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
+        return has_no_stages(sde, t, s) if self.variable in ("sigma", "half_log_snr") else sde.sigma(s) == 0
 
     def _stages(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         x = VARIABLES[self.variable]
@@ -214,6 +218,9 @@ class Heun(SingleStep):
         if self.variable == "sigma" and (steps < 10 or isinstance(sde, EDMSDE)):
             return Grid.customary(sde, steps, end=end)
         return RungeKutta("heun", self.variable).grid(sde, steps, end=end)
+
+    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
+        return RungeKutta("heun", self.variable).stages(sde, t, s)
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         return RungeKutta("heun", self.variable).rows(sde, t, s)

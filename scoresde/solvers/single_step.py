@@ -22,7 +22,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count, check_option, check_order
 from scoresde.grid import Grid
 from scoresde.sde import SDE
@@ -33,7 +32,7 @@ from scoresde.solvers.runge_kutta import has_no_stages, rows_by_kind
 from scoresde.solvers.weights import exponential_kernel, interpolation_weights
 from scoresde.views import view_of_mean
 
-__all__ = ["DPMSolver", "ExponentialHeun", "exponential_rows"]
+__all__ = ["DPMSolver", "ExponentialHeun"]
 
 View = Literal["eps", "x0"]
 Stages = list[tuple[float, list[int]]]
@@ -111,13 +110,14 @@ class DPMSolver(SingleStep):
         if self.fast:
             raise ValueError("orders= fixes the steps that fast=True would choose: give one of them")
 
-    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
         orders = self.orders or (self.order,) * len(t)
         if len(orders) != len(t):
             raise ValueError(f"orders={orders} for a grid of {len(t)} steps: give one order for each step")
-        order = torch.tensor(orders, dtype=torch.int64, device="cpu")
-        order[has_no_stages(sde, t, s)] = 1
-        return rows_by_kind(t, s, order, lambda k, t, s: self._rows(k, sde, t, s))
+        return torch.where(has_no_stages(sde, t, s), 1, torch.tensor(orders, dtype=torch.int64, device="cpu"))
+
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        return rows_by_kind(t, s, self.stages(sde, t, s), lambda k, t, s: self._rows(k, sde, t, s))
 
     def _rows(self, order: int, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         return DDIM().rows(sde, t, s) if order == 1 else exponential_rows(sde, t, s, self.view, DPM_SOLVER[order])
@@ -133,7 +133,7 @@ class DPMSolver(SingleStep):
         first = [1] if float(sde.alpha(whole.times[0])) == 0 else []
         last = [1] if float(sde.sigma(whole.times[-1])) == 0 else []
         orders = [*first, *_fast(nfe - len(first + last), self.order), *last][:nfe]
-        if isinstance(sde, DDPMChain) and len(orders) > sde.steps:
+        if len(orders) > sde.most_steps:
             return super().within(sde, nfe)
         return replace(self, fast=False, orders=tuple(orders)), self.grid(sde, len(orders))
 
@@ -169,6 +169,9 @@ class ExponentialHeun(SingleStep):
 
     def __post_init__(self) -> None:
         check_option(("x0", "eps"), view=self.view)
+
+    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
+        return torch.where(has_no_stages(sde, t, s), 1, len(EXPONENTIAL_HEUN))
 
     def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
         def make(alone: bool, t: Tensor, s: Tensor) -> Rows:

@@ -1,7 +1,6 @@
 """Training by denoising score matching: the loss, where it puts its effort, and a trainer."""
 
 from scoresde.errors import CheckpointError
-from scoresde.training.checkpoint import read_checkpoint, write_checkpoint
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource
 from scoresde.training.loss import Part, dsm_loss
@@ -41,9 +40,7 @@ __all__ = [
     "load",
     "load_ema",
     "min_snr",
-    "read_checkpoint",
     "simple",
     "start",
     "uniform_in",
-    "write_checkpoint",
 ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from typing import Any, Literal
 
-from scoresde.checks import check_option
+from scoresde.checks import check_keys, check_option
 
-__all__ = ["TrainConfig", "check_keys"]
+__all__ = ["TrainConfig"]
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,3 @@ class TrainConfig:
         if self.schedule == "constant":
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
-
-
-def check_keys(name: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError, naming each, if some of the given keys are not known."""
-    known = list(known)
-    if unknown := [key for key in given if key not in known]:
-        raise ValueError(f"{name} has no {', '.join(map(repr, unknown))}: it knows {', '.join(known)}")

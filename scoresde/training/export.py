@@ -11,19 +11,20 @@ from torch import nn
 
 from scoresde.checks import check_option
 from scoresde.errors import CheckpointError
-from scoresde.training.folder import WHOLE, average_file, write_files
+from scoresde.training.folder import WHOLE, Checkpoint, seal
 from scoresde.training.model import load, opened
+from scoresde.training.whole_files import weights_file, write_weights
 
 __all__ = ["DTYPES", "export"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def export(run: str | Path, out: str | Path, *, average: int = 0, dtype: str = "float32") -> Path:
+def export(run: str | Path | Checkpoint, out: str | Path, *, average: int = 0, dtype: str = "float32") -> Path:
     """Write the averaged weights of a run into a folder of their own, without what only training needs.
 
     Args:
-        run: the run folder of a `Trainer(..., model=ModelConfig(...), folder=...)`, or one of its checkpoints.
+        run: as `scoresde.load` takes it.
         out: the folder, which must not exist.
         average: which of the averages.
         dtype: of the file: "float32", "float16" or "bfloat16". What is loaded from it is float32 again, with numbers of
@@ -41,8 +42,8 @@ def export(run: str | Path, out: str | Path, *, average: int = 0, dtype: str = "
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists: give another folder, or remove it")
-    found = opened(run)
-    denoiser = load(found.path, average)  # not the newest of now: a run may have come further
+    found = opened(run, weights_file(average))
+    denoiser = load(found, average)
     assert isinstance(denoiser.net, nn.Module)
     net = denoiser.net.to(DTYPES[dtype])
     if bad := [name for name, value in net.state_dict().items() if not bool(value.isfinite().all())]:
@@ -50,7 +51,8 @@ def export(run: str | Path, out: str | Path, *, average: int = 0, dtype: str = "
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        write_files(partial, {average_file(0): net}, {**found.manifest, "format": WHOLE})
+        write_weights(partial / weights_file(0), net)
+        seal(partial, [weights_file(0)], {**found.manifest, "format": WHOLE})
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,10 +8,12 @@
     F/.lock                                         while a run writes there
 
 A sharded run has, instead of the first three, shard-RRRRR-model-KKKKK-of-NNNNN.safetensors: what process R holds of the
-network, the averages (K = 1, 2, ...) and the optimiser (K = N); see `scoresde.training.shard_files`.
+network (K = 1), the averages (K = 2, 3, ...) and the optimiser (K = N); see `scoresde.training.shard_files`.
 
 A checkpoint is made in a folder of another name, each file flushed to the disk and the manifest last, and then renamed.
-Reading takes the newest that is whole, and says which one it had to pass over. Nothing in a file is ever executed.
+A file is hashed before it is read, and no other is: who goes on with a run needs them all, who samples the weights that
+are asked for. Reading takes the newest checkpoint of which those are whole, and says which one it had to pass over.
+Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
@@ -21,56 +23,33 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scoresde.errors import CheckpointError
+from scoresde.files import sync, write_flushed
+from scoresde.training import whole_files
+from scoresde.training.whole_files import OPTIMISER, check_safetensors
 
-__all__ = [
-    "SHARDED",
-    "WHOLE",
-    "Checkpoint",
-    "average_file",
-    "begin",
-    "check_made_for",
-    "check_safetensors",
-    "checkpoints",
-    "finish",
-    "newest",
-    "snapshot",
-    "write_files",
-]
+__all__ = ["SHARDED", "WHOLE", "Checkpoint", "begin", "checkpoints", "finish", "newest", "seal"]
 
 WHOLE, SHARDED = "scoresde-run-1", "scoresde-shards-1"
 KEYS = {"format", "step", "made_for", "config", "model", "progress", "versions", "files"}
-NETWORK, OPTIMISER, MANIFEST = "network.safetensors", "optimiser.pt", "manifest.json"
+MANIFEST = "manifest.json"
 
 
 class DamagedError(CheckpointError):
     """A checkpoint is not whole, or not one: an older one may be."""
 
 
-def average_file(i: int) -> str:
-    """The name of the i-th average's file."""
-    return f"average-{i}.safetensors" if i else "average.safetensors"
-
-
-def check_safetensors() -> None:
-    """Raises ImportError, saying what to install, if safetensors is not there."""
-    try:
-        import safetensors.torch  # noqa: F401
-    except ImportError as error:
-        raise ImportError("checkpoints need safetensors: pip install scoresde[train]") from error
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files have been found to be whole.
+    """A checkpoint, each file of which is hashed once, before it is read.
 
     Attributes:
         path: its folder.
@@ -79,13 +58,19 @@ class Checkpoint:
 
     path: Path
     manifest: dict[str, Any]
+    _whole: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
-        """Read the manifest, and hash the files.
+    def open(cls, path: Path, name: str | None = None) -> Checkpoint:
+        """Read the manifest, and hash the files that are to be read.
+
+        Args:
+            path: the checkpoint's folder.
+            name: of the weights that are wanted, by `weights_file`; None for everything.
 
         Raises:
-            CheckpointError: if a file is missing, damaged, or not what it should be; the message names it.
+            CheckpointError: if one of those files is missing, damaged, or not what it should be; the message names it.
+                If there are no such weights.
         """
         where = path / MANIFEST
         try:
@@ -102,82 +87,78 @@ class Checkpoint:
         files = manifest["files"]
         if not isinstance(files, dict) or not all(isinstance(expected, str) for expected in files.values()):
             raise DamagedError(f"{where} is damaged: its files are not names with a hash each")
-        for name, expected in files.items():
-            if Path(name).name != name:
-                raise CheckpointError(f"{where} names a file outside its folder, {name!r}: it was altered")
-            try:
-                found = _sha256(path / name)
-            except (OSError, ValueError) as error:
-                raise DamagedError(f"{path / name} cannot be read ({error})") from error
-            if found != expected:
-                raise DamagedError(f"{path / name} is truncated or damaged: its hash is not the manifest's")
-        return cls(path, manifest)
+        for file in files:
+            if Path(file).name != file:
+                raise CheckpointError(f"{where} names a file outside its folder, {file!r}: it was altered")
+        found = cls(path, manifest)
+        if name is None:
+            found._check_whole(files)
+        else:
+            found._files(name)
+        return found
 
     def check(self, made_for: Mapping[str, Any], *, whole: bool = True) -> None:
-        """Raises CheckpointError if the checkpoint was made for something other than made_for, or, unless whole is
-        False, for something besides, naming each difference."""
-        check_made_for(self.path, self.manifest["made_for"], made_for, whole=whole)
-
-    def weights(self, name: str, net: nn.Module) -> None:
-        """Load a file of weights into a network, whole or sharded.
+        """Check that the checkpoint was made for that, and, if whole, for nothing besides.
 
         Raises:
-            CheckpointError: if there is none of that name, or it does not fit.
+            CheckpointError: naming each difference.
+        """
+        theirs = self.manifest["made_for"]
+        different = [
+            f"{key}: {theirs.get(key, 'nothing')} in the file, {made_for.get(key, 'nothing')} here"
+            for key in (sorted({*theirs, *made_for}) if whole else made_for)
+            if theirs.get(key) != made_for.get(key)
+        ]
+        if different:
+            raise CheckpointError(f"{self.path} was made for something else. " + "; ".join(different))
+
+    def weights(self, name: str, net: nn.Module) -> None:
+        """Load weights, by the name that `weights_file` gives, into a network; both may be whole or sharded.
+
+        Raises:
+            CheckpointError: if there are none of that name, they are damaged, or do not fit.
         """
         check_safetensors()
-        if self.manifest["format"] == SHARDED:
-            from scoresde.training import shard_files
-
-            return shard_files.read_weights(self, name, net)
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        if name not in self.manifest["files"]:
-            there = ", ".join(file for file in self.manifest["files"] if file.endswith(".safetensors"))
-            raise CheckpointError(f"{self.path} has no {name}, but {there}")
-        try:
-            wanted = net.state_dict()
-            found = load_file(self.path / name)
-            net.load_state_dict({key: _laid_out(value, wanted.get(key)) for key, value in found.items()})
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise CheckpointError(f"{self.path / name} does not fit this network: {error}") from error
+        self._kind.read_weights(self.path, self._files(name), name, net)
 
     def optimiser(self, optimiser: torch.optim.Optimizer, net: nn.Module) -> None:
         """Load the optimiser's state, whole or sharded as its network is.
 
         Raises:
-            CheckpointError: if it is not one of tensors and numbers, or does not fit.
+            CheckpointError: if it is not one of tensors and numbers, is damaged, or does not fit.
         """
-        if self.manifest["format"] == SHARDED:
-            from scoresde.training import shard_files
+        self._kind.read_optimiser(self.path, self._files(OPTIMISER), optimiser, net)
 
-            return shard_files.read_optimiser(self, optimiser, net)
-        path = self.path / OPTIMISER
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{path} cannot be read: damaged, or not a file of tensors ({error})") from error
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{path} holds {type(found).__name__}: expected an optimiser's state")
-        parameters = list(net.parameters())
-        try:
-            found["state"] = {
-                i: {slot: _laid_out(value, parameters[i]) for slot, value in slots.items()}
-                for i, slots in found["state"].items()
-            }
-            optimiser.load_state_dict(found)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not fit this network ({type(error).__name__}: {error})") from error
+    @property
+    def _kind(self) -> Any:
+        """The module that reads its files."""
+        if self.manifest["format"] == WHOLE:
+            return whole_files
+        from scoresde.training import shard_files  # torch's distributed checkpoints take a while to import
 
+        return shard_files
 
-def _laid_out(value: Any, wanted: Any) -> Any:
-    """A whole tensor as the one that it is for: this process's shard of it, if that is sharded and of its shape."""
-    if not isinstance(value, Tensor) or not hasattr(wanted, "placements") or value.shape != wanted.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
+    def _files(self, name: str) -> list[str]:
+        """The files of that content; they are whole."""
+        contents: dict[str, list[str]] = self._kind.contents(self.path, self.manifest["files"])
+        if name not in contents:
+            there = ", ".join(other for other in contents if other != OPTIMISER)
+            raise CheckpointError(f"{self.path} has no {name}, but {there}")
+        self._check_whole(contents[name])
+        return contents[name]
 
-    # Every process has read the whole, so nothing has to be sent.
-    return distribute_tensor(value, wanted.device_mesh, wanted.placements, src_data_rank=None)
+    def _check_whole(self, files: Iterable[str]) -> None:
+        for file in files:
+            if file in self._whole:
+                continue
+            path = self.path / file
+            try:
+                found = _sha256(path)
+            except (OSError, ValueError) as error:
+                raise DamagedError(f"{path} cannot be read ({error})") from error
+            if found != self.manifest["files"][file]:
+                raise DamagedError(f"{path} is truncated or damaged: its hash is not the manifest's")
+            self._whole.add(file)
 
 
 def begin(folder: Path, step: int) -> Path:
@@ -190,32 +171,6 @@ def begin(folder: Path, step: int) -> Path:
     partial = parent / f".{step:08d}.{os.getpid()}.partial"
     partial.mkdir()
     return partial
-
-
-def snapshot(
-    folder: Path, networks: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer, copied: bool
-) -> Callable[[], list[str]]:
-    """Writes networks, by file name, and the optimiser's state, whole.
-
-    Args:
-        folder: where to; it exists.
-        networks: file name -> network.
-        optimiser: its state.
-        copied: whether what is written is the state of now, and not that of when it is written.
-
-    Returns:
-        what writes, and gives the files' names.
-    """
-    contents = {name: _tensors(net, copied) for name, net in networks.items()}
-    state = _on_cpu(optimiser.state_dict()) if copied else optimiser.state_dict()
-
-    def write() -> list[str]:
-        for name, content in contents.items():
-            _save(folder / name, content)
-        _write(folder / OPTIMISER, lambda file: torch.save(state, file))
-        return [*contents, OPTIMISER]
-
-    return write
 
 
 def finish(partial: Path, files: Iterable[str], manifest: Mapping[str, Any], keep: int) -> Path:
@@ -231,24 +186,23 @@ def finish(partial: Path, files: Iterable[str], manifest: Mapping[str, Any], kee
     Returns:
         its folder.
     """
-    _seal(partial, files, manifest)
+    seal(partial, files, manifest)
     step, parent = manifest["step"], partial.parent
     path = parent / f"{step:08d}"
     if path.exists():  # a damaged one, which the run has come past again
         _remove(path)
     partial.rename(path)
-    _sync(parent)
+    sync(parent)
     for old in [other for other in checkpoints(parent.parent) if int(other.name) <= step][keep:]:
         _remove(old)
     return path
 
 
-def write_files(folder: Path, networks: Mapping[str, nn.Module], manifest: Mapping[str, Any]) -> None:
-    """Write networks, by file name, and the manifest, into a folder that exists: what `Checkpoint.open` reads."""
-    check_safetensors()
-    for name, net in networks.items():
-        _save(folder / name, _tensors(net, copied=False))
-    _seal(folder, networks, manifest)
+def seal(folder: Path, files: Iterable[str], manifest: Mapping[str, Any]) -> None:
+    """Make a checkpoint of a folder whose files are written: the manifest, with their hashes, and the flush."""
+    text = json.dumps({**manifest, "files": {name: _sha256(folder / name) for name in files}}, indent=1) + "\n"
+    write_flushed(folder / MANIFEST, lambda file: file.write(text.encode()))
+    sync(folder)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -257,22 +211,23 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in found if p.name.isdigit() and p.is_dir()), key=lambda p: int(p.name), reverse=True)
 
 
-def newest(path: Path) -> Checkpoint | None:
+def newest(path: Path, name: str | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None if there is none at all. Of one that is passed over a warning tells.
 
     Args:
         path: the run folder, its folder of checkpoints, or one checkpoint's folder, which then it must be.
+        name: of the weights that are wanted, by `weights_file`: nothing else of it need be whole, or is looked at.
 
     Raises:
         CheckpointError: if there are some, and none is whole.
     """
     if (path / MANIFEST).exists() or (path.is_dir() and path.name.isdigit() and path.parent.name == "checkpoints"):
-        return Checkpoint.open(path)
+        return Checkpoint.open(path, name)
     folder = path.parent if path.name == "checkpoints" else path
     passed: list[DamagedError] = []
     for candidate in checkpoints(folder):
         try:
-            found = Checkpoint.open(candidate)
+            found = Checkpoint.open(candidate, name)
         except DamagedError as error:
             passed.append(error)
             continue
@@ -282,61 +237,6 @@ def newest(path: Path) -> Checkpoint | None:
     if passed:
         raise CheckpointError(f"no checkpoint in {folder} can be used: " + "; ".join(map(str, passed)))
     return None
-
-
-def _tensors(net: nn.Module, copied: bool) -> dict[str, Tensor]:
-    """A state_dict as safetensors takes it: contiguous, each with memory of its own; if copied, not the network's."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in net.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"the network's state holds {name}, {type(value).__name__}: only tensors can be saved")
-        tensor = value.detach().cpu().contiguous()
-        shared = copied and tensor.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
-        if shared or tensor.untyped_storage().data_ptr() in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        found[name] = tensor
-    return found
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path)
-    _sync(path)
-
-
-def _seal(folder: Path, files: Iterable[str], manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, with the hashes of the files, which are written, and flush the folder."""
-    text = json.dumps({**manifest, "files": {name: _sha256(folder / name) for name in files}}, indent=1) + "\n"
-    _write(folder / MANIFEST, lambda file: file.write(text.encode()))
-    _sync(folder)
-
-
-def _on_cpu(content: Any) -> Any:
-    """Containers with copies of their tensors, in main memory."""
-    if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True)
-    if isinstance(content, dict):
-        return {key: _on_cpu(value) for key, value in content.items()}
-    return [_on_cpu(value) for value in content] if isinstance(content, list) else content
-
-
-def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    with path.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """A file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -349,18 +249,3 @@ def _remove(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_made_for(path: Path, theirs: Mapping[str, Any], made_for: Mapping[str, Any], *, whole: bool) -> None:
-    """Check that what a checkpoint was made for is `made_for`, and, if whole, nothing besides.
-
-    Raises:
-        CheckpointError: naming each difference.
-    """
-    different = [
-        f"{key}: {theirs.get(key, 'nothing')} in the file, {made_for.get(key, 'nothing')} here"
-        for key in (sorted({*theirs, *made_for}) if whole else made_for)
-        if theirs.get(key) != made_for.get(key)
-    ]
-    if different:
-        raise CheckpointError(f"{path} was made for something else. " + "; ".join(different))

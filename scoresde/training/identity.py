@@ -1,7 +1,8 @@
-"""What weights are only good for, in words that two sessions can compare."""
+"""What weights and checkpoints are only good for, in words that two sessions can compare."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -10,8 +11,17 @@ from torch import Tensor, nn
 
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.sde import SDE
+from scoresde.training.config import TrainConfig
+from scoresde.training.step import Loss
+from scoresde.training.weights import TimeSampler, Weighting
 
-__all__ = ["identity", "network_name", "probe", "values_of", "versions"]
+__all__ = ["identity", "identity_of_run", "network_name", "probe", "values_of", "versions"]
+
+# What may differ between two sessions of a run, rounding aside.
+FREE = (
+    *("checkpoint_every", "log_every", "evaluate_every", "keep", "tensorboard", "workers", "accumulate", "compile"),
+    *("shard", "async_save"),
+)
 
 
 def probe(sde: SDE) -> Tensor:
@@ -30,6 +40,30 @@ def identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
         "scale of the output": values_of(denoiser.affine(t)[1]),
         "time label": values_of(denoiser.label(t)),
         "network": f"{network_name(denoiser.net)}, {sum(p.numel() for p in denoiser.net.parameters())} parameters",
+    }
+
+
+def identity_of_run(
+    denoiser: NetworkDenoiser,
+    data: Mapping[str, Any],
+    config: TrainConfig,
+    weighting: Weighting,
+    times: TimeSampler,
+    loss: Loss | None,
+) -> dict[str, Any]:
+    """What a run's checkpoints are made for; `data` says it of its data. How long a run is, and how often it reports,
+    may change between sessions; its length with a constant learning rate only."""
+    settings = config.to_dict()
+    for name in (*FREE, *(["steps"] if config.schedule == "constant" else [])):
+        del settings[name]
+    sde, u = denoiser.sde, torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
+    return {
+        **identity(denoiser),
+        **data,
+        "weighting": values_of(weighting(sde, probe(sde))),
+        "times": f"{type(times).__name__}, quantiles {values_of(times.quantile(sde, u))}",
+        **({} if loss is None else {"loss": getattr(loss, "__name__", type(loss).__name__)}),
+        **{f"config.{name}": value for name, value in settings.items()},
     }
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scoresde.training import parallel
+from scoresde.training import parallel, whole_files
 from scoresde.training.average import in_place_of
-from scoresde.training.folder import WHOLE, snapshot
+from scoresde.training.folder import WHOLE
 
 __all__ = ["Copies", "Layout"]
 
@@ -118,4 +118,4 @@ class Copies(Layout):
         background: bool,
     ) -> Callable[[], list[str]]:
         """By rank 0."""
-        return snapshot(folder, networks, optimiser, background) if parallel.rank() == 0 else list
+        return whole_files.write(folder, networks, optimiser, background) if parallel.rank() == 0 else list

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import scoresde.nn as networks
-from scoresde.chain import DDPMChain
-from scoresde.checks import check_option
+from scoresde.checks import check_keys, check_option
 from scoresde.denoiser import (
     EDMDenoiser,
     EpsDenoiser,
@@ -26,24 +25,13 @@ from scoresde.denoiser import (
     X0Denoiser,
 )
 from scoresde.errors import CheckpointError
-from scoresde.schedules import EDMSDE, VESDE, VPSDE, CosineVPSDE, FlowSDE, SubVPSDE
-from scoresde.sde import SDE
-from scoresde.training.config import check_keys
-from scoresde.training.folder import NETWORK, Checkpoint, average_file, newest
+from scoresde.schedules import sde_name, sde_of
+from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.identity import identity
+from scoresde.training.whole_files import weights_file
 
 __all__ = ["ModelConfig", "check_model", "load", "load_ema", "opened"]
 
-SDE_KINDS: dict[str, Callable[..., SDE]] = {
-    "vp": VPSDE,
-    "subvp": SubVPSDE,
-    "cosine": CosineVPSDE,
-    "ve": VESDE,
-    "edm": EDMSDE,
-    "flow": FlowSDE,
-    "chain": DDPMChain.linear,
-    "cosine-chain": DDPMChain.cosine,
-}
 PREDICTIONS: dict[str, type[NetworkDenoiser]] = {
     "eps": EpsDenoiser,
     "v": VDenoiser,
@@ -60,8 +48,8 @@ class ModelConfig:
     """A denoiser in words.
 
     Args:
-        sde: "vp", "subvp", "cosine", "ve", "edm", "flow", or a DDPM chain, "chain" and "cosine-chain".
-        sde_options: keyword arguments of its class (of `DDPMChain.linear` and `DDPMChain.cosine` for the chains).
+        sde: a name in `scoresde.schedules.SDES`: "vp", "flow", "chain", ...
+        sde_options: keyword arguments of what that makes it by, `VPSDE`, `DDPMChain.linear`, ...
         network: "unet", "dit" or "mlp": the classes of `scoresde.nn`.
         preset: a size or name that the network's class has a preset for, `UNet.preset(32, **options)` say.
         options: keyword arguments of the network's class, or on top of the preset.
@@ -87,7 +75,7 @@ class ModelConfig:
     sigma_data: float | None = None
 
     def __post_init__(self) -> None:
-        check_option(SDE_KINDS, sde=self.sde)
+        object.__setattr__(self, "sde", sde_name(self.sde))
         check_option(PREDICTIONS, predicts=self.predicts)
         check_option([key for key, name in NETWORKS.items() if hasattr(networks, name)], network=self.network)
         for name in ("sde_options", "options"):
@@ -96,7 +84,7 @@ class ModelConfig:
                 object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
             except TypeError as error:
                 raise ValueError(f"{name}={getattr(self, name)!r}: JSON cannot hold it ({error})") from error
-        check_keys(f"sde {self.sde!r}", self.sde_options, inspect.signature(SDE_KINDS[self.sde]).parameters)
+        sde_of(self.sde, self.sde_options)  # raises on options that it has not
         check_keys(f"network {self.network!r}", self.options, inspect.signature(self._class).parameters)
         if self.preset is not None and not hasattr(self._class, "preset"):
             raise ValueError(f"preset={self.preset!r}: network {self.network!r} has no presets")
@@ -144,7 +132,7 @@ class ModelConfig:
 
     def around(self, net: nn.Module) -> NetworkDenoiser:
         """The denoiser around a network."""
-        kind, sde = PREDICTIONS[self.predicts], SDE_KINDS[self.sde](**self.sde_options)
+        kind, sde = PREDICTIONS[self.predicts], sde_of(self.sde, self.sde_options)
         time = None if self.time_scale is None else _Scaled(self.time_scale)
         more = {} if self.sigma_data is None else {"sigma_data": self.sigma_data}
         return kind(net, sde, time=time, **more)
@@ -160,20 +148,22 @@ class _Scaled:
         return self.factor * t
 
 
-def load(path: str | Path, average: int | None = 0, device: torch.device | str = "cpu") -> NetworkDenoiser:
+def load(path: str | Path | Checkpoint, average: int | None = 0, device: torch.device | str = "cpu") -> NetworkDenoiser:
     """A trained denoiser, ready to sample from: built anew from what the run's manifest says, in eval mode.
 
     Args:
-        path: the run folder of a `Trainer(..., model=ModelConfig(...), folder=...)`, or one of its checkpoints.
+        path: the run folder of a `Trainer(..., model=ModelConfig(...), folder=...)`, one of its checkpoints, or what
+            `opened` gave.
         average: which of the averaged weights, where there are several; None for the weights without averaging.
         device: where to.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        CheckpointError: if none is whole, the model's description is missing or from another version, or there is no
+        CheckpointError: if these weights are whole in none (of a checkpoint that is passed over a warning tells; its
+            other files are not looked at), the model's description is missing or from another version, or there is no
             such average.
     """
-    found = opened(path)
+    found = opened(path, name := weights_file(average))
     if found.manifest["model"] is None:
         raise CheckpointError(
             f"{found.path} does not say what the model is, the Trainer having been given no model=ModelConfig(...): "
@@ -185,40 +175,46 @@ def load(path: str | Path, average: int | None = 0, device: torch.device | str =
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{found.path} describes a model that this version cannot build: {error}") from error
     assert isinstance(denoiser.net, nn.Module)
-    found.weights(NETWORK if average is None else average_file(average), denoiser.net)
+    found.weights(name, denoiser.net)
     denoiser.net.to(device).eval().requires_grad_(False)
     return denoiser
 
 
-def load_ema(path: str | Path, denoiser: NetworkDenoiser, average: int = 0) -> NetworkDenoiser:
+def load_ema(path: str | Path | Checkpoint, denoiser: NetworkDenoiser, average: int = 0) -> NetworkDenoiser:
     """The denoiser with the averaged weights of a trainer's checkpoint, in eval mode: to sample without the data.
 
     Args:
-        path: the run folder of a `Trainer`, for its newest checkpoint, or one checkpoint's folder.
+        path: the run folder of a `Trainer`, for its newest checkpoint, one checkpoint's folder, or what `opened` gave.
         denoiser: built as for training; its network's weights do not matter, and are not changed.
         average: which of the averages, where there are several.
 
     Raises:
         FileNotFoundError: if there is none.
-        CheckpointError: if it is damaged, or was made for another SDE, parameterisation, time label or network.
+        CheckpointError: as `load` does; if it was made for another SDE, parameterisation, time label or network.
     """
     if not isinstance(denoiser.net, nn.Module):
         raise ValueError(f"load_ema needs an adapter around an nn.Module, not {denoiser!r}")
-    found = opened(path)
+    found = opened(path, name := weights_file(average))
     found.check(identity(denoiser), whole=False)
     net = copy.deepcopy(denoiser.net)
-    found.weights(average_file(average), net)
+    found.weights(name, net)
     return denoiser.with_net(net.eval().requires_grad_(False))
 
 
-def opened(path: str | Path) -> Checkpoint:
-    """The newest checkpoint there, or the one that has this folder.
+def opened(path: str | Path | Checkpoint, name: str | None = None) -> Checkpoint:
+    """The newest checkpoint there, or the one that has this folder; one that is open already, as it is.
+
+    Args:
+        path: the run folder, a checkpoint's, or a checkpoint.
+        name: of the weights that are wanted, by `weights_file`, if nothing else of it need be whole.
 
     Raises:
         FileNotFoundError: if there is none.
-        CheckpointError: if none is whole.
+        CheckpointError: if none is whole, or there are no such weights.
     """
-    found = newest(Path(path))
+    if isinstance(path, Checkpoint):
+        return path
+    found = newest(Path(path), name)
     if found is None:
         raise FileNotFoundError(f"there is no checkpoint in {path}")
     return found

@@ -13,24 +13,27 @@ optimiser.exp_avg.body.0.weight.
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from scoresde.errors import CheckpointError
+from scoresde.training.whole_files import OPTIMISER, weights_file
 
-if TYPE_CHECKING:
-    from scoresde.training.folder import Checkpoint
+__all__ = ["contents", "read_optimiser", "read_weights", "write"]
 
-__all__ = ["read_optimiser", "read_weights", "write"]
+NAME = re.compile(r"shard-\d+-model-(\d+)-of-(\d+)\.safetensors")
 
 
 class _Writer(HuggingFaceStorageWriter):
@@ -81,26 +84,51 @@ def write(
     return rest
 
 
-def read_weights(checkpoint: Checkpoint, name: str, net: nn.Module) -> None:
-    """Load the weights that would be in the file of that name into a network, whole or sharded.
+def contents(folder: Path, files: Collection[str]) -> dict[str, list[str]]:
+    """For everything that a checkpoint holds, by the name that its file would have if it were whole, the files that it
+    is in.
 
     Raises:
-        CheckpointError: if there are none, or they do not fit.
+        CheckpointError: if the folder has shards besides these files.
     """
-    group, stored = Path(name).stem, _stored(checkpoint)
-    if not any(key.startswith(f"{group}.") for key in stored):
-        there = ", ".join(f"{stem}.safetensors" for stem in dict.fromkeys(key.partition(".")[0] for key in stored))
-        raise CheckpointError(f"{checkpoint.path} has no {name}, but {there}")
-    _read(checkpoint, stored, group, _tensors(net))
+    if strangers := {p.name for p in folder.glob("*.safetensors")} - set(files):
+        raise CheckpointError(f"{folder} has {', '.join(sorted(strangers))} besides its files: it was altered")
+    found: dict[str, list[str]] = {}
+    for file in sorted(files, key=lambda file: file.partition("-model-")[2]):
+        if name := NAME.fullmatch(file):
+            k, n = map(int, name.groups())
+            found.setdefault(OPTIMISER if k == n else weights_file(None if k == 1 else k - 2), []).append(file)
+    return found
 
 
-def read_optimiser(checkpoint: Checkpoint, optimiser: torch.optim.Optimizer, net: nn.Module) -> None:
+def read_weights(folder: Path, files: Collection[str], name: str, net: nn.Module) -> None:
+    """Load weights into a network, whole or sharded.
+
+    Args:
+        folder: of the checkpoint.
+        files: those that they are in, by `contents`; no other is opened.
+        name: of the weights.
+        net: the network.
+
+    Raises:
+        CheckpointError: if they do not fit.
+    """
+    _read(folder, files, _stored(folder, files), Path(name).stem, _tensors(net))
+
+
+def read_optimiser(folder: Path, files: Collection[str], optimiser: torch.optim.Optimizer, net: nn.Module) -> None:
     """Load the optimiser's state, whole or sharded as its network is.
+
+    Args:
+        folder: of the checkpoint.
+        files: those that it is in, by `contents`; no other is opened.
+        optimiser: whose state it is to be.
+        net: its network.
 
     Raises:
         CheckpointError: if it does not fit.
     """
-    stored, wanted = _stored(checkpoint), {}
+    stored, wanted = _stored(folder, files), {}
     state: dict[int, dict[str, Tensor]] = {}
     parameters = dict(net.named_parameters())
     numbers = {name: i for i, name in enumerate(parameters)}
@@ -113,7 +141,7 @@ def read_optimiser(checkpoint: Checkpoint, optimiser: torch.optim.Optimizer, net
             slots[slot] = wanted[rest] = (
                 torch.zeros_like(like, dtype=dtype) if size == like.shape else torch.zeros(size, dtype=dtype)
             )
-    _read(checkpoint, stored, "optimiser", wanted)
+    _read(folder, files, stored, "optimiser", wanted)
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
@@ -136,26 +164,36 @@ def _slots(optimiser: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor
     }
 
 
-def _reader(checkpoint: Checkpoint) -> HuggingFaceStorageReader:
-    """Of the files that the manifest knows and no others."""
-    if strangers := {p.name for p in checkpoint.path.glob("*.safetensors")} - set(checkpoint.manifest["files"]):
-        raise CheckpointError(f"{checkpoint.path} has {', '.join(sorted(strangers))} besides its files: it was altered")
-    return HuggingFaceStorageReader(str(checkpoint.path))
+class _Files(FileSystem):
+    """As if there were no others in their folder: torch's reader opens all that it sees."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self._paths = paths
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return self._paths
 
 
-def _stored(checkpoint: Checkpoint) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def _reader(folder: Path, files: Collection[str]) -> HuggingFaceStorageReader:
+    found = HuggingFaceStorageReader(str(folder))
+    found.fs = _Files([str(folder / file) for file in files])
+    return found
+
+
+def _stored(folder: Path, files: Collection[str]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shapes and types, by name."""
     from safetensors import SafetensorError
 
     try:
-        found = _reader(checkpoint).read_metadata().state_dict_metadata
+        found = _reader(folder, files).read_metadata().state_dict_metadata
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(_unreadable(checkpoint, error)) from error
+        raise CheckpointError(_unreadable(folder, files, error)) from error
     return {key: (value.size, value.properties.dtype) for key, value in found.items()}  # type: ignore[union-attr]
 
 
 def _read(
-    checkpoint: Checkpoint,
+    folder: Path,
+    files: Collection[str],
     stored: Mapping[str, tuple[torch.Size, torch.dtype]],
     group: str,
     wanted: Mapping[str, Tensor],
@@ -166,18 +204,18 @@ def _read(
     here = {name: tuple(value.shape) for name, value in wanted.items()}
     if wrong := [name for name in sorted({*shapes, *here}) if shapes.get(name) != here.get(name)]:
         told = "; ".join(f"{n}: {shapes.get(n, 'nothing')} there, {here.get(n, 'nothing')} here" for n in wrong[:4])
-        raise CheckpointError(f"{checkpoint.path}, {group}, does not fit this network. {told}")
+        raise CheckpointError(f"{folder}, {group}, does not fit this network. {told}")
     try:
         with warnings.catch_warnings():  # it tells of no_dist: each process reads what it needs, and asks no other
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             state = {prefix + name: value for name, value in wanted.items()}
-            load(state, storage_reader=_reader(checkpoint), no_dist=True)
+            load(state, storage_reader=_reader(folder, files), no_dist=True)
     except CheckpointException as error:
-        raise CheckpointError(_unreadable(checkpoint, _reasons(error))) from error
+        raise CheckpointError(_unreadable(folder, files, _reasons(error))) from error
 
 
-def _unreadable(checkpoint: Checkpoint, why: object) -> str:
-    return f"{checkpoint.path}: its {', '.join(checkpoint.manifest['files'])} cannot be read ({why})"
+def _unreadable(folder: Path, files: Collection[str], why: object) -> str:
+    return f"{folder}: its {', '.join(files)} cannot be read ({why})"
 
 
 def _reasons(error: CheckpointException) -> str:

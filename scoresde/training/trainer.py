@@ -28,8 +28,8 @@ from scoresde.training import parallel
 from scoresde.training.average import Average, in_place_of
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource, batches, source_of, split
-from scoresde.training.folder import NETWORK, Checkpoint, average_file, check_safetensors, newest
-from scoresde.training.identity import identity, probe, values_of, versions
+from scoresde.training.folder import Checkpoint, newest
+from scoresde.training.identity import identity_of_run, versions
 from scoresde.training.layout import Copies, Layout
 from scoresde.training.lock import held
 from scoresde.training.log import Log, TensorBoard, check_tensorboard
@@ -39,17 +39,12 @@ from scoresde.training.saver import Saver
 from scoresde.training.signals import Signals
 from scoresde.training.step import Autocast, Interval, Loss, Worker, seeded_global_generators
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
+from scoresde.training.whole_files import check_safetensors, weights_file
 
 __all__ = ["Evaluate", "Trainer", "layout_of"]
 
 Evaluate = Callable[[NetworkDenoiser, int], Mapping[str, float]]
 """evaluate(denoiser, step): numbers by name, of the denoiser with averaged weights."""
-
-# What may differ between two sessions of a run, rounding aside.
-_FREE = (
-    *("checkpoint_every", "log_every", "evaluate_every", "keep", "tensorboard", "workers", "accumulate", "compile"),
-    *("shard", "async_save"),
-)
 
 
 class Trainer:
@@ -85,8 +80,8 @@ class Trainer:
         CheckpointError: if `folder` holds a checkpoint of another SDE, parameterisation, configuration or network, or
             damaged ones only.
 
-    If `folder` has a checkpoint, the run continues from it: from the newest that is whole, with a warning if there are
-    newer ones. While `fit` runs, no other run can write there.
+    If `folder` has a checkpoint, the run continues from it: from the newest of which every file is whole, with a
+    warning if there are newer ones. While `fit` runs, no other run can write there.
 
     Where torch.distributed is initialised (`scoresde.training.start`), every process makes the same Trainer, on its own
     device, and each takes part of every batch; logs are written by rank 0. A run may go on with another number of
@@ -116,7 +111,7 @@ class Trainer:
             )
         if loss is not None and (times is not None or weighting is not simple):
             raise ValueError("weighting= and times= are dsm_loss's: give them to your loss itself, or leave loss= out")
-        self.data, self._about_data = source_of(data, cond)
+        self.data, about = source_of(data, cond)
         self._parts = split(config.batch_size, config.accumulate, parallel.rank(), parallel.world())
         if model is not None:
             check_model(model, denoiser)
@@ -131,7 +126,7 @@ class Trainer:
         self.weighting, self.times, self.augment = weighting, times or UniformTimes(), augment
         self.evaluate = evaluate
         self.net: nn.Module = denoiser.net
-        self._made_for = self._describe()
+        self._made_for = identity_of_run(denoiser, about, config, weighting, self.times, loss)
         parallel.agreed("runs", {"config.shard": config.shard})
         self._layout = layout_of(config)
         self._layout.place(self.net)
@@ -255,7 +250,10 @@ class Trainer:
         """One optimiser step: this process's share of the loss, and the gradient's norm."""
         config, device, B = self.config, self.denoiser.device, self.config.batch_size
         generator = torch.Generator(device).manual_seed(derive_seed(config.seed, 1, self.step))
-        x0, cond = self._own(items, cond, generator)
+        x0, cond = items.to(device, non_blocking=True), {k: v.to(device, non_blocking=True) for k, v in cond.items()}
+        if self.augment is not None:  # it sees the whole batch, and draws for it
+            mine = slice(self._parts[0][0], self._parts[-1][1])
+            x0, cond = self.augment(x0, generator)[mine], {key: value[mine] for key, value in cond.items()}
         parted = len(x0) < B or len(self._parts) > 1
         state = generator.get_state() if parted else None
         for group in self._optimiser.param_groups:
@@ -279,17 +277,6 @@ class Trainer:
         for average in self.averages:
             average.update(self.net, self.step)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), norm
-
-    def _own(self, x0: Tensor, cond: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        """This process's items, on its device. An augmentation sees the whole batch, and draws for it."""
-        device, own = self.denoiser.device, slice(self._parts[0][0], self._parts[-1][1])
-        x0, cond = x0.to(device, non_blocking=True), {k: v.to(device, non_blocking=True) for k, v in cond.items()}
-        if self.augment is None:
-            return x0, cond
-        x0 = self.augment(x0, generator)
-        if own == slice(0, len(x0)):
-            return x0, cond
-        return x0[own], {key: value[own] for key, value in cond.items()}
 
     def _loss_of(self, denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
         if self.loss is not None:
@@ -330,21 +317,10 @@ class Trainer:
 
     # ---- checkpoints ----
 
-    def _describe(self) -> dict[str, Any]:
-        """What a checkpoint is made for. How long a run is, and how often it reports, may change between sessions; its
-        length with a constant learning rate only."""
-        config = self.config.to_dict()
-        for name in (*_FREE, *(["steps"] if self.config.schedule == "constant" else [])):
-            del config[name]
-        sde, u = self.denoiser.sde, torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
-        return {
-            **identity(self.denoiser),
-            **self._about_data,
-            "weighting": values_of(self.weighting(sde, probe(sde))),
-            "times": f"{type(self.times).__name__}, quantiles {values_of(self.times.quantile(sde, u))}",
-            **({} if self.loss is None else {"loss": getattr(self.loss, "__name__", type(self.loss).__name__)}),
-            **{f"config.{name}": value for name, value in config.items()},
-        }
+    @property
+    def _networks(self) -> dict[str, nn.Module]:
+        """What a checkpoint has the weights of, by name."""
+        return {weights_file(None): self.net, **{weights_file(i): a.module for i, a in enumerate(self.averages)}}
 
     @contextmanager
     def _held(self, folder: Path | None) -> Iterator[None]:
@@ -377,7 +353,6 @@ class Trainer:
     def _start_save(self, folder: Path, background: bool) -> None:
         """The saver is to write the state of now."""
         self._interval.read(self.step)
-        networks = {NETWORK: self.net, **{average_file(i): a.module for i, a in enumerate(self.averages)}}
         progress = {
             "losses": list(self.losses),
             "evaluations": list(self.evaluations),
@@ -391,14 +366,14 @@ class Trainer:
             "progress": progress,
             "versions": versions(),
         }
-        self._saver.start(folder, self.step, networks, self._optimiser, manifest, self.config.keep, background)
+        self._saver.start(folder, self.step, self._networks, self._optimiser, manifest, self.config.keep, background)
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint: a run folder's newest, or the one that has this folder. Every process calls it.
 
         Raises:
             FileNotFoundError: if there is none.
-            CheckpointError: if it is damaged, lacks or has unknown keys, or was made for another run.
+            CheckpointError: if a file of it is damaged, it lacks or has unknown keys, or was made for another run.
         """
         self._continue(parallel.by_first(lambda: opened(path)))
 
@@ -417,9 +392,8 @@ class Trainer:
                 "its last bits will be others",
                 stacklevel=3,
             )
-        found.weights(NETWORK, self.net)
-        for i, average in enumerate(self.averages):
-            found.weights(average_file(i), average.module)
+        for name, net in self._networks.items():
+            found.weights(name, net)
         found.optimiser(self._optimiser, self.net)
         progress = manifest["progress"]
         self.step, self.path, self.seconds = manifest["step"], found.path, progress["seconds"]

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.sde import SDE
 from scoresde.views import VIEWS, view_of_mean
 
@@ -131,8 +130,8 @@ class UniformTimes(TimeSampler):
     stratified: bool = True
 
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
-        if isinstance(sde, DDPMChain):
-            return (u * sde.steps).floor() + 1
+        if sde.nodes is not None:
+            return (u * len(sde.nodes)).floor() + 1
         return sde.t_min + (sde.t_max - sde.t_min) * u
 
 

@@ -5,8 +5,10 @@
     denoiser.py       AnalyticDenoiser: a denoiser whose Posterior.var is the table's
     solver.py         OptimalVariance(solver): samples with Posterior.var
     trunk.py          TrunkWithHead, SplitOutput: networks whose second output is a head's
-    heads.py          SN, NPR and OCM: elementwise variances that are learned, and their losses
-    learned_range.py  improved DDPM's learned variance of each step, and its loss
+    heads.py          SN, NPR and OCM: elementwise variances that are learned
+    learned_range.py  improved DDPM's learned variance of each step
+    losses.py         what these are trained by
+    costs.py          what the steps of a chain cost in its bound, from one pass of the network
     trajectory.py     the grid of K steps with the best bound, by dynamic programming
 
 `elbo(..., variance="posterior")` is the bound of the chain that `OptimalVariance` samples.

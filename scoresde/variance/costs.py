@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count, check_option, check_range
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
@@ -344,8 +343,8 @@ def _candidates(sde: SDE, times: Tensor | Grid | None) -> Tensor:
         t = t[sde.sigma(t) > 0]
     elif times is not None:
         t = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    elif isinstance(sde, DDPMChain):
-        t = torch.arange(1, sde.steps + 1, dtype=torch.float64, device="cpu")
+    elif sde.nodes is not None:
+        t = sde.nodes
     else:
         t = Grid.power(sde, 500).times[:-1].flip(0)
     if t.ndim != 1 or len(t) == 0 or not bool(t.isfinite().all() and (t.diff() > 0).all()):

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
@@ -122,8 +121,8 @@ def _times(sde: SDE, times: Grid | Tensor | Sequence[float] | None) -> Tensor:
         times = times.times[sde.sigma(times.times) > 0]
     if times is not None:
         return torch.as_tensor(times, dtype=torch.float64).detach().cpu().sort().values
-    if isinstance(sde, DDPMChain):
-        return torch.arange(1, sde.steps + 1, dtype=torch.float64, device="cpu")
+    if sde.nodes is not None:
+        return sde.nodes
     start = legs(Grid(sde, [sde.t_max, sde.t_min]), free=True)[-1].t
     return Grid.log_snr(sde, 99, start=start, end=sde.t_min).times.flip(0)
 

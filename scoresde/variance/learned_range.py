@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.chain import DDPMChain
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.sde import SDE
@@ -104,9 +103,9 @@ class Step(NamedTuple):
 def chain_grid(sde: SDE, grid: Grid | None) -> Grid:
     """The grid of a chain with learned variance."""
     if grid is None:
-        if not isinstance(sde, DDPMChain):
+        if sde.nodes is None:
             raise ValueError(f"{sde!r} is no DDPMChain, whose steps the learned variance would be of: give grid=")
-        grid = Grid(sde, torch.arange(sde.steps, -1, -1, dtype=torch.float64, device="cpu"))
+        grid = Grid(sde, torch.cat([sde.nodes.flip(0), sde.nodes.new_zeros(1)]))
     grid.check_sde(sde)
     if grid.steps < 2 or float(grid.times[-1]) != 0:
         raise ValueError(f"{grid!r}: expected at least two steps, the last to t = 0")

@@ -16,7 +16,7 @@ Var is one number a time, from a `VarianceTable` (Analytic-DPM: Bao et al., ICLR
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,7 @@ from scoresde.checks import check_nonnegative
 from scoresde.denoiser import Denoiser, NetworkDenoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
-from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, check_decreasing
+from scoresde.solvers.base import Around, Solver
 from scoresde.solvers.first_order import DDIM
 from scoresde.tableau import State, Tableau
 from scoresde.variance.table import VarianceTable
@@ -37,7 +36,7 @@ __all__ = ["OptimalVariance", "optimal_tableau", "quiet_last"]
 
 
 @dataclass(frozen=True)
-class OptimalVariance(Solver):
+class OptimalVariance(Around):
     """A one-step solver with the optimal variance: OptimalVariance(DDPM()) is Analytic-DDPM, OptimalVariance(DDIM())
     Analytic-DDIM, and with a denoiser whose variance is elementwise SN- or NPR-DPM. One evaluation a step, on the
     solver's own grid. No noise is added on the last step, to sigma = 0.
@@ -106,36 +105,21 @@ class OptimalVariance(Solver):
             "elbo(denoiser, x, solver, grid, variance='posterior')"
         )
 
-    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        return self.solver.grid(sde, steps, end=end)
-
-    def evaluations(self, grid: Grid) -> int | None:
-        return len(_one_step(self.solver, grid))
-
-    def iterate(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        grid: Grid,
-        noise: NoiseSource | None = None,
-        cond: Mapping[str, Any] | None = None,
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
-        grid.check_sde(denoiser.sde)
-        check_decreasing(grid, self)
         C = denoiser.covariance(grid.times[:-1])
         if C is not None and self.clamp is None:
             return _with_covariance(self.solver, grid, C, self.last).iterate(denoiser, x, noise, cond)
         rows = self._rows(grid)
         if isinstance(denoiser, NetworkDenoiser) and type(denoiser).posterior is NetworkDenoiser.posterior:
             raise ValueError(_no_variance(denoiser))
-        if noise is None and any(row.noisy for row in rows):
-            raise ValueError("these steps draw noise: pass noise=, a function (row, x) such as noise.SeededNoise")
         denoiser.check_times(grid.times[:-1])
-        return self._loop(rows, denoiser, x, noise, dict(cond or {}))
+        return self._loop(rows, denoiser, x, noise, cond)
 
     def _rows(self, grid: Grid) -> list[_Row]:
         base, alpha_t = _one_step(self.solver, grid), grid.sde.alpha(grid.times[:-1])
-        a, b = _in_x0(base)
+        a, b = base.in_x0()
         raw = torch.zeros_like(a)
         if self.clamp is not None and isinstance(self.solver, DDIM):
             raw = -a * alpha_t  # a' x + b' D = a' (x - alpha_t D) + (b' + a' alpha_t) D
@@ -211,7 +195,7 @@ def optimal_tableau(
 def _with_covariance(solver: Solver, grid: Grid, C: Tensor, last: float | None) -> Tableau:
     """The table of `optimal_tableau`, by C at the starts of the steps, shape (N,)."""
     base = _one_step(solver, grid)
-    _, b = _in_x0(base)
+    _, b = base.in_x0()
     c = (base.c**2 + b**2 * C).sqrt()
     c = torch.where(grid.sde.sigma(grid.times[1:]) == 0, 0.0, c)
     return Tableau(
@@ -225,11 +209,10 @@ _HINT = "take a solver of one evaluation a step, DDPM(), DDIM(eta) or Exponentia
 def _one_step(solver: Solver, grid: Grid) -> Tableau:
     """The solver's table; ValueError unless each row is a step by its own F, with no more noise than q has."""
     table = solver.tableau(grid)
-    whole = len(table) == grid.steps and torch.equal(table.t, grid.times[:-1]) and bool(table.evaluates.all())
-    if not whole or bool((table.b[:, 1:] != 0).any()):
+    if not table.one_step:
         raise ValueError(f"{solver!r} has steps of several evaluations, or steps that read those before them: {_HINT}")
     alpha_t, sigma_t, alpha_s, sigma_s = grid.pairs()
-    a, b = _in_x0(table)
+    a, b = table.in_x0()
     preserves = (a * alpha_t + b - alpha_s).abs() <= 1e-9 * alpha_s
     over = preserves & (sigma_s > 0) & (table.c**2 > (1 + 1e-6) * (sigma_s**2 - (a * sigma_t) ** 2) + 1e-9 * sigma_s**2)
     if bool(over.any()):
@@ -239,11 +222,6 @@ def _one_step(solver: Solver, grid: Grid) -> Tableau:
             "twice; take DDPM() for DDPM('beta') or Ancestral()"
         )
     return table
-
-
-def _in_x0(table: Tableau) -> tuple[Tensor, Tensor]:
-    """(a', b') of a one-step table."""
-    return table.a + table.b[:, 0] * table.p, table.b[:, 0] * table.q
 
 
 def quiet_last(grid: Grid, c: Tensor, last: float | None) -> Tensor:

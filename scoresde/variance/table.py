@@ -19,7 +19,6 @@ Source: Bao, Li, Zhu and Zhang (2022), Analytic-DPM.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import io
 import math
@@ -34,21 +33,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scoresde import schedules
-from scoresde.chain import DDPMChain
 from scoresde.checks import check_count, check_range
 from scoresde.denoiser import Denoiser, NetworkDenoiser
 from scoresde.errors import CheckpointError
 from scoresde.files import write_whole
+from scoresde.schedules import sde_from
 from scoresde.sde import SDE
 from scoresde.tensors import Time, precise
 
 __all__ = ["Moments", "VarianceTable", "check_nodes", "fingerprint"]
 
 FORMAT = "scoresde-variance-table-1"
-
-_REBUILT = {kind: getattr(schedules, kind) for kind in schedules.__all__}
-"""SDEs that their repr says everything of."""
 
 
 class Moments(NamedTuple):
@@ -207,9 +202,7 @@ class VarianceTable:
     def save(self, path: str | Path) -> None:
         """Write the table to a .npz file, whole or not at all, with what it was made for."""
         columns: dict[str, Any] = {"t": self.t, "eps_square": self.eps_square, "stderr": self.stderr}
-        if isinstance(self.sde, DDPMChain):
-            columns["betas"] = self.sde.betas  # its repr has their hash alone
-        columns = {name: column.numpy() for name, column in columns.items()}
+        columns = {name: column.numpy() for name, column in (columns | self.sde.arrays()).items()}
         columns |= {"format": FORMAT, "sde": repr(self.sde), "model": self.model, "samples": np.int64(self.samples)}
         file = io.BytesIO()
         np.savez(file, **columns)
@@ -233,8 +226,8 @@ class VarianceTable:
         found = _read(path)
         made_for = str(found["sde"])
         if sde is None:
-            sde = _rebuild(made_for, found.get("betas"))
-            if sde is None or repr(sde) != made_for:
+            sde = sde_from(made_for, found)
+            if sde is None:
                 raise CheckpointError(
                     f"{path} was made for {made_for}, which is not known here: give it, load(path, sde=)"
                 )
@@ -295,21 +288,6 @@ def fingerprint(denoiser: Denoiser) -> str:
 def _short(t: Tensor) -> str:
     shown = [f"{x:.6g}" for x in t.tolist()[:8]]
     return ", ".join(shown) + (f", ... ({len(t)} in all)" if len(t) > 8 else "")
-
-
-def _rebuild(text: str, betas: np.ndarray | None) -> SDE | None:
-    """The SDE of that repr, or None."""
-    if betas is not None:
-        return DDPMChain(torch.from_numpy(betas))
-    try:
-        call = ast.parse(text, mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            return None
-        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        made: SDE = _REBUILT[call.func.id](**options)
-    except (SyntaxError, KeyError, TypeError, ValueError):
-        return None
-    return made
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
