@@ -164,8 +164,11 @@ def test_gradient_leaves_parameters_alone_and_can_reach_them() -> None:
 def test_gradient_of_a_constant_and_of_what_has_none() -> None:
     x = normal(3, 2)
     assert torch.equal(gradient(lambda x: torch.ones(len(x)), x)[1], torch.zeros(3, 2))
+    assert torch.equal(torch.func.vmap(lambda x: gradient(lambda x: torch.ones(len(x)), x)[1])(x[None]), 0 * x[None])
     with pytest.raises(ValueError, match="no derivative by x"):
         gradient(lambda x: x.detach().sum(1), x)
+    with pytest.raises(ValueError, match="no derivative by x"):
+        torch.func.jvp(lambda x: gradient(lambda x: x.detach().sum(1), x)[1], (x,), (x,))
     with pytest.raises(ValueError, match=r"returned \(3, 2\): expected a value per sample"):
         gradient(lambda x: x, x)
     with pytest.raises(ValueError, match="returned NoneType"):
@@ -583,6 +586,10 @@ def test_by_default_our_networks_are_told_nothing_of_any_condition() -> None:
             assert torch.allclose(found, 3 * D_c - 2 * D_u, rtol=1e-9, atol=1e-12)
         with pytest.raises(ValueError, match="classifier-free guidance without a condition"):
             ClassifierFree(denoiser)(x, 0.5)
+    # Of a network of one's own as well, if it says what it can be told.
+    own = torch.nn.Identity()
+    own.condition_sizes = {"label": 4, "text": 7}
+    assert ClassifierFree(EpsDenoiser(own, VPSDE())).null == {"label": 4, "text": 0}
     # Of a network that was never without its image, the label alone is null.
     net = UNet(**unet, num_classes=4, image_condition=2)
     for p in net.parameters():
