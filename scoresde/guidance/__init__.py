@@ -30,10 +30,12 @@ from scoresde.guidance.particles import Particles, Potential, Twisted, TwistedSM
 from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM
 from scoresde.guidance.projections import DDNM
 from scoresde.guidance.replacement import RePaint, Replacement
+from scoresde.guidance.rules import RULES, Rule
 
 __all__ = [
     "DDNM",
     "DPS",
+    "RULES",
     "Autoguidance",
     "Blur",
     "Classifier",
@@ -57,6 +59,7 @@ __all__ = [
     "Quantise",
     "RePaint",
     "Replacement",
+    "Rule",
     "Twisted",
     "TwistedSMC",
     "box_mask",
