@@ -18,12 +18,7 @@ from scoresde.cli.inputs import add_input_arguments, read_inputs
 from scoresde.cli.models import Model, add_model_arguments, open_model
 from scoresde.cli.sample import Writer, add_out_arguments
 from scoresde.denoiser import Denoiser
-from scoresde.guidance.operators import (
-    Downsample,
-    Grey,
-    LinearOperator,
-    Operator,
-)
+from scoresde.guidance.operators import Downsample, Grey, LinearOperator, Operator
 from scoresde.guidance.operators.words import operator_of
 from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM
 from scoresde.guidance.projections import DDNM
