@@ -23,9 +23,9 @@ from scoresde.guidance.operators import (
     Quantise,
     box_mask,
     check_adjoint,
-    match_measurement,
     random_mask,
 )
+from scoresde.guidance.operators.checks import match_measurement
 from tests.common import generator, normal
 
 

@@ -21,16 +21,7 @@ from scoresde.data import BUILT_IN
 from scoresde.info import environment
 from scoresde.training import parallel
 
-__all__ = [
-    "DATA_HELP",
-    "SessionOptions",
-    "Terminated",
-    "check_file",
-    "command_parser",
-    "going_on",
-    "record",
-    "sigterm",
-]
+__all__ = ["DATA_HELP", "SessionOptions", "Terminated", "check_file", "command_parser", "going_on", "record", "sigterm"]
 
 Kind = TypeVar("Kind", bound=Options)
 

@@ -42,7 +42,8 @@ from scoresde.guidance.gradients import (
     usable,
     usable_gradients,
 )
-from scoresde.guidance.operators import LinearOperator, Operator, check_adjoint, check_finite, match_measurement
+from scoresde.guidance.operators import LinearOperator, Operator
+from scoresde.guidance.operators.checks import check_adjoint, check_finite, match_measurement
 from scoresde.guidance.particles import Twist, Twisted
 from scoresde.schedules import VPSDE
 from scoresde.tensors import Time, dot, expand_like, known_any, precise

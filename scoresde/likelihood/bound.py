@@ -31,12 +31,7 @@ from scoresde.denoiser import Denoiser, check_call
 from scoresde.grid import Grid
 from scoresde.likelihood.chain import Chain
 from scoresde.likelihood.continuous import Continuous
-from scoresde.likelihood.decoder import (
-    Decoder,
-    Draws,
-    gaussian_kl,
-    square_norm,
-)
+from scoresde.likelihood.decoder import Decoder, Draws, gaussian_kl, square_norm
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
 from scoresde.solvers.base import Solver
 from scoresde.tensors import check_batch, widen
