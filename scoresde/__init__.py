@@ -9,12 +9,12 @@
 
 from importlib.metadata import version
 
-from scoresde import chain, denoiser, grid, schedules, sde
+from scoresde import chain, denoiser, schedules, sde
 from scoresde.chain import *
 from scoresde.denoiser import *
 from scoresde.diagnose import diagnose
 from scoresde.editing import decode, encode
-from scoresde.grid import *
+from scoresde.grid import Grid
 from scoresde.likelihood import bits_per_dim, elbo, log_prob
 from scoresde.noise import sample_seeds
 from scoresde.run import Solution
@@ -30,6 +30,7 @@ __version__ = version("scoresde")
 __all__ = [
     "Clip",
     "DynamicThreshold",
+    "Grid",
     "NonFiniteError",
     "Solution",
     "State",
@@ -47,6 +48,5 @@ __all__ = [
 ]
 __all__ += chain.__all__
 __all__ += denoiser.__all__
-__all__ += grid.__all__
 __all__ += schedules.__all__
 __all__ += sde.__all__

@@ -107,6 +107,9 @@ def test_guidance_is_the_librarys(guided_run, here):
         return sample(model, (5, 1, 8, 8), UniPC(3), nfe=3, seed=seeds(5), cond=cond).x
 
     torch.testing.assert_close(found("three.npz"), drawn(ClassifierFree(denoiser, 3.0)), rtol=1e-5, atol=1e-5)
+    assert run(*options, "--guidance", 3, "--guidance-rule", "cfg-zero", "--out", "zero-star.npz") == 0
+    by_rule = ClassifierFree(denoiser, 3.0, rule="cfg-zero")
+    torch.testing.assert_close(found("zero-star.npz"), drawn(by_rule), rtol=1e-5, atol=1e-5)
     # At 0 it is the model that is told the null class.
     assert run(*options, "--guidance", 0, "--out", "zero.npz") == 0
     torch.testing.assert_close(found("zero.npz"), drawn(denoiser, {"label": torch.full((5,), 10)}))
@@ -174,6 +177,7 @@ def test_a_race_knows_its_guidance(guided_run, here, capsys):
     options = ["compare", guided_run, "--solvers", "ddim", "--nfe", 2, "--n", 12, "--limit", 20, "--out", "race", *CPU]
     assert run(*options, "--guidance", 2) == 0
     assert run(*options, "--guidance", 3) == 2
+    assert run(*options, "--guidance", 2, "--guidance-rule", "cfg-zero") == 2
     assert "holds cells of another run: guidance:" in capsys.readouterr().err
     assert run("evaluate", guided_run, "--guidance", 2, "--n", 12, "--nfe", 2, "--limit", 20, "--out", "a.json",
                "--metrics", "frechet", *CPU) == 0  # fmt: skip
@@ -187,6 +191,7 @@ def test_guidance_that_cannot_be_is_status_2(guided_run, classes_run, plain_run,
         (guided_run, ["--guidance", "nan"], "weight=nan"),
         (guided_run, ["--guidance", 2, "--class", 10], "there are 10, 0 to 9"),
         (guided_run, ["--guidance-interval", 0, 1], "give that, too"),
+        (guided_run, ["--guidance-rule", "cfg-zero"], "give that, too"),
         (guided_run, ["--guidance", 2, "--guidance-interval", 1, 0], "interval=(1.0, 0.0)"),
         (guided_run, ["--guidance", 2, "--variance", "t.npz"], "without --guidance"),
     ):

@@ -20,6 +20,7 @@ from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError
 from scoresde.grid import SPACINGS
 from scoresde.guidance.classifier_free import ClassifierFree
+from scoresde.guidance.rules import RULES
 from scoresde.levels import to_levels
 from scoresde.noise import derive_seed
 from scoresde.sampling import sample
@@ -147,10 +148,14 @@ class Guidance(Options):
     interval: list[float] | None = option(
         "noise levels sigma / alpha that are guided, LO < level <= HI; D_1 alone runs at others (all)",
         metavar=("LO", "HI"), flags=("--guidance-interval",), dest="guidance_interval", nargs=2)  # fmt: skip
+    rule: str | None = option("what is made of D_1 and D_0 (cfg, the formula above)", choices=RULES,
+        flags=("--guidance-rule",), dest="guidance_rule")  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.weight is None and self.interval is not None:
-            raise ValueError("--guidance-interval says where --guidance W is: give that, too")
+        if self.weight is None and (self.interval or self.rule):
+            raise ValueError(
+                "--guidance-interval and --guidance-rule say where and how --guidance W is: give that, too"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +275,7 @@ def _guided(guidance: Guidance, made: Recipe) -> Denoiser:
     # Each is one number throughout.
     null = {key: value.flatten()[0].item() for key, value in nothing(cond, made.model.about.num_classes).items()}
     interval = None if guidance.interval is None else (guidance.interval[0], guidance.interval[1])
-    return ClassifierFree(made.denoiser, guidance.weight, null=null, interval=interval)
+    return ClassifierFree(made.denoiser, guidance.weight, null=null, interval=interval, rule=guidance.rule or "cfg")
 
 
 def share(n: int) -> range:
