@@ -28,11 +28,14 @@ from scoresde.tensors import Time, as_time
 __all__ = ["EDMSDE", "SDES", "VESDE", "VPSDE", "CosineVPSDE", "FlowSDE", "SubVPSDE", "sde_of"]
 
 
+@dataclass(frozen=True)
 class _LinearBeta(VariancePreserving):
     """beta(t) = beta_min + (beta_max - beta_min) t on [0, 1]."""
 
-    beta_min: float
-    beta_max: float
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-5
+    t_max: float = 1.0
 
     def __post_init__(self) -> None:
         check_positive(beta_min=self.beta_min)
@@ -68,11 +71,6 @@ class VPSDE(_LinearBeta):
     0.2812 0.9597 -1.2276
     """
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    t_min: float = 1e-5
-    t_max: float = 1.0
-
 
 @dataclass(frozen=True)
 class SubVPSDE(_LinearBeta):
@@ -80,11 +78,6 @@ class SubVPSDE(_LinearBeta):
 
     Arguments and errors as for `VPSDE`.
     """
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    t_min: float = 1e-5
-    t_max: float = 1.0
 
     def sigma(self, t: Time) -> Tensor:
         return -torch.expm1(-self.integrated_beta(t))

@@ -18,9 +18,8 @@ import pytest
 import torch
 
 import scoresde
-from scoresde import VPSDE, Clip, sample, sample_seeds
-from scoresde.cli import compare, edit, evaluate, export, likelihood, main, parser, restore, train, variance
-from scoresde.cli import sample as sampling
+from scoresde import VPSDE, Clip, cli, sample, sample_seeds
+from scoresde.cli import compare, main, parser, train
 from scoresde.cli.config import SECTIONS, DataConfig, EvaluateConfig, RunConfig, override, read_toml, write_toml
 from scoresde.cli.defaults import completed
 from scoresde.cli.drawing import Recipe
@@ -736,6 +735,6 @@ def test_info_of_a_run(digits_run, capsys):
         assert word in out
 
 
-def test_every_command_has_a_module():
-    for module in (train, sampling, edit, restore, evaluate, likelihood, variance, compare, export):
-        assert module.__all__ == ["add_parser", "run"]
+def test_every_command_is_a_module_of_one_form():
+    for module, options in cli.COMMANDS:
+        assert set(module.__all__) == {"EXAMPLES", "TEXT", options.__name__, "run"}

@@ -20,12 +20,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
 from scoresde.cli import compare, edit, evaluate, export, info, likelihood, restore, sample, train, variance
-from scoresde.cli.common import sigterm
+from scoresde.cli.common import command_parser, sigterm
 from scoresde.cli.drawing import GRIDS
+from scoresde.cli.options import Options
 from scoresde.errors import CheckpointError
 from scoresde.schedules import SDES
 from scoresde.solvers.catalogue import SOLVERS
@@ -48,6 +50,20 @@ exit status: 0; 1 where numbers are not finite or a budget ran out; 2 where an a
 Ctrl-C and 143 after SIGTERM, what is finished being kept."""
 
 
+COMMANDS: list[tuple[Any, type[Options]]] = [
+    (train, train.TrainOptions),
+    (sample, sample.SampleOptions),
+    (edit, edit.EditOptions),
+    (restore, restore.RestoreOptions),
+    (evaluate, evaluate.EvaluateOptions),
+    (likelihood, likelihood.LikelihoodOptions),
+    (variance, variance.VarianceOptions),
+    (compare, compare.CompareOptions),
+    (export, export.ExportOptions),
+]
+"""Modules, each with TEXT, EXAMPLES and run(options), and their options."""
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of all commands."""
     found = argparse.ArgumentParser(
@@ -58,8 +74,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--version", action="version", version=f"scoresde {version('scoresde')}")
     commands = found.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (train, sample, edit, restore, evaluate, likelihood, variance, compare, export):
-        module.add_parser(commands)
+    for module, options in COMMANDS:
+        name = module.__name__.rpartition(".")[2]
+        command_parser(commands, name, module.TEXT, module.EXAMPLES, module.run, options)
     info.add_parsers(commands)
     return found
 

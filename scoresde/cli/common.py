@@ -105,27 +105,27 @@ def going_on(text: str) -> Iterator[None]:
 
 def command_parser(
     commands: Any, name: str, text: str, examples: str, run: Callable[[Kind], None], kind: type[Kind]
-) -> argparse.ArgumentParser:
-    """A command's parser.
+) -> None:
+    """Add a command's parser.
 
     Args:
         commands: what it is added to.
         name: of the command.
         text: its help.
-        examples: what that ends in, a line each.
+        examples: what that ends in, a line each; and after an empty line anything more.
         run: what it does.
         kind: its options, which `run` is given.
     """
+    lines, *more = examples.strip().split("\n\n")
     made: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text.partition("\n")[0],
         description=text,
-        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
+        epilog="\n\n".join(["\n  ".join(["examples:", *lines.splitlines()]), *more]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kind.add_to({"": made})
     made.set_defaults(action=lambda args: run(kind.of(args)))
-    return made
 
 
 def check_file(path: Path, *suffixes: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
-from scoresde.cli.common import SessionOptions, command_parser, going_on, record
+from scoresde.cli.common import SessionOptions, going_on, record
 from scoresde.cli.drawing import GRIDS, DrawOptions, Recipe, StepOptions, draw_all, recipe, rounded
 from scoresde.cli.measuring import Measure, MeasureOptions, check_measurable, measures
 from scoresde.cli.models import Model, ModelOptions, digest, sha
@@ -26,7 +26,7 @@ from scoresde.report import Cells, table, write_json
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel
 
-__all__ = ["add_parser", "run"]
+__all__ = ["EXAMPLES", "TEXT", "CompareOptions", "run"]
 
 TEXT = """race solvers on a network: the distance of their samples from real data at each number of evaluations
 
@@ -61,11 +61,6 @@ class CompareOptions(Options):
     measure: MeasureOptions = measures("frechet")
     draw: DrawOptions = part("the samples")
     session: SessionOptions
-
-
-def add_parser(commands: Any) -> None:
-    """The arguments of `compare`."""
-    command_parser(commands, "compare", TEXT, EXAMPLES, run, CompareOptions)
 
 
 Cell = tuple[str, str, int]

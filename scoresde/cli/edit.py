@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde.checks import check_count
-from scoresde.cli.common import SessionOptions, command_parser
+from scoresde.cli.common import SessionOptions
 from scoresde.cli.drawing import NFE_HELP, DrawOptions, Recipe, StepOptions, draw, recipe, share
 from scoresde.cli.inputs import InputOptions
 from scoresde.cli.models import Model, ModelOptions
@@ -23,7 +22,7 @@ from scoresde.denoiser import Denoiser
 from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, strength_time, variations
 from scoresde.errors import NonFiniteError
 
-__all__ = ["add_parser", "run"]
+__all__ = ["EXAMPLES", "TEXT", "EditOptions", "run"]
 
 TEXT = """edit images with a trained network: strokes into pictures, one class into another, variations, paths between
 
@@ -75,11 +74,6 @@ class EditOptions(Options):
     out: OutOptions = part(columns={"help": "of the grid (a row for each input, or a square)"})
     beside: bool = option("the inputs too, each before its results")
     session: SessionOptions
-
-
-def add_parser(commands: Any) -> None:
-    """The arguments of `edit`."""
-    command_parser(commands, "edit", TEXT, EXAMPLES, run, EditOptions)
 
 
 def run(options: EditOptions) -> None:

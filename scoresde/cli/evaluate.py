@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from scoresde.checks import check_count
-from scoresde.cli.common import SessionOptions, check_file, command_parser, record
+from scoresde.cli.common import SessionOptions, check_file, record
 from scoresde.cli.config import DataConfig
 from scoresde.cli.drawing import SamplesOptions, draw_all, recipe, rounded
 from scoresde.cli.measuring import MeasureOptions, check_measurable, measures, reference_of
@@ -20,7 +20,7 @@ from scoresde.metrics import evaluate
 from scoresde.report import write_json
 from scoresde.training import parallel
 
-__all__ = ["add_parser", "run"]
+__all__ = ["EXAMPLES", "TEXT", "EvaluateOptions", "run"]
 
 TEXT = """distances between samples and real data, with standard errors and what real data score
 
@@ -46,11 +46,6 @@ class EvaluateOptions(Options):
     out: Path | None = option("result, with how it came about", metavar="FILE.json")
     samples: SamplesOptions = part("the samples", n={"default": 1000, "help": "how many (1000)"})
     session: SessionOptions
-
-
-def add_parser(commands: Any) -> None:
-    """The arguments of `evaluate`."""
-    command_parser(commands, "evaluate", TEXT, EXAMPLES, run, EvaluateOptions)
 
 
 def run(options: EvaluateOptions) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from scoresde.cli.common import command_parser
 from scoresde.cli.models import ABOUT, CONFIG, folder_of
 from scoresde.cli.options import Options, option
 from scoresde.training.export import DTYPES, export
 from scoresde.training.model import opened
 from scoresde.training.whole_files import weights_file
 
-__all__ = ["add_parser", "run"]
+__all__ = ["EXAMPLES", "TEXT", "ExportOptions", "run"]
 
 TEXT = """write a run's averaged weights into a folder to give away, without what only training needs
 
@@ -36,11 +34,6 @@ class ExportOptions(Options):
     out: Path = option("which must not exist", metavar="FOLDER", required=True)
     average: int = option("which averaged weights (0)", 0, "I")
     dtype: str = option("of the file (float32)", "float32", choices=DTYPES)
-
-
-def add_parser(commands: Any) -> None:
-    """The arguments of `export`."""
-    command_parser(commands, "export", TEXT, EXAMPLES, run, ExportOptions)
 
 
 def run(options: ExportOptions) -> None:

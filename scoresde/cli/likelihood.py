@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
-from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, command_parser, going_on, record
+from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, going_on, record
 from scoresde.cli.measuring import DataOptions
 from scoresde.cli.models import About, DenoiserOptions, Model, digest, is_run, open_run
 from scoresde.cli.options import Options, option, part
@@ -35,7 +35,7 @@ from scoresde.noise import seeds_of
 from scoresde.report import Cells, write_json
 from scoresde.training import parallel
 
-__all__ = ["add_parser", "run"]
+__all__ = ["EXAMPLES", "TEXT", "LikelihoodOptions", "run"]
 
 TEXT = """bits/dim of images, or log p of other data, from a run folder or your own model; goes on where it was killed
 
@@ -119,11 +119,6 @@ class LikelihoodOptions(Options):
     levels: LevelOptions = part("data of whole levels")
     bound: bool = option("in continuous time, beside the likelihood", group="the variational bound")
     draws: int | None = option("of lambda, per item (64)", metavar="N", group="the variational bound")
-
-
-def add_parser(commands: Any) -> None:
-    """The arguments of `likelihood`."""
-    command_parser(commands, "likelihood", TEXT, EXAMPLES, run, LikelihoodOptions)
 
 
 def run(options: LikelihoodOptions) -> None:

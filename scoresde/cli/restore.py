@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_count
-from scoresde.cli.common import SessionOptions, command_parser
+from scoresde.cli.common import SessionOptions
 from scoresde.cli.drawing import (
     CLASS_HELP,
     NFE_HELP,
@@ -39,7 +39,7 @@ from scoresde.solvers import SingleStep
 from scoresde.solvers.catalogue import solver_of
 from scoresde.wrappers import Clip
 
-__all__ = ["add_parser", "run"]
+__all__ = ["EXAMPLES", "TEXT", "RestoreOptions", "run"]
 
 TEXT = """restore images from what is known of them: parts, a grey, small or blurred version, some frequencies
 
@@ -179,11 +179,6 @@ class RestoreOptions(Options):
     )
     out: OutOptions = part(columns=False)
     session: SessionOptions
-
-
-def add_parser(commands: Any) -> None:
-    """The arguments of `restore`."""
-    command_parser(commands, "restore", TEXT, EXAMPLES, run, RestoreOptions)
 
 
 def run(options: RestoreOptions) -> None:

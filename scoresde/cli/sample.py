@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from scoresde.checks import check_count
-from scoresde.cli.common import SessionOptions, command_parser
+from scoresde.cli.common import SessionOptions
 from scoresde.cli.drawing import Recipe, SamplesOptions, draw, recipe, share
 from scoresde.cli.models import ModelOptions
 from scoresde.cli.options import Options, part
 from scoresde.cli.writing import OutOptions, Writer
 
-__all__ = ["add_parser", "run"]
+__all__ = ["EXAMPLES", "TEXT", "SampleOptions", "run"]
 
 TEXT = """draw samples from a trained network: a PNG grid, a .npz file, or a folder of PNG files
 
@@ -47,11 +46,6 @@ class SampleOptions(Options):
     samples: SamplesOptions = part("the samples")
     out: OutOptions
     session: SessionOptions
-
-
-def add_parser(commands: Any) -> None:
-    """The arguments of `sample`."""
-    command_parser(commands, "sample", TEXT, EXAMPLES, run, SampleOptions)
 
 
 def run(options: SampleOptions) -> None:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from scoresde.cli.common import DATA_HELP, SessionOptions, command_parser, going_on
+from scoresde.cli.common import DATA_HELP, SessionOptions, going_on
 from scoresde.cli.config import (
     SECTIONS,
     DataConfig,
@@ -43,7 +43,7 @@ from scoresde.solvers.catalogue import solver_of
 from scoresde.training import CheckpointError, Trainer, parallel
 from scoresde.wrappers import Clip
 
-__all__ = ["add_parser", "run"]
+__all__ = ["EXAMPLES", "TEXT", "TrainOptions", "run"]
 
 TEXT = """train a network on images, vectors or a built-in data set; goes on where it stopped
 
@@ -116,12 +116,6 @@ class TrainOptions(Options):
     session: SessionOptions
 
 
-def add_parser(commands: Any) -> None:
-    """The arguments of `train`."""
-    parser = command_parser(commands, "train", TEXT, EXAMPLES, run, TrainOptions)
-    parser.epilog = f"{parser.epilog}\n\n{FILES}\n\n{_keys()}"
-
-
 def _keys() -> str:
     """What --set and --config can say."""
     lines = ["keys of --set and --config, with their defaults where these do not depend on the data:"]
@@ -131,6 +125,9 @@ def _keys() -> str:
         text = ", ".join(keys)
         lines += textwrap.wrap(text, 118, initial_indent=f"  {name:9s} ", subsequent_indent=" " * 12)
     return "\n".join(lines)
+
+
+EXAMPLES += f"\n{FILES}\n\n{_keys()}"
 
 
 def settings_of(options: TrainOptions) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from scoresde.checks import check_count
-from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, command_parser
+from scoresde.cli.common import DATA_HELP, SessionOptions, check_file
 from scoresde.cli.measuring import DataOptions, items_of
 from scoresde.cli.models import ModelOptions
 from scoresde.cli.options import Options, option, part
@@ -17,7 +16,7 @@ from scoresde.training import parallel
 from scoresde.variance import VarianceTable, estimate
 from scoresde.variance.estimate import table_times
 
-__all__ = ["add_parser", "run"]
+__all__ = ["EXAMPLES", "TEXT", "VarianceOptions", "run"]
 
 TEXT = """estimate a network's table of posterior variances (Analytic-DPM) from the data that it was trained on
 
@@ -47,11 +46,6 @@ class VarianceOptions(Options):
     batch_size: int = option("samples that the network takes at once (256)", 256, "N")
     out: Path = option("the table", metavar="TABLE.npz", required=True)
     session: SessionOptions
-
-
-def add_parser(commands: Any) -> None:
-    """The arguments of `variance`."""
-    command_parser(commands, "variance", TEXT, EXAMPLES, run, VarianceOptions)
 
 
 def run(options: VarianceOptions) -> None:

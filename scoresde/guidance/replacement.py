@@ -37,7 +37,6 @@ from scoresde.grid import Grid
 from scoresde.guidance.operators import LinearOperator, Mask
 from scoresde.guidance.operators.checks import check_adjoint, check_finite, check_linear, match_measurement
 from scoresde.noise import NoiseSource
-from scoresde.sde import SDE
 from scoresde.solvers.base import Around, SingleStep, Solver
 from scoresde.solvers.composite import TimeTravel
 from scoresde.solvers.first_order import DDPM
@@ -87,7 +86,7 @@ class Replacement(Around):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"Replacement wraps a solver, DDPM() say, not {self.solver!r}")
-        A, _ = _checked(self.operator, self.noise_std, self)
+        A, _ = _checked(self.operator, self.noise_std, "Replacement")
         object.__setattr__(self, "operator", A)
         object.__setattr__(self, "_A", A)
 
@@ -99,7 +98,7 @@ class Replacement(Around):
         known = self._A.pseudo_inverse(match_measurement(self._A, self.y, x))
         check_finite(known)
         table = _table(self.solver, grid)
-        draws = _draws(table, _checked(self._A, self.noise_std, self)[1])
+        draws = _draws(table, _checked(self._A, self.noise_std, "Replacement")[1])
         first = self._overwritten(x, known, draws[0], noise, len(table))
         states = self.solver.iterate(denoiser, first, grid, noise, cond)
         return self._loop(states, known, draws[1:], noise, len(table) + 1)
@@ -122,8 +121,14 @@ class Replacement(Around):
         return draw.alpha * known + (x + self._A.pseudo_inverse(self._A(z)))
 
 
-@dataclass(frozen=True, eq=False)
-class RePaint(Solver):
+def RePaint(
+    operator: LinearOperator | Tensor,
+    y: Tensor,
+    noise_std: float = 0.0,
+    solver: SingleStep = DDPM(),  # noqa: B008 (frozen)
+    jump: int = 10,
+    resamplings: int = 10,
+) -> Replacement:
     """Replacement with time travel (Lugmayr et al., 2022, algorithm 1): `Replacement(TimeTravel(solver, jump,
     repeats=resamplings), operator, y)`.
 
@@ -147,35 +152,11 @@ class RePaint(Solver):
     >>> sample(denoiser, (100, 2), solver, steps=20, seed=0).nfe
     50
     """
-
-    operator: LinearOperator | Tensor
-    y: Tensor = field(repr=False)
-    noise_std: float = 0.0
-    solver: SingleStep = DDPM()  # noqa: RUF009 (frozen)
-    jump: int = 10
-    resamplings: int = 10
-    _inner: Replacement = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _, std = _checked(self.operator, self.noise_std, self)
-        travel = TimeTravel(self.solver, self.jump, repeats=self.resamplings, u_min=std)
-        inner = Replacement(travel, self.operator, self.y, self.noise_std)
-        object.__setattr__(self, "operator", inner.operator)
-        object.__setattr__(self, "_inner", inner)
-
-    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        return self._inner.grid(sde, steps, end=end)
-
-    def evaluations(self, grid: Grid) -> int | None:
-        return self._inner.evaluations(grid)
-
-    def loop(
-        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
-    ) -> Iterator[State]:
-        return self._inner.iterate(denoiser, x, grid, noise, cond)
+    _, std = _checked(operator, noise_std, "RePaint")
+    return Replacement(TimeTravel(solver, jump, repeats=resamplings, u_min=std), operator, y, noise_std)
 
 
-def _checked(operator: LinearOperator | Tensor, noise_std: float, method: Solver) -> tuple[LinearOperator, float]:
+def _checked(operator: LinearOperator | Tensor, noise_std: float, method: str) -> tuple[LinearOperator, float]:
     """The operator, and the standard deviation of A^+ y in what A sees.
 
     Raises:
