@@ -313,12 +313,7 @@ class Grid:
 
 
 SPACINGS: dict[str, Callable[[Any, int], Grid]] = {
-    "uniform": Grid.uniform,
-    "quadratic": Grid.quadratic,
-    "log_snr": Grid.log_snr,
-    "karras": Grid.karras,
-    "power": Grid.power,
-    "strided": Grid.strided,
+    name: getattr(Grid, name) for name in ("uniform", "quadratic", "log_snr", "karras", "power", "strided")
 }
 """Constructors of a grid by name: each takes an SDE and a number of steps."""
 

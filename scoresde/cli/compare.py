@@ -26,8 +26,6 @@ from scoresde.report import Cells, table, write_json
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel
 
-__all__ = ["EXAMPLES", "TEXT", "CompareOptions", "run"]
-
 TEXT = """race solvers on a network: the distance of their samples from real data at each number of evaluations
 
 Every finished cell (solver, grid, evaluations) is kept in OUT/cells.jsonl: the same command goes on where it was

@@ -22,8 +22,6 @@ from scoresde.denoiser import Denoiser
 from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, strength_time, variations
 from scoresde.errors import NonFiniteError
 
-__all__ = ["EXAMPLES", "TEXT", "EditOptions", "run"]
-
 TEXT = """edit images with a trained network: strokes into pictures, one class into another, variations, paths between
 
 Each input goes part of the way to noise, --strength of it, and comes back as the model's (scoresde.editing):

@@ -20,8 +20,6 @@ from scoresde.metrics import evaluate
 from scoresde.report import write_json
 from scoresde.training import parallel
 
-__all__ = ["EXAMPLES", "TEXT", "EvaluateOptions", "run"]
-
 TEXT = """distances between samples and real data, with standard errors and what real data score
 
 The samples: a file .npz or .npy, a folder of images, a data set by name; or drawn here from a run folder, or from

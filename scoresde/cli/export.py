@@ -12,8 +12,6 @@ from scoresde.training.export import DTYPES, export
 from scoresde.training.model import opened
 from scoresde.training.whole_files import weights_file
 
-__all__ = ["EXAMPLES", "TEXT", "ExportOptions", "run"]
-
 TEXT = """write a run's averaged weights into a folder to give away, without what only training needs
 
 The commands and `scoresde.load` take the folder as they take the run. It has no optimiser and no other averages, and so

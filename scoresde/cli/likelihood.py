@@ -35,8 +35,6 @@ from scoresde.noise import seeds_of
 from scoresde.report import Cells, write_json
 from scoresde.training import parallel
 
-__all__ = ["EXAMPLES", "TEXT", "LikelihoodOptions", "run"]
-
 TEXT = """bits/dim of images, or log p of other data, from a run folder or your own model; goes on where it was killed
 
 The likelihood is that of the probability-flow ODE. Finished batches are kept beside --out; the same command goes on

@@ -39,8 +39,6 @@ from scoresde.solvers import SingleStep
 from scoresde.solvers.catalogue import solver_of
 from scoresde.wrappers import Clip
 
-__all__ = ["EXAMPLES", "TEXT", "RestoreOptions", "run"]
-
 TEXT = """restore images from what is known of them: parts, a grey, small or blurred version, some frequencies
 
 The network is one that was trained on whole images; of y = A(x) + noise it is told nothing, and what is not known is

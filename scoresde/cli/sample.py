@@ -11,8 +11,6 @@ from scoresde.cli.models import ModelOptions
 from scoresde.cli.options import Options, part
 from scoresde.cli.writing import OutOptions, Writer
 
-__all__ = ["EXAMPLES", "TEXT", "SampleOptions", "run"]
-
 TEXT = """draw samples from a trained network: a PNG grid, a .npz file, or a folder of PNG files
 
 Sample i depends on the seed and i alone: it is the same in any number of samples, batch size (up to rounding; with

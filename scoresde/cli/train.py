@@ -43,8 +43,6 @@ from scoresde.solvers.catalogue import solver_of
 from scoresde.training import CheckpointError, Trainer, parallel
 from scoresde.wrappers import Clip
 
-__all__ = ["EXAMPLES", "TEXT", "TrainOptions", "run"]
-
 TEXT = """train a network on images, vectors or a built-in data set; goes on where it stopped
 
 Everything about a run can be left to its defaults, written in a TOML file (--config), or set one by one (--set); the

@@ -16,8 +16,6 @@ from scoresde.training import parallel
 from scoresde.variance import VarianceTable, estimate
 from scoresde.variance.estimate import table_times
 
-__all__ = ["EXAMPLES", "TEXT", "VarianceOptions", "run"]
-
 TEXT = """estimate a network's table of posterior variances (Analytic-DPM) from the data that it was trained on
 
 A network that was trained with --classes or --condition is told those of each item. The table is good for any one-step

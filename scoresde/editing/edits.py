@@ -316,14 +316,11 @@ def _through_latents(
     shape: tuple[int, int],
     cond: Mapping[str, Any] | None,
     batch: int,
-    *,
     trajectory: bool,
-    progress: bool,
-    differentiable: bool,
+    **options: Any,
 ) -> Edit:
     """Encode x, change the latents into a batch of shape[0] shape[1], decode that. cond has one entry, or `batch`."""
     solver, grid = plan(denoiser, solver, *how)
-    options: dict[str, Any] = {"progress": progress, "differentiable": differentiable}
     up = _repeated(cond, len(x) // batch, batch)
     code = _complete(sample(denoiser, widen(x), solver, grid=grid.reversed(), cond=up, **options))
     latent = change(code.x)
