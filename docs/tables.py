@@ -21,7 +21,7 @@ def sdes() -> str:
     for name, make in SDES.items():
         sde = make()
         summary = " ".join((make.__doc__ or "").split("\n\n")[0].split())
-        about = re.split(r"; |\. ", summary)[0].rstrip(".")
+        about = re.split(r"(; |(?<!eq)\. )(?![^(]*\))", summary)[0].rstrip(".")
         without_data = "yes" if float(sde.alpha(sde.t_max)) == 0 else "no"
         rows.append([f'"{name}"', f"`{make.__qualname__}`", about, f"0..{sde.t_max:g}", without_data])
     return "\n".join(table(["name", "made by", "what it is", "t", "alpha = 0 at t_max"], rows))
