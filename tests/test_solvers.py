@@ -408,6 +408,16 @@ def test_a_v_view_starts_from_alpha_zero_at_full_order():
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.2)
 
 
+@pytest.mark.parametrize("solver", {type(entry.solver): entry.solver for entry in available()}.values(), ids=repr)
+def test_numbers_that_are_negative_or_nan_are_refused(solver):
+    """Every number among the options of every solver, by its name."""
+    for field in dataclasses.fields(solver):
+        if type(getattr(solver, field.name)) in (int, float):
+            for value in (-1, math.nan):
+                with pytest.raises(ValueError, match=field.name):
+                    dataclasses.replace(solver, **{field.name: value})
+
+
 @pytest.mark.parametrize(
     "make",
     [
