@@ -9,28 +9,18 @@
 
 from importlib.metadata import version
 
-from scoresde import schedules
-from scoresde.chain import DDPMChain
-from scoresde.denoiser import (
-    Denoiser,
-    EDMDenoiser,
-    EpsDenoiser,
-    NetworkDenoiser,
-    Posterior,
-    ScoreDenoiser,
-    VDenoiser,
-    VelocityDenoiser,
-    X0Denoiser,
-)
+from scoresde import chain, denoiser, grid, schedules, sde
+from scoresde.chain import *
+from scoresde.denoiser import *
 from scoresde.diagnose import diagnose
 from scoresde.editing import decode, encode
-from scoresde.grid import Grid
+from scoresde.grid import *
 from scoresde.likelihood import bits_per_dim, elbo, log_prob
 from scoresde.noise import sample_seeds
 from scoresde.run import Solution
 from scoresde.sampling import NonFiniteError, sample
 from scoresde.schedules import *
-from scoresde.sde import SDE
+from scoresde.sde import *
 from scoresde.tableau import State, Tableau
 from scoresde.training import load
 from scoresde.wrappers import Clip, DynamicThreshold
@@ -38,24 +28,12 @@ from scoresde.wrappers import Clip, DynamicThreshold
 __version__ = version("scoresde")
 
 __all__ = [
-    "SDE",
     "Clip",
-    "DDPMChain",
-    "Denoiser",
     "DynamicThreshold",
-    "EDMDenoiser",
-    "EpsDenoiser",
-    "Grid",
-    "NetworkDenoiser",
     "NonFiniteError",
-    "Posterior",
-    "ScoreDenoiser",
     "Solution",
     "State",
     "Tableau",
-    "VDenoiser",
-    "VelocityDenoiser",
-    "X0Denoiser",
     "__version__",
     "bits_per_dim",
     "decode",
@@ -67,4 +45,8 @@ __all__ = [
     "sample",
     "sample_seeds",
 ]
+__all__ += chain.__all__
+__all__ += denoiser.__all__
+__all__ += grid.__all__
 __all__ += schedules.__all__
+__all__ += sde.__all__

@@ -30,9 +30,6 @@ __all__ = [
     "VDenoiser",
     "VelocityDenoiser",
     "X0Denoiser",
-    "check_call",
-    "check_denoiser",
-    "networks",
 ]
 
 

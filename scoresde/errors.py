@@ -20,6 +20,11 @@ class NonFiniteError(ArithmeticError):
         super().__init__(message)
         self.step, self.time, self.samples = step, time, samples
 
+    def of(self, what: str, which: list[int]) -> NonFiniteError:
+        """The same, of these samples of more than the run had, called what they are."""
+        where = "" if self.step is None else f" in step {self.step}, at t = {self.time:.6g}"
+        return NonFiniteError(f"{what} {some(which)} became non-finite{where}", self.step, self.time, which)
+
 
 def not_finite(x: Tensor) -> list[int]:
     """The samples of x, shape (B, ...), that are not finite: a look at the device."""

@@ -15,7 +15,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from scoresde.chain import DDPMChain
 from scoresde.schedules import VPSDE
 from scoresde.sde import SDE
 
-__all__ = ["Grid"]
+__all__ = ["SPACINGS", "Grid"]
 
 
 class Grid:
@@ -310,6 +310,17 @@ class Grid:
         if points > 1:
             times[-1] = low
         return cls(sde, torch.cat([times, times.new_zeros(1)]) if to_zero else times)
+
+
+SPACINGS: dict[str, Callable[[Any, int], Grid]] = {
+    "uniform": Grid.uniform,
+    "quadratic": Grid.quadratic,
+    "log_snr": Grid.log_snr,
+    "karras": Grid.karras,
+    "power": Grid.power,
+    "strided": Grid.strided,
+}
+"""Constructors of a grid by name: each takes an SDE and a number of steps."""
 
 
 def _time_of(sde: SDE, tau: float, most: float) -> float:

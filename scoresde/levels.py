@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scoresde.checks import check_count
 
-__all__ = ["check_levels", "outer_edges", "scaled", "to_levels"]
+__all__ = ["check_levels", "outer_edges", "rounding_std", "scaled", "to_levels"]
 
 
 def scaled(k: Tensor, levels: int = 256) -> Tensor:
@@ -73,3 +73,15 @@ def check_levels(levels: int, data_range: tuple[float, float]) -> None:
 def to_levels(x: Tensor) -> Tensor:
     """Images in [-1, 1], cut to it, as uint8: to the nearest of 256 levels."""
     return x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu()
+
+
+def rounding_std(x: Tensor, levels: int = 256) -> float:
+    """The standard deviation of what rounding to levels of [-1, 1] took from x, a uniform number as wide as a bin:
+    2 / ((L - 1) sqrt(12)); 0 if x is not rounded.
+
+    >>> round(rounding_std(torch.tensor([-1.0, 1.0])), 4), rounding_std(torch.tensor([0.3]))
+    (0.0023, 0.0)
+    """
+    width = 2 / max(levels - 1, 1)
+    k = (x.double() + 1) / width
+    return width / math.sqrt(12) if bool(((k - k.round()).abs() < 1e-3).all()) else 0.0

@@ -32,6 +32,12 @@ def test_solvers_lists_them_all(capsys):
         assert all(entry.name in out and entry.call in out and entry.source in out for entry in SOLVERS.values())
 
 
+def test_only_options_see_what_was_parsed():
+    """A command is handed a frozen object, never argparse's namespace, which later code could write into."""
+    files = (ROOT / "scoresde" / "cli").glob("*.py")
+    assert [path.name for path in files if "Namespace" in path.read_text()] == ["options.py"]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_tableau_knows_every_solver(solver, capsys):
     status = main(["tableau", solver, "--steps", "2"])

@@ -387,7 +387,7 @@ def test_flags_win_over_set_and_set_over_the_file(here):
         "train --config run.toml --out x --set train.lr=0.25 --set train.steps=8 --steps 7 --preset 28 --data rings:3"
     )
     args = parser().parse_args(words.split())
-    found = train.settings_of(args)
+    found = train.settings_of(train.TrainOptions.of(args))
     assert found == {
         "data": {"source": "rings:3"},
         "train": {"steps": 7, "lr": 0.25, "warmup": 1},

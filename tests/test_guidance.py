@@ -38,6 +38,7 @@ from scoresde.guidance.classifier_free import Autoguidance, ClassifierFree
 from scoresde.guidance.composition import Mixture, Product
 from scoresde.guidance.energy import Energy, class_means, distance, similarity
 from scoresde.guidance.gradients import gradient
+from scoresde.guidance.rules import RULES, Rule
 from scoresde.nn import MLP, DiT, UNet
 from scoresde.solvers import (
     DDIM,
@@ -163,8 +164,11 @@ def test_gradient_leaves_parameters_alone_and_can_reach_them() -> None:
 def test_gradient_of_a_constant_and_of_what_has_none() -> None:
     x = normal(3, 2)
     assert torch.equal(gradient(lambda x: torch.ones(len(x)), x)[1], torch.zeros(3, 2))
+    assert torch.equal(torch.func.vmap(lambda x: gradient(lambda x: torch.ones(len(x)), x)[1])(x[None]), 0 * x[None])
     with pytest.raises(ValueError, match="no derivative by x"):
         gradient(lambda x: x.detach().sum(1), x)
+    with pytest.raises(ValueError, match="no derivative by x"):
+        torch.func.jvp(lambda x: gradient(lambda x: x.detach().sum(1), x)[1], (x,), (x,))
     with pytest.raises(ValueError, match=r"returned \(3, 2\): expected a value per sample"):
         gradient(lambda x: x, x)
     with pytest.raises(ValueError, match="returned NoneType"):
@@ -582,6 +586,10 @@ def test_by_default_our_networks_are_told_nothing_of_any_condition() -> None:
             assert torch.allclose(found, 3 * D_c - 2 * D_u, rtol=1e-9, atol=1e-12)
         with pytest.raises(ValueError, match="classifier-free guidance without a condition"):
             ClassifierFree(denoiser)(x, 0.5)
+    # Of a network of one's own as well, if it says what it can be told.
+    own = torch.nn.Identity()
+    own.condition_sizes = {"label": 4, "text": 7}
+    assert ClassifierFree(EpsDenoiser(own, VPSDE())).null == {"label": 4, "text": 0}
     # Of a network that was never without its image, the label alone is null.
     net = UNet(**unet, num_classes=4, image_condition=2)
     for p in net.parameters():
@@ -684,6 +692,77 @@ def test_projection_takes_away_what_is_parallel() -> None:
         assert torch.allclose(found, uncut.float(), rtol=1e-4, atol=1e-4)
         same = free(x, 0.3, label=torch.tensor(3)).mean.flatten(1)
         assert torch.allclose(same, D_u, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", SDES)
+def test_rules(name: str, rule: str) -> None:
+    """F' is the function of both predictions in the rule's view, whatever the network predicts, from one call of 2 B;
+    of each sample by itself; at w = 1 it is F_1, bit for bit, from one of B. The same of two models."""
+    sde, view = SDES[name], RULES[rule].view or "v"
+    data, label, t = Labelled(sde, (1, 2, 2)), torch.tensor([0, 1, 2]), middle(sde)
+    x = sde.perturb(data.whole.sample(3, generator(1), torch.float64), t, normal(3, 1, 2, 2))
+    w = torch.tensor([-1.0, 0.0, 3.0]).double()
+    F_1 = torch.stack([data.of(k).view(view, x, t)[k] for k in range(3)])
+    expected = RULES[rule](F_1, data.whole.denoiser(sde).view(view, x, t), w)
+    assert torch.allclose(RULES[rule](F_1, expected, torch.ones(())), F_1, rtol=1e-12)
+    for network, kind in NETWORKS.items():
+        denoiser = kind(data.net(network), sde)
+        free = ClassifierFree(denoiser, w, null=NULL, rule=rule)
+        data.calls.clear()
+        assert torch.allclose(free.view(view, x, t, label=label), expected, rtol=1e-8, atol=1e-8)
+        assert data.calls == [6]
+        weak = Autoguidance(denoiser, Conditioned(X0Denoiser(data.net("x0"), sde), drop="label"), w, rule=RULES[rule])
+        assert torch.allclose(weak.view(view, x, t, label=label), expected, rtol=1e-8, atol=1e-8)
+        for i in range(3):
+            alone = ClassifierFree(denoiser, float(w[i]), null=NULL, rule=rule)
+            found = alone.view(view, x[i : i + 1], t, label=label[i : i + 1])
+            assert torch.allclose(found, expected[i : i + 1], rtol=1e-8, atol=1e-8)
+        for off in ({"weight": 1}, {"weight": 3.0, "interval": (1e8, 1e9)}):
+            data.calls.clear()
+            found = ClassifierFree(denoiser, null=NULL, rule=rule, **off)(x, t, label=label).mean
+            assert data.calls == [3]
+            assert torch.equal(found, denoiser(x, t, label=label).mean)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_cfg_zero_is_the_published_formula(name: str) -> None:
+    """In the velocity; what is added to v_c is orthogonal to v_u."""
+    sde = SDES[name]
+    data, t, x = Labelled(sde, (1, 2, 2)), middle(sde), normal(3, 1, 2, 2)
+    v_u, v_c = (d.velocity(x, t).flatten(1) for d in (data.whole.denoiser(sde), data.of(1)))
+    s = (v_c * v_u).sum(1, keepdim=True) / (v_u * v_u).sum(1, keepdim=True)
+    guided = ClassifierFree(EpsDenoiser(data.net("eps"), sde), 3.0, null=NULL, rule="cfg-zero")
+    found = guided.velocity(x, t, label=1).flatten(1)
+    assert torch.allclose(found, (1 - 3.0) * s * v_u + 3.0 * v_c, rtol=1e-8, atol=1e-8)
+    assert torch.allclose(((found - v_c) * v_u).sum(1), torch.zeros(3).double(), atol=1e-7)
+
+
+def test_a_rule_of_ones_own_and_how_it_is_shown() -> None:
+    data, x = Labelled(VPSDE()), normal(3, 2)
+    net, plain = EpsDenoiser(data.net("eps"), VPSDE()), data.whole.denoiser(VPSDE())
+
+    def signs(F_1: Tensor, F_0: Tensor, w: Tensor, *, power: float) -> Tensor:
+        return F_1 + (w - 1) * (F_1 - F_0).sign() * (F_1 - F_0).abs() ** power
+
+    mine = ClassifierFree(net, 3.0, null=NULL, rule=Rule(signs, "score", {"power": 0.5}))
+    delta = data.of(1).score(x, 0.3) - plain.score(x, 0.3)
+    expected = data.of(1).score(x, 0.3) + 2 * delta.sign() * delta.abs().sqrt()
+    assert torch.allclose(mine.score(x, 0.3, label=1), expected, rtol=1e-8)
+    for guided, shown in (
+        (mine, "weight=3.0, null={'label': 3}, rule=Rule(signs, 'score', power=0.5))"),
+        (ClassifierFree(net, rule="cfg-zero"), "weight=2.0, null=None, rule='cfg-zero')"),
+        (ClassifierFree(net, rule="cfg", interval=(0.1, 1.0)), "weight=2.0, null=None, interval=(0.1, 1.0))"),
+        (ClassifierFree(net, rescale=0.7), "rule=Rule(projected, 'x0', rescale=0.7, parallel=1.0, max_norm=None))"),
+        (Autoguidance(net, plain, rule="apg"), f"Autoguidance({net!r}, {plain!r}, weight=2.0, rule='apg')"),
+        (Conditioned(net, label=3, y=x), f"Conditioned({net!r}, drop=(), label=3, y=tensor of (3, 2))"),
+    ):
+        assert repr(guided).endswith(shown)
+    for rule, options in (("apg", {"parallel": 0.0}), ("rescale", {"rescale": 0.7})):
+        named, given = (
+            ClassifierFree(net, 3.0, null=NULL, **o)(x, 0.3, label=1).mean for o in ({"rule": rule}, options)
+        )
+        assert torch.equal(named, given)
 
 
 @pytest.mark.parametrize("weak_view", NETWORKS)
@@ -880,7 +959,10 @@ def test_log_prob_through_the_other_wrappers() -> None:
     data, x = Labelled(sde), normal(3, 2)
     net = EpsDenoiser(data.net("eps"), sde)
     for guided, cond in (
-        (ClassifierFree(net, torch.ones(1), null=NULL, interval=(0.1, 10.0)), {"label": 1}),
+        *(
+            (ClassifierFree(net, torch.ones(1), null=NULL, interval=(0.1, 10.0), rule=rule), {"label": 1})
+            for rule in RULES
+        ),
         (Product([Conditioned(net, label=1)], [lambda t: 1.0], base=Conditioned(net, label=3)), {}),
         (Energy(data.of(1), lambda x0: 0 * x0.sum(1), clean=True), {}),
         (Energy(data.of(1), lambda x, t: 0 * x.sum(1)), {}),
@@ -908,6 +990,7 @@ def test_no_digits_are_lost_in_float32() -> None:
     net = EpsDenoiser(lambda x, t, **cond: data.net("eps")(x.double(), t, **cond).to(x.dtype), sde)
     for guided, cond in (
         (ClassifierFree(net, 3.0, null=NULL), {"label": label}),
+        (ClassifierFree(net, 3.0, null=NULL, rule="cfg-zero"), {"label": label}),
         (Classifier(net, data.logits, 3.0), {"label": label}),
         (Energy(net, lambda x, t: x.sum(1), 2.0), {}),
         (Product([Conditioned(net, label=label)], [3.0], base=Conditioned(net, label=3)), {}),
@@ -927,6 +1010,14 @@ def test_starts_where_alpha_is_zero() -> None:
     free = ClassifierFree(net, 2.0, null=NULL)
     mean_c, mean_u = (target.moments()[0] for target in (data.parts[1], data.whole))
     assert torch.allclose(free(x, 1.0, label=1).mean, (2 * mean_c - mean_u).expand(3, 2), rtol=1e-9)
+    for rule in RULES:
+        free = ClassifierFree(net, 2.0, null=NULL, rule=rule)
+        assert bool(sample(free, x, UniPC(2), steps=5, cond={"label": 1}).x.isfinite().all())
+    # And they end where sigma is, at x / alpha whatever a network says.
+    anything = EpsDenoiser(lambda x, t, label: x.sin() * label[:, None], sde)
+    for rule in RULES:
+        free = ClassifierFree(anything, 2.0, null={"label": 0}, rule=rule)
+        assert torch.allclose(free(x, 0.0, label=torch.ones(3)).mean, x, rtol=1e-9)
     for guided in (
         Classifier(net, data.logits, label=1),
         Classifier(net, lambda x: x @ normal(2, 3), label=1, clean=True),
@@ -1108,6 +1199,10 @@ def test_errors_at_construction() -> None:
         (lambda: ClassifierFree(plain, interval=(2.0, 1.0)), ValueError, "interval=.*: expected noise levels"),
         (lambda: ClassifierFree(plain, rescale=1.5), ValueError, "rescale=1.5"),
         (lambda: ClassifierFree(plain, max_norm=0.0), ValueError, "max_norm=0.0"),
+        (lambda: ClassifierFree(plain, rule="zero"), ValueError, "rule='zero': expected one of 'cfg', 'cfg-zero'"),
+        (lambda: Autoguidance(plain, plain, rule="apg", rescale=0.7), ValueError, "leave rule='apg' away"),
+        (lambda: Rule(3.0), TypeError, "a rule's function is float"),
+        (lambda: Rule(f, "noise"), ValueError, "view='noise': expected one of None, 'x0'"),
         (lambda: ClassifierFree(plain, null={}), ValueError, "null names no condition"),
         (lambda: Autoguidance(plain, f), TypeError, "takes Denoisers, not function"),
         (lambda: Autoguidance(plain, other), ValueError, "must have one SDE"),

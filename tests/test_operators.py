@@ -23,9 +23,9 @@ from scoresde.guidance.operators import (
     Quantise,
     box_mask,
     check_adjoint,
-    match_measurement,
     random_mask,
 )
+from scoresde.guidance.operators.checks import match_measurement
 from tests.common import generator, normal
 
 
@@ -257,6 +257,33 @@ def test_a_measurement_that_is_all_noise_says_nothing(operator: LinearOperator, 
     each = operator.ridge(y, torch.tensor([math.inf, 0.3], dtype=torch.float64))
     assert bool((each[0] == 0).all())
     torch.testing.assert_close(each[1], operator.ridge(y, 0.3)[1], atol=1e-8, rtol=1e-6)
+
+
+def test_a_measurement_is_the_same_alone_as_among_others() -> None:
+    x = normal(3, 3, 4, 4)
+    operator = Downsample(2) @ Grey()
+    y = operator.measure(x, 0.5)
+    assert torch.equal(y[:1], operator.measure(x[:1], 0.5))
+    assert torch.equal(operator.measure(x), operator(x))
+    z = (y - operator(x)) / 0.5
+    torch.testing.assert_close(operator.residual(x, y), 0.5 * z.square().mean((1, 2, 3)).sqrt())
+    assert not torch.equal(z, (operator.measure(x, 0.5, seed=1) - operator(x)) / 0.5)
+
+
+def test_a_residual_is_of_what_was_observed() -> None:
+    operator = Mask(torch.tensor([True, False]))
+    assert operator.residual(torch.tensor([[1.0, 7.0]]), torch.tensor([[4.0, 0.0]])).tolist() == [3.0]
+
+
+def test_measurements_are_shown_as_events() -> None:
+    small = torch.tensor([[[[1.0, 2.0]]]])
+    assert Downsample(2).shown(small, (1, 2, 4)).tolist() == [[[[1, 1, 2, 2], [1, 1, 2, 2]]]]
+    assert torch.equal(Grey().shown(small, (3, 1, 2)), small.expand(1, 3, 1, 2))
+    assert Blur(1.0).shown(small, (1, 1, 2)) is small
+    rows = Matrix(torch.eye(2, 3))
+    assert rows.shown(torch.tensor([[5.0, 6.0]]), (3,)).tolist() == [[5, 6, 0]]
+    with pytest.raises(TypeError, match="is no picture"):
+        PhaseMagnitude(1).shown(small, (1, 1, 3))
 
 
 def test_quantising_twice_is_quantising_once() -> None:

@@ -6,10 +6,12 @@ config.py      a training run in words: dataclasses, TOML, --set
 defaults.py    what these leave open, chosen for the data
 models.py      run folders and other models
 drawing.py     samples by number, in any batch and on any number of processes
+inputs.py      given images as items of a model
 measuring.py   real data and feature spaces by name
-cells.py       finished parts of a long computation, in a file that a killed run goes on from
+writing.py     where samples go, and what is finished when a command is stopped
 images.py      PNG files
-common.py      how commands stop, what they say
+common.py      how commands begin and stop, what they say
+options.py     what a command was given: a frozen dataclass that declares its arguments, parsed once and handed on
 """
 
 from __future__ import annotations

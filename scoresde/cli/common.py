@@ -1,4 +1,4 @@
-"""What the commands share: how they stop, what they say, the files they leave."""
+"""What the commands share: how they begin and stop, what they say, the files they leave."""
 
 from __future__ import annotations
 
@@ -8,34 +8,63 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from scoresde.cli.options import Options, option
 from scoresde.data import BUILT_IN
 from scoresde.info import environment
 from scoresde.training import parallel
 
-__all__ = [
-    "DATA_HELP",
-    "Terminated",
-    "add_quiet",
-    "check_file",
-    "command_parser",
-    "going_on",
-    "record",
-    "say",
-    "session",
-    "sigterm",
-]
+__all__ = ["DATA_HELP", "SessionOptions", "Terminated", "check_file", "command_parser", "going_on", "record", "sigterm"]
+
+Kind = TypeVar("Kind", bound=Options)
 
 DATA_HELP = (
     f"{', '.join(BUILT_IN)} (name:PATH says where it is, name:N how many points); a file .npy, .npz or "
     ".safetensors; or a folder of images"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions(Options):
+    """Where a command runs, and whether it says more than results."""
+
+    device: str | None = option("cpu, cuda, ... (a GPU where there is one)")
+    quiet: bool = option("results only: no progress bars, no remarks")
+
+    @contextlib.contextmanager
+    def start(self) -> Iterator[torch.device]:
+        """This process's device; under torchrun, in the group of all (`scoresde.training.start`).
+
+        Raises:
+            ValueError: if there is no such device.
+        """
+        try:
+            chosen = None if self.device is None else torch.device(self.device)
+            if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
+                raise RuntimeError("there is no GPU that torch can use")
+            if chosen is not None and chosen.type != "cuda":  # which would open the first GPU in every process
+                torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:  # no such device, or not in this build
+            raise ValueError(f"--device {self.device}: {error}") from error
+        with parallel.start(chosen) as found:
+            yield found
+
+    @property
+    def progress(self) -> bool:
+        """Whether this process shows progress bars."""
+        return not self.quiet and parallel.rank() == 0
+
+    def say(self, text: str) -> None:
+        """A remark, on stderr."""
+        if self.progress:
+            print(text, file=sys.stderr)
 
 
 class Terminated(SystemExit):
@@ -74,27 +103,19 @@ def going_on(text: str) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def session(device: str | None) -> Iterator[torch.device]:
-    """This process's device; under torchrun, in the group of all (`scoresde.training.start`).
+def command_parser(
+    commands: Any, name: str, text: str, examples: str, run: Callable[[Kind], None], kind: type[Kind]
+) -> argparse.ArgumentParser:
+    """A command's parser.
 
-    Raises:
-        ValueError: if there is no such device.
+    Args:
+        commands: what it is added to.
+        name: of the command.
+        text: its help.
+        examples: what that ends in, a line each.
+        run: what it does.
+        kind: its options, which `run` is given.
     """
-    try:
-        chosen = None if device is None else torch.device(device)
-        if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("there is no GPU that torch can use")
-        if chosen is not None and chosen.type != "cuda":  # which would open the first GPU in every process
-            torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # no such device, or not in this build
-        raise ValueError(f"--device {device}: {error}") from error
-    with parallel.start(chosen) as found:
-        yield found
-
-
-def command_parser(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help ends in examples, a line each."""
     made: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text.partition("\n")[0],
@@ -102,19 +123,9 @@ def command_parser(commands: Any, name: str, text: str, examples: str) -> argpar
         epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    kind.add_to({"": made})
+    made.set_defaults(action=lambda args: run(kind.of(args)))
     return made
-
-
-def add_quiet(parser: argparse.ArgumentParser) -> None:
-    """--device and --quiet."""
-    parser.add_argument("--device", help="cpu, cuda, ... (a GPU where there is one)")
-    parser.add_argument("--quiet", action="store_true", help="results only: no progress bars, no remarks")
-
-
-def say(args: argparse.Namespace, text: str) -> None:
-    """A remark, on stderr."""
-    if not args.quiet and parallel.rank() == 0:
-        print(text, file=sys.stderr)
 
 
 def check_file(path: Path, *suffixes: str) -> None:
@@ -128,8 +139,8 @@ def check_file(path: Path, *suffixes: str) -> None:
         raise PermissionError(f"--out {path}: {path.parent} cannot be written to")
 
 
-def record(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def record(options: Options, device: torch.device) -> dict[str, Any]:
     """How numbers came about, for the file that they are in."""
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    arguments = {name: value for name, value in arguments.items() if not callable(value)}
+    plain = (str, int, float, list, type(None))
+    arguments = {name: value if isinstance(value, plain) else str(value) for name, value in options.flat().items()}
     return {"arguments": arguments, "environment": environment(device)}

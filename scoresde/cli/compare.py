@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-import re
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
-from scoresde.cli.common import add_quiet, command_parser, going_on, record, say, session
-from scoresde.cli.drawing import GRIDS, Recipe, add_draw_arguments, draw_all, recipe, rounded
-from scoresde.cli.measuring import (
-    add_data_arguments,
-    add_measure_arguments,
-    check_measurable,
-    data_config,
-    features_of,
-    reference_of,
-)
-from scoresde.cli.models import Model, add_model_arguments, digest, open_model, sha
+from scoresde.cli.common import SessionOptions, command_parser, going_on, record
+from scoresde.cli.drawing import GRIDS, DrawOptions, Recipe, StepOptions, draw_all, recipe, rounded
+from scoresde.cli.measuring import Measure, MeasureOptions, check_measurable, measures
+from scoresde.cli.models import Model, ModelOptions, digest, sha
+from scoresde.cli.options import Options, option, part
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS, evaluate
+from scoresde.metrics.evaluate import title
 from scoresde.report import Cells, table, write_json
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel
@@ -49,25 +43,29 @@ torchrun --nproc-per-node=4 -m scoresde compare runs/fm --solvers ddim unipc3 --
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Options):
+    """The arguments of `compare`."""
+
+    model: ModelOptions = part("the model")
+    solvers: list[str] = option(
+        "names from `scoresde solvers`, or calls, 'DDIM(eta=0.2)' (ddim dpm++2m unipc3 heun)",
+        ["ddim", "dpm++2m", "unipc3", "heun"], "NAME", nargs="+")  # fmt: skip
+    nfe: list[int] = option("budgets of evaluations (5 10 20)", [5, 10, 20], "N", nargs="+")
+    grids: list[str] = option(
+        f"spacings, {', '.join(GRIDS)} (default: each solver's own)", ["default"], "GRID", nargs="+", choices=GRIDS
+    )
+    n: int = option("samples of each cell (500)", 500, "N", flags=("--n", "--number"))
+    out: Path = option("of results", metavar="FOLDER", required=True)
+    fresh: bool = option("forget the cells of an earlier run")
+    measure: MeasureOptions = measures("frechet")
+    draw: DrawOptions = part("the samples")
+    session: SessionOptions
+
+
 def add_parser(commands: Any) -> None:
     """The arguments of `compare`."""
-    parser = command_parser(commands, "compare", TEXT, EXAMPLES)
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--solvers", nargs="+", default=["ddim", "dpm++2m", "unipc3", "heun"], metavar="NAME",
-        help="names from `scoresde solvers`, or calls, 'DDIM(eta=0.2)' (ddim dpm++2m unipc3 heun)")  # fmt: skip
-    add("--nfe", nargs="+", type=int, default=[5, 10, 20], metavar="N", help="budgets of evaluations (5 10 20)")
-    add("--grids", nargs="+", default=["default"], choices=GRIDS, metavar="GRID",
-        help=f"spacings, {', '.join(GRIDS)} (default: each solver's own)")  # fmt: skip
-    add("--n", "--number", type=int, default=500, metavar="N", help="samples of each cell (500)")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="of results")
-    add("--fresh", action="store_true", help="forget the cells of an earlier run")
-    add_data_arguments(parser, "real data, best such as were not trained on (what the run was trained on)")
-    add_measure_arguments(parser, ["frechet"])
-    add("--limit", type=int, metavar="N", help="the first N of the real data (all)")
-    add_draw_arguments(parser.add_argument_group("the samples"))
-    add_quiet(parser)
-    parser.set_defaults(action=run)
+    command_parser(commands, "compare", TEXT, EXAMPLES, run, CompareOptions)
 
 
 Cell = tuple[str, str, int]
@@ -76,41 +74,29 @@ Cell = tuple[str, str, int]
 FLOOR: Cell = ("real data", "", 0)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: CompareOptions) -> None:
     """Run the command.
 
     Raises:
         TypeError, ValueError, ImportError, OSError, CheckpointError: if an argument or a file is wrong, before the
             first evaluation.
     """
-    check_count(n=args.n, **{f"nfe {n}": n for n in args.nfe})
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: give a folder")
-    for name in args.solvers:
+    out, session = options.out, options.session
+    check_count(n=options.n, **{f"nfe {n}": n for n in options.nfe})
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    for name in options.solvers:
         solver_of(name)
-    args.nfe = sorted(set(args.nfe))
-    with session(args.device) as device:
-        model = open_model(args, device)
-        own = model.data()
-        chosen = data_config(args, own)
-        if args.data is None:
-            say(args, f"measuring against {chosen.source}, which the network was trained on: --data names other data")
-        reference = reference_of(chosen, args.limit)
-        if model.about.shape != tuple(reference.shape[1:]):
-            raise ValueError(
-                f"{chosen.source} has items {tuple(reference.shape[1:])}, the model's are {model.about.shape}"
-            )
-        features = features_of(args.features, chosen.source, reference, device)
-        floor = None if args.floor is None else reference_of(data_config(args, own, args.floor))
-        race = Race(args, model, features, reference, floor)
-        made_for = race.made_for(chosen.source)
-        path = args.out / "cells.jsonl"
-        kept = parallel.by_first(lambda: Cells(path, "scoresde compare", "cells", made_for, _cell, args.fresh))
+    with session.start() as device:
+        model = options.model.open(session, device)
+        race = Race(options, model, options.measure.open(model, session, device))
+        path, made_for = out / "cells.jsonl", race.made_for()
+        kept = parallel.by_first(lambda: Cells(path, "scoresde compare", "cells", made_for, _cell, options.fresh))
         with going_on("finished cells are kept, and the same command goes on"):
             race.run(kept)
         if parallel.rank() == 0:
             print(race.write(kept, device))
-            say(args, f"wrote {args.out}/README.md, results.json")
+            session.say(f"wrote {out}/README.md, results.json")
 
 
 def _cell(found: dict[str, Any]) -> Cell:
@@ -121,37 +107,36 @@ def _cell(found: dict[str, Any]) -> Cell:
 class Race:
     """What is run, and what is made of it."""
 
-    def __init__(
-        self, args: argparse.Namespace, model: Model, features: Any, reference: Tensor, floor: Tensor | None
-    ) -> None:
-        self.args, self.model, self.features = args, model, features
-        self.reference, self.floor = reference, floor
-        self.names = list(dict.fromkeys(args.metrics))
+    def __init__(self, options: CompareOptions, model: Model, by: Measure) -> None:
+        self.options, self.model, self.by = options, model, by
+        self.names, self.budgets = list(dict.fromkeys(options.measure.metrics)), sorted(set(options.nfe))
         self.cells: list[Cell] = [
             (solver, grid, nfe)
-            for solver in dict.fromkeys(args.solvers)
-            for grid in dict.fromkeys(args.grids)
-            for nfe in args.nfe
+            for solver in dict.fromkeys(options.solvers)
+            for grid in dict.fromkeys(options.grids)
+            for nfe in self.budgets
         ]
-        check_measurable(self.names, samples=args.n, data=len(reference))
-        # The rest of the arguments.
-        self.told = recipe(args, model, solver="ddim", nfe=1000, steps=None, grid=None).told
+        check_measurable(self.names, samples=options.n, data=len(by.reference))
+        self.told = recipe(
+            options.draw, StepOptions(solver="ddim", nfe=1000, steps=None, grid="default"), model
+        ).told  # which checks the rest of the options
         self._real: Tensor | None = None
 
-    def made_for(self, source: str) -> dict[str, Any]:
+    def made_for(self) -> dict[str, Any]:
         """What the cells depend on."""
-        args = self.args
+        how, by = self.options.draw, self.by
+        label = "in turn" if how.label is None else how.label
         return {
             **self.model.made_for,
-            "data": f"{source}, {digest(self.reference)}",
-            "floor": "half of the data" if self.floor is None else digest(self.floor),
-            "features": _title(self.features),
+            "data": f"{by.data.source}, {digest(by.reference)}",
+            "floor": "half of the data" if by.floor is None else digest(by.floor),
+            "features": title(by.features),
             "metrics": ", ".join(self.names),
-            "samples": f"{args.n} from seed {args.seed}, class {'in turn' if args.label is None else args.label}",
+            "samples": f"{self.options.n} from seed {how.seed}, class {label}",
             **({} if self.told is None else {"conditions of": self.told.fingerprint}),
-            **_guidance(args),
-            "clip": args.clip,
-            "variance": "none" if args.variance is None else sha(args.variance.read_bytes()),
+            **({} if how.guidance is None else {"guidance": repr(how.guidance)}),
+            "clip": how.clip,
+            "variance": "none" if how.variance is None else sha(how.variance.read_bytes()),
             "device": self.model.denoiser.device.type,
             "versions": f"scoresde {version('scoresde')}, torch {torch.__version__}",
         }
@@ -162,7 +147,7 @@ class Race:
         todo = [cell for cell in self.cells if cell not in kept.done]
         with tqdm(
             desc="compare", total=len(self.cells), initial=len(self.cells) - len(todo), unit="cell",
-            disable=self.args.quiet or not lead,
+            disable=not self.options.session.progress,
         ) as bar:  # fmt: skip
             for cell in todo:
                 bar.set_postfix_str(f"{cell[0]} at {cell[2]}")
@@ -177,8 +162,8 @@ class Race:
         head = {"solver": solver, "grid": grid, "nfe": nfe}
         start = time.perf_counter()
         try:
-            made = recipe(self.args, self.model, solver=solver, grid=grid, nfe=nfe, steps=None)
-            x = draw_all(made, self.args.n, self.args.batch_size, progress=False)
+            made = recipe(self.options.draw, StepOptions(solver=solver, nfe=nfe, steps=None, grid=grid), self.model)
+            x = draw_all(made, self.options.n, self.options.draw.batch_size, progress=False)
         except (ValueError, TypeError, ArithmeticError) as error:
             if parallel.world() > 1 and isinstance(error, ArithmeticError):
                 raise  # the others may not have met it
@@ -205,30 +190,31 @@ class Race:
     def scores(self, x: Tensor, floors: int) -> Any:
         """The metrics in the feature space; the real data are embedded once."""
         if self._real is None:
-            self._real = self.embedded(self.reference)
-        floor = self.embedded(self.floor) if floors and self.floor is not None else None
+            self._real = self.embedded(self.by.reference)
+        floor = self.embedded(self.by.floor) if floors and self.by.floor is not None else None
         return evaluate(self.embedded(x), self._real, self.names, floor=floor, floors=floors)
 
     def embedded(self, x: Tensor) -> Tensor:
         """Their features, float64, (N, d)."""
-        return torch.cat([self.features(part).double().cpu() for part in x.split(512)])
+        return torch.cat([self.by.features(part).double().cpu() for part in x.split(512)])
 
     # ---- what is written ----
 
     def write(self, kept: Cells, device: torch.device) -> str:
         """README.md, results.json and the plot; returns the tables."""
-        args, out = self.args, self.args.out
+        options, out = self.options, self.options.out
         rows = [kept.done[cell] for cell in self.cells]
         scored = {name for row in rows for name in row["scores"]}
         metrics = [name for name in METRICS if name in scored]
         real = kept.done.get(FLOOR, {"scores": {}})
         notes = [f"- {r['solver']} on {r['grid']} at {r['nfe']}: {r['note']}" for r in rows if "note" in r]
-        page = [f"{self.model.denoiser!r}, {args.n} samples from seed {args.seed}, {self.made_for('')['features']}"]
+        seed, features = options.draw.seed, title(self.by.features)
+        page = [f"{self.model.denoiser!r}, {options.n} samples from seed {seed}, {features}"]
         for name in metrics:
             page += ["", f"## {name}", "", *self.table(name, rows, real["scores"].get(name))]
         if notes:
             page += ["", "Not run, or not finite:", "", *notes]
-        result = {"cells": rows, "real data": real, "made for": kept.made_for, **record(args, device)}
+        result = {"cells": rows, "real data": real, "made for": kept.made_for, **record(options, device)}
         write_json(out / "results.json", result)
         pictures = [f"![{name}]({name}.png)" for name in metrics if self.plot(name, rows, real["scores"].get(name))]
         head = ["# Solvers at few evaluations", "", f"`{result['environment']['command']}`", ""]
@@ -238,7 +224,7 @@ class Race:
 
     def table(self, name: str, rows: list[dict[str, Any]], real: dict[str, Any] | None) -> list[str]:
         """A line a solver and grid, a column a budget."""
-        budgets, many = self.args.nfe, len(set(self.args.grids)) > 1
+        budgets, many = self.budgets, len(set(self.options.grids)) > 1
         by_cell = {(row["solver"], row["grid"], row["nfe"]): row["scores"].get(name) for row in rows}
         lines = [
             [f"{solver}, {grid}" if many else solver, *(_shown(by_cell.get((solver, grid, nfe))) for nfe in budgets)]
@@ -270,21 +256,14 @@ class Race:
             return False
         positive = all(line > 0 for r in rows if (s := r["scores"].get(name)) for line in [s["value"] or 1.0])
         axis.set(xscale="log", yscale="log" if positive else "linear", xlabel="evaluations of the network", ylabel=name)
-        axis.set_xticks(self.args.nfe, [str(nfe) for nfe in self.args.nfe])
+        axis.set_xticks(self.budgets, [str(nfe) for nfe in self.budgets])
         axis.minorticks_off()
         axis.grid(color="0.92", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
         figure.tight_layout()
-        write_whole(self.args.out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        write_whole(self.options.out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=120))
         return True
-
-
-def _guidance(args: argparse.Namespace) -> dict[str, str]:
-    if args.guidance is None:
-        return {}
-    low, high = args.guidance_interval or (0, math.inf)
-    return {"guidance": f"{args.guidance:g} at levels {low:g} to {high:g}"}
 
 
 def _shown(score: dict[str, Any] | None) -> str:
@@ -292,8 +271,3 @@ def _shown(score: dict[str, Any] | None) -> str:
         return "-"
     stderr = score["stderr"]
     return f"{score['value']:.4g}" + (f" +- {stderr:.2g}" if stderr is not None and math.isfinite(stderr) else "")
-
-
-def _title(features: Any) -> str:
-    """What a feature space is called, without an address."""
-    return str(getattr(features, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(features)))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
-
-import torch
 
 from scoresde.cli.config import SECTIONS, RunConfig, check_sections
 from scoresde.data import TrainingData
@@ -61,7 +58,7 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> 
     sde = sde_of(model.setdefault("sde", "vp"), given if isinstance(given, Mapping) else None)
     predicts = model.setdefault("predicts", sde.customary_prediction)
     if predicts == "edm":
-        model.setdefault("sigma_data", _std(data))
+        model.setdefault("sigma_data", float(f"{data.std():.3g}"))
     elif sde.t_max <= 1:
         model.setdefault("time_scale", 999.0)
     loss.setdefault("weighting", _WEIGHTING.get(predicts, "min-snr"))
@@ -84,10 +81,3 @@ def _about(network: str, shape: tuple[int, ...], data: TrainingData) -> dict[str
     if network != "mlp" and len(shape) != 3:
         found["dims"] = len(shape) - 1
     return found | data.network_options
-
-
-def _std(data: TrainingData, n: int = 2048) -> float:
-    """The standard deviation of some of the data, evenly chosen."""
-    items = torch.linspace(0, len(data) - 1, min(len(data), n), device="cpu").round().long()
-    data = replace(data, conditions=(), drop=0.0)
-    return float(f"{float(data.batch(items).x.double().std(correction=0)):.3g}")

@@ -3,24 +3,22 @@ number of processes."""
 
 from __future__ import annotations
 
-import argparse
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.checks import check_count, check_option
+from scoresde.checks import check_count
 from scoresde.cli.models import Model
+from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData, nothing, scaled
 from scoresde.denoiser import Denoiser
-from scoresde.errors import NonFiniteError, some
-from scoresde.grid import Grid
+from scoresde.errors import NonFiniteError
+from scoresde.grid import SPACINGS
 from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.levels import to_levels
 from scoresde.noise import derive_seed
@@ -32,21 +30,27 @@ from scoresde.variance import AnalyticDenoiser, OptimalVariance, VarianceTable
 from scoresde.wrappers import Clip
 
 __all__ = [
+    "CLASS_HELP",
     "GRIDS",
+    "NFE_HELP",
+    "SOLVER_HELP",
+    "DrawOptions",
+    "Guidance",
     "Recipe",
-    "add_draw_arguments",
-    "add_solver_arguments",
-    "add_step_arguments",
+    "SamplesOptions",
+    "StepOptions",
     "draw",
     "draw_all",
     "gathered",
-    "on_grid",
     "recipe",
     "rounded",
     "share",
 ]
 
-GRIDS = ("default", "uniform", "quadratic", "log_snr", "karras", "power", "strided")
+GRIDS = ("default", *SPACINGS)
+SOLVER_HELP = "a name from `scoresde solvers`, or a call, 'DDIM(eta=0.2)'"
+NFE_HELP = "evaluations of the network ({}, unless --steps; a budget for adaptive solvers)"
+CLASS_HELP = "of all samples: 0, 1, ..., or its name"
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class Recipe:
         """What the network is told for the samples of these numbers."""
         cond = self.model.labels(self.label, items)
         if self.told is not None:
-            which = torch.tensor([i % len(self.told) for i in items], dtype=torch.long, device="cpu")
-            own = {key: value.to(self.denoiser.device) for key, value in self.told.batch(which).cond.items()}
+            told = self.told.batch(_in_turn(items, len(self.told))).cond
+            own = {key: value.to(self.denoiser.device) for key, value in told.items()}
             cond = {**cond, **own} if self.label is None else {**own, **cond}
         return cond
 
@@ -87,8 +91,11 @@ class Recipe:
             return None
         if self.told is None or self.told.labels is None or self.label is not None:
             return self.model.labels(self.label, items).get("label")
-        which = torch.tensor([i % len(self.told) for i in items], dtype=torch.long, device="cpu")
-        return self.told.labels[which]
+        return self.told.labels[_in_turn(items, len(self.told))]
+
+    def seeds(self, items: range) -> list[int]:
+        """Of the samples of these numbers."""
+        return [derive_seed(self.seed, i) for i in items]
 
     def __call__(self, items: range) -> Tensor:
         """The samples of these numbers, on the denoiser's device.
@@ -97,16 +104,11 @@ class Recipe:
             NonFiniteError: naming them, if some are not finite.
             ArithmeticError: if an adaptive solver's budget ran out.
         """
-        cond = self.cond(items)
-        seeds = [derive_seed(self.seed, i) for i in items]
-        shape = (len(items), *self.model.about.shape)
+        cond, shape = self.cond(items), (len(items), *self.model.about.shape)
         try:
-            found = sample(self.denoiser, shape, self.solver, seed=seeds, cond=cond, **self.options)
+            found = sample(self.denoiser, shape, self.solver, seed=self.seeds(items), cond=cond, **self.options)
         except NonFiniteError as stop:
-            samples = [items[i] for i in stop.samples]
-            where = "" if stop.step is None else f" in step {stop.step}, at t = {stop.time:.6g}"
-            text = f"samples {some(samples)} became non-finite{where}"
-            raise NonFiniteError(text, stop.step, stop.time, samples) from stop
+            raise stop.of("samples", [items[i] for i in stop.samples]) from stop
         if found.status != "complete":
             raise ArithmeticError(f"the budget of {found.nfe} evaluations ran out at t = {found.t:.4g}: raise --nfe")
         return found.x
@@ -125,144 +127,150 @@ class Recipe:
         }
 
 
-def add_solver_arguments(parser: argparse.ArgumentParser, n: int = 64) -> None:
-    """How many samples, and how they are drawn."""
-    group = parser.add_argument_group("the samples")
-    group.add_argument("--n", "--number", type=int, default=n, metavar="N", help=f"how many ({n})")
-    add_step_arguments(group)
-    add_draw_arguments(group)
+def _in_turn(items: range, n: int) -> Tensor:
+    """Which of n items these samples have, which begin again where there are too few."""
+    return torch.tensor([i % n for i in items], dtype=torch.long, device="cpu")
 
 
-def add_step_arguments(group: Any, solver: str | None = "unipc3", defaults: tuple[str, str] = ("unipc3", "20")) -> None:
-    """The solver and its steps.
+@dataclass(frozen=True, kw_only=True)
+class Guidance(Options):
+    """Classifier-free guidance, as `ClassifierFree` takes it.
 
-    Args:
-        group: of arguments.
-        solver: the default.
-        defaults: in words, of the solver and of --nfe.
+    Raises:
+        ValueError: if there is an interval, and no weight.
     """
-    add, (its, nfe) = group.add_argument, defaults
-    add("--solver", default=solver, help=f"a name from `scoresde solvers`, or a call, 'DDIM(eta=0.2)' ({its})")
-    add("--nfe", type=int, help=f"evaluations of the network ({nfe}, unless --steps; a budget for adaptive solvers)")
-    add("--steps", type=int, help="steps, instead of --nfe")
-    add("--grid", choices=GRIDS, default="default", help="spacing of the steps (the solver's own)")
+
+    weight: float = option(
+        "classifier-free guidance, of a network trained with --drop, at twice the work: D_0 + W (D_1 - D_0), D_1 being "
+        "told class and conditions and D_0 nothing. 1 is D_1 alone, as without it, 0 is D_0 alone; 2, say, is more "
+        "typical of the class and less various", metavar="W", flags=("--guidance",), dest="guidance")  # fmt: skip
+    interval: list[float] | None = option(
+        "noise levels sigma / alpha that are guided, LO < level <= HI; D_1 alone runs at others (all)",
+        metavar=("LO", "HI"), flags=("--guidance-interval",), dest="guidance_interval", nargs=2)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.weight is None and self.interval is not None:
+            raise ValueError("--guidance-interval says where --guidance W is: give that, too")
 
 
-def add_draw_arguments(group: Any, conditions: bool = True) -> None:
-    """What does not depend on the solver; with --condition-from and --measured, if conditions."""
-    add, otherwise = group.add_argument, "each class in turn" if conditions else "none, where trained with --drop"
-    add("--seed", type=int, default=0, help="of the samples (0)")
-    add("--class", dest="label", metavar="K", help=f"of all samples: 0, 1, ..., or its name ({otherwise})")
-    add("--guidance", type=float, metavar="W", help="classifier-free guidance, of a network trained with --drop, at "
-        "twice the work: D_0 + W (D_1 - D_0), D_1 being told class and conditions and D_0 nothing. 1 is D_1 alone, as "
-        "without it, 0 is D_0 alone; 2, say, is more typical of the class and less various")  # fmt: skip
-    add("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="noise levels sigma / alpha that are "
-        "guided, LO < level <= HI; D_1 alone runs at others (all)")  # fmt: skip
-    if conditions:
-        add("--condition-from", metavar="DATA", help="items whose conditions the network is told, sample i that of "
-            "item i: of a run of `scoresde train --condition` (what it was trained on)")  # fmt: skip
-        add("--measured", action="store_true", help="--condition-from has not the items but what is known of them: "
-            "small ones, grey ones, JPEG files; with holes, and a last channel white where it is known")  # fmt: skip
-    else:
-        group.set_defaults(condition_from=None, measured=False)
-    add("--clip", action="store_true", help="clip the posterior mean to [-1, 1] at each evaluation")
-    add("--variance", type=Path, metavar="TABLE.npz", help="from `scoresde variance`: the optimal variance (Analytic-"
-        "DPM), for one-step solvers (ddpm, ddim, ...)")  # fmt: skip
-    add("--batch-size", type=int, default=64, metavar="N", help="samples that the network takes at once (64)")
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(Options):
+    """The solver and its steps."""
+
+    solver: str = option(f"{SOLVER_HELP} (unipc3)", "unipc3")
+    nfe: int | None = option(NFE_HELP.format("20"))
+    steps: int | None = option("steps, instead of --nfe")
+    grid: str = option("spacing of the steps (the solver's own)", "default", choices=GRIDS)
+
+    def counts(self, solver: Solver, denoiser: Denoiser) -> dict[str, Any]:
+        """The arguments of `sample` that say how many steps there are, and where."""
+        sde, counts = denoiser.sde, self.given("nfe", "steps")
+        if self.grid != "default":
+            if solver.adaptive:
+                raise ValueError(f"--grid {self.grid}: {solver!r} chooses its own times")
+            spacing = SPACINGS[self.grid]
+            steps = self.steps or solver.steps_within(sde, counts.get("nfe", 20), spacing=spacing)
+            return {"grid": spacing(sde, steps)}
+        if not counts and not solver.adaptive:
+            counts = {"nfe": 20}
+        if "nfe" in counts:
+            solver.within(sde, counts["nfe"])  # raises if not one step fits
+        return counts
 
 
-def recipe(args: argparse.Namespace, model: Model, **changes: Any) -> Recipe:
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions(Options):
+    """What does not depend on the solver."""
+
+    seed: int = option("of the samples (0)", 0)
+    label: str | None = option(f"{CLASS_HELP} (each class in turn)", metavar="K", flags=("--class",))
+    guidance: Guidance | None
+    condition_from: str | None = option(
+        "items whose conditions the network is told, sample i that of item i: of a run of `scoresde train --condition` "
+        "(what it was trained on)", metavar="DATA")  # fmt: skip
+    measured: bool = option(
+        "--condition-from has not the items but what is known of them: small ones, grey ones, JPEG files; with holes, "
+        "and a last channel white where it is known")  # fmt: skip
+    clip: bool = option("clip the posterior mean to [-1, 1] at each evaluation")
+    variance: Path | None = option(
+        "from `scoresde variance`: the optimal variance (Analytic-DPM), for one-step solvers (ddpm, ddim, ...)",
+        metavar="TABLE.npz")  # fmt: skip
+    batch_size: int = option("samples that the network takes at once (64)", 64, "N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesOptions(Options):
+    """How many samples, and how they are drawn."""
+
+    n: int = option("how many (64)", 64, "N", flags=("--n", "--number"))
+    steps: StepOptions
+    draw: DrawOptions
+
+
+def recipe(options: DrawOptions, steps: StepOptions, model: Model) -> Recipe:
     """How the arguments want samples drawn; all of them are checked.
 
     Args:
-        args: of `add_solver_arguments`.
+        options: what does not depend on the solver.
+        steps: what does.
         model: from which.
-        **changes: other values than the arguments', of solver, nfe, steps and grid.
 
     Raises:
         ValueError: if they do not go together, or with the model.
         FileNotFoundError, CheckpointError: if the table of --variance cannot be read.
     """
-    given: dict[str, Any] = {
-        name: changes.get(name, getattr(args, name, None)) for name in ("solver", "nfe", "steps", "grid")
-    }
-    counts = {name: given[name] for name in ("nfe", "steps") if given[name] is not None}
-    check_count(batch_size=args.batch_size, **counts)
-    if args.seed < 0:
-        raise ValueError(f"seed={args.seed}: expected a whole number >= 0")
-    label, solver = model.class_of(args.label), solver_of(given["solver"])
-    made = Recipe(model, model.denoiser, solver, {}, args.seed, label, _told(args, model, label is None))
-    denoiser = _guided(args, made)
-    if args.variance is not None:
-        table = VarianceTable.load(args.variance, denoiser.sde)
+    counts = steps.given("nfe", "steps")
+    check_count(batch_size=options.batch_size, **counts)
+    if options.seed < 0:
+        raise ValueError(f"seed={options.seed}: expected a whole number >= 0")
+    label, solver = model.class_of(options.label), solver_of(steps.solver)
+    made = Recipe(model, model.denoiser, solver, {}, options.seed, label, _told(options, model, label is None))
+    denoiser = model.denoiser if options.guidance is None else _guided(options.guidance, made)
+    if options.variance is not None:
+        if options.guidance is not None:
+            raise ValueError("--variance was estimated without --guidance, and is not right with it")
+        table = VarianceTable.load(options.variance, denoiser.sde)
         denoiser = AnalyticDenoiser(denoiser, table, (-1.0, 1.0) if model.about.levels is not None else None)
         solver = OptimalVariance(solver)
-    if args.clip:
+    if options.clip:
         denoiser = Clip(denoiser)
     if len(counts) == 2:
         raise ValueError("give one of --nfe and --steps")
-    return replace(made, denoiser=denoiser, solver=solver, options=on_grid(solver, denoiser, counts, given["grid"]))
+    return replace(made, denoiser=denoiser, solver=solver, options=steps.counts(solver, denoiser))
 
 
-def _told(args: argparse.Namespace, model: Model, classes: bool) -> TrainingData | None:
+def _told(options: DrawOptions, model: Model, classes: bool) -> TrainingData | None:
     """The items of --condition-from, as `Model.told`, which must be such as the model's."""
-    told = model.told(args.condition_from, args.measured, classes=classes)
-    K = model.about.num_classes
+    source, K = options.condition_from, model.about.num_classes
+    told = model.told(source, options.measured, classes=classes)
     if told is not None and told.num_classes is not None and K is not None and told.num_classes > K:
-        raise ValueError(f"--condition-from {args.condition_from} has {told.num_classes} classes, the model {K}")
+        raise ValueError(f"--condition-from {source} has {told.num_classes} classes, the model {K}")
     if told is not None and told.shape != model.about.shape:
-        raise ValueError(f"--condition-from {args.condition_from}: items {told.shape}, not {model.about.shape}")
+        raise ValueError(f"--condition-from {source}: items {told.shape}, not {model.about.shape}")
     return told
 
 
-def _guided(args: argparse.Namespace, made: Recipe) -> Denoiser:
+def _guided(guidance: Guidance, made: Recipe) -> Denoiser:
     """The denoiser under --guidance.
 
     Raises:
         ValueError: if the network is told nothing, or was never trained with that.
     """
-    weight, interval, denoiser = args.guidance, args.guidance_interval, made.denoiser
-    if weight is None:
-        if interval is not None:
-            raise ValueError("--guidance-interval says where --guidance W is: give that, too")
-        return denoiser
     cond, own = made.cond(range(1)), made.model.data()
     if not cond:
         raise ValueError(
-            f"--guidance {weight:g}: the model has no classes and no condition (`scoresde train --classes --drop 0.1` "
-            "makes one to be guided)"
+            f"--guidance {guidance.weight:g}: the model has no classes and no condition (`scoresde train --classes "
+            "--drop 0.1` makes one to be guided)"
         )
     if own is not None and own.drop == 0:
         raise ValueError(
-            f"--guidance {weight:g}: the network was never trained without its condition; `scoresde train --drop 0.1` "
-            "does so in a tenth of all cases"
+            f"--guidance {guidance.weight:g}: the network was never trained without its condition; `scoresde train "
+            "--drop 0.1` does so in a tenth of all cases"
         )
-    if args.variance is not None:
-        raise ValueError("--variance was estimated without --guidance, and is not right with it")
     # Each is one number throughout.
     null = {key: value.flatten()[0].item() for key, value in nothing(cond, made.model.about.num_classes).items()}
-    return ClassifierFree(denoiser, weight, null=null, interval=interval and (interval[0], interval[1]))
-
-
-def on_grid(solver: Solver, denoiser: Denoiser, counts: dict[str, int], name: str | None) -> dict[str, Any]:
-    """The arguments of `sample` that say how many steps there are, and where."""
-    if name not in (None, "default"):
-        check_option(GRIDS, grid=name)
-        if solver.adaptive:
-            raise ValueError(f"--grid {name}: {solver!r} chooses its own times")
-        make, sde = getattr(Grid, str(name)), denoiser.sde
-        steps = counts.get("steps")
-        if steps is None:
-            nfe = counts.get("nfe", 20)
-            steps = bisect_right(range(1, nfe + 1), nfe, key=lambda n: solver.evaluations(make(sde, n)) or 0)
-            if steps == 0:
-                raise ValueError(f"{solver!r} needs more than --nfe {nfe} evaluations for a single step")
-        return {"grid": make(sde, steps)}
-    if not counts and not solver.adaptive:
-        counts = {"nfe": 20}
-    if "nfe" in counts:
-        solver.within(denoiser.sde, counts["nfe"])  # raises if not one step fits
-    return counts
+    interval = None if guidance.interval is None else (guidance.interval[0], guidance.interval[1])
+    return ClassifierFree(made.denoiser, guidance.weight, null=null, interval=interval)
 
 
 def share(n: int) -> range:
@@ -272,10 +280,10 @@ def share(n: int) -> range:
 
 
 def draw(
-    made: Callable[[range], Tensor], items: range, batch_size: int, progress: bool
+    made: Callable[[range], Tensor], items: range, batch_size: int, progress: bool, what: str = "sample"
 ) -> Iterator[tuple[range, Tensor]]:
     """These samples, batch by batch, on the CPU."""
-    with tqdm(desc="sample", total=len(items), unit="sample", disable=not progress, leave=False) as bar:
+    with tqdm(desc=what, total=len(items), unit=what, disable=not progress, leave=False) as bar:
         for first in range(0, len(items), batch_size):
             which = items[first : first + batch_size]
             yield which, made(which).cpu()
@@ -284,17 +292,15 @@ def draw(
 
 def draw_all(made: Recipe, n: int, batch_size: int, progress: bool) -> Tensor | None:
     """n samples, on the CPU, drawn by all processes together; None in others than the first."""
-    parts = [x for _, x in draw(made, share(n), batch_size, progress and parallel.rank() == 0)]
-    return gathered(torch.cat(parts) if parts else torch.empty(0, *made.model.about.shape))
+    return gathered([x for _, x in draw(made, share(n), batch_size, progress)], made.model.about.shape)
 
 
-def gathered(x: Tensor) -> Tensor | None:
-    """The processes' parts, one after the other, in the first; None in the others."""
-    if parallel.world() == 1:
-        return x
-    parts: list[Any] | None = [None] * parallel.world() if parallel.rank() == 0 else None
-    dist.gather_object(x, parts)
-    return None if parts is None else torch.cat(parts)
+def gathered(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor | None:
+    """The processes' parts, items of that shape, one after the other, in the first; None in the others."""
+    whole = parallel.to_first(torch.cat(parts) if parts else torch.empty(0, *shape))
+    if whole is None:
+        return None
+    return torch.cat(whole) if len(whole) > 1 else whole[0]
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,20 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
-from scoresde.cli.common import add_quiet, command_parser, say, session
-from scoresde.cli.drawing import Recipe, add_draw_arguments, add_step_arguments, gathered, recipe, share
-from scoresde.cli.inputs import add_input_arguments, read_inputs
-from scoresde.cli.models import Model, add_model_arguments, open_model
-from scoresde.cli.sample import Writer, add_out_arguments
+from scoresde.cli.common import SessionOptions, command_parser
+from scoresde.cli.drawing import NFE_HELP, DrawOptions, Recipe, StepOptions, draw, recipe, share
+from scoresde.cli.inputs import InputOptions
+from scoresde.cli.models import Model, ModelOptions
+from scoresde.cli.options import Options, option, part
+from scoresde.cli.writing import OutOptions, Writer
 from scoresde.data.folder import read_image
 from scoresde.denoiser import Denoiser
 from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, strength_time, variations
-from scoresde.errors import NonFiniteError, some
-from scoresde.noise import derive_seed
-from scoresde.training import parallel
+from scoresde.errors import NonFiniteError
 
 __all__ = ["add_parser", "run"]
 
@@ -51,33 +48,41 @@ scoresde edit runs/fm --input threes.npz --encode --from-class 3 --to-class 8 --
 scoresde edit runs/fm --input photo.png --variations 8 --strength 0.4 --solver ddpm --out variations.png
 scoresde edit runs/fm --input folder/ --interpolate 9 --nfe 50 --out paths.png
 """
-UNGUIDED = {"guidance": None, "guidance_interval": None}
+NFE = "20 on the whole way from t_max, of which the part below --strength is made, with --encode each way"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOptions(Options):
+    """The arguments of `edit`."""
+
+    model: ModelOptions = part("the model")
+    inputs: InputOptions = part("the inputs")
+    strength: float | None = option("in (0, 1]: how far to noise (0.5; 1 with --encode)", metavar="S", group="the edit")
+    encode: bool = option("by the ODE, instead of by noise", group="the edit")
+    from_class: str | None = option(
+        "of the inputs, with --encode (their labels, where they have any)", metavar="K", group="the edit"
+    )
+    to_class: str | None = option("of the results: the same as --class", metavar="K", group="the edit", dest="label")
+    keep: Path | None = option(
+        "an image whose white pixels stay as they are in the inputs", metavar="MASK", group="the edit"
+    )
+    variations: int | None = option("how many of each input", metavar="K", group="the edit")
+    interpolate: list[int] | None = option(
+        "how many on a path, or rows and columns of a sheet", metavar="N", group="the edit", nargs="+"
+    )
+    steps: StepOptions = part("the solver", nfe={"help": NFE_HELP.format(NFE)})
+    draw: DrawOptions = part("the solver")
+    out: OutOptions = part(columns={"help": "of the grid (a row for each input, or a square)"})
+    beside: bool = option("the inputs too, each before its results")
+    session: SessionOptions
 
 
 def add_parser(commands: Any) -> None:
     """The arguments of `edit`."""
-    parser = command_parser(commands, "edit", TEXT, EXAMPLES)
-    add_model_arguments(parser)
-    add_input_arguments(parser.add_argument_group("the inputs"))
-    add = parser.add_argument_group("the edit").add_argument
-    add("--strength", type=float, metavar="S", help="in (0, 1]: how far to noise (0.5; 1 with --encode)")
-    add("--encode", action="store_true", help="by the ODE, instead of by noise")
-    add("--from-class", metavar="K", help="of the inputs, with --encode (their labels, where they have any)")
-    add("--to-class", dest="label", metavar="K", help="of the results: the same as --class")
-    add("--keep", type=Path, metavar="MASK", help="an image whose white pixels stay as they are in the inputs")
-    add("--variations", type=int, metavar="K", help="how many of each input")
-    add("--interpolate", type=int, nargs="+", metavar="N", help="how many on a path, or rows and columns of a sheet")
-    group = parser.add_argument_group("the solver")
-    nfe = "20 on the whole way from t_max, of which the part below --strength is made, with --encode each way"
-    add_step_arguments(group, defaults=("unipc3", nfe))
-    add_draw_arguments(group)
-    add_out_arguments(parser, "a row for each input, or a square")
-    parser.add_argument("--beside", action="store_true", help="the inputs too, each before its results")
-    add_quiet(parser)
-    parser.set_defaults(action=run)
+    command_parser(commands, "edit", TEXT, EXAMPLES, run, EditOptions)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: EditOptions) -> None:
     """Run the command.
 
     Raises:
@@ -85,54 +90,41 @@ def run(args: argparse.Namespace) -> None:
             first evaluation.
         ArithmeticError: if results are not finite, or a budget ran out.
     """
-    _check(args)
-    with session(args.device) as device:
-        model = open_model(args, device)
-        job = _job(args, model)
-        args.columns, written = args.columns or job.columns, replace(job.made, told=None)  # results are not its items
-        writer = Writer(args, model)
-        kept: list[Tensor] = []
-        mine, lead = share(job.groups), parallel.rank() == 0
-        try:
-            with tqdm(desc="edit", total=len(mine), disable=args.quiet or not lead, leave=False) as bar:
-                for first in range(0, len(mine), job.batch):
-                    which = mine[first : first + job.batch]
-                    done = job(which).flatten(0, 1).cpu()
-                    writer.add(range(which.start * job.results, which.stop * job.results), done)
-                    kept.append(done)
-                    bar.update(len(which))
-        except (KeyboardInterrupt, SystemExit, ArithmeticError):
-            if kept and parallel.world() == 1:
-                finished = torch.cat(kept)
-                writer.finish(finished, written)
-                say(args, f"\n{len(finished)} of {job.groups * job.results} images are in {args.out}")
-            raise
-        whole = gathered(torch.cat(kept) if kept else torch.empty(0, *model.about.shape))
+    _check(options)
+    out, session = options.out, options.session
+    with session.start() as device:
+        model = options.model.open(session, device)
+        job = _job(options, model)
+        writer = Writer(replace(out, columns=out.columns or job.columns), model.about)
+        own = replace(job.made, told=None)  # results are not its items
+        parts = (
+            (range(which.start * job.results, which.stop * job.results), x)
+            for which, x in draw(job, share(job.groups), job.batch, session.progress, "edit")
+        )
+        total = job.groups * job.results
+        whole = writer.collect(parts, lambda x: writer.finish(x, own.labels(range(len(x)))), total, session, "images")
         if whole is not None:
-            writer.finish(whole, written)
-            print(f"{args.out}: {len(whole)} images, {job.text}, {job.made.solver!r}, seed {args.seed}")
+            print(f"{out.out}: {len(whole)} images, {job.text}, {own.solver!r}, seed {own.seed}")
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(options: EditOptions) -> None:
     """Raises ValueError if arguments do not go together."""
-    counts = {name: getattr(args, name) for name in ("columns", "limit", "variations", "levels")}
-    check_count(**{name: value for name, value in counts.items() if value is not None})
-    if args.interpolate is not None:
-        if not 1 <= len(args.interpolate) <= 2 or min(args.interpolate) < 2:
-            raise ValueError(f"--interpolate {' '.join(map(str, args.interpolate))}: expected N, or R C, 2 or more")
-        for name in ("strength", "keep", "variations"):
-            if getattr(args, name) is not None:
-                raise ValueError(f"--{name} does not go with --interpolate")
-    encodes = args.encode or args.interpolate is not None
-    if args.from_class is not None and not args.encode:
-        raise ValueError(f"--from-class {args.from_class} is for --encode: noise tells nothing of the input's class")
-    if encodes and (args.keep is not None or args.grid != "default"):
-        raise ValueError(f"--{'grid' if args.keep is None else 'keep'} is for edits by noise, without --encode")
-    if args.beside and args.out.suffix != ".png":
-        raise ValueError(f"--beside is for a picture, FILE.png, not --out {args.out}")
-    if args.guidance is not None and (args.interpolate is not None or (args.encode and args.variations is not None)):
+    check_count(**options.given("columns", "limit", "variations", "levels"))
+    if options.interpolate is not None:
+        if not 1 <= len(options.interpolate) <= 2 or min(options.interpolate) < 2:
+            raise ValueError(f"--interpolate {' '.join(map(str, options.interpolate))}: expected N, or R C, 2 or more")
+        for name in options.given("strength", "keep", "variations"):
+            raise ValueError(f"--{name} does not go with --interpolate")
+    encodes, guided = options.encode or options.interpolate is not None, options.draw.guidance is not None
+    if options.from_class is not None and not options.encode:
+        raise ValueError(f"--from-class {options.from_class} is for --encode: noise tells nothing of the input's class")
+    if encodes and (options.keep is not None or options.steps.grid != "default"):
+        raise ValueError(f"--{'grid' if options.keep is None else 'keep'} is for edits by noise, without --encode")
+    if options.beside and options.out.out.suffix != ".png":
+        raise ValueError(f"--beside is for a picture, FILE.png, not --out {options.out.out}")
+    if guided and (options.interpolate is not None or (options.encode and options.variations is not None)):
         raise ValueError("--guidance is for edits by noise, and for --encode --to-class K, which encodes without it")
-    if args.keep is not None and args.variations is not None:
+    if options.keep is not None and options.variations is not None:
         raise ValueError("--keep does not go with --variations: repeat the input, with other seeds")
 
 
@@ -159,99 +151,101 @@ class _Job:
     text: str
 
     def __call__(self, which: range) -> Tensor:
-        """Raises NonFiniteError naming the inputs (or pairs, or fours), ArithmeticError if a budget ran out."""
+        """The results of these groups, one after the other.
+
+        Raises:
+            NonFiniteError: naming the inputs (or pairs, or fours).
+            ArithmeticError: if a budget ran out.
+        """
         try:
-            return self.apply(which)
+            return self.apply(which).flatten(0, 1)
         except NonFiniteError as stop:
-            bad = sorted({which[i % len(which)] for i in stop.samples})
-            where = "" if stop.step is None else f" in step {stop.step}, at t = {stop.time:.6g}"
-            raise NonFiniteError(
-                f"the edits of inputs {some(bad)} became non-finite{where}", stop.step, stop.time, bad
-            ) from stop
+            raise stop.of("the edits of inputs", sorted({which[i % len(which)] for i in stop.samples})) from stop
 
 
-def _job(args: argparse.Namespace, model: Model) -> _Job:
+def _job(options: EditOptions, model: Model) -> _Job:
     """The edit that the arguments want; all of them are checked."""
-    made, up = (recipe(given, model) for given in (args, argparse.Namespace(**vars(args) | UNGUIDED)))
-    source, classes = model.class_of(args.from_class), model.about.num_classes is not None
+    made = recipe(options.draw, options.steps, model)
+    up = recipe(replace(options.draw, guidance=None), options.steps, model)
+    source, classes = model.class_of(options.from_class), model.about.num_classes is not None
     if made.label is None:
         made = replace(made, label=source)
     if classes and made.label is None:
         raise ValueError("the model has classes: say which, --to-class K")
-    if args.strength is not None:
-        strength_time(model.denoiser.sde, args.strength)  # checks it
-    x, labels = read_inputs(args, model, classes and args.encode and source is None)
+    if options.strength is not None:
+        strength_time(model.denoiser.sde, options.strength)  # checks it
+    x, labels = options.inputs.read(model.about, classes and options.encode and source is None)
     x = x.to(model.denoiser.device)
-    if args.interpolate is not None:
-        return _interpolating(args, made, x)
-    if args.variations is not None:
-        if args.encode and made.label != source:
+    if options.interpolate is not None:
+        return _interpolating(options, made, x, options.interpolate)
+    if options.variations is not None:
+        if options.encode and made.label != source:
             raise ValueError("--variations keep the class: --from-class is not another than --to-class")
-        return _varying(args, made, x)
-    if not args.encode:
-        return _perturbing(args, made, x, None if args.keep is None else _mask(args.keep, model))
+        return _varying(options, made, x, options.variations)
+    if not options.encode:
+        return _perturbing(options, made, x, None if options.keep is None else _mask(options.keep, model))
 
     def cond_from(which: range) -> dict[str, Tensor]:
         own = replace(made, label=made.label if source is None else source)
         given = {} if labels is None else {"label": labels[which.start : which.stop].to(x.device)}
         return own.cond(which) | given
 
-    return _encoding(args, made, up.denoiser, x, cond_from)
+    return _encoding(options, made, up.denoiser, x, cond_from)
 
 
-def _perturbing(args: argparse.Namespace, made: Recipe, x: Tensor, mask: Tensor | None) -> _Job:
+def _perturbing(options: EditOptions, made: Recipe, x: Tensor, mask: Tensor | None) -> _Job:
     """SDEdit."""
-    strength = args.strength or 0.5
+    strength = options.strength or 0.5
 
     def apply(which: range) -> Tensor:
         own = x[which.start : which.stop]
-        found = sdedit(made.denoiser, own, made.solver, strength=strength, seed=_seeds(args, which),
+        found = sdedit(made.denoiser, own, made.solver, strength=strength, seed=made.seeds(which),
                        cond=made.cond(which), mask=mask, **made.options)  # fmt: skip
         if found.status != "complete":
             raise ArithmeticError(f"the budget of {found.nfe} evaluations ran out at t = {found.t:.4g}: raise --nfe")
-        return _beside(args, own[:, None], found.x[:, None])
+        return _beside(options, own[:, None], found.x[:, None])
 
-    return _of_each(args, made, apply, len(x), f"strength {strength:g} by noise")
+    return _of_each(options, made, apply, len(x), f"strength {strength:g} by noise")
 
 
 def _encoding(
-    args: argparse.Namespace, made: Recipe, up: Denoiser, x: Tensor, cond_from: Callable[[range], dict[str, Tensor]]
+    options: EditOptions, made: Recipe, up: Denoiser, x: Tensor, cond_from: Callable[[range], dict[str, Tensor]]
 ) -> _Job:
     """There by the ODE of `up`, the denoiser without guidance, and back."""
-    strength = args.strength or 1.0
+    strength = options.strength or 1.0
 
     def apply(which: range) -> Tensor:
         own = x[which.start : which.stop]
         found = edit(up, own, made.solver, cond_from=cond_from(which), cond_to=made.cond(which), to=made.denoiser,
                      strength=strength, **made.options)  # fmt: skip
-        return _beside(args, own[:, None], found.x[:, None])
+        return _beside(options, own[:, None], found.x[:, None])
 
-    return _of_each(args, made, apply, len(x), f"strength {strength:g} by the ODE")
-
-
-def _of_each(args: argparse.Namespace, made: Recipe, apply: Callable[[range], Tensor], n: int, text: str) -> _Job:
-    columns = 2 * max(1, round((n / 2) ** 0.5)) if args.beside else None
-    return _Job(apply, n, 1 + args.beside, args.batch_size, columns, made, text)
+    return _of_each(options, made, apply, len(x), f"strength {strength:g} by the ODE")
 
 
-def _varying(args: argparse.Namespace, made: Recipe, x: Tensor) -> _Job:
-    """Variations, a row for each input."""
-    k, strength = args.variations, args.strength or (1.0 if args.encode else 0.5)
+def _of_each(options: EditOptions, made: Recipe, apply: Callable[[range], Tensor], n: int, text: str) -> _Job:
+    columns = 2 * max(1, round((n / 2) ** 0.5)) if options.beside else None
+    return _Job(apply, n, 1 + options.beside, options.draw.batch_size, columns, made, text)
+
+
+def _varying(options: EditOptions, made: Recipe, x: Tensor, k: int) -> _Job:
+    """k variations, a row for each input."""
+    strength = options.strength or (1.0 if options.encode else 0.5)
 
     def apply(which: range) -> Tensor:
         own = x[which.start : which.stop]
-        found = variations(made.denoiser, own, k, made.solver, strength=strength, seed=_seeds(args, which),
-                           by="encoding" if args.encode else "perturbation",
+        found = variations(made.denoiser, own, k, made.solver, strength=strength, seed=made.seeds(which),
+                           by="encoding" if options.encode else "perturbation",
                            cond=made.cond(which), **made.options)  # fmt: skip
-        return _beside(args, own[:, None], found.x.transpose(0, 1))
+        return _beside(options, own[:, None], found.x.transpose(0, 1))
 
-    text = f"strength {strength:g} by {'the ODE' if args.encode else 'noise'}"
-    return _Job(apply, len(x), k + args.beside, max(1, args.batch_size // k), k + args.beside, made, text)
+    text = f"strength {strength:g} by {'the ODE' if options.encode else 'noise'}"
+    return _Job(apply, len(x), k + options.beside, max(1, options.draw.batch_size // k), k + options.beside, made, text)
 
 
-def _interpolating(args: argparse.Namespace, made: Recipe, x: Tensor) -> _Job:
+def _interpolating(options: EditOptions, made: Recipe, x: Tensor, shape: list[int]) -> _Job:
     """Paths between pairs, a row for each, or sheets between fours."""
-    shape, ends = args.interpolate, 2 * len(args.interpolate)
+    ends = 2 * len(shape)
     if len(x) % ends:
         raise ValueError(f"--interpolate: {len(x)} inputs, expected a multiple of {ends}: --limit says how many")
     groups, results = x.unflatten(0, (-1, ends)), math.prod(shape)
@@ -260,7 +254,7 @@ def _interpolating(args: argparse.Namespace, made: Recipe, x: Tensor) -> _Job:
         own = groups[which.start : which.stop]
         found = interpolation(made.denoiser, own[:, 0], own[:, 1], made.solver, weights=shape[0],
                               cond=made.cond(which), **made.options)  # fmt: skip
-        return _beside(args, own, found.x.transpose(0, 1))
+        return _beside(options, own, found.x.transpose(0, 1))
 
     def sheet(which: range) -> Tensor:
         own = groups[which.start : which.stop]
@@ -269,20 +263,18 @@ def _interpolating(args: argparse.Namespace, made: Recipe, x: Tensor) -> _Job:
         return found.x.flatten(0, 1)[None]
 
     if ends == 2:
-        columns = shape[0] + 2 * args.beside
-        return _Job(paths, len(groups), columns, max(1, args.batch_size // results), columns, made, "between two")
-    if args.beside:
+        columns = shape[0] + 2 * options.beside
+        return _Job(
+            paths, len(groups), columns, max(1, options.draw.batch_size // results), columns, made, "between two"
+        )
+    if options.beside:
         raise ValueError("--beside is for paths between two: the corners of a sheet are its inputs")
     return _Job(sheet, len(groups), results, 1, shape[1], made, "between four")
 
 
-def _seeds(args: argparse.Namespace, which: range) -> list[int]:
-    return [derive_seed(args.seed, i) for i in which]
-
-
-def _beside(args: argparse.Namespace, own: Tensor, found: Tensor) -> Tensor:
+def _beside(options: EditOptions, own: Tensor, found: Tensor) -> Tensor:
     """The results of some groups, after their inputs where these are wanted."""
-    return torch.cat([own, found], 1) if args.beside else found
+    return torch.cat([own, found], 1) if options.beside else found
 
 
 # --- files in --------------------------------------------------------------------------------------------------------

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from scoresde.checks import check_count
-from scoresde.cli.common import add_quiet, check_file, command_parser, record, say, session
+from scoresde.cli.common import SessionOptions, check_file, command_parser, record
 from scoresde.cli.config import DataConfig
-from scoresde.cli.drawing import add_solver_arguments, draw_all, recipe, rounded
-from scoresde.cli.measuring import (
-    add_data_arguments,
-    add_measure_arguments,
-    check_measurable,
-    data_config,
-    features_of,
-    reference_of,
-)
-from scoresde.cli.models import add_model_arguments, is_run, open_model
+from scoresde.cli.drawing import SamplesOptions, draw_all, recipe, rounded
+from scoresde.cli.measuring import MeasureOptions, check_measurable, measures, reference_of
+from scoresde.cli.models import ModelOptions, is_run
+from scoresde.cli.options import Options, option, part
 from scoresde.data import BUILT_IN
 from scoresde.metrics import evaluate
 from scoresde.report import write_json
@@ -43,20 +37,23 @@ scoresde evaluate --denoiser my_model:load --shape 3 32 32 --n 1000 --data cifar
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Options):
+    """The arguments of `evaluate`."""
+
+    model: ModelOptions = part("the model", run={"help": "samples (.npz, .npy, a folder of images), or a run folder"})
+    measure: MeasureOptions = measures("frechet", "kid", "precision_recall")
+    out: Path | None = option("result, with how it came about", metavar="FILE.json")
+    samples: SamplesOptions = part("the samples", n={"default": 1000, "help": "how many (1000)"})
+    session: SessionOptions
+
+
 def add_parser(commands: Any) -> None:
     """The arguments of `evaluate`."""
-    parser = command_parser(commands, "evaluate", TEXT, EXAMPLES)
-    add_model_arguments(parser, "samples (.npz, .npy, a folder of images), or a run folder")
-    add_data_arguments(parser, "real data, best such as were not trained on (what the run was trained on)")
-    add_measure_arguments(parser, ["frechet", "kid", "precision_recall"])
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N of the real data (all)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="result, with how it came about")
-    add_solver_arguments(parser, n=1000)
-    add_quiet(parser)
-    parser.set_defaults(action=run)
+    command_parser(commands, "evaluate", TEXT, EXAMPLES, run, EvaluateOptions)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: EvaluateOptions) -> None:
     """Run the command.
 
     Raises:
@@ -64,52 +61,45 @@ def run(args: argparse.Namespace) -> None:
             first evaluation.
         ArithmeticError: if samples are not finite, or a budget ran out.
     """
-    check_count(n=args.n, **({} if args.limit is None else {"limit": args.limit}))
-    if args.out is not None:
-        check_file(args.out)
-    from_file = args.run is not None and args.denoiser is None and not is_run(args.run)
-    with session(args.device) as device:
-        model = None if from_file else open_model(args, device)
-        own = None if model is None else model.data()
-        chosen = data_config(args, own)
-        if own is not None and args.data is None:
-            say(args, f"measuring against {chosen.source}, which the network was trained on: --data names other data")
-        reference = reference_of(chosen, args.limit)
-        floor = None if args.floor is None else reference_of(data_config(args, own, args.floor))
-        features = features_of(args.features, chosen.source, reference, device)
+    check_count(**options.given("n", "limit"))
+    if options.out is not None:
+        check_file(options.out)
+    source, metrics, session = options.model.run, options.measure.metrics, options.session
+    n, steps, how = options.samples.n, options.samples.steps, options.samples.draw
+    from_file = source is not None and options.model.denoiser is None and not is_run(source)
+    with session.start() as device:
+        model = None if from_file else options.model.open(session, device)
+        measure = options.measure.open(model, session, device)
         if model is None:
-            x = samples_of(args, chosen)
-            about: dict[str, Any] = {"samples from": str(args.run)}
+            assert source is not None
+            x = samples_of(source, measure.data)
+            about: dict[str, Any] = {"samples from": str(source)}
         else:
-            if model.about.shape != tuple(reference.shape[1:]):
-                raise ValueError(
-                    f"{chosen.source} has items {tuple(reference.shape[1:])}, the model's are {model.about.shape}"
-                )
-            check_measurable(args.metrics, samples=args.n, data=len(reference))
-            made = recipe(args, model)
+            check_measurable(metrics, samples=n, data=len(measure.reference))
+            made = recipe(how, steps, model)
             about = {"samples from": made.describe()}
-            found = draw_all(made, args.n, args.batch_size, not args.quiet)
+            found = draw_all(made, n, how.batch_size, session.progress)
             if found is None:  # the first process does the rest
                 return
             x = rounded(found) if model.about.pictures else found
         if parallel.rank():
             return
-        result = evaluate(x, reference, args.metrics, features, seed=args.seed, floor=floor)
-        if args.out is not None:
-            write_json(args.out, {**about, "data": chosen.source, **result.as_dict(), **record(args, device)})
+        result = evaluate(x, measure.reference, metrics, measure.features, seed=how.seed, floor=measure.floor)
+        if options.out is not None:
+            content = {**about, "data": measure.data.source, **result.as_dict(), **record(options, device)}
+            write_json(options.out, content)
         print(result)
-        if args.out is not None:
-            say(args, f"wrote {args.out}")
+        if options.out is not None:
+            session.say(f"wrote {options.out}")
 
 
-def samples_of(args: argparse.Namespace, like: DataConfig) -> Tensor:
+def samples_of(source: Path, like: DataConfig) -> Tensor:
     """The samples of a file, a folder or a data set by name.
 
     Raises:
         ValueError, FileNotFoundError: if there are none.
     """
-    if str(args.run).partition(":")[0] not in BUILT_IN and not args.run.exists():
-        raise FileNotFoundError(f"{args.run}: there is no such file, run folder or data set")
-    made_alike = args.run.is_dir()
-    size, mode = (like.size, like.mode) if made_alike else (None, None)
-    return reference_of(DataConfig(str(args.run), size=size, mode=mode))
+    if str(source).partition(":")[0] not in BUILT_IN and not source.exists():
+        raise FileNotFoundError(f"{source}: there is no such file, run folder or data set")
+    size, mode = (like.size, like.mode) if source.is_dir() else (None, None)
+    return reference_of(DataConfig(str(source), size=size, mode=mode))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scoresde.cli.common import command_parser
 from scoresde.cli.models import ABOUT, CONFIG, folder_of
+from scoresde.cli.options import Options, option
 from scoresde.training.export import DTYPES, export
 from scoresde.training.model import opened
 from scoresde.training.whole_files import weights_file
@@ -27,30 +28,34 @@ scoresde export runs/fm --out fashion-mnist-small --dtype float16          half 
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """The arguments of `export`."""
+
+    run: Path = option("a run folder of `scoresde train`, or one of its checkpoints", flags=("run",))
+    out: Path = option("which must not exist", metavar="FOLDER", required=True)
+    average: int = option("which averaged weights (0)", 0, "I")
+    dtype: str = option("of the file (float32)", "float32", choices=DTYPES)
+
+
 def add_parser(commands: Any) -> None:
     """The arguments of `export`."""
-    parser = command_parser(commands, "export", TEXT, EXAMPLES)
-    add = parser.add_argument
-    add("run", type=Path, help="a run folder of `scoresde train`, or one of its checkpoints")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="which must not exist")
-    add("--average", type=int, default=0, metavar="I", help="which averaged weights (0)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the file (float32)")
-    parser.set_defaults(action=run)
+    command_parser(commands, "export", TEXT, EXAMPLES, run, ExportOptions)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: ExportOptions) -> None:
     """Run the command.
 
     Raises:
         ValueError, ImportError, OSError, CheckpointError: if an argument or a file is wrong.
     """
-    if not args.run.exists():
-        raise FileNotFoundError(f"{args.run}: there is no such run folder")
-    found = opened(args.run, weights_file(args.average))
+    if not options.run.exists():
+        raise FileNotFoundError(f"{options.run}: there is no such run folder")
+    found = opened(options.run, weights_file(options.average))
     folder = folder_of(found)
-    out = export(found, args.out, average=args.average, dtype=args.dtype)
+    out = export(found, options.out, average=options.average, dtype=options.dtype)
     for name in (CONFIG, ABOUT):
         if (folder / name).exists():
             shutil.copy(folder / name, out / name)
     size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{out}: {size / 1e6:.1f} MB, {args.dtype}")
+    print(f"{out}: {size / 1e6:.1f} MB, {options.dtype}")

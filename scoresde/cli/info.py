@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from scoresde.cli.common import command_parser
 from scoresde.cli.drawing import GRIDS
 from scoresde.cli.models import open_run, parameters
-from scoresde.grid import Grid
+from scoresde.cli.options import Options, option
+from scoresde.grid import SPACINGS
 from scoresde.info import environment
 from scoresde.schedules import SDES, sde_of
 from scoresde.solvers import available
@@ -20,35 +21,51 @@ from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown
 __all__ = ["add_parsers"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions(Options):
+    """The arguments of `info`."""
+
+    folder: Path | None = option("a run folder", metavar="run", flags=("folder",), nargs="?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolversOptions(Options):
+    """The arguments of `solvers`."""
+
+    markdown: bool = option("as docs/solvers.md has it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableauOptions(Options):
+    """The arguments of `tableau`."""
+
+    solver: str = option("a name from `scoresde solvers`", metavar="solver", flags=("solver",), choices=SOLVERS)
+    sde: str = option(f"with its default parameters: {', '.join(SDES)} (vp)", "vp", "SDE")
+    steps: int = option("(10)", 10)
+    grid: str = option("spacing (the solver's own)", "default", choices=GRIDS)
+
+
 def add_parsers(commands: Any) -> None:
     """The arguments of the three."""
-    about = command_parser(
+    command_parser(
         commands, "info", "versions, devices, and what there is; or what is in a run folder",
-        "scoresde info\nscoresde info runs/fm",
+        "scoresde info\nscoresde info runs/fm", info, InfoOptions,
     )  # fmt: skip
-    about.add_argument("folder", nargs="?", type=Path, metavar="run", help="a run folder")
-    about.set_defaults(action=info)
-    listing = command_parser(
+    command_parser(
         commands, "solvers", "every solver: order, evaluations, whether it draws noise, its paper",
-        "scoresde solvers\nscoresde solvers --markdown",
+        "scoresde solvers\nscoresde solvers --markdown", solvers, SolversOptions,
     )  # fmt: skip
-    listing.add_argument("--markdown", action="store_true", help="as docs/solvers.md has it")
-    listing.set_defaults(action=lambda args: print(markdown(available()) if args.markdown else listed()))
-    show = command_parser(
+    command_parser(
         commands, "tableau", "print the coefficients of a solver on a grid",
         "scoresde tableau heun --sde edm --steps 5\nscoresde tableau ddim --sde chain --steps 10 --grid strided",
+        tableau, TableauOptions,
     )  # fmt: skip
-    show.add_argument("solver", choices=SOLVERS, metavar="solver", help="a name from `scoresde solvers`")
-    show.add_argument("--sde", default="vp", metavar="SDE", help=f"with its default parameters: {', '.join(SDES)} (vp)")
-    show.add_argument("--steps", type=int, default=10, help="(10)")
-    show.add_argument("--grid", choices=GRIDS, default="default", help="spacing (the solver's own)")
-    show.set_defaults(action=tableau)
 
 
-def info(args: argparse.Namespace) -> None:
+def info(options: InfoOptions) -> None:
     """Print versions, devices, SDEs and solvers; or what a run folder holds."""
-    if args.folder is not None:
-        print(described(args.folder))
+    if options.folder is not None:
+        print(described(options.folder))
         return
     facts = environment()
     del facts["dtype"], facts["command"]
@@ -83,12 +100,16 @@ def _lines(facts: dict[str, str]) -> str:
     return "\n".join(f"{name:9s} {value}" for name, value in facts.items())
 
 
-def tableau(args: argparse.Namespace) -> None:
-    """Print the table of args.solver on args.grid."""
-    process = sde_of(args.sde)
-    solver = SOLVERS[args.solver].solver
-    grid = solver.grid if args.grid == "default" else getattr(Grid, args.grid)
-    print(solver.tableau(grid(process, args.steps)))
+def solvers(options: SolversOptions) -> None:
+    """Print the solvers."""
+    print(markdown(available()) if options.markdown else listed())
+
+
+def tableau(options: TableauOptions) -> None:
+    """Print the table of a solver on a grid."""
+    solver = SOLVERS[options.solver].solver
+    spacing = solver.grid if options.grid == "default" else SPACINGS[options.grid]
+    print(solver.tableau(spacing(sde_of(options.sde), options.steps)))
 
 
 def listed() -> str:

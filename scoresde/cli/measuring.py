@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_option
-from scoresde.cli.common import DATA_HELP
+from scoresde.cli.common import DATA_HELP, SessionOptions
 from scoresde.cli.config import DataConfig
+from scoresde.cli.models import Model
+from scoresde.cli.options import Options, option, part
+from scoresde.data.folder import Mode
 from scoresde.data.training import Batch
 from scoresde.metrics import METRICS, PCA, Pixels, RandomFeatures, classifier_features, inception
 from scoresde.metrics.classifier import WEIGHTS
+from scoresde.metrics.evaluate import least_size
 from scoresde.report import attribute
 
 __all__ = [
     "FEATURES_HELP",
-    "add_data_arguments",
-    "add_measure_arguments",
+    "DataOptions",
+    "Measure",
+    "MeasureOptions",
     "check_measurable",
-    "data_config",
     "features_of",
     "items_of",
+    "measures",
     "reference_of",
 ]
 
@@ -35,39 +39,91 @@ FEATURES_HELP = (
 )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, what: str, required: bool = False) -> None:
-    """--data and what is made of a folder's images."""
-    parser.add_argument("--data", metavar="DATA", required=required, help=f"{what}: {DATA_HELP}")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="to make of a folder's images")
-    parser.add_argument("--mode", choices=("L", "RGB"), help="to make of a folder's images: grey or colour")
-    parser.add_argument("--download", action="store_true", help="a data set that is not at its PATH, into it")
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """Which data, and what is made of a folder's images."""
+
+    data: str | None = option(
+        f"real data, best such as were not trained on (what the run was trained on): {DATA_HELP}", metavar="DATA"
+    )
+    size: int | None = option("to make of a folder's images", metavar="PIXELS")
+    mode: Mode | None = option("to make of a folder's images: grey or colour", choices=get_args(Mode))
+    download: bool = option("a data set that is not at its PATH, into it")
+
+    def config(self, default: DataConfig | None, source: str | None = None) -> DataConfig:
+        """What --data, or `source`, names; by default the data of the model's run.
+
+        Raises:
+            ValueError: if there is neither.
+        """
+        source = source or self.data
+        if source is None:
+            if default is None:
+                raise ValueError("give --data")
+            return default.plain()
+        folder = Path(source).is_dir()
+        # A folder beside the one that a run was trained on is to be made alike.
+        size = self.size or (default.size if default and folder else None)
+        mode = self.mode or (default.mode if default and folder else None)
+        return DataConfig(source, size=size, mode=mode, download=self.download)
 
 
-def add_measure_arguments(parser: argparse.ArgumentParser, metrics: list[str]) -> None:
-    """--features, --metrics and --floor."""
-    add = parser.add_argument
-    add("--features", metavar="SPACE", help=FEATURES_HELP)
-    add("--metrics", nargs="+", default=metrics, metavar="NAME",
-        help=f"precision_recall (four of them), {', '.join(METRICS)} ({' '.join(metrics)})")  # fmt: skip
-    add("--floor", metavar="DATA", help="further real data, to measure in the samples' place (half of --data)")
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions(DataOptions):
+    """What samples are measured by, and against which data."""
+
+    features: str | None = option(FEATURES_HELP, metavar="SPACE")
+    metrics: list[str] = option("", metavar="NAME", nargs="+")
+    floor: str | None = option("further real data, to measure in the samples' place (half of --data)", metavar="DATA")
+    limit: int | None = option("the first N of the real data (all)", metavar="N")
+
+    def open(self, model: Model | None, session: SessionOptions, device: torch.device) -> Measure:
+        """The real data and the feature space.
+
+        Args:
+            model: whose samples are measured, and whose run's data are taken where no others are named.
+            session: which says so.
+            device: of networks.
+
+        Raises:
+            ValueError: if there are none, or they are no items of the model's shape; as `features_of`.
+            FileNotFoundError, ImportError: if a file or a package is missing.
+        """
+        own = None if model is None else model.data()
+        chosen = self.config(own)
+        if own is not None and self.data is None:
+            session.say(f"measuring against {chosen.source}, which the network was trained on: --data names other data")
+        reference = reference_of(chosen, self.limit)
+        if model is not None and model.about.shape != tuple(reference.shape[1:]):
+            raise ValueError(
+                f"{chosen.source} has items {tuple(reference.shape[1:])}, the model's are {model.about.shape}"
+            )
+        features = features_of(self.features, chosen.source, reference, device)
+        floor = None if self.floor is None else reference_of(self.config(own, self.floor))
+        return Measure(chosen, reference, floor, features)
 
 
-def data_config(args: argparse.Namespace, default: DataConfig | None, source: str | None = None) -> DataConfig:
-    """What --data, or `source`, names; by default the data of the model's run.
+@dataclass(frozen=True)
+class Measure:
+    """What samples are measured by.
 
-    Raises:
-        ValueError: if there is neither.
+    Attributes:
+        data: where the real data are from.
+        reference: these.
+        floor: further ones to measure in the samples' place, or None.
+        features: the space.
     """
-    source = source or args.data
-    if source is None:
-        if default is None:
-            raise ValueError("give --data")
-        return default.plain()
-    folder = Path(source).is_dir()
-    # A folder beside the one that a run was trained on is to be made alike.
-    size = args.size or (default.size if default and folder else None)
-    mode = args.mode or (default.mode if default and folder else None)
-    return DataConfig(source, size=size, mode=mode, download=args.download)
+
+    data: DataConfig
+    reference: Tensor
+    floor: Tensor | None
+    features: Callable[[Tensor], Tensor]
+
+
+def measures(*metrics: str) -> Any:
+    """`MeasureOptions` with these metrics by default."""
+    names = f"precision_recall (four of them), {', '.join(METRICS)} ({' '.join(metrics)})"
+    return part(metrics={"default": list(metrics), "help": names})
 
 
 def items_of(data: DataConfig, limit: int | None = None) -> Batch:
@@ -85,10 +141,7 @@ def reference_of(data: DataConfig, limit: int | None = None) -> Tensor:
 
 def check_measurable(metrics: Sequence[str], **sizes: int) -> None:
     """Raises ValueError if a metric is not known, or one of the sets is too small for them."""
-    for name in metrics:
-        check_option(("precision_recall", *METRICS), metrics=name)
-    plain = {"frechet", "kid", "mmd", "sliced_wasserstein", "energy"}
-    least = 8 if plain.issuperset(metrics) else 12
+    least = least_size(metrics)
     for what, n in sizes.items():
         if n < least:
             raise ValueError(f"{what}: {n} of them, and {', '.join(metrics)} needs {least} at least")

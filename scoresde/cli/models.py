@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 import json
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_count
+from scoresde.cli.common import SessionOptions
 from scoresde.cli.config import DataConfig, RunConfig, read_toml
 from scoresde.cli.images import is_picture
+from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData
 from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser, networks
@@ -32,13 +33,12 @@ __all__ = [
     "ABOUT",
     "CONFIG",
     "About",
+    "DenoiserOptions",
     "Model",
-    "add_model_arguments",
+    "ModelOptions",
     "digest",
     "folder_of",
     "load_denoiser",
-    "open_model",
-    "placed",
     "run_config",
 ]
 
@@ -197,38 +197,44 @@ def run_config(folder: Path) -> RunConfig:
     return RunConfig.of(read_toml(folder / CONFIG))
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, what: str = "a run folder of `scoresde train`") -> None:
+@dataclass(frozen=True, kw_only=True)
+class DenoiserOptions(Options):
+    """A denoiser of the user's own."""
+
+    denoiser: str | None = option("a Denoiser, or a function that returns one", metavar="MODULE:NAME")
+    checkpoint: Path | None = option("given to that function, as its only argument", metavar="FILE")
+
+    def load(self, moved: torch.device | None) -> tuple[Denoiser, dict[str, str]]:
+        """It, moved to a device unless that is None, and what tells it from others: as `load_denoiser` and `placed`."""
+        assert self.denoiser is not None
+        denoiser, made_for = load_denoiser(self.denoiser, self.checkpoint)
+        return placed(denoiser, None if moved is None else str(moved)), made_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(DenoiserOptions):
     """Which model: a run folder, or --denoiser."""
-    parser.add_argument("run", nargs="?", type=Path, help=what)
-    group = parser.add_argument_group("the model")
-    add_denoiser(group)
-    group.add_argument("--shape", type=int, nargs="+", metavar="N", help="of an item, C H W of images: with --denoiser")
-    group.add_argument("--average", type=int, default=0, metavar="I", help="which averaged weights of a run (0)")
 
+    run: Path | None = option("a run folder of `scoresde train`", flags=("run",), group="", nargs="?")
+    shape: list[int] | None = option("of an item, C H W of images: with --denoiser", metavar="N", nargs="+")
+    average: int = option("which averaged weights of a run (0)", 0, "I")
 
-def add_denoiser(group: Any) -> None:
-    """--denoiser and --checkpoint."""
-    group.add_argument("--denoiser", metavar="MODULE:NAME", help="a Denoiser, or a function that returns one")
-    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="given to that function, as its only argument")
+    def open(self, session: SessionOptions, device: torch.device) -> Model:
+        """The model on the session's device.
 
-
-def open_model(args: argparse.Namespace, device: torch.device) -> Model:
-    """The model that the arguments name, on a device.
-
-    Raises:
-        ValueError: if they name none, or two; if its data's shape is not known.
-        FileNotFoundError, CheckpointError, ImportError: as `scoresde.training.load` and `load_denoiser`.
-    """
-    if (args.run is None) == (args.denoiser is None):
-        raise ValueError("name one model: a run folder, or --denoiser MODULE:NAME")
-    if args.run is not None:
-        return open_run(args.run, args.average, device, args.shape)
-    if not args.shape:
-        raise ValueError("--denoiser needs --shape, that of one item: --shape 3 32 32")
-    denoiser, made_for = load_denoiser(args.denoiser, args.checkpoint)
-    check_count(**{f"shape {i}": n for i, n in enumerate(args.shape)})
-    about = About(tuple(args.shape), 256 if is_picture(args.shape) else None)
-    return Model(placed(denoiser, None if args.device is None else str(device)), about, made_for)
+        Raises:
+            ValueError: if none is named, or two; if its data's shape is not known.
+            FileNotFoundError, CheckpointError, ImportError: as `scoresde.training.load` and `load_denoiser`.
+        """
+        if (self.run is None) == (self.denoiser is None):
+            raise ValueError("name one model: a run folder, or --denoiser MODULE:NAME")
+        if self.run is not None:
+            return open_run(self.run, self.average, device, self.shape)
+        if not self.shape:
+            raise ValueError("--denoiser needs --shape, that of one item: --shape 3 32 32")
+        check_count(**{f"shape {i}": n for i, n in enumerate(self.shape)})
+        denoiser, made_for = self.load(None if session.device is None else device)
+        return Model(denoiser, About(tuple(self.shape), 256 if is_picture(self.shape) else None), made_for)
 
 
 def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", shape: list[int] | None = None) -> Model:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,27 +11,32 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_count
-from scoresde.cli.common import add_quiet, command_parser, say, session
-from scoresde.cli.drawing import Recipe, add_draw_arguments, add_step_arguments, draw, gathered, on_grid, recipe, share
-from scoresde.cli.inputs import add_input_arguments, read_inputs
-from scoresde.cli.models import Model, add_model_arguments, open_model
-from scoresde.cli.sample import Writer, add_out_arguments
-from scoresde.denoiser import Denoiser
-from scoresde.guidance.operators import (
-    Downsample,
-    Grey,
-    LinearOperator,
-    Operator,
+from scoresde.cli.common import SessionOptions, command_parser
+from scoresde.cli.drawing import (
+    CLASS_HELP,
+    NFE_HELP,
+    SOLVER_HELP,
+    DrawOptions,
+    Recipe,
+    StepOptions,
+    draw,
+    recipe,
+    share,
 )
+from scoresde.cli.inputs import InputOptions
+from scoresde.cli.models import Model, ModelOptions
+from scoresde.cli.options import Options, option, part
+from scoresde.cli.writing import OutOptions, Writer
+from scoresde.denoiser import Denoiser
+from scoresde.guidance.operators import LinearOperator, Operator
 from scoresde.guidance.operators.words import operator_of
 from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM
 from scoresde.guidance.projections import DDNM
 from scoresde.guidance.replacement import RePaint, Replacement
-from scoresde.levels import to_levels
-from scoresde.noise import derive_seed
+from scoresde.levels import rounding_std, to_levels
+from scoresde.metrics.errors import psnr, rms
 from scoresde.solvers import SingleStep
 from scoresde.solvers.catalogue import solver_of
-from scoresde.training import parallel
 from scoresde.wrappers import Clip
 
 __all__ = ["add_parser", "run"]
@@ -79,12 +83,13 @@ class Method(NamedTuple):
 
     Attributes:
         solver, nfe: the defaults.
-        around: what draws samples without measurements, A, y of each sample, and the arguments, to what draws with.
+        around: what draws samples without measurements, A, y of each sample, the standard deviation of its noise and
+            the scale of the gradient, to what draws with.
     """
 
     solver: str
     nfe: int
-    around: Callable[[Recipe, Any, Tensor, argparse.Namespace], Recipe]
+    around: Callable[[Recipe, Any, Tensor, float, float], Recipe]
 
 
 def _guided(made: Recipe, guidance: Callable[[Denoiser], Denoiser]) -> Recipe:
@@ -98,30 +103,30 @@ def _guided(made: Recipe, guidance: Callable[[Denoiser], Denoiser]) -> Recipe:
     return replace(made, denoiser=Clip(denoiser) if clip else denoiser)
 
 
-def _mmps(made: Recipe, A: Operator, y: Tensor, args: argparse.Namespace) -> Recipe:
-    return _guided(made, lambda model: MomentMatching(model, A, y, args.noise_std, scale=args.scale))
+def _mmps(made: Recipe, A: Operator, y: Tensor, noise_std: float, scale: float) -> Recipe:
+    return _guided(made, lambda model: MomentMatching(model, A, y, noise_std, scale=scale))
 
 
-def _pigdm(made: Recipe, A: Operator, y: Tensor, args: argparse.Namespace) -> Recipe:
-    return _guided(made, lambda model: PiGDM(model, A, y, args.noise_std, scale=args.scale))
+def _pigdm(made: Recipe, A: Operator, y: Tensor, noise_std: float, scale: float) -> Recipe:
+    return _guided(made, lambda model: PiGDM(model, A, y, noise_std, scale=scale))
 
 
-def _dps(made: Recipe, A: Operator, y: Tensor, args: argparse.Namespace) -> Recipe:
-    return _guided(made, lambda model: DPS(model, A, y, args.scale, steps=_steps(made)))
+def _dps(made: Recipe, A: Operator, y: Tensor, noise_std: float, scale: float) -> Recipe:
+    return _guided(made, lambda model: DPS(model, A, y, scale, steps=_steps(made)))
 
 
-def _ddnm(made: Recipe, A: LinearOperator, y: Tensor, args: argparse.Namespace) -> Recipe:
-    return replace(made, denoiser=DDNM(made.denoiser, A, y, args.noise_std))
+def _ddnm(made: Recipe, A: LinearOperator, y: Tensor, noise_std: float, scale: float) -> Recipe:
+    return replace(made, denoiser=DDNM(made.denoiser, A, y, noise_std))
 
 
-def _replacement(made: Recipe, A: LinearOperator, y: Tensor, args: argparse.Namespace) -> Recipe:
-    return replace(made, solver=Replacement(made.solver, A, y, args.noise_std))
+def _replacement(made: Recipe, A: LinearOperator, y: Tensor, noise_std: float, scale: float) -> Recipe:
+    return replace(made, solver=Replacement(made.solver, A, y, noise_std))
 
 
-def _repaint(made: Recipe, A: LinearOperator, y: Tensor, args: argparse.Namespace) -> Recipe:
+def _repaint(made: Recipe, A: LinearOperator, y: Tensor, noise_std: float, scale: float) -> Recipe:
     if not isinstance(made.solver, SingleStep):
         raise ValueError(f"--method repaint repeats single steps, ddpm or ddim say, not those of {made.solver!r}")
-    return replace(made, solver=RePaint(A, y, args.noise_std, made.solver, jump=5, resamplings=5))
+    return replace(made, solver=RePaint(A, y, noise_std, made.solver, jump=5, resamplings=5))
 
 
 METHODS = {
@@ -144,31 +149,44 @@ def _steps(made: Recipe) -> int:
     return int(made.options.get("steps") or made.solver.steps_within(made.denoiser.sde, made.options["nfe"]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class RestoreOptions(Options):
+    """The arguments of `restore`."""
+
+    model: ModelOptions = part("the model")
+    inputs: InputOptions = part("the measurements")
+    operator: str = option("how they are measured: see above", metavar="A", group="the measurements", required=True)
+    known: bool = option(
+        "INPUT are the measurements, not whole images", flags=("--measured",), group="the measurements"
+    )
+    noise_std: float = option(
+        "of the measurement's noise, in units of the data (images are in [-1, 1]): added here, or with --measured the "
+        "noise that it has (0; pigdm and mmps take that of rounding, 0.0023, where INPUT are whole grey levels)",
+        0.0, "STD", group="the measurements")  # fmt: skip
+    method: str = option("see above (pigdm)", "pigdm", group="the samples", choices=METHODS)
+    scale: float | None = option(f"of the gradient of {', '.join(SCALED)} (1)", metavar="W", group="the samples")
+    n: int = option("of each image (4)", 4, "K", flags=("--n", "--number"), group="the samples")
+    steps: StepOptions = part(
+        "the samples",
+        solver={"help": f"{SOLVER_HELP} (ddpm; unipc3 for ddnm)", "default": ""},
+        nfe={"help": NFE_HELP.format("see above")},
+    )
+    draw: DrawOptions = part(
+        "the samples",
+        label={"help": f"{CLASS_HELP} (none, where trained with --drop)"},
+        condition_from=False,
+        measured=False,
+    )
+    out: OutOptions = part(columns=False)
+    session: SessionOptions
+
+
 def add_parser(commands: Any) -> None:
     """The arguments of `restore`."""
-    parser = command_parser(commands, "restore", TEXT, EXAMPLES)
-    add_model_arguments(parser)
-    group = parser.add_argument_group("the measurements")
-    add_input_arguments(group)
-    add = group.add_argument
-    add("--operator", required=True, metavar="A", help="how they are measured: see above")
-    add("--measured", dest="given", action="store_true", help="INPUT are the measurements, not whole images")
-    add("--noise-std", type=float, default=0.0, metavar="STD", help="of the measurement's noise, in units of the data "
-        "(images are in [-1, 1]): added here, or with --measured the noise that it has (0; pigdm and mmps take that of "
-        "rounding, 0.0023, where INPUT are whole grey levels)")  # fmt: skip
-    group = parser.add_argument_group("the samples")
-    add = group.add_argument
-    add("--method", choices=METHODS, default="pigdm", help="see above (pigdm)")
-    add("--scale", type=float, metavar="W", help=f"of the gradient of {', '.join(SCALED)} (1)")
-    add("--n", "--number", type=int, default=4, metavar="K", help="of each image (4)")
-    add_step_arguments(group, None, ("ddpm; unipc3 for ddnm", "see above"))
-    add_draw_arguments(group, conditions=False)
-    add_out_arguments(parser, None)
-    add_quiet(parser)
-    parser.set_defaults(action=run)
+    command_parser(commands, "restore", TEXT, EXAMPLES, run, RestoreOptions)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: RestoreOptions) -> None:
     """Run the command.
 
     Raises:
@@ -176,34 +194,22 @@ def run(args: argparse.Namespace) -> None:
             first evaluation.
         ArithmeticError: if samples are not finite, or a budget ran out.
     """
-    check_count(n=args.n, **{k: getattr(args, k) for k in ("limit", "levels") if getattr(args, k) is not None})
-    if args.scale is not None and args.method not in SCALED:
-        raise ValueError(f"--scale is of {', '.join(SCALED)}: {args.method} follows no gradient")
-    if args.variance is not None and args.method != "replacement":
-        raise ValueError(f"--variance goes with --method replacement: under {args.method} the variance is another")
-    if not 0 <= args.noise_std < math.inf:
-        raise ValueError(f"--noise-std {args.noise_std:g}: expected a number >= 0")
-    args.scale = 1.0 if args.scale is None else args.scale
-    with session(args.device) as device:
-        model = open_model(args, device)
-        job = _job(args, model)
-        writer = Writer(args, model)
-        kept: list[Tensor] = []
-        try:
-            for which, x in draw(job, share(job.samples), args.batch_size, not args.quiet and parallel.rank() == 0):
-                writer.add(which, x)
-                kept.append(x)
-        except (KeyboardInterrupt, SystemExit, ArithmeticError):
-            if kept and parallel.world() == 1:
-                done = torch.cat(kept)
-                _write(writer, job, done)
-                say(args, f"\n{len(done)} of {job.samples} samples are in {args.out}")
-            raise
-        whole = gathered(torch.cat(kept) if kept else torch.empty(0, *model.about.shape))
+    method, out, session = options.method, options.out, options.session
+    check_count(**options.given("n", "limit", "levels"))
+    if options.scale is not None and method not in SCALED:
+        raise ValueError(f"--scale is of {', '.join(SCALED)}: {method} follows no gradient")
+    if options.draw.variance is not None and method != "replacement":
+        raise ValueError(f"--variance goes with --method replacement: under {method} the variance is another")
+    if not 0 <= options.noise_std < math.inf:
+        raise ValueError(f"--noise-std {options.noise_std:g}: expected a number >= 0")
+    with session.start() as device:
+        job = _job(options, options.model.open(session, device))
+        writer = Writer(replace(out, columns=job.each + 1 + (job.truth is not None)), job.made.model.about)
+        parts = draw(job, share(job.samples), options.draw.batch_size, session.progress)
+        whole = writer.collect(parts, lambda x: _write(writer, job, x), job.samples, session)
         if whole is not None:
-            _write(writer, job, whole)
-            print(f"{args.out}: {len(whole)} samples for {len(job.y)} images, {job.operator!r}, noise "
-                  f"{args.noise_std:g}, {args.method} with {job.made.solver!r}, seed {args.seed}")  # fmt: skip
+            print(f"{out.out}: {len(whole)} samples for {len(job.y)} images, {job.operator!r}, noise "
+                  f"{job.noise_std:g}, {method} with {job.made.solver!r}, seed {job.made.seed}")  # fmt: skip
             print(job.scores(whole))
 
 
@@ -212,18 +218,22 @@ class _Job:
     """Measurements, and how images are drawn for them.
 
     Attributes:
-        args: the arguments.
-        made: what draws without measurements.
+        method: how measurements are taken account of.
+        made: what draws without them.
         operator: A.
         y: of N images, shape (N, *measurement), on the denoiser's device.
+        noise_std: of y.
+        scale: of the method's gradient.
         truth: the images, shape (N, *event), on the CPU; None if they are not known.
         each: K, how many samples of each; sample i is of image i // K.
     """
 
-    args: argparse.Namespace
+    method: Method
     made: Recipe
     operator: Operator
     y: Tensor
+    noise_std: float
+    scale: float
     truth: Tensor | None
     each: int
 
@@ -233,7 +243,8 @@ class _Job:
 
     def around(self, which: Tensor) -> Recipe:
         """What draws a sample for each of these images."""
-        return METHODS[self.args.method].around(self.made, self.operator, self.y[which.to(self.y.device)], self.args)
+        y = self.y[which.to(self.y.device)]
+        return self.method.around(self.made, self.operator, y, self.noise_std, self.scale)
 
     def images(self, items: range) -> Tensor:
         """Of which image each of these samples is."""
@@ -247,112 +258,74 @@ class _Job:
         """
         return self.around(self.images(items))(items)
 
-    def drawn(self) -> Tensor:
+    def shown(self) -> Tensor:
         """The measurements as items, on the CPU: with holes, enlarged, or A^T y."""
-        A, y, shape = self.operator, self.y.cpu(), self.made.model.about.shape
-        if tuple(y.shape[1:]) == shape:
-            return y
-        if isinstance(A, Grey):
-            return y.expand(-1, *shape)
-        if isinstance(A, Downsample):
-            for dim in range(-A.dims, 0):
-                y = y.repeat_interleave(A.factor, dim)
-            return y
-        assert isinstance(A, LinearOperator)
-        return A.adjoint(y)
+        return self.operator.shown(self.y.cpu(), self.made.model.about.shape)
 
     def rows(self, x: Tensor) -> Tensor:
         """Truth, measurement and samples of each image, one after the other; those of the last may be fewer."""
-        beside = [self.drawn()] if self.truth is None else [self.truth, self.drawn()]
+        beside = [self.shown()] if self.truth is None else [self.truth, self.shown()]
         groups = enumerate(x.split(self.each))
         return torch.cat([torch.cat([*(part[i : i + 1] for part in beside), own]) for i, own in groups])
 
     def scores(self, x: Tensor) -> str:
         """How far all samples are from what is known, in words."""
-        which = self.images(range(len(x)))
-        apart = _rms(self.operator(x) - self.y.cpu()[which])
-        apart = apart * math.sqrt(self.y[0].numel() / self.operator.informative(self.y))
-        texts = [f"residual of the measurement {float(apart.mean()):.3g} rms"]
-        if self.truth is not None:
-            pictures = self.made.model.about.pictures
+        which, pictures = self.images(range(len(x))), self.made.model.about.pictures
+        residual = self.operator.residual(x, self.y.cpu()[which]).mean()
+        text = f"residual of the measurement {float(residual):.3g} rms"
+        if self.truth is None:
+            return text
+        named = [(x, self.truth[which], "")]
+        if self.each > 1:
             means = torch.stack([own.mean(0) for own in x.split(self.each)])
-            named = [("", x, self.truth[which]), (f" of the mean of {self.each}", means, self.truth)]
-            if pictures:
-                named.append((" of the measurement", self.drawn(), self.truth))
-            own = [f"{_error(one, truth, pictures)}{name}" for name, one, truth in named if name != " of the mean of 1"]
-            texts.insert(0, f"{'PSNR' if pictures else 'rms error'} {', '.join(own)}")
-        return "; ".join(texts)
-
-
-def _rms(x: Tensor) -> Tensor:
-    """Of each entry of the batch, shape (B,)."""
-    return x.reshape(len(x), -1).square().mean(1).sqrt()
+            named.append((means, self.truth, f" of the mean of {self.each}"))
+        if pictures:
+            named.append((self.shown(), self.truth, " of the measurement"))
+        own = ", ".join(f"{_error(one, truth, pictures)}{name}" for one, truth, name in named)
+        return f"{'PSNR' if pictures else 'rms error'} {own}; {text}"
 
 
 def _error(x: Tensor, truth: Tensor, pictures: bool) -> str:
-    if not pictures:
-        return f"{float(_rms(x - truth).mean()):.4g}"
-    return f"{float((20 * (2 / _rms(x.clamp(-1, 1) - truth)).log10()).mean()):.2f} dB"
+    return f"{float(psnr(x, truth).mean()):.2f} dB" if pictures else f"{float(rms(x - truth).mean()):.4g}"
 
 
 def _write(writer: Writer, job: _Job, x: Tensor) -> None:
     """All samples, and what they are beside."""
-    if writer.out.suffix == ".png" and not writer.folder:
-        writer.columns = job.each + 1 + (job.truth is not None)
-        writer.finish(job.rows(x), job.made)
-        return
     more = {"measurement": job.y.cpu()}
     if job.truth is not None:
         more["truth"] = to_levels(job.truth) if job.made.model.about.pictures else job.truth
-    writer.finish(x, job.made, more)
+    writer.finish(job.rows(x) if writer.picture else x, job.made.labels(range(len(x))), more)
 
 
-def _job(args: argparse.Namespace, model: Model) -> _Job:
+def _job(options: RestoreOptions, model: Model) -> _Job:
     """What the arguments want; all of them are checked."""
-    method, shape = METHODS[args.method], model.about.shape
-    solver, nfe = args.solver or method.solver, args.nfe
-    if nfe is None and args.steps is None and not solver_of(solver).adaptive:
-        nfe = method.nfe
-    made = recipe(args, model, solver=solver, nfe=nfe)
+    method, shape, steps = METHODS[options.method], model.about.shape, options.steps
+    steps = replace(steps, solver=steps.solver or method.solver)
+    if not steps.given("nfe", "steps") and not solver_of(steps.solver).adaptive:
+        steps = replace(steps, nfe=method.nfe)
+    made = recipe(options.draw, steps, model)
     if made.told is not None:
         raise ValueError(
-            f"the model is told {', '.join(model.about.conditions)}: `scoresde sample --condition-from {args.input} "
-            "--measured` restores with it, and `scoresde restore` with one that was trained without --condition"
+            f"the model is told {', '.join(model.about.conditions)}: `scoresde sample --condition-from "
+            f"{options.inputs.input} --measured` restores with it, and `scoresde restore` with one that was trained "
+            "without --condition"
         )
     if made.label is None and model.about.num_classes is not None:
         own = model.data()
         if own is None or own.drop == 0:
             raise ValueError("the model has classes: say which, --class K (a run with --drop needs none)")
         made = replace(made, label=model.about.num_classes)  # the null class
-    A, device = operator_of(args.operator, shape), model.denoiser.device
-    with torch.no_grad():
-        empty = A(torch.zeros(1, *shape))
-    if args.given:
-        measured = replace(model, about=replace(model.about, shape=tuple(empty.shape[1:])))
-        x, y = None, read_inputs(args, measured, False)[0]
-        if model.about.pictures and args.method in ("pigdm", "mmps"):  # whose inverses would make noise of the rounding
-            args.noise_std = max(args.noise_std, _rounding(y, args.levels or 256))
+    A, noise_std = operator_of(options.operator, shape), options.noise_std
+    if options.known:
+        with torch.no_grad():
+            empty = A(torch.zeros(1, *shape))
+        x, y = None, options.inputs.read(replace(model.about, shape=tuple(empty.shape[1:])))[0]
+        if model.about.pictures and options.method in ("pigdm", "mmps"):  # whose inverses would make noise of it
+            noise_std = max(noise_std, rounding_std(y, options.inputs.levels or 256))
     else:
-        x = read_inputs(args, model, False)[0]
-        y = A(x)
-        if args.noise_std:
-            y = y + args.noise_std * torch.stack([_noise(i, y.shape[1:]) for i in range(len(y))])
-    job = _Job(args, made, A, A.observed(y).to(device), x, args.n)
-    counts = {name: n for name, n in (("nfe", nfe), ("steps", args.steps)) if n is not None}
-    options = on_grid(job.around(torch.zeros(1, dtype=torch.long)).solver, made.denoiser, counts, args.grid)
-    return replace(job, made=replace(made, options=options))
-
-
-def _noise(i: int, shape: Sequence[int]) -> Tensor:
-    """Of the i-th measurement: the same whatever the samples' seed."""
-    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(derive_seed(0, i, 1)), device="cpu")
-
-
-def _rounding(y: Tensor, levels: int) -> float:
-    """Standard deviation of what rounding to levels of [-1, 1] took from y, a uniform number; 0 if y is not rounded."""
-    step = 2 / max(levels - 1, 1)
-    k = (y.double() + 1) / step
-    return step / math.sqrt(12) if bool(((k - k.round()).abs() < 1e-3).all()) else 0.0
-
-
-# --- operators in words ----------------------------------------------------------------------------------------------
+        x = options.inputs.read(model.about)[0]
+        y = A.measure(x, noise_std)
+    y, scale = A.observed(y).to(model.denoiser.device), 1.0 if options.scale is None else options.scale
+    job = _Job(method, made, A, y, noise_std, scale, x, options.n)
+    solver = job.around(torch.zeros(1, dtype=torch.long)).solver
+    return replace(job, made=replace(made, options=steps.counts(solver, made.denoiser)))

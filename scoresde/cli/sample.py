@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import io
-from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from scoresde.checks import check_count
-from scoresde.cli.common import add_quiet, check_file, command_parser, say, session
-from scoresde.cli.drawing import Recipe, add_solver_arguments, draw, gathered, recipe, share
-from scoresde.cli.images import grid, write_png
-from scoresde.cli.models import Model, add_model_arguments, open_model
-from scoresde.data.folder import check_pillow
-from scoresde.files import write_whole
-from scoresde.levels import to_levels
-from scoresde.training import parallel
+from scoresde.cli.common import SessionOptions, command_parser
+from scoresde.cli.drawing import Recipe, SamplesOptions, draw, recipe, share
+from scoresde.cli.models import ModelOptions
+from scoresde.cli.options import Options, part
+from scoresde.cli.writing import OutOptions, Writer
 
 __all__ = ["add_parser", "run"]
 
@@ -49,27 +39,22 @@ torchrun --nproc-per-node=4 -m scoresde sample runs/fm --number 50000 --batch-si
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(Options):
+    """The arguments of `sample`."""
+
+    model: ModelOptions = part("the model")
+    samples: SamplesOptions = part("the samples")
+    out: OutOptions
+    session: SessionOptions
+
+
 def add_parser(commands: Any) -> None:
     """The arguments of `sample`."""
-    parser = command_parser(commands, "sample", TEXT, EXAMPLES)
-    add_model_arguments(parser)
-    add_solver_arguments(parser)
-    add_out_arguments(parser, "a square")
-    add_quiet(parser)
-    parser.set_defaults(action=run)
+    command_parser(commands, "sample", TEXT, EXAMPLES, run, SampleOptions)
 
 
-def add_out_arguments(parser: argparse.ArgumentParser, columns: str | None) -> None:
-    """--out, --columns (which by default are as it says; None for no choice) and --float: what a `Writer` takes."""
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="FILE.png, FILE.npz, or a folder")
-    if columns is None:
-        parser.set_defaults(columns=None)
-    else:
-        parser.add_argument("--columns", type=int, metavar="N", help=f"of the grid ({columns})")
-    parser.add_argument("--float", dest="floating", action="store_true", help="into .npz also `x`, float32, unrounded")
-
-
-def run(args: argparse.Namespace) -> None:
+def run(options: SampleOptions) -> None:
     """Run the command.
 
     Raises:
@@ -77,76 +62,21 @@ def run(args: argparse.Namespace) -> None:
             first evaluation.
         ArithmeticError: if samples are not finite, or a budget ran out.
     """
-    check_count(n=args.n, **({} if args.columns is None else {"columns": args.columns}))
-    with session(args.device) as device:
-        model = open_model(args, device)
-        made = recipe(args, model)
-        if made.told is not None and args.condition_from is None:
-            say(args, "conditions are those of what the network was trained on: --condition-from names other items")
-        writer = Writer(args, model)
-        mine = share(args.n)
-        kept: list[Tensor] = []
-        try:
-            for which, x in draw(made, mine, args.batch_size, not args.quiet and parallel.rank() == 0):
-                writer.add(which, x)
-                kept.append(x)
-        except (KeyboardInterrupt, SystemExit, ArithmeticError):
-            if kept and parallel.world() == 1:
-                done = torch.cat(kept)
-                writer.finish(done, made)
-                say(args, f"\n{len(done)} of {args.n} samples are in {args.out}")
-            raise
-        whole = gathered(torch.cat(kept) if kept else torch.empty(0, *model.about.shape))
+    session, how, n = options.session, options.samples.draw, options.samples.n
+    check_count(**options.given("n", "columns"))
+    with session.start() as device:
+        model = options.model.open(session, device)
+        made = recipe(how, options.samples.steps, model)
+        if made.told is not None and how.condition_from is None:
+            session.say("conditions are those of what the network was trained on: --condition-from names other items")
+        writer = Writer(options.out, model.about)
+        parts = draw(made, share(n), how.batch_size, session.progress)
+        whole = writer.collect(parts, lambda x: writer.finish(x, made.labels(range(len(x)))), n, session)
         if whole is not None:
-            writer.finish(whole, made)
-            print(f"{args.out}: {len(whole)} samples of {made.solver!r}, {_count(made)}, seed {args.seed}")
+            print(f"{writer.out}: {len(whole)} samples of {made.solver!r}, {_count(made)}, seed {made.seed}")
 
 
 def _count(made: Recipe) -> str:
     if "grid" in made.options:
         return f"{made.options['grid'].steps} steps"
     return ", ".join(f"{name}={value}" for name, value in made.options.items()) or "adaptive"
-
-
-class Writer:
-    """Where samples go. What cannot be written is refused at once."""
-
-    def __init__(self, args: argparse.Namespace, model: Model) -> None:
-        self.out, self.model, self.label = args.out, model, args.label
-        self.columns, self.floating = args.columns, args.floating
-        self.folder = self.out.suffix == "" or self.out.is_dir()
-        if not self.folder:
-            check_file(self.out, ".png", ".npz")
-        if self.out.suffix != ".npz" or self.folder:
-            if not model.about.pictures:
-                raise ValueError(f"--out {self.out}: items {model.about.shape} are no pictures; give a file .npz")
-            check_pillow()
-        if self.floating and self.out.suffix != ".npz":
-            raise ValueError("--float is for a file .npz")
-        if self.folder:
-            self.out.mkdir(parents=True, exist_ok=True)
-
-    def add(self, which: range, x: Tensor) -> None:
-        """Some samples: into a folder, at once."""
-        if self.folder:
-            for i, image in zip(which, to_levels(x), strict=True):
-                write_png(self.out / f"{i:06d}.png", image)
-
-    def finish(self, x: Tensor, made: Recipe, more: Mapping[str, Tensor] | None = None) -> None:
-        """All samples; into .npz more arrays, too."""
-        if self.folder:
-            return
-        if self.out.suffix == ".png":
-            write_png(self.out, grid(to_levels(x), self.columns))
-            return
-        arrays: dict[str, Any] = {}
-        if self.model.about.pictures:
-            arrays["images"] = to_levels(x).numpy()
-        if self.floating or not arrays:
-            arrays["x"] = x.float().numpy()
-        if (labels := made.labels(range(len(x)))) is not None:
-            arrays["labels"] = labels.cpu().numpy().astype(np.int64)
-        arrays |= {name: value.numpy() for name, value in (more or {}).items()}
-        file = io.BytesIO()
-        np.savez(file, **arrays)
-        write_whole(self.out, lambda out: out.write(file.getvalue()))

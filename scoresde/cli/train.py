@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 import textwrap
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from scoresde.cli.common import DATA_HELP, add_quiet, command_parser, going_on, say, session
+from scoresde.cli.common import DATA_HELP, SessionOptions, command_parser, going_on
 from scoresde.cli.config import (
     SECTIONS,
     DataConfig,
@@ -32,8 +31,9 @@ from scoresde.cli.drawing import Recipe, draw, rounded
 from scoresde.cli.images import grid, write_png
 from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import CONFIG, About, Model, parameters
+from scoresde.cli.options import Options, option, part
 from scoresde.data import Given, TrainingData
-from scoresde.data.folder import check_pillow
+from scoresde.data.folder import Mode, check_pillow
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.errors import NonFiniteError
 from scoresde.levels import to_levels
@@ -73,50 +73,53 @@ FILES = """files in OUT:
   samples/        a grid of samples every train.evaluate_every steps (images)"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShortOptions(Options):
+    """Short for --set: what is parsed has the entry's name."""
+
+    classes: bool = option("data.classes=true: conditional on the data's classes", dest="data.classes")
+    condition: str | None = option(
+        "data.condition, an image that the network is told of: super-resolution:4, inpainting, uncropping, "
+        "colourisation, jpeg:5-30, or given:PATH, one for each item",
+        metavar="TASK",
+        dest="data.condition",
+    )
+    drop: float | None = option("data.drop: tell it nothing with this probability (0)", metavar="P", dest="data.drop")
+    size: int | None = option("data.size, to make of a folder's images", metavar="PIXELS", dest="data.size")
+    mode: Mode | None = option(
+        "data.mode, to make of a folder's images: grey or colour", choices=get_args(Mode), dest="data.mode"
+    )
+    steps: int | None = option("train.steps (20000)", dest="train.steps")
+    batch_size: int | None = option("train.batch_size (64)", metavar="N", dest="train.batch_size")
+    lr: float | None = option("train.lr, the largest learning rate (by the network's size)", dest="train.lr")
+    preset: str | None = option(
+        "model.preset: 8, 28, 32 or 64, the size of the network (the images' own)", dest="model.preset"
+    )
+    sde: str | None = option(f"model.sde: {', '.join(SDES)} (vp)", dest="model.sde")
+    predicts: str | None = option(
+        "model.predicts: eps, v, x0, score, velocity or edm (by the SDE)", dest="model.predicts"
+    )
+    seed: int | None = option("train.seed, of everything random (0)", dest="train.seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Options):
+    """The arguments of `train`."""
+
+    out: Path = option("of the run", metavar="FOLDER", required=True)
+    data: str | None = option(DATA_HELP, metavar="DATA", dest="data.source")
+    config: Path | None = option("sections data, model, loss, train and evaluate", metavar="FILE.toml")
+    changes: list[str] = option(
+        "an entry of the configuration, as in TOML; as often as you like", [], "SECTION.KEY=VALUE", flags=("--set",),
+        action="append")  # fmt: skip
+    short: ShortOptions = part("short for --set")
+    session: SessionOptions
+
+
 def add_parser(commands: Any) -> None:
     """The arguments of `train`."""
-    parser = command_parser(commands, "train", TEXT, EXAMPLES)
+    parser = command_parser(commands, "train", TEXT, EXAMPLES, run, TrainOptions)
     parser.epilog = f"{parser.epilog}\n\n{FILES}\n\n{_keys()}"
-    add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="FOLDER", help="of the run")
-    add("--data", metavar="DATA", help=DATA_HELP)
-    add("--config", type=Path, metavar="FILE.toml", help="sections data, model, loss, train and evaluate")
-    add("--set", dest="changes", action="append", default=[], metavar="SECTION.KEY=VALUE",
-        help="an entry of the configuration, as in TOML; as often as you like")  # fmt: skip
-    short = parser.add_argument_group("short for --set")
-    add = short.add_argument
-    add("--classes", action="store_true", default=None, help="data.classes=true: conditional on the data's classes")
-    add("--condition", metavar="TASK", help="data.condition, an image that the network is told of: super-resolution:4, "
-        "inpainting, uncropping, colourisation, jpeg:5-30, or given:PATH, one for each item")  # fmt: skip
-    add("--drop", type=float, metavar="P", help="data.drop: tell it nothing with this probability (0)")
-    add("--size", type=int, metavar="PIXELS", help="data.size, to make of a folder's images")
-    add("--mode", choices=("L", "RGB"), help="data.mode, to make of a folder's images: grey or colour")
-    add("--steps", type=int, help="train.steps (20000)")
-    add("--batch-size", type=int, metavar="N", help="train.batch_size (64)")
-    add("--lr", type=float, help="train.lr, the largest learning rate (by the network's size)")
-    add("--preset", help="model.preset: 8, 28, 32 or 64, the size of the network (the images' own)")
-    add("--sde", help=f"model.sde: {', '.join(SDES)} (vp)")
-    add("--predicts", help="model.predicts: eps, v, x0, score, velocity or edm (by the SDE)")
-    add("--seed", type=int, help="train.seed, of everything random (0)")
-    add_quiet(parser)
-    parser.set_defaults(action=run)
-
-
-SHORT = {
-    "data": ("data", "source"),
-    "classes": ("data", "classes"),
-    "condition": ("data", "condition"),
-    "drop": ("data", "drop"),
-    "size": ("data", "size"),
-    "mode": ("data", "mode"),
-    "steps": ("train", "steps"),
-    "batch_size": ("train", "batch_size"),
-    "lr": ("train", "lr"),
-    "seed": ("train", "seed"),
-    "preset": ("model", "preset"),
-    "sde": ("model", "sde"),
-    "predicts": ("model", "predicts"),
-}
 
 
 def _keys() -> str:
@@ -130,29 +133,29 @@ def _keys() -> str:
     return "\n".join(lines)
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+def settings_of(options: TrainOptions) -> dict[str, Any]:
     """The configuration that the arguments give: the file's, then --set, then the short flags.
 
     Raises:
         ValueError: if something is not known, or there are no data.
     """
-    path = args.config
-    if path is None and args.data is None and (args.out / CONFIG).exists():
-        path = args.out / CONFIG  # the run itself
+    path = options.config
+    if path is None and options.data is None and (options.out / CONFIG).exists():
+        path = options.out / CONFIG  # the run itself
     settings: dict[str, Any] = {} if path is None else read_toml(path)
     check_sections(settings)
-    override(settings, args.changes)
+    override(settings, options.changes)
     check_sections(settings)
-    for name, (part, key) in SHORT.items():
-        if (value := getattr(args, name)) is not None:
-            whole = name == "preset" and value.isdecimal()
-            settings.setdefault(part, {})[key] = int(value) if whole else value
+    for name, value in {"data.source": options.data, **options.short.given()}.items():
+        place, _, key = name.partition(".")
+        if value is not None:
+            settings.setdefault(place, {})[key] = int(value) if key == "preset" and value.isdecimal() else value
     if "source" not in settings.get("data", {}):
-        raise ValueError(f"give --data, or data.source in --config ({args.out} has no run to go on with)")
+        raise ValueError(f"give --data, or data.source in --config ({options.out} has no run to go on with)")
     return settings
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: TrainOptions) -> None:
     """Run the command.
 
     Raises:
@@ -161,23 +164,23 @@ def run(args: argparse.Namespace) -> None:
         NonFiniteLossError: if the loss is not finite.
     """
     check_installed()
-    settings = settings_of(args)
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: give a folder")
+    settings = settings_of(options)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file: give a folder")
     data_config = section(DataConfig, "data", settings["data"])
-    with session(args.device) as device:
+    with options.session.start() as device:
         data = data_config.open(seed=settings.get("train", {}).get("seed", 0))
         config = completed(settings, data)
-        trainer = prepare(config, data, args.out, device)
+        trainer = prepare(config, data, options.out, device)
         if parallel.rank() == 0:
-            write_toml(args.out / CONFIG, config.to_dict())
-            About.of(data).write(args.out)
-        remarks(args, config, trainer, device)
-        again = f"scoresde train --out {args.out} goes on from the last checkpoint"
+            write_toml(options.out / CONFIG, config.to_dict())
+            About.of(data).write(options.out)
+        remarks(options, config, trainer, device)
+        again = f"scoresde train --out {options.out} goes on from the last checkpoint"
         with going_on(again):
-            trainer.fit(progress=not args.quiet)
+            trainer.fit(progress=not options.session.quiet)
         if parallel.rank() == 0:
-            print(summary(trainer, args.out))
+            print(summary(trainer, options.out))
 
 
 def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.device) -> Trainer:
@@ -207,17 +210,19 @@ def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.devi
         raise CheckpointError(f"{error} ({hint})") from error
 
 
-def remarks(args: argparse.Namespace, config: RunConfig, trainer: Trainer, device: torch.device) -> None:
+def remarks(options: TrainOptions, config: RunConfig, trainer: Trainer, device: torch.device) -> None:
     """What is trained, on what, and from where."""
     if trainer.step:
         what = "done" if trainer.step >= config.train.steps else "going on"
-        say(args, f"{args.out} is at step {trainer.step} of {config.train.steps}: {what}")
+        options.session.say(f"{options.out} is at step {trainer.step} of {config.train.steps}: {what}")
     size = parameters(trainer.denoiser)
     about = About.of(trainer.data) if isinstance(trainer.data, TrainingData) else None
     what = "" if about is None or about.num_classes is None else f" of {about.num_classes} classes"
-    say(args, f"{trainer.denoiser}, {size / 1e6:.3g} million parameters, on {len(trainer.data)} items{what}, {device}")
+    options.session.say(
+        f"{trainer.denoiser}, {size / 1e6:.3g} million parameters, on {len(trainer.data)} items{what}, {device}"
+    )
     if device.type == "cpu" and size > 10e6:
-        say(args, "this network is large for a CPU: --preset 28 or --preset 8 is smaller")
+        options.session.say("this network is large for a CPU: --preset 28 or --preset 8 is smaller")
 
 
 def summary(trainer: Trainer, out: Path) -> str:

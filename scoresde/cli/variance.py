@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from scoresde.checks import check_count
-from scoresde.cli.common import add_quiet, check_file, command_parser, say, session
-from scoresde.cli.measuring import add_data_arguments, data_config, items_of
-from scoresde.cli.models import add_model_arguments, open_model
+from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, command_parser
+from scoresde.cli.measuring import DataOptions, items_of
+from scoresde.cli.models import ModelOptions
+from scoresde.cli.options import Options, option, part
 from scoresde.training import parallel
 from scoresde.variance import VarianceTable, estimate
+from scoresde.variance.estimate import table_times
 
 __all__ = ["add_parser", "run"]
 
@@ -33,23 +34,27 @@ torchrun --nproc-per-node=4 -m scoresde variance runs/fm --samples 1000 --out ta
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class VarianceOptions(Options):
+    """The arguments of `variance`."""
+
+    model: ModelOptions = part("the model")
+    data: DataOptions = part(data={"help": f"what x_0 is drawn from (what the run was trained on): {DATA_HELP}"})
+    samples: int = option("draws at each time (100)", 100, "M")
+    times: int | None = option("how many, uniform in half log-SNR (100; all nodes of a chain)", metavar="R")
+    limit: int | None = option("the first N of the data (all)", metavar="N")
+    seed: int = option("of the draws (0)", 0)
+    batch_size: int = option("samples that the network takes at once (256)", 256, "N")
+    out: Path = option("the table", metavar="TABLE.npz", required=True)
+    session: SessionOptions
+
+
 def add_parser(commands: Any) -> None:
     """The arguments of `variance`."""
-    parser = command_parser(commands, "variance", TEXT, EXAMPLES)
-    add_model_arguments(parser)
-    add_data_arguments(parser, "what x_0 is drawn from (what the run was trained on)")
-    add = parser.add_argument
-    add("--samples", type=int, default=100, metavar="M", help="draws at each time (100)")
-    add("--times", type=int, metavar="R", help="how many, uniform in half log-SNR (100; all nodes of a chain)")
-    add("--limit", type=int, metavar="N", help="the first N of the data (all)")
-    add("--seed", type=int, default=0, help="of the draws (0)")
-    add("--batch-size", type=int, default=256, metavar="N", help="samples that the network takes at once (256)")
-    add("--out", type=Path, required=True, metavar="TABLE.npz", help="the table")
-    add_quiet(parser)
-    parser.set_defaults(action=run)
+    command_parser(commands, "variance", TEXT, EXAMPLES, run, VarianceOptions)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: VarianceOptions) -> None:
     """Run the command.
 
     Raises:
@@ -57,50 +62,38 @@ def run(args: argparse.Namespace) -> None:
             first evaluation.
         NonFiniteError: if the network's output is not finite.
     """
-    check_count(**{name: n for name in ("limit", "times") if (n := getattr(args, name)) is not None})
-    check_file(args.out, ".npz")
-    with session(args.device) as device:
-        model = open_model(args, device)
-        chosen = data_config(args, model.data())
-        x, told = items_of(model.told_of(chosen), args.limit)
+    check_count(**options.given("limit", "times"))
+    if options.times == 1:
+        raise ValueError("--times 1: expected 2 at least")
+    check_file(options.out, ".npz")
+    session = options.session
+    with session.start() as device:
+        model = options.model.open(session, device)
+        chosen = options.data.config(model.data())
+        x, told = items_of(model.told_of(chosen), options.limit)
         if tuple(x.shape[1:]) != model.about.shape:
             raise ValueError(f"{chosen.source} has items {tuple(x.shape[1:])}, the model's are {model.about.shape}")
         cond = {name: value.to(model.denoiser.device) for name, value in told.items()}
-        say(args, f"{args.samples} draws at each time, from {len(x)} items of {chosen.source}")
-        rank, world = parallel.rank(), parallel.world()
-        table = estimate(
-            model.denoiser,
-            x,
-            _times(model.denoiser.sde, args.times),
-            samples=args.samples,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            cond=cond,
-            progress=not args.quiet and rank == 0,
-            shard=(rank, world),
+        session.say(f"{options.samples} draws at each time, from {len(x)} items of {chosen.source}")
+        parts = parallel.to_first(
+            estimate(
+                model.denoiser,
+                x,
+                table_times(model.denoiser.sde, options.times),
+                samples=options.samples,
+                seed=options.seed,
+                batch_size=options.batch_size,
+                cond=cond,
+                progress=session.progress,
+                shard=(parallel.rank(), parallel.world()),
+            )
         )
-        if world > 1:
-            parts: list[Any] | None = [None] * world if rank == 0 else None
-            dist.gather_object(table, parts)
-            if parts is None:
-                return
-            table = VarianceTable.merge(parts)
-        table.save(args.out)
+        if parts is None:
+            return
+        table = VarianceTable.merge(parts) if len(parts) > 1 else parts[0]
+        table.save(options.out)
         print(summary(table))
-        say(args, f"wrote {args.out}")
-
-
-def _times(sde: Any, count: int | None) -> torch.Tensor | None:
-    """So many times, spaced as those that `estimate` takes by itself; None for those."""
-    if count is None:
-        return None
-    from scoresde.grid import Grid
-    from scoresde.solvers.motion import legs
-
-    if count < 2:
-        raise ValueError(f"--times {count}: expected 2 at least")
-    start = legs(Grid(sde, [sde.t_max, sde.t_min]), free=True)[-1].t
-    return Grid.log_snr(sde, count - 1, start=start, end=sde.t_min).times
+        session.say(f"wrote {options.out}")
 
 
 def summary(table: VarianceTable) -> str:

@@ -27,7 +27,7 @@ from scoresde.data.folder import ImageFolder
 from scoresde.data.shown import Shown, mirrored
 from scoresde.levels import scaled
 
-__all__ = ["Condition", "Given", "dropped", "nothing", "same_number"]
+__all__ = ["Condition", "Given", "dropped", "nothing", "null_of", "same_number"]
 
 
 def nothing(cond: Mapping[str, Tensor], num_classes: int | None = None) -> dict[str, Tensor]:
@@ -44,12 +44,16 @@ def nothing(cond: Mapping[str, Tensor], num_classes: int | None = None) -> dict[
     {'label': tensor([10, 10]), 'vector': tensor([[0.],
             [0.]])}
     """
-    if "label" in cond and num_classes is None:
+    return {key: torch.full_like(value, null_of(key, num_classes)) for key, value in cond.items()}
+
+
+def null_of(key: str, num_classes: int | None = None) -> int:
+    """The number that tells a network nothing, throughout a condition of that name. Arguments and errors: `nothing`."""
+    if key != "label":
+        return 0
+    if num_classes is None:
         raise ValueError("a label's null class is num_classes: say how many classes there are")
-    return {
-        key: torch.full_like(value, num_classes) if key == "label" and num_classes else torch.zeros_like(value)
-        for key, value in cond.items()
-    }
+    return num_classes
 
 
 def dropped(cond: Mapping[str, Tensor], which: Tensor, num_classes: int | None = None) -> dict[str, Tensor]:

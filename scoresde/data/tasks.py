@@ -31,15 +31,7 @@ from scoresde.data.shown import Shown
 from scoresde.data.sources import find_data
 from scoresde.levels import scaled
 
-__all__ = [
-    "TASKS",
-    "Colourisation",
-    "Inpainting",
-    "JPEGRestoration",
-    "SuperResolution",
-    "Uncropping",
-    "condition_of",
-]
+__all__ = ["TASKS", "Colourisation", "Inpainting", "JPEGRestoration", "SuperResolution", "Uncropping", "condition_of"]
 
 Fill = Literal["zeros", "noise"]
 

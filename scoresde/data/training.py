@@ -140,6 +140,11 @@ class TrainingData:
         conditions = tuple(condition.first(n) for condition in self.conditions)
         return replace(self, x=self.x[:n], labels=labels, conditions=conditions)
 
+    def std(self, n: int = 2048) -> float:
+        """The standard deviation of n of the items, evenly chosen."""
+        items = torch.linspace(0, len(self) - 1, min(len(self), n), device="cpu").round().long()
+        return float(replace(self, conditions=(), drop=0.0).batch(items).x.double().std(correction=0))
+
     def batch(self, items: Tensor, epochs: Tensor | int = 0) -> Batch:
         """Some items, on the data's device.
 

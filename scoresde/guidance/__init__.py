@@ -5,68 +5,44 @@ MomentMatching(denoiser, operator, y, noise_std=0.05)   the same, for a measurem
 Replacement(DDPM(), mask, y), TwistedSMC(particles=64)  where the solver goes: they change the state
 """
 
-from scoresde.guidance.branches import Conditioned
-from scoresde.guidance.classifier import Classifier, classifier_loss
-from scoresde.guidance.classifier_free import Autoguidance, ClassifierFree
-from scoresde.guidance.composition import Mixture, Product
-from scoresde.guidance.energy import Energy, class_means, distance, similarity
-from scoresde.guidance.operators import (
-    Blur,
-    Downsample,
-    FourierSampling,
-    Grey,
-    LinearOperator,
-    Mask,
-    Matrix,
-    Operator,
-    PhaseMagnitude,
-    Quantise,
-    box_mask,
-    check_adjoint,
-    operator_of,
-    random_mask,
+from scoresde.guidance import (
+    classifier,
+    classifier_free,
+    composition,
+    energy,
+    operators,
+    posterior_sampling,
+    projections,
+    replacement,
 )
+from scoresde.guidance.branches import Conditioned
+from scoresde.guidance.classifier import *
+from scoresde.guidance.classifier_free import *
+from scoresde.guidance.composition import *
+from scoresde.guidance.energy import *
+from scoresde.guidance.operators import *
 from scoresde.guidance.particles import Particles, Potential, Twisted, TwistedSMC, systematic, twisted_smc
-from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM
-from scoresde.guidance.projections import DDNM
-from scoresde.guidance.replacement import RePaint, Replacement
+from scoresde.guidance.posterior_sampling import *
+from scoresde.guidance.projections import *
+from scoresde.guidance.replacement import *
+from scoresde.guidance.rules import RULES, Rule
 
 __all__ = [
-    "DDNM",
-    "DPS",
-    "Autoguidance",
-    "Blur",
-    "Classifier",
-    "ClassifierFree",
+    "RULES",
     "Conditioned",
-    "Downsample",
-    "Energy",
-    "FourierSampling",
-    "Grey",
-    "LinearOperator",
-    "Mask",
-    "Matrix",
-    "Mixture",
-    "MomentMatching",
-    "Operator",
     "Particles",
-    "PhaseMagnitude",
-    "PiGDM",
     "Potential",
-    "Product",
-    "Quantise",
-    "RePaint",
-    "Replacement",
+    "Rule",
     "Twisted",
     "TwistedSMC",
-    "box_mask",
-    "check_adjoint",
-    "class_means",
-    "classifier_loss",
-    "distance",
-    "operator_of",
-    "random_mask",
-    "similarity",
     "systematic",
     "twisted_smc",
 ]
+__all__ += classifier.__all__
+__all__ += classifier_free.__all__
+__all__ += composition.__all__
+__all__ += energy.__all__
+__all__ += operators.__all__
+__all__ += posterior_sampling.__all__
+__all__ += projections.__all__
+__all__ += replacement.__all__

@@ -17,17 +17,20 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.guidance.base import check_entries, known_all, ratio
-from scoresde.tensors import Time
-from scoresde.views import Affine, combine
+from scoresde.tensors import Time, precise
+from scoresde.views import VIEWS, Affine, combine, mean_of_view
 from scoresde.wrappers import SameMean, Wrapper
 
-__all__ = ["Branch", "Branching", "Call", "Conditioned", "evaluate", "replaced", "translated"]
+__all__ = ["Branch", "Branching", "Call", "Combined", "Conditioned", "evaluate", "replaced", "translated"]
 
 Branch = tuple[Denoiser, Mapping[str, Any]]
 """A denoiser and the conditions that it is evaluated under."""
 
 Call = Callable[[Denoiser, Tensor, Mapping[str, Any]], Tensor]
 """call(denoiser, x, cond): its output N at the time of the evaluation; x may hold the batch several times over."""
+
+Combined = Callable[..., Tensor]
+"""combined(F_1, F_2, ...): what is made of the branches' predictions, each of the shape of x."""
 
 
 class Conditioned(SameMean):
@@ -75,13 +78,26 @@ class Conditioned(SameMean):
         return lambda i, x, cond: output(i, x, self.conditions(cond, x))
 
     def __repr__(self) -> str:
-        return f"Conditioned({self.denoiser!r}, drop={self.drop!r}, {', '.join(self.cond)})"
+        given = {k: f"tensor of {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v) for k, v in self.cond.items()}
+        return f"Conditioned({self.denoiser!r}, drop={self.drop!r}{''.join(f', {k}={v}' for k, v in given.items())})"
 
 
 class Branching(Wrapper):
-    """A wrapper that combines branches. It steps in what the first denoiser's network predicts."""
+    """A wrapper that combines branches. A subclass gives `branches`.
 
-    def __init__(self, denoisers: Sequence[Denoiser]) -> None:
+    Args:
+        denoisers: all that branches are of.
+        steps_in: the view that it combines, and steps in; None for what the first denoiser's network predicts.
+        batched: whether branches of one denoiser are evaluated in one call.
+
+    The posterior variance is passed on where one branch runs alone, else None.
+
+    Raises:
+        TypeError: if one is no denoiser.
+        ValueError: if there is none, or they are of different SDEs.
+    """
+
+    def __init__(self, denoisers: Sequence[Denoiser], steps_in: str | None = None, batched: bool = True) -> None:
         if not denoisers:
             raise ValueError(f"{type(self).__name__} was given no denoiser")
         super().__init__(denoisers[0])
@@ -90,25 +106,25 @@ class Branching(Wrapper):
                 raise TypeError(f"{type(self).__name__} takes Denoisers, not {type(other).__name__}")
             if other.sde != self.sde:
                 raise ValueError(f"denoisers of {self.sde!r} and of {other.sde!r}: they must have one SDE")
-        self.denoisers = tuple(denoisers)
+        self.denoisers, self.steps_in, self.batched = tuple(denoisers), steps_in, batched
 
     @abstractmethod
-    def combined(self, x: Tensor, t: Time, cond: Mapping[str, Any], call: Call) -> Tensor:
-        """The output N: of D = r x + s N with (r, s) of `affine`."""
-
-    def alone(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Branch | None:
-        """The one branch that is left at t, if it is known on the host that only one counts."""
-        return None
+    def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
+        """The branches that are evaluated at t, and what is made of their predictions in the view that this steps in;
+        None, and one branch, where it is known on the host that only that one counts.
+        """
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
-        if branch := self.alone(x, t, cond):
-            return branch[0].posterior(x, t, **branch[1])
+        branches, combined = self.branches(x, t, cond)
+        if combined is None:
+            return branches[0][0].posterior(x, t, **branches[0][1])
         r, s = self.affine(t)
         return Posterior(combine(r, x, s, self.output(x, t, **cond)))
 
     def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
-        if branch := self.alone(x, t, cond):
-            return branch[0].view(name, x, t, **branch[1])
+        branches, combined = self.branches(x, t, cond)
+        if combined is None:
+            return branches[0][0].view(name, x, t, **branches[0][1])
         return super().view(name, x, t, **cond)
 
     def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
@@ -116,23 +132,38 @@ class Branching(Wrapper):
             repeated = isinstance(t, Tensor) and t.ndim == 1 and len(t) > 1
             return denoiser.output(many, t.repeat(len(many) // len(x)) if repeated else t, **cond)  # type: ignore[union-attr]
 
-        return self.combined(x, t, cond, call)
+        return self._output(x, t, cond, call)
 
     def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
         numbers = times.tolist()
         known = {id(root): root.outputs(times) for root in map(_root, self.denoisers)}
 
         def at(i: int, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
-            return self.combined(x, numbers[i], cond, lambda denoiser, x, cond: known[id(denoiser)](i, x, cond))
+            return self._output(x, numbers[i], cond, lambda denoiser, x, cond: known[id(denoiser)](i, x, cond))
 
         return at
 
+    def _output(self, x: Tensor, t: Time, cond: Mapping[str, Any], call: Call) -> Tensor:
+        branches, combined = self.branches(x, t, cond)
+        found = evaluate(branches, x, call, self.batched)
+        F = [self._own(N, denoiser, x, t) for N, (denoiser, _) in zip(found, branches, strict=True)]
+        return F[0] if combined is None else combined(*F)
+
+    def _own(self, N: Tensor, source: Denoiser, x: Tensor, t: Time) -> Tensor:
+        """What a branch predicted, in what this steps in; of a view 0 where sigma is, and nothing is known of it."""
+        if self.steps_in is None:
+            return translated(N, source, self.denoiser, x, t)
+        m, k, l = VIEWS[self.steps_in](self.sde, precise(t))  # noqa: E741
+        u, w = source.view_of_output(ratio(k, m), ratio(l, m), t)
+        return combine(u, x, w, N)
+
     def affine(self, t: Time) -> Affine:
-        return self.denoiser.affine(t)
+        return self.denoiser.affine(t) if self.steps_in is None else mean_of_view(self.steps_in, self.sde, precise(t))
 
     def check_times(self, t: Tensor) -> None:
         for denoiser in self.denoisers:
             denoiser.check_times(t)
+        self.affine(t)
 
 
 def evaluate(branches: Sequence[Branch], x: Tensor, call: Call, batched: bool) -> list[Tensor]:

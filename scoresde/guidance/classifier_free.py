@@ -2,21 +2,13 @@
 
     D' = D_0 + w (D_1 - D_0)        w = 1 is D_1 alone, w = 0 is D_0 alone, and beyond 1 is away from what D_0 would do
 
-Classifier-free guidance (Ho and Salimans, 2022) has the conditional model for D_1 and the unconditional one, the same
-network with a null condition, for D_0: the score then is score_1 + (w - 1) grad_x log p(y | x_t). Autoguidance (Karras
-et al., 2024) has a smaller or less trained model of the same condition for D_0.
+or another of the rules of `scoresde.guidance.rules`. Classifier-free guidance (Ho and Salimans, 2022) has the
+conditional model for D_1 and the unconditional one, the same network with a null condition, for D_0: the score then is
+score_1 + (w - 1) grad_x log p(y | x_t). Autoguidance (Karras et al., 2024) has a smaller or less trained model of the
+same condition for D_0.
 
 Two conventions of the weight are in use: w above, the "guidance scale" of Imagen (Saharia et al., 2022) and of most
 code, and the "strength" w - 1 of Ho and Salimans, D' = (1 + w) D_1 - w D_0.
-
-The weights sum to one, so the same formula holds for what the network itself predicts, in which it is computed: no
-digits are lost, and eps, x0, v and score networks give the same D'. What is not linear is done in D:
-
-- rescaling (Lin et al., 2024, section 3.4): D' is multiplied by phi std(D_1) / std(D') + 1 - phi, the standard
-  deviations over each sample's elements. (They give it for what the network predicts, which then matters.)
-- projection (Sadat et al., 2025, adaptive projected guidance): of delta = D_1 - D_0, cut to a norm, the part parallel
-  to D_1 is scaled by a factor, D' = D_1 + (w - 1) (delta_orthogonal + factor delta_parallel). Their momentum between
-  steps is left out: a denoiser remembers nothing.
 """
 
 from __future__ import annotations
@@ -30,13 +22,12 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_option
+from scoresde.data.conditions import null_of
 from scoresde.denoiser import Denoiser, networks
-from scoresde.guidance.base import Scale, check_scale, known_all, ratio, scale_at, scaled
-from scoresde.guidance.branches import Branch, Branching, Call, evaluate, replaced, translated
-from scoresde.nn import MLP, DiT, UNet
-from scoresde.nn.embedding import TimeEmbedding
+from scoresde.guidance.base import Scale, check_scale, known_all, scale_at
+from scoresde.guidance.branches import Branch, Branching, Combined, replaced
+from scoresde.guidance.rules import RULES, Rule, projected
 from scoresde.tensors import Time, known_any, precise
-from scoresde.views import Affine, combine
 
 __all__ = ["Autoguidance", "ClassifierFree"]
 
@@ -44,8 +35,8 @@ Convention = Literal["scale", "strength"]
 
 
 class _Extrapolation(Branching):
-    """D_0 + w (D_1 - D_0), D_1 being the wrapped denoiser under the call's conditions. A subclass gives D_0; arguments
-    as for `ClassifierFree`.
+    """A rule of D_1, the wrapped denoiser under the call's conditions, and D_0, which a subclass gives. Arguments as
+    for `ClassifierFree`.
     """
 
     def __init__(
@@ -54,23 +45,15 @@ class _Extrapolation(Branching):
         weight: Scale,
         convention: Convention,
         interval: tuple[float, float] | None,
-        rescale: float,
-        parallel: float,
-        max_norm: float | None,
-        batched: bool,
+        rule: Rule,
+        batched: bool = True,
     ) -> None:
-        super().__init__(denoisers)
+        super().__init__(denoisers, rule.view, batched)
         check_scale("weight", weight)
         check_option(("scale", "strength"), convention=convention)
         if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
             raise ValueError(f"interval={interval!r}: expected noise levels (low, high), 0 <= low < high")
-        if not (0 <= rescale <= 1 and math.isfinite(parallel) and (max_norm is None or max_norm > 0)):
-            raise ValueError(
-                f"rescale={rescale}, parallel={parallel}, max_norm={max_norm}: expected a share in [0, 1], a finite "
-                "factor, and a norm > 0 or None"
-            )
-        self.weight, self.convention, self.interval, self.batched = weight, convention, interval, batched
-        self.rescale, self.parallel, self.max_norm = rescale, parallel, max_norm
+        self.weight, self.convention, self.interval, self.rule = weight, convention, interval, rule
 
     @abstractmethod
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
@@ -86,58 +69,17 @@ class _Extrapolation(Branching):
         w = w.to(level.device) if level.ndim else w
         return torch.where((level > low) & (level <= high), w, 1.0)
 
-    @property
-    def linear(self) -> bool:
-        """Whether nothing is done in D, so that what the network predicts can be combined."""
-        return self.rescale == 0 and self.parallel == 1 and self.max_norm is None
-
-    def affine(self, t: Time) -> Affine:
-        return super().affine(t) if self.linear else Denoiser.affine(self, t)
-
-    def alone(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Branch | None:
-        w = self.weight_at(t, len(x))
-        if known_all(w == 1):
-            return self.denoiser, cond
-        return self.poor(x, cond) if known_all(w == 0) and self.linear else None
-
-    def combined(self, x: Tensor, t: Time, cond: Mapping[str, Any], call: Call) -> Tensor:
+    def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
         w, good, poor = self.weight_at(t, len(x)), (self.denoiser, cond), self.poor(x, cond)
         if known_all(w == 1):
-            return self._output(evaluate([good], x, call, False)[0], x, t)
-        if known_all(w == 0) and self.linear:
-            return translated(evaluate([poor], x, call, False)[0], poor[0], self.denoiser, x, t)
-        N_1, N_0 = evaluate([good, poor], x, call, self.batched)
-        N_0 = translated(N_0, poor[0], self.denoiser, x, t)
-        if self.linear:
-            return N_0 + scaled(N_1 - N_0, w)
-        return self._projected(self._output(N_1, x, t), self._output(N_0, x, t), w)
-
-    def _output(self, N: Tensor, x: Tensor, t: Time) -> Tensor:
-        """What this denoiser steps in: D unless it is linear."""
-        if self.linear:
-            return N
-        r, s = self.denoiser.affine(t)
-        return combine(r, x, s, N)
-
-    def _projected(self, D_1: Tensor, D_0: Tensor, w: Tensor) -> Tensor:
-        """D' with projection and rescaling, of the module's docstring."""
-        flat, delta = D_1.reshape(len(D_1), -1), (D_1 - D_0).reshape(len(D_1), -1)
-        if self.max_norm is not None:
-            norm = delta.norm(dim=1, keepdim=True)
-            over = norm > self.max_norm
-            delta = delta * torch.where(over, self.max_norm / torch.where(over, norm, 1.0), 1.0)
-        if self.parallel != 1:
-            share = ratio((delta * flat).sum(1, keepdim=True), flat.square().sum(1, keepdim=True))
-            delta = delta + (self.parallel - 1) * share * flat
-        D = D_1 + scaled(delta.reshape(D_1.shape), w - 1)
-        if self.rescale == 0:
-            return D
-        std, std_1 = (y.reshape(len(y), -1).std(1, correction=0) for y in (D, D_1))
-        return scaled(D, self.rescale * ratio(std_1, std) + (1 - self.rescale))
+            return [good], None
+        if known_all(w == 0) and self.rule.view is None:
+            return [poor], None
+        return [good, poor], lambda F_1, F_0: self.rule(F_1, F_0, w)
 
     def _options(self) -> str:
-        given = {name: getattr(self, name) for name in ("convention", "interval", "rescale", "parallel", "max_norm")}
-        usual = {"convention": "scale", "interval": None, "rescale": 0.0, "parallel": 1.0, "max_norm": None}
+        usual = {"convention": "scale", "interval": None, "rule": RULES["cfg"]}
+        given = {name: getattr(self, name) for name in usual}
         return "".join(f", {name}={value!r}" for name, value in given.items() if value != usual[name])
 
 
@@ -154,15 +96,17 @@ class ClassifierFree(_Extrapolation):
         null: what makes the condition null: values of conditions, {"label": 10}, in the shape of one sample's or with a
             batch; or names, ("text",), of conditions that the network is not given, which takes two calls. By default
             nothing is told, as `TrainingData(drop=)` trains the networks of `scoresde.nn`: the null class, zeros for a
-            vector and an image, whichever of them are given; for others all conditions are left out. A network that
-            was always told its image wants null={"label": 10}, which keeps that.
+            vector and an image, whichever of them are given; to others all conditions are left out, unless they have
+            `condition_sizes` too. A network that was always told its image wants null={"label": 10}, which keeps that.
         convention: "scale": w = 1 is the conditional model and 0 the unconditional one (Imagen's guidance scale, that
             of most code); "strength": 0 is the conditional model and -1 the unconditional one (Ho and Salimans:
             (1 + w) D_c - w D_u).
         interval: noise levels sigma / alpha, low < level <= high, that are guided; at all others the conditional model
             runs by itself, in a call of B (Kynkaanniemi et al., 2024: better and cheaper).
-        rescale: phi, the share of rescaling; 0.7 is theirs. Not for events of one number.
-        parallel, max_norm: of the projection: the factor of what is parallel to D_c, and the largest norm of the
+        rule: a `Rule`, or its name in `RULES`: "cfg" is D' above; "cfg-zero", "apg" and "rescale" are not for events
+            of one number.
+        rescale: instead, phi, the share of rescaling; 0.7 is theirs.
+        parallel, max_norm: and of the projection: the factor of what is parallel to D_c, and the largest norm of the
             difference; 0 and a norm about that of the data's spread are theirs.
         batched: False makes two calls of B samples instead of one of 2 B, in half the memory. So does a condition that
             is no tensor and no number.
@@ -189,12 +133,14 @@ class ClassifierFree(_Extrapolation):
         null: Mapping[str, Any] | Sequence[str] | None = None,
         convention: Convention = "scale",
         interval: tuple[float, float] | None = None,
+        rule: Rule | str = "cfg",
         rescale: float = 0.0,
         parallel: float = 1.0,
         max_norm: float | None = None,
         batched: bool = True,
     ) -> None:
-        super().__init__([denoiser], weight, convention, interval, rescale, parallel, max_norm, batched)
+        rule = _rule(rule, rescale, parallel, max_norm)
+        super().__init__([denoiser], weight, convention, interval, rule, batched)
         nothing = _nothing(denoiser)
         self.classes, self.by_default = nothing.get("label"), null is None
         if null is None:
@@ -242,7 +188,7 @@ class Autoguidance(_Extrapolation):
         denoiser: D_1, the model.
         weak: D_0: smaller, or less trained, on the same data, and of the same SDE; it may predict something else. It is
             given the same conditions: take `Conditioned(weak, drop=("label",))` for an unconditional one.
-        weight, convention, interval, rescale, parallel, max_norm: as for `ClassifierFree`.
+        weight, convention, interval, rule, rescale, parallel, max_norm: as for `ClassifierFree`.
 
     An evaluation, which the solution's nfe counts as one, is a call of each. The posterior variance is passed on where
     one model runs alone, else None.
@@ -260,11 +206,12 @@ class Autoguidance(_Extrapolation):
         *,
         convention: Convention = "scale",
         interval: tuple[float, float] | None = None,
+        rule: Rule | str = "cfg",
         rescale: float = 0.0,
         parallel: float = 1.0,
         max_norm: float | None = None,
     ) -> None:
-        super().__init__([denoiser, weak], weight, convention, interval, rescale, parallel, max_norm, True)
+        super().__init__([denoiser, weak], weight, convention, interval, _rule(rule, rescale, parallel, max_norm))
         self.weak = weak
 
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
@@ -274,17 +221,34 @@ class Autoguidance(_Extrapolation):
         return f"Autoguidance({self.denoiser!r}, {self.weak!r}, weight={self.weight!r}{self._options()})"
 
 
+def _rule(rule: Rule | str, rescale: float, parallel: float, max_norm: float | None) -> Rule:
+    """The rule of that name, or with these options.
+
+    Raises:
+        ValueError: if there is none, or an option is out of range or of another rule.
+    """
+    if not (0 <= rescale <= 1 and math.isfinite(parallel) and (max_norm is None or max_norm > 0)):
+        raise ValueError(
+            f"rescale={rescale}, parallel={parallel}, max_norm={max_norm}: expected a share in [0, 1], a finite "
+            "factor, and a norm > 0 or None"
+        )
+    if (rescale, parallel, max_norm) != (0, 1, None):
+        if rule != "cfg":
+            raise ValueError(f"rescale, parallel and max_norm make a rule of their own: leave rule={rule!r} away")
+        return Rule(projected, "x0", {"rescale": rescale, "parallel": parallel, "max_norm": max_norm})
+    if isinstance(rule, Rule):
+        return rule
+    check_option(RULES, rule=rule)
+    return RULES[rule]
+
+
 def _nothing(denoiser: Denoiser) -> dict[str, int]:
-    """What tells a network of `scoresde.nn` nothing, of each condition that it takes; empty for others."""
-    modules = [module for net in networks(denoiser) for module in net.modules()]
-    classes = [m.classes.num_embeddings for m in modules if isinstance(m, TimeEmbedding) and m.classes is not None]
-    found = {"label": classes[0]} if classes else {}
-    ours = [module for module in modules if isinstance(module, MLP | UNet | DiT)]
-    if any(net.time.vectors is not None for net in ours):
-        found["vector"] = 0
-    if any(getattr(net, "image_condition", 0) for net in ours):
-        found["image"] = 0
-    return found
+    """What tells the networks that say what they can be told (`condition_sizes`) nothing of it; empty for others."""
+    sizes: dict[str, int] = {}
+    for net in networks(denoiser):
+        for module in net.modules():
+            sizes = {**getattr(module, "condition_sizes", {}), **sizes}
+    return {name: null_of(name, sizes.get("label")) for name in sizes}
 
 
 def _filled(value: Any, null: int) -> Any:

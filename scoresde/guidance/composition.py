@@ -23,10 +23,10 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.exact import ExactDenoiser
-from scoresde.guidance.base import Scale, check_scale, known_all, ratio, scale_at, scaled
-from scoresde.guidance.branches import Branch, Branching, Call, evaluate, translated
+from scoresde.guidance.base import Scale, check_scale, known_all, scale_at, scaled
+from scoresde.guidance.branches import Branch, Branching, Combined
 from scoresde.tensors import Time, known_any, precise
-from scoresde.views import Affine, combine, first_where, mean_of_view
+from scoresde.views import Affine, first_where
 
 __all__ = ["Mixture", "Product"]
 
@@ -69,68 +69,42 @@ class Product(Branching):
         *,
         batched: bool = True,
     ) -> None:
-        super().__init__([*([] if base is None else [base]), *denoisers])
         weights = weights.tolist() if isinstance(weights, Tensor) and weights.ndim == 1 else weights
         self.weights: list[Scale] = [1.0] * len(denoisers) if weights is None else list(weights)
         if len(self.weights) != len(denoisers):
             raise ValueError(f"{len(self.weights)} weights for {len(denoisers)} denoisers: give one for each")
         for i, weight in enumerate(self.weights):
             check_scale(f"weights[{i}]", weight)
-        self.factors, self.base, self.batched = tuple(denoisers), base, batched
         numbers = [float("nan") if isinstance(w, Tensor) or callable(w) else float(w) for w in self.weights]
         self.normalised = base is not None or abs(sum(numbers) - 1) < 1e-12
+        super().__init__([*([] if base is None else [base]), *denoisers], None if self.normalised else "eps", batched)
+        self.factors, self.base = tuple(denoisers), base
 
     def affine(self, t: Time) -> Affine:
-        if self.normalised:
-            return super().affine(t)
-        t = precise(t)
-        if known_any(nothing := self.sde.alpha(t) == 0):
+        if not self.normalised and known_any(nothing := self.sde.alpha(precise(t)) == 0):
             raise ValueError(
-                f"a product without a base is undefined at t = {first_where(t, nothing)} of {self.sde!r}, where alpha "
-                "is zero: give base=, or weights that sum to one, or start the grid at a smaller t"
+                f"a product without a base is undefined at t = {first_where(precise(t), nothing)} of {self.sde!r}, "
+                "where alpha is zero: give base=, or weights that sum to one, or start the grid at a smaller t"
             )
-        return mean_of_view("eps", self.sde, t)
+        return super().affine(t)
 
-    def check_times(self, t: Tensor) -> None:
-        super().check_times(t)
-        self.affine(t)
-
-    def alone(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Branch | None:
-        counting = self._counting(t, len(x))
-        if self.base is not None and not counting:
-            return self.base, cond
-        if len(counting) == 1 and known_all(counting[0][1] == 1):
-            return counting[0][0], cond
-        return None
-
-    def combined(self, x: Tensor, t: Time, cond: Mapping[str, Any], call: Call) -> Tensor:
-        if branch := self.alone(x, t, cond):
-            return self._own(evaluate([branch], x, call, False)[0], branch[0], x, t)
-        counting = self._counting(t, len(x))
-        of = [*([] if self.base is None else [self.base]), *(denoiser for denoiser, _ in counting)]
-        outputs = evaluate([(denoiser, cond) for denoiser in of], x, call, self.batched)
-        N = [self._own(N, denoiser, x, t) for N, denoiser in zip(outputs, of, strict=True)]
-        weights = [w for _, w in counting]
+    def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
+        weights = [scale_at(f"weights[{i}]", weight, t, len(x)) for i, weight in enumerate(self.weights)]
+        counting = [(d, w) for d, w in zip(self.factors, weights, strict=True) if not known_all(w == 0)]
+        branches: list[Branch] = [(denoiser, cond) for denoiser, _ in counting]
+        w = [w for _, w in counting]
         if self.base is not None:
-            return N[0] + sum(scaled(N_i - N[0], w) for N_i, w in zip(N[1:], weights, strict=True))
-        if self.normalised:  # the first's weight is what is left of one
-            return N[0] + sum((scaled(N_i - N[0], w) for N_i, w in zip(N[1:], weights[1:], strict=True)), 0 * N[0])
-        return sum((scaled(N_i, w) for N_i, w in zip(N, weights, strict=True)), torch.zeros_like(x))
-
-    def _counting(self, t: Time, batch: int) -> list[tuple[Denoiser, Tensor]]:
-        """The denoisers whose weight is not known to be zero, with their weights."""
-        weights = [scale_at(f"weights[{i}]", weight, t, batch) for i, weight in enumerate(self.weights)]
-        return [(d, w) for d, w in zip(self.factors, weights, strict=True) if not known_all(w == 0)]
-
-    def _own(self, N: Tensor, denoiser: Denoiser, x: Tensor, t: Time) -> Tensor:
-        """What a denoiser's network predicted, in what this one steps in."""
-        if self.normalised:
-            return translated(N, denoiser, self.denoiser, x, t)
-        t = precise(t)
-        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        # eps = (x - alpha D) / sigma. Where sigma = 0, D is x / alpha whatever eps is, which then is zero.
-        u, w = denoiser.view_of_output(ratio(torch.ones_like(sigma), sigma), -ratio(alpha, sigma), t)
-        return combine(u, x, w, N)
+            branches = [(self.base, cond), *branches]
+            if not counting:
+                return branches, None
+        if len(counting) == 1 and known_all(w[0] == 1):
+            return branches[-1:], None
+        if not self.normalised:
+            return branches, lambda *F: sum(
+                (scaled(F_i, w_i) for F_i, w_i in zip(F, w, strict=True)), torch.zeros_like(x)
+            )
+        # Without a base the first's weight is what is left of one.
+        return branches, lambda *F: averaged(F, w if self.base is not None else w[1:])
 
     def __repr__(self) -> str:
         return f"Product({list(self.factors)!r}, weights={self.weights!r}, base={self.base!r})"
@@ -174,7 +148,7 @@ class Mixture(Branching):
         log_densities: Callable[[Tensor, Tensor], Tensor] | None = None,
         batched: bool = True,
     ) -> None:
-        super().__init__(denoisers)
+        super().__init__(denoisers, batched=batched)
         w = torch.ones(len(denoisers)) if weights is None else torch.as_tensor(weights)
         if w.shape != (len(denoisers),) or not bool(((w > 0) & w.isfinite()).all()):
             raise ValueError(f"weights {w.tolist()}: expected {len(denoisers)} positive numbers")
@@ -185,7 +159,7 @@ class Mixture(Branching):
                 "but a Product(denoisers, weights) whose weights sum to one"
             )
         self.log_weights = (w.double() / w.double().sum()).log().cpu()
-        self.log_densities, self.batched = log_densities, batched
+        self.log_densities = log_densities
 
     def responsibilities(self, x: Tensor, t: Time) -> Tensor:
         """r_i, the posterior probability of each model at x_t, shape (B, K), float64."""
@@ -201,11 +175,9 @@ class Mixture(Branching):
         logits = precise(logits)
         return (logits + self.log_weights.to(logits)).softmax(1)
 
-    def combined(self, x: Tensor, t: Time, cond: Mapping[str, Any], call: Call) -> Tensor:
-        r = self.responsibilities(x, t)
-        outputs = evaluate([(denoiser, cond) for denoiser in self.denoisers], x, call, self.batched)
-        N = [translated(N, d, self.denoiser, x, t) for N, d in zip(outputs, self.denoisers, strict=True)]
-        return N[0] + sum((scaled(N_i - N[0], r_i) for N_i, r_i in zip(N[1:], r.T[1:], strict=True)), 0 * N[0])
+    def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
+        branches: list[Branch] = [(denoiser, cond) for denoiser in self.denoisers]
+        return branches, lambda *F: averaged(F, self.responsibilities(x, t).T[1:])
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         r, parts = self.responsibilities(x, t).T, [d.posterior(x, t, **cond) for d in self.denoisers]
@@ -217,3 +189,8 @@ class Mixture(Branching):
 
     def __repr__(self) -> str:
         return f"Mixture({list(self.denoisers)!r}, weights={self.log_weights.exp().tolist()})"
+
+
+def averaged(F: Sequence[Tensor], weights: Sequence[Tensor] | Tensor) -> Tensor:
+    """F_0 + sum_i w_i (F_i - F_0), i >= 1: an average, in which F_0 has what is left of one."""
+    return F[0] + sum(scaled(F_i - F[0], w) for F_i, w in zip(F[1:], weights, strict=True))

@@ -38,11 +38,12 @@ from scoresde.guidance.gradients import (
     Product,
     derivative,
     differentiated,
-    gradient,
+    gradient_of_mean,
     usable,
     usable_gradients,
 )
-from scoresde.guidance.operators import LinearOperator, Operator, check_adjoint, check_finite, match_measurement
+from scoresde.guidance.operators import LinearOperator, Operator
+from scoresde.guidance.operators.checks import check_adjoint, check_finite, match_measurement
 from scoresde.guidance.particles import Twist, Twisted
 from scoresde.schedules import VPSDE
 from scoresde.tensors import Time, dot, expand_like, known_any, precise
@@ -181,13 +182,11 @@ class DPS(_Measured):
             squares = dot(e, e)
             return -squares if half_precision is None else -squares * half_precision
 
-        with usable_gradients():
-            found = differentiated(self.denoiser, usable(x), t, {name: usable(value) for name, value in cond.items()})
-            log_prob, by_mean = gradient(log_density, found.mean)
-            if half_precision is None:
-                norm = (-log_prob).sqrt()
-                by_mean = scaled(by_mean, torch.where(norm > 0, self._rate(t).to(norm) / norm, 0.0))
-            return Twist(found.output, found.mean, log_prob, found.transposed(by_mean))
+        N, D, log_prob, g = gradient_of_mean(self.denoiser, log_density, x, t, cond)
+        if half_precision is None:
+            norm = (-log_prob).sqrt()
+            g = scaled(g, torch.where(norm > 0, self._rate(t).to(norm) / norm, 0.0))
+        return Twist(N, D, log_prob, g)
 
     def _rate(self, t: Time) -> Tensor:
         """N / beta at the time of the VP SDE that has the half log-SNR of t, shape () or (B,); at its end if there is
@@ -224,12 +223,9 @@ class _Matched(_Measured):
     def _covariance(self, found: Mean, x: Tensor, t: Time) -> Product:
         """v -> V v."""
 
+    @usable_gradients()
     def twist(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Twist:
         y, n, t = self._measurement(x), usable(self._variance(len(x))), usable(t)
-        with usable_gradients():
-            return self._twist(usable(x), t, y, n, {name: usable(value) for name, value in cond.items()})
-
-    def _twist(self, x: Tensor, t: Time, y: Tensor, n: Tensor, cond: Mapping[str, Any]) -> Twist:
         found = differentiated(self.denoiser, x, t, cond, self.wants_variance)
         value, forward, adjoint = derivative(self.operator, found.mean)
         by_mean, squares = self._solved(y - value, n, self._covariance(found, x, t), forward, adjoint, t)

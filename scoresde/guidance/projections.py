@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser, Posterior
-from scoresde.guidance.operators import LinearOperator, check_adjoint, check_finite, check_linear, match_measurement
+from scoresde.guidance.operators import LinearOperator
+from scoresde.guidance.operators.checks import check_adjoint, check_finite, check_linear, match_measurement
 from scoresde.tensors import Time, precise
 from scoresde.wrappers import Wrapper
 

@@ -34,14 +34,8 @@ from torch import Tensor
 from scoresde.checks import check_nonnegative
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
-from scoresde.guidance.operators import (
-    LinearOperator,
-    Mask,
-    check_adjoint,
-    check_finite,
-    check_linear,
-    match_measurement,
-)
+from scoresde.guidance.operators import LinearOperator, Mask
+from scoresde.guidance.operators.checks import check_adjoint, check_finite, check_linear, match_measurement
 from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
 from scoresde.solvers.base import Around, SingleStep, Solver

@@ -31,12 +31,7 @@ from scoresde.denoiser import Denoiser, check_call
 from scoresde.grid import Grid
 from scoresde.likelihood.chain import Chain
 from scoresde.likelihood.continuous import Continuous
-from scoresde.likelihood.decoder import (
-    Decoder,
-    Draws,
-    gaussian_kl,
-    square_norm,
-)
+from scoresde.likelihood.decoder import Decoder, Draws, gaussian_kl, square_norm
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
 from scoresde.solvers.base import Solver
 from scoresde.tensors import check_batch, widen
@@ -76,6 +71,13 @@ class Elbo:
         density in the units of x, which no offset has made a code length yet.
         """
         return -self.value / (self.dim * math.log(2))
+
+    def of_levels(self, levels: int, data_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """Bits per dimension of images of whole levels and their standard error, each of shape (B,), x being these
+        `dequantized`: `bits_per_dim` and the offset log2(levels / (hi - lo)), data_range being (lo, hi).
+        """
+        lo, hi = data_range
+        return self.bits_per_dim.double() + math.log2(levels / (hi - lo)), self.stderr / (self.dim * math.log(2))
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The ends of value -+ t_{(1 + level) / 2}(dof) stderr, t(dof) the quantiles of Student's t: what covers the

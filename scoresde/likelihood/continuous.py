@@ -21,15 +21,7 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
-from scoresde.likelihood.decoder import (
-    Decoder,
-    Draws,
-    Terms,
-    Tick,
-    check_finite,
-    relative_noise,
-    square_norm,
-)
+from scoresde.likelihood.decoder import Decoder, Draws, Terms, Tick, check_finite, relative_noise, square_norm
 from scoresde.sde import SDE
 from scoresde.solvers.motion import legs
 from scoresde.tensors import expand_like

@@ -28,7 +28,7 @@ from scoresde.metrics.transport import energy_distance, sliced_wasserstein
 from scoresde.noise import derive_seed
 from scoresde.tensors import check_batch
 
-__all__ = ["METRICS", "Evaluation", "Score", "evaluate"]
+__all__ = ["METRICS", "Evaluation", "Score", "evaluate", "least_size", "title"]
 
 _NEIGHBOURS = ("precision", "recall", "density", "coverage")
 
@@ -163,7 +163,7 @@ def evaluate(
     names = _names(metrics)
     sets = {"samples": samples, "reference": reference} | ({} if floor is None else {"floor": floor})
     for name, z in sets.items():
-        _check_set(name, z, reference, least=max(8, 2 * (k + 1)) if set(names) & set(_NEIGHBOURS) else 8)
+        _check_set(name, z, reference, least=least_size(names, k))
     features = Pixels() if features is None else features
     embedded = {name: _embed(features, z, batch_size, name) for name, z in sets.items()}
     x, y = embedded["samples"], embedded["reference"]
@@ -180,7 +180,16 @@ def evaluate(
         for name in names
     }
     subset = measure.subset_size(x, y) if "kid" in names else None
-    return Evaluation(scores, len(x), len(y), sizes, _title(features), x.shape[1], seed, k, subset)
+    return Evaluation(scores, len(x), len(y), sizes, title(features), x.shape[1], seed, k, subset)
+
+
+def least_size(metrics: Sequence[str], k: int = 5) -> int:
+    """How many samples, and real data, these metrics need.
+
+    Raises:
+        ValueError: on another metric.
+    """
+    return max(8, 2 * (k + 1)) if set(_names(metrics)) & set(_NEIGHBOURS) else 8
 
 
 @dataclass(frozen=True)
@@ -284,7 +293,7 @@ def _embed(features: Features, x: Tensor, batch_size: int, name: str) -> Tensor:
     return embedded
 
 
-def _title(features: Features) -> str:
-    """Its repr, or its name where that has an address in it."""
+def title(features: Features) -> str:
+    """What a feature space is called: its repr, or its name where that has an address in it."""
     text = repr(features)
     return getattr(features, "__qualname__", type(features).__name__) if " at 0x" in text else text

@@ -148,6 +148,12 @@ class DiT(nn.Module):
         self.modulate = zero(nn.Linear(width, 2 * width))
         self.outward = zero(conv(dims, width, outputs * patch**dims, 1))
 
+    @property
+    def condition_sizes(self) -> dict[str, int]:
+        """What it can be told: the name of each condition, with the number of classes, entries or channels."""
+        image = {"image": self.image_condition} if self.image_condition else {}
+        return {**self.time.condition_sizes, **image}
+
     @classmethod
     def preset(cls, name: int | str, **overrides: Any) -> DiT:
         """The network for images of 8, 28, 32 or 64 pixels, or "S/2" or "B/2" of the paper, with other options where

@@ -69,6 +69,12 @@ class TimeEmbedding(nn.Module):
             frequencies = fourier * torch.randn(features // 2, generator=generator, device="cpu", dtype=torch.float32)
         self.register_buffer("frequencies", frequencies)
 
+    @property
+    def condition_sizes(self) -> dict[str, int]:
+        """What it can be told: the name of each condition, with the number of classes or of entries."""
+        found = {} if self.classes is None else {"label": self.classes.num_embeddings}
+        return found if self.vectors is None else {**found, "vector": self.vectors.in_features}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeEmbedding:
         """Moves the frequencies with the network, and keeps them in float32 where its weights are rounded."""
         kept = self.frequencies

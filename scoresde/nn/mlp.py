@@ -61,6 +61,11 @@ class MLP(nn.Module):
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
 
+    @property
+    def condition_sizes(self) -> dict[str, int]:
+        """What it can be told: the name of each condition, with the number of classes or of entries."""
+        return self.time.condition_sizes
+
     def forward(
         self, x: Tensor, time: Tensor, label: Tensor | int | None = None, vector: Tensor | None = None
     ) -> Tensor:

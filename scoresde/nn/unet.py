@@ -207,6 +207,12 @@ class UNet(nn.Module):
         self.enlarge = Double(dims, fir if resample == "conv" else None)
         self.norm, self.outward = group_norm(width), zero(conv(dims, width, outputs * patch**dims, 3))
 
+    @property
+    def condition_sizes(self) -> dict[str, int]:
+        """What it can be told: the name of each condition, with the number of classes, entries or channels."""
+        image = {"image": self.image_condition} if self.image_condition else {}
+        return {**self.time.condition_sizes, **image}
+
     @classmethod
     def preset(cls, size: int, **overrides: Any) -> UNet:
         """The network for images of 8, 28, 32 or 64 pixels (and for others of about that size), with other options

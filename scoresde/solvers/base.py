@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, final
 
@@ -75,15 +75,17 @@ class Solver:
         """
         return self, self.grid(sde, self.steps_within(sde, nfe))
 
-    def steps_within(self, sde: SDE, nfe: int, *, end: float = 0.0) -> int:
-        """The largest number of steps, on the grid to `end`, whose evaluations fit the budget `nfe`.
+    def steps_within(
+        self, sde: SDE, nfe: int, *, end: float = 0.0, spacing: Callable[[SDE, int], Grid] | None = None
+    ) -> int:
+        """The largest number of steps, on the grid to `end`, or of a spacing, whose evaluations fit the budget `nfe`.
 
         Raises:
             ValueError: if not even one step fits.
         """
         check_count(nfe=nfe)
         most = int(min(nfe, sde.most_steps - math.ceil(end)))
-        grid = partial(self.grid, end=end) if end else self.grid
+        grid = spacing or (partial(self.grid, end=end) if end else self.grid)
         if most >= 1 and (self.evaluations(grid(sde, most)) or 0) <= nfe:  # one evaluation a step
             return most
         steps = bisect_right(range(1, most), nfe, key=lambda n: self.evaluations(grid(sde, n)) or 0)

@@ -17,6 +17,7 @@ whose beta(t) jumps at the nodes, a method in t keeps no order; the other four d
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -26,7 +27,6 @@ from torch import Tensor
 
 from scoresde.checks import check_option
 from scoresde.grid import Grid
-from scoresde.schedules import EDMSDE
 from scoresde.sde import SDE
 from scoresde.solvers.base import SingleStep
 from scoresde.solvers.first_order import DDIM
@@ -168,8 +168,31 @@ class RungeKutta(SingleStep):
         return stage_rows(times[:, :-1], x.m(sde, times), p, q, h[:, None, None] * A)
 
 
+class _Named(SingleStep, ABC):
+    """One of the methods under its own name, in a variable."""
+
+    variable: Variable
+
+    def __post_init__(self) -> None:
+        check_option(VARIABLES, variable=self.variable)
+
+    @property
+    @abstractmethod
+    def method(self) -> SingleStep:
+        """What it is."""
+
+    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+        return self.method.grid(sde, steps, end=end)
+
+    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
+        return self.method.stages(sde, t, s)
+
+    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
+        return self.method.rows(sde, t, s)
+
+
 @dataclass(frozen=True)
-class Euler(SingleStep):
+class Euler(_Named):
     """Euler's method on the probability-flow ODE, first order, one evaluation a step.
 
     Args:
@@ -178,22 +201,13 @@ class Euler(SingleStep):
 
     variable: Variable = "sigma"
 
-    def __post_init__(self) -> None:
-        RungeKutta("euler", self.variable)
-
     @property
-    def _method(self) -> SingleStep:
+    def method(self) -> SingleStep:
         return DDIM() if self.variable == "sigma" else RungeKutta("euler", self.variable)
-
-    def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        return self._method.grid(sde, steps, end=end)
-
-    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
-        return self._method.rows(sde, t, s)
 
 
 @dataclass(frozen=True)
-class Heun(SingleStep):
+class Heun(_Named):
     """Heun's method on the probability-flow ODE (Karras et al., 2022, algorithm 1), second order, two evaluations a
     step and one on the last to sigma = 0: 2 N - 1 in all (and one on a first step from alpha = 0 in sigma: 2 N - 2).
 
@@ -211,16 +225,11 @@ class Heun(SingleStep):
 
     variable: Variable = "sigma"
 
-    def __post_init__(self) -> None:
-        RungeKutta("heun", self.variable)
+    @property
+    def method(self) -> SingleStep:
+        return RungeKutta("heun", self.variable)
 
     def grid(self, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
-        if self.variable == "sigma" and (steps < 10 or isinstance(sde, EDMSDE)):
+        if self.variable == "sigma" and (steps < 10 or sde.customary_grid == "karras"):
             return Grid.customary(sde, steps, end=end)
-        return RungeKutta("heun", self.variable).grid(sde, steps, end=end)
-
-    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
-        return RungeKutta("heun", self.variable).stages(sde, t, s)
-
-    def rows(self, sde: SDE, t: Tensor, s: Tensor) -> Rows:
-        return RungeKutta("heun", self.variable).rows(sde, t, s)
+        return super().grid(sde, steps, end=end)

@@ -101,6 +101,15 @@ def by_first(work: Callable[[], T]) -> T:
     return together(work if rank() == 0 else lambda: None)  # type: ignore[return-value]
 
 
+def to_first(part: T) -> list[T] | None:
+    """Every process's part, in the first; None in the others."""
+    if not _joined():
+        return [part]
+    parts: list[Any] | None = [None] * world() if rank() == 0 else None
+    dist.gather_object(part, parts)
+    return parts
+
+
 def together(work: Callable[[], T]) -> T:
     """What rank 0's work gives, a picklable object, given to all once every process has done its own.
 

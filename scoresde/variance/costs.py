@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,25 +32,12 @@ from scoresde.grid import Grid
 from scoresde.noise import derive_seed
 from scoresde.sde import SDE
 from scoresde.tensors import check_batch, widen
+from scoresde.variance.table import VarianceTable
 
-__all__ = ["Costs", "Errors", "Table", "Variance", "analytic_costs", "kl_costs", "least_cost_path", "measure_errors"]
+__all__ = ["Costs", "Errors", "Variance", "analytic_costs", "kl_costs", "least_cost_path", "measure_errors"]
 
 Variance = Literal["posterior", "beta", "optimal"]
 _PAIRS = 6  # stream of a seed, from which the data and the noise are drawn
-
-
-class Table(Protocol):
-    """What is read of a `VarianceTable`."""
-
-    @property
-    def sde(self) -> SDE:
-        """The SDE that it was made for."""
-
-    def at(self, t: Tensor) -> Tensor:
-        """E|eps_hat|^2 / d at t, float64, shape of t."""
-
-    def covariance(self, t: Tensor) -> Tensor:
-        """C_t, float64, shape of t."""
 
 
 def least_cost_path(cost: Tensor, steps: int) -> Tensor:
@@ -135,7 +122,7 @@ class Costs:
 
 
 def analytic_costs(
-    table: Table,
+    table: VarianceTable,
     times: Tensor | Grid | None = None,
     *,
     data_range: tuple[float, float] | None = None,

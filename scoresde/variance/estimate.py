@@ -33,7 +33,7 @@ from scoresde.solvers.motion import legs
 from scoresde.tensors import check_batch, widen
 from scoresde.variance.table import Moments, VarianceTable, check_nodes, fingerprint
 
-__all__ = ["estimate"]
+__all__ = ["estimate", "table_times"]
 
 _NOISE, _INDEX = 5, 6  # streams of a sample's seed; `sample`, the likelihood and the bound have 0 to 4
 
@@ -121,10 +121,17 @@ def _times(sde: SDE, times: Grid | Tensor | Sequence[float] | None) -> Tensor:
         times = times.times[sde.sigma(times.times) > 0]
     if times is not None:
         return torch.as_tensor(times, dtype=torch.float64).detach().cpu().sort().values
-    if sde.nodes is not None:
+    return table_times(sde)
+
+
+def table_times(sde: SDE, n: int | None = None) -> Tensor:
+    """The times of a table, increasing, float64 on the host: all nodes of a chain; else, or where n says how many, that
+    number (100) uniform in half log-SNR, as `estimate` says.
+    """
+    if n is None and sde.nodes is not None:
         return sde.nodes
     start = legs(Grid(sde, [sde.t_max, sde.t_min]), free=True)[-1].t
-    return Grid.log_snr(sde, 99, start=start, end=sde.t_min).times.flip(0)
+    return Grid.log_snr(sde, (n or 100) - 1, start=start, end=sde.t_min).times.flip(0)
 
 
 def _draws(

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from scoresde.checks import check_count
 from scoresde.grid import Grid
-from scoresde.variance.costs import Table, analytic_costs, least_cost_path
+from scoresde.variance.costs import analytic_costs, least_cost_path
+from scoresde.variance.table import VarianceTable
 
 __all__ = ["optimal_grid"]
 
 
 def optimal_grid(
-    table: Table,
+    table: VarianceTable,
     steps: int,
     *,
     times: Tensor | Grid | None = None,
@@ -37,7 +38,7 @@ def optimal_grid(
     for the same reason a single step goes from the last time to 0. For likelihoods: samples want other grids.
 
     Args:
-        table: of E|eps_hat|^2 / d.
+        table: of E|eps_hat|^2 / d; what it is read of is its `sde`, `at` and `covariance`.
         steps: K, of the grid: K noisy times and t = 0.
         times: to choose from, increasing or a `Grid`; by default a chain's nodes 1..N, or the 500 noisy times of
             `Grid.power(sde, 500)`.

@@ -21,7 +21,7 @@ checks.py     what a method asks of an operator and a measurement
 """
 
 from scoresde.guidance.operators.base import LinearOperator, Operator
-from scoresde.guidance.operators.checks import check_adjoint, check_finite, check_linear, match_measurement
+from scoresde.guidance.operators.checks import check_adjoint
 from scoresde.guidance.operators.imaging import Blur, Downsample, Grey
 from scoresde.guidance.operators.known import FourierSampling, Mask, box_mask, random_mask
 from scoresde.guidance.operators.matrix import Matrix
@@ -41,9 +41,6 @@ __all__ = [
     "Quantise",
     "box_mask",
     "check_adjoint",
-    "check_finite",
-    "check_linear",
-    "match_measurement",
     "operator_of",
     "random_mask",
 ]

@@ -10,6 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from scoresde.noise import derive_seed
 from scoresde.tensors import dot, expand_like
 
 __all__ = ["LinearOperator", "Operator", "described", "over", "own"]
@@ -43,6 +44,30 @@ class Operator(ABC):
         """How many numbers of one measurement say something, for y of shape (B, *measurement)."""
         return int(self.observed(torch.ones_like(y[:1])).sum())
 
+    def measure(self, x: Tensor, noise_std: float = 0.0, seed: int = 0) -> Tensor:
+        """y = A(x) + noise_std z, where z of item i is from its own stream: the same alone as among others."""
+        y = self(x)
+        if noise_std == 0:
+            return y
+        streams = (torch.Generator("cpu").manual_seed(derive_seed(seed, i, 1)) for i in range(len(y)))
+        return y + noise_std * torch.stack([torch.randn(y.shape[1:], generator=z, device="cpu") for z in streams]).to(y)
+
+    def residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """The root mean square of A(x) - y over the numbers of y that say something, shape (B,)."""
+        return (self(x) - y).reshape(len(y), -1).square().sum(1).div(self.informative(y)).sqrt()
+
+    def shown(self, y: Tensor, shape: Sequence[int]) -> Tensor:
+        """Measurements to look at beside items of that shape: y itself where it has it, else as `as_event` makes it."""
+        return y if tuple(y.shape[1:]) == tuple(shape) else self.as_event(y)
+
+    def as_event(self, y: Tensor) -> Tensor:
+        """Something like y, of the shape of an event.
+
+        Raises:
+            TypeError: if there is nothing of the kind.
+        """
+        raise TypeError(f"what {self!r} measures is no picture: measurements are {tuple(y.shape[1:])}")
+
     def __matmul__(self, other: Operator) -> Operator:
         if not isinstance(other, Operator):
             return NotImplemented
@@ -73,6 +98,10 @@ class LinearOperator(Operator):
     @abstractmethod
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y, (B, *measurement) -> (B, *event)."""
+
+    def as_event(self, y: Tensor) -> Tensor:
+        """A^T y, or what is nearer to y to the eye."""
+        return self.adjoint(y)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """A^+ y, (B, *measurement) -> (B, *event).

@@ -47,6 +47,9 @@ class Grey(LinearOperator):
     def adjoint(self, y: Tensor) -> Tensor:
         return self._columns(y) * y
 
+    def as_event(self, y: Tensor) -> Tensor:
+        return y.expand(-1, len(self.weights), *y.shape[2:])
+
     def __repr__(self) -> str:
         return f"Grey(({', '.join(f'{w:.4g}' for w in self.weights)}))"
 
@@ -208,6 +211,11 @@ class Downsample(LinearOperator):
     def adjoint(self, y: Tensor) -> Tensor:
         for dim in range(-self.dims, 0):
             y = _along(dim, self._axis(y.shape[dim] * self.factor, y).W.T, y)
+        return y
+
+    def as_event(self, y: Tensor) -> Tensor:
+        for dim in range(-self.dims, 0):
+            y = y.repeat_interleave(self.factor, dim)
         return y
 
     def ridge(self, y: Tensor, rho: float | Tensor) -> Tensor:
