@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import scoresde
+from scoresde.guidance import RULES
 from scoresde.report import table
 from scoresde.schedules import SDES
 from scoresde.solvers import available
@@ -27,6 +28,16 @@ def sdes() -> str:
     return "\n".join(table(["name", "made by", "what it is", "t", "alpha = 0 at t_max"], rows))
 
 
+def rules() -> str:
+    """The guidance rules, each with the options of its paper."""
+    rows = []
+    for name, rule in RULES.items():
+        options = ", ".join(f"{key}={value!r}" for key, value in rule.options.items())
+        function = f"`{rule.function.__name__}`"
+        rows.append([f'"{name}"', function, rule.view or "any", options])
+    return "\n".join(table(["name", "function of F_1, F_0, w", "view", "options"], rows))
+
+
 def names() -> str:
     """What `from scoresde import` has, each a link."""
     return "\n".join(f"- [`{name}`][scoresde.{name}]" for name in sorted(scoresde.__all__) if name != "__version__")
@@ -36,6 +47,7 @@ BLOCKS = {
     "solvers": f"\n{markdown(available())}\n",
     "count": str(len(available())),
     "sdes": f"\n{sdes()}\n",
+    "rules": f"\n{rules()}\n",
     "names": f"\n{names()}\n",
 }
 
