@@ -149,7 +149,7 @@ def test_up_to_alpha_zero(name, sde):
         assert code.nfe == entry.solver.evaluations(grid) == entry.solver.evaluations(grid.reversed())
         latent.append(relative(code.latent, TARGET.flow(x, sde, sde.t_min, sde.t_max)))
         back.append(float(code.error.max()))
-    if name == "reverse-diffusion-ode":  # its f x does not tend to the flow's where f is infinite
+    if name == "reverse-diffusion-ode":  # does not converge there: its error is 1.6 of it at 40 steps, 1.2 at 320
         return
     assert latent[-1] < 0.03
     assert back[-1] < 0.05
