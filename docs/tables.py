@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import scoresde
+from scoresde.guidance import RULES
 from scoresde.report import table
 from scoresde.schedules import SDES
 from scoresde.solvers import available
@@ -21,10 +22,20 @@ def sdes() -> str:
     for name, make in SDES.items():
         sde = make()
         summary = " ".join((make.__doc__ or "").split("\n\n")[0].split())
-        about = re.split(r"; |\. ", summary)[0].rstrip(".")
+        about = re.split(r"(; |(?<!eq)\. )(?![^(]*\))", summary)[0].rstrip(".")
         without_data = "yes" if float(sde.alpha(sde.t_max)) == 0 else "no"
         rows.append([f'"{name}"', f"`{make.__qualname__}`", about, f"0..{sde.t_max:g}", without_data])
     return "\n".join(table(["name", "made by", "what it is", "t", "alpha = 0 at t_max"], rows))
+
+
+def rules() -> str:
+    """The guidance rules, each with the options of its paper."""
+    rows = []
+    for name, rule in RULES.items():
+        options = ", ".join(f"{key}={value!r}" for key, value in rule.options.items())
+        function = f"`{rule.function.__name__}`"
+        rows.append([f'"{name}"', function, rule.view or "any", options])
+    return "\n".join(table(["name", "function of F_1, F_0, w", "view", "options"], rows))
 
 
 def names() -> str:
@@ -36,6 +47,7 @@ BLOCKS = {
     "solvers": f"\n{markdown(available())}\n",
     "count": str(len(available())),
     "sdes": f"\n{sdes()}\n",
+    "rules": f"\n{rules()}\n",
     "names": f"\n{names()}\n",
 }
 

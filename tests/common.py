@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
 
@@ -26,6 +27,9 @@ from scoresde.tensors import as_time, expand_like
 
 # All of the registry: an SDE that is added there meets the laws of the tests.
 SDES: dict[str, SDE] = {name.replace("-", " "): make() for name, make in schedules.SDES.items()}
+
+# Those with alpha = 0 at their t_max from shortly before.
+FINITE: dict[str, SDE] = {k: sde if sde.alpha(sde.t_max) else replace(sde, t_max=0.99) for k, sde in SDES.items()}
 
 # With alpha = 0 at the start, and a short chain: for the tests of the SDEs and grids themselves.
 EVERY_SDE: dict[str, SDE] = SDES | {
@@ -76,6 +80,13 @@ class Counting(Denoiser):
 def network_for(denoiser: Denoiser, view: str) -> Callable[..., Tensor]:
     """net(x, t) that predicts that view of a denoiser: what a perfectly trained network would be."""
     return lambda x, t: denoiser.view(view, x, t)
+
+
+def descendants(kind: type) -> Iterator[type]:
+    """All subclasses there are."""
+    for child in kind.__subclasses__():
+        yield child
+        yield from descendants(child)
 
 
 def start_of(sde: SDE) -> float:

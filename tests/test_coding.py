@@ -45,8 +45,8 @@ from scoresde.solvers import (
 )
 
 ENTRIES = {entry.name: entry for entry in available()}
-CODERS = {name: e for name, e in ENTRIES.items() if e.deterministic and e.family != "adaptive"}
-LOOPS = {name for name, e in ENTRIES.items() if e.family == "adaptive" or name == "pc"}
+CODERS = {name: e for name, e in ENTRIES.items() if e.deterministic and e.solver.has_table}
+LOOPS = {name for name, e in ENTRIES.items() if not e.solver.has_table}
 TARGET = Gaussian(mean=[0.5, -0.3, 1.0], std=[0.3, 1.0, 0.6])
 MIXTURE = GaussianMixture(
     means=[[-1.0, 0.5, 0.2], [1.5, -0.3, -0.4]], weights=[0.4, 0.6], std=[[0.5, 0.6, 0.4], [0.7, 0.4, 0.8]]
@@ -85,7 +85,7 @@ def test_there_and_back_returns_x_at_the_order_of_the_solver(name):
     entry = CODERS[name]
     order = entry.order
     if entry.family == "multistep":
-        order = min(order, 3 if name.startswith("unipc") else 2)
+        order = min(order, 3 if getattr(entry.solver, "corrector", False) else 2)
     for sde in ROUND_TRIPS.values():
         errors = []
         for steps in (20, 80):
@@ -132,8 +132,8 @@ def test_codes_tend_to_the_exact_flow(name, solver, order):
 @pytest.mark.parametrize("name", CODERS)
 @pytest.mark.parametrize("sde", TO_ALPHA_ZERO.values(), ids=TO_ALPHA_ZERO)
 def test_up_to_alpha_zero(name, sde):
-    """On the solver's own grid the last step reaches pure noise. Finite at any number of steps, near the exact flow at
-    40, and back.
+    """On the solver's own grid the last step reaches pure noise. Finite at any number of steps, near the exact flow and
+    back at 40, or of a first-order method at 160, with a quarter of its error at 40.
     """
     entry, denoiser = CODERS[name], MIXTURE.denoiser(sde)
     for steps in (1, 2, 3, 5):
@@ -141,15 +141,21 @@ def test_up_to_alpha_zero(name, sde):
         code = encode(denoiser, x, entry.solver, steps=steps)
         assert code.grid.times[[0, -1]].tolist() == [sde.t_max, sde.t_min]
         assert bool(code.latent.isfinite().all())
-    grid = entry.solver.grid(sde, 40, end=sde.t_min)
-    x = data(TARGET, sde, grid)
-    code = encode(TARGET.denoiser(sde), x, entry.solver, grid=grid, check=True)
-    assert code.nfe == entry.solver.evaluations(grid) == entry.solver.evaluations(grid.reversed())
-    if name == "reverse-diffusion-ode":
+    latent, back = [], []  # errors of
+    for steps in (40, 160) if entry.order == 1 else (40,):
+        grid = entry.solver.grid(sde, steps, end=sde.t_min)
+        x = data(TARGET, sde, grid)
+        code = encode(TARGET.denoiser(sde), x, entry.solver, grid=grid, check=True)
+        assert code.nfe == entry.solver.evaluations(grid) == entry.solver.evaluations(grid.reversed())
+        latent.append(relative(code.latent, TARGET.flow(x, sde, sde.t_min, sde.t_max)))
+        back.append(float(code.error.max()))
+    if name == "reverse-diffusion-ode":  # does not converge there: its error is 1.6 of it at 40 steps, 1.2 at 320
         return
-    exact = TARGET.flow(x, sde, sde.t_min, sde.t_max)
-    assert relative(code.latent, exact) < (0.06 if entry.order == 1 else 0.03)
-    assert float(code.error.max()) < (0.15 if entry.order == 1 else 0.05)
+    assert latent[-1] < 0.03
+    assert back[-1] < 0.05
+    if entry.order == 1:
+        assert latent[-1] < 0.3 * latent[0]
+        assert back[-1] < 0.3 * back[0]
 
 
 def test_views_along_a_curve_reach_alpha_zero_at_full_order():

@@ -10,14 +10,13 @@ from typing import Any
 import mpmath as mp
 import pytest
 import torch
-from common import SDES as EVERY
+from common import SDES
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from scoresde import EDMSDE, SDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE
 from scoresde.exact import Empirical, Gaussian, GaussianMixture
 
-SDES: dict[str, SDE] = {name: sde for name, sde in EVERY.items() if name != "cosine chain"}
 # Half log-SNRs from nearly clean to mostly noise, reached by each SDE within its range.
 LAMBDAS = [2.5, 0.7, -1.5]
 

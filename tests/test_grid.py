@@ -15,7 +15,7 @@ from torch import Tensor
 from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, Grid
 
 SDES: dict[str, SDE] = EVERY_SDE
-ALPHA_VANISHES = {"flow", "cosine-1"}
+ALPHA_VANISHES = {name for name, sde in SDES.items() if float(sde.alpha(sde.t_max)) == 0}
 LOGARITHMIC = ["log_snr", "karras"]
 SPACINGS = ["uniform", "quadratic", *LOGARITHMIC]
 STEPS = [1, 2, 3, 5, 7, 13, 20, 100, 1000]

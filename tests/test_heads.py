@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from common import SDES, Counting, Nonlinear, generator, normal
+from common import FINITE, Counting, Nonlinear, generator, normal
 from torch.distributions import Normal, kl_divergence
 
 from scoresde import VPSDE, Clip, DDPMChain, EpsDenoiser, FlowSDE, Grid, VDenoiser, X0Denoiser, sample
@@ -33,7 +33,6 @@ from scoresde.variance import (
 )
 from scoresde.variance.solver import OptimalVariance
 
-FINITE = {k: v for k, v in SDES.items() if k != "flow"} | {"flow": FlowSDE(t_max=0.99)}
 COV = [[[0.3, 0.1], [0.1, 0.2]], [[0.05, -0.02], [-0.02, 0.4]]]
 MIXTURE = GaussianMixture(means=[[-1.0, 0.0], [1.0, 1.0]], weights=[0.4, 0.6], cov=COV)
 SHORT = DDPMChain.linear(24, 1e-3, 0.4)

@@ -6,11 +6,13 @@ import dataclasses
 import math
 import re
 import threading
+from importlib import import_module
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
-from common import SDES, Counting, Nonlinear, covering, generator, named, network_for, normal
+from common import SDES, Counting, Nonlinear, covering, descendants, generator, named, network_for, normal
 from test_single_step import EVERY as SINGLE_STEP
 
 import scoresde
@@ -31,10 +33,10 @@ from scoresde import analysis as exact_analysis
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.noise import sample_seeds
 from scoresde.schedules import SubVPSDE
-from scoresde.solvers import DDPM, DPMSolverPP, ExponentialAB, Restart, ReverseSDE, UniPC, available
+from scoresde.solvers import DDPM, DPMSolverPP, ExponentialAB, Restart, ReverseSDE, Solver, UniPC, available
 
 ENTRIES = {entry.name: entry for entry in available()}
-TABLES = {name: e for name, e in ENTRIES.items() if e.family != "adaptive" and name != "pc"}
+TABLES = {name: e for name, e in ENTRIES.items() if e.solver.has_table}
 LOOPS = {name: e for name, e in ENTRIES.items() if name not in TABLES}
 MIXTURE = GaussianMixture(means=[[1.0, -1.0, 0.5], [-2.0, 0.0, 1.0]], weights=[0.3, 0.7], std=0.2)
 FEW = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE(), "edm": EDMSDE(), "flow": FlowSDE(), "chain": DDPMChain()}
@@ -65,11 +67,13 @@ def run(entry, denoiser, shape_or_x, sde=None, steps=6, **arguments):
 
 
 def test_every_solver_is_listed():
-    listed = {type(entry.solver) for entry in available()}
-    abstract = {"Solver", "SingleStep"}
-    public = {getattr(scoresde.solvers, name) for name in scoresde.solvers.__all__ if name not in abstract}
-    solvers = {c for c in public if isinstance(c, type) and issubclass(c, scoresde.solvers.Solver)}
-    assert solvers == listed
+    """And public: a solver of its files that is in no list would be tested by nobody."""
+    for path in Path(scoresde.solvers.__file__).parent.glob("[!_]*.py"):
+        import_module(f"scoresde.solvers.{path.stem}")
+    solvers = {c for c in descendants(Solver) if dataclasses.is_dataclass(c)}  # what others are made of is none
+    written = {c for c in solvers if c.__module__.startswith("scoresde.solvers.") and not c.__name__.startswith("_")}
+    assert written == {type(entry.solver) for entry in available()}
+    assert written == solvers & {getattr(scoresde.solvers, name) for name in scoresde.solvers.__all__}
     assert len(ENTRIES) == len(available())
 
 
@@ -139,18 +143,25 @@ def test_measured_order(name):
     )
 
 
-@pytest.mark.parametrize("name", [n for n in TABLES if n not in ("annealed-langevin", "pc-ald")])
+@pytest.mark.parametrize("name", [n for n in TABLES if TABLES[n].family != "Langevin"])
 @pytest.mark.parametrize("sde", FEW.values(), ids=FEW)
 def test_the_output_has_the_exact_law_in_the_limit(name, sde):
-    """Reverse SDE and ODE have the same marginals, on N(0.5, diag(0.3, 1)^2) to W2 < 0.03 per sqrt(D) at 300 steps,
-    but for two first-order methods whose error is ten times that of the others, and still falls as 1 / N.
+    """Reverse SDE and ODE have the same marginals, on N(0.5, diag(0.3, 1)^2) to W2 < 0.03 per sqrt(D) at 300 steps; or,
+    of a first-order method, to ten times as much, which falls as 1 / N.
     """
-    target = Gaussian(mean=[0.5, 0.5], std=[0.3, 1.0])
-    end = float(sde.time_at(3.0))
-    grid = Grid.log_snr(sde, 300, start=min(sde.t_max, float(sde.time_at(-5.5))), end=end)
-    bound = 0.3 if name in ("reverse-diffusion-ode", "euler") else 0.03
-    law = exact_analysis.gaussian_law(TABLES[name].solver.tableau(grid), target, x_T="exact")
-    assert exact_analysis.w2(law, exact_analysis.marginal(target, sde, end)) < bound
+    target, end = Gaussian(mean=[0.5, 0.5], std=[0.3, 1.0]), float(sde.time_at(3.0))
+
+    def error(steps):
+        grid = Grid.log_snr(sde, steps, start=min(sde.t_max, float(sde.time_at(-5.5))), end=end)
+        law = exact_analysis.gaussian_law(TABLES[name].solver.tableau(grid), target, x_T="exact")
+        return exact_analysis.w2(law, exact_analysis.marginal(target, sde, end))
+
+    coarse = error(300)
+    if TABLES[name].order == 1 and coarse >= 0.03:
+        assert coarse < 0.3
+        assert error(600) < 0.55 * coarse
+    else:
+        assert coarse < 0.03
 
 
 # Every solver, on every kind of SDE.
@@ -395,6 +406,16 @@ def test_a_v_view_starts_from_alpha_zero_at_full_order():
         ours = sample(target.denoiser(sde), x, ExponentialAB(2, view="v"), grid=Grid(sde, times)).x
         errors.append(float((ours - exact).norm()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize("solver", {type(entry.solver): entry.solver for entry in available()}.values(), ids=repr)
+def test_numbers_that_are_negative_or_nan_are_refused(solver):
+    """Every number among the options of every solver, by its name."""
+    for field in dataclasses.fields(solver):
+        if type(getattr(solver, field.name)) in (int, float):
+            for value in (-1, math.nan):
+                with pytest.raises(ValueError, match=field.name):
+                    dataclasses.replace(solver, **{field.name: value})
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from common import generator, normal
 from scoresde import SDE, VESDE, VPSDE, EpsDenoiser, VDenoiser, sample
 from scoresde.data import Order, TrainingData
 from scoresde.nn import MLP, UNet
+from scoresde.schedules import SDES
 from scoresde.solvers import DDIM
 from scoresde.training import (
     CheckpointError,
@@ -591,7 +592,7 @@ WORDS = {"network": "mlp", "options": {"event_shape": [3], "width": 16, "depth":
 
 
 @pytest.mark.parametrize("predicts", ["eps", "v", "x0", "score", "velocity", "edm"])
-@pytest.mark.parametrize("sde", ["vp", "ve", "edm", "flow", "chain"])
+@pytest.mark.parametrize("sde", SDES)
 def test_a_model_in_words_is_rebuilt_from_its_run(predicts, sde, tmp_path):
     config = ModelConfig.of({**WORDS, "predicts": predicts, "sde": sde})
     assert ModelConfig.of(json.loads(json.dumps(config.to_dict()))) == config

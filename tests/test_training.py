@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from common import SDES, Nonlinear, generator, network_for, normal
+from common import FINITE, Nonlinear, generator, network_for, normal
 from scipy import stats
 
 from scoresde import (
@@ -35,8 +35,6 @@ from scoresde.training import (
     simple,
     uniform_in,
 )
-
-FINITE = {k: v for k, v in SDES.items() if k != "flow"} | {"flow": FlowSDE(t_max=0.99)}
 
 
 @pytest.mark.parametrize("sde", FINITE.values(), ids=FINITE)
