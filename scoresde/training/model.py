@@ -25,7 +25,7 @@ from scoresde.denoiser import (
     X0Denoiser,
 )
 from scoresde.errors import CheckpointError
-from scoresde.schedules import sde_name, sde_of
+from scoresde.schedules.catalogue import sde_name, sde_of
 from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.identity import identity
 from scoresde.training.whole_files import weights_file

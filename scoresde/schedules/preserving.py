@@ -1,0 +1,155 @@
+"""SDEs that keep the variance of normalised data, or nearly: alpha falls as sigma grows.
+
+VPSDE         alpha^2 + sigma^2 = 1,  beta(t) linear         Song et al. (2021), eq. 11
+SubVPSDE      sigma = 1 - alpha^2                            Song et al. (2021), eq. 12
+CosineVPSDE   alpha = cos, sigma = sin, but for an offset    Nichol and Dhariwal (2021)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scoresde.checks import check_ordered, check_positive
+from scoresde.sde import VariancePreserving
+from scoresde.tensors import Time, as_time
+
+__all__ = ["VPSDE", "CosineVPSDE", "SubVPSDE"]
+
+
+@dataclass(frozen=True)
+class _LinearBeta(VariancePreserving):
+    """beta(t) = beta_min + (beta_max - beta_min) t on [0, 1]."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 1e-5
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(beta_min=self.beta_min)
+        if not (math.isfinite(self.beta_max) and self.beta_max >= self.beta_min):
+            raise ValueError(f"beta_max={self.beta_max}: expected a finite number >= beta_min={self.beta_min}")
+        check_ordered(t_min=self.t_min, t_max=self.t_max)
+
+    def beta(self, t: Time) -> Tensor:
+        return self.beta_min + (self.beta_max - self.beta_min) * as_time(t)
+
+    def integrated_beta(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return t * (self.beta_min + (self.beta_max - self.beta_min) * t / 2)
+
+    def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
+        # The root of slope t^2 / 2 + beta_min t = B in its form without cancellation at small B.
+        slope = self.beta_max - self.beta_min
+        return 2 * integrated_beta / (self.beta_min + (self.beta_min**2 + 2 * slope * integrated_beta).sqrt())
+
+
+@dataclass(frozen=True)
+class VPSDE(_LinearBeta):
+    """Variance-preserving SDE with linear beta (Song et al., 2021, eq. 11): the limit of DDPM.
+
+    Args:
+        beta_min, beta_max: noise rate at t = 0 and t = 1, per unit of time.
+
+    Raises:
+        ValueError: unless 0 < beta_min <= beta_max and 0 < t_min < t_max.
+
+    >>> sde = VPSDE()
+    >>> print(f"{sde.alpha(0.5):.4f} {sde.sigma(0.5):.4f} {sde.half_log_snr(0.5):.4f}")
+    0.2812 0.9597 -1.2276
+    """
+
+
+@dataclass(frozen=True)
+class SubVPSDE(_LinearBeta):
+    """Sub-VP SDE (Song et al., 2021, eq. 12): sigma = 1 - e^{-B}, below that of VP at every time.
+
+    Arguments and errors as for `VPSDE`.
+    """
+
+    def sigma(self, t: Time) -> Tensor:
+        return -torch.expm1(-self.integrated_beta(t))
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        B = self.integrated_beta(t)
+        return -B / 2 - (-torch.expm1(-B)).log()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        # sigma / alpha = 2 sinh(B / 2)
+        return self.time_at_integrated_beta(2 * torch.asinh((-as_time(half_log_snr)).exp() / 2))
+
+    def diffusion(self, t: Time) -> Tensor:
+        return (self.beta(t) * -torch.expm1(-2 * self.integrated_beta(t))).sqrt()
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        alpha = self.alpha(t)
+        alpha_dot = self.drift(t) * alpha
+        return alpha_dot, -2 * alpha * alpha_dot  # finite at t = 0
+
+
+@dataclass(frozen=True)
+class CosineVPSDE(VariancePreserving):
+    """VP SDE with alpha(t) = cos(th_t) / cos(th_0), th_t = (pi / 2) (t + s) / (1 + s) (Nichol and Dhariwal, 2021).
+
+    Args:
+        s: offset that keeps the noise rate at t = 0 above zero.
+        t_max: the default, 0.9946, is where Lu et al. (2022, DPM-Solver, appendix D) stop; at t = 1 alpha is zero, so
+            eps and score networks cannot start there.
+
+    Raises:
+        ValueError: unless s > 0 and 0 < t_min < t_max <= 1.
+    """
+
+    s: float = 0.008
+    t_min: float = 1e-5
+    t_max: float = 0.9946
+
+    def __post_init__(self) -> None:
+        check_positive(s=self.s)
+        check_ordered(t_min=self.t_min, t_max=self.t_max)
+        if self.t_max > 1:
+            raise ValueError(f"t_max={self.t_max}: alpha is zero at t = 1 and negative beyond; expected t_max <= 1")
+
+    @property
+    def _rate(self) -> float:
+        return math.pi / 2 / (1 + self.s)
+
+    def _sines(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sin^2 th_t - sin^2 th_0 as sin(th_t - th_0) sin(th_t + th_0), and cos th_t, by differences that are exact."""
+        return torch.sin(self._rate * t) * torch.sin(self._rate * (t + 2 * self.s)), torch.sin(self._rate * (1 - t))
+
+    def alpha(self, t: Time) -> Tensor:
+        return self._sines(as_time(t))[1] / math.sin(self._rate)
+
+    def sigma(self, t: Time) -> Tensor:
+        return self._sines(as_time(t))[0].sqrt() / math.sin(self._rate)
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        sin2, cos = self._sines(as_time(t))
+        return cos.log() - sin2.log() / 2
+
+    def beta(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return 2 * self._rate * torch.sin(self._rate * (t + self.s)) / self._sines(t)[1]
+
+    def integrated_beta(self, t: Time) -> Tensor:
+        return -torch.log1p(-(self.sigma(t) ** 2))
+
+    def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
+        th_0 = self._rate * self.s
+        sin2 = -torch.expm1(-integrated_beta) * math.cos(th_0) ** 2
+        sin, cos = (math.sin(th_0) ** 2 + sin2).sqrt(), (-integrated_beta / 2).exp() * math.cos(th_0)
+        # th_t - th_0 from its sine and cosine, the sine as sin2 / sin(th_t + th_0): no cancellation at either end.
+        difference = torch.atan2(
+            sin2 / (sin * math.cos(th_0) + cos * math.sin(th_0)), cos * math.cos(th_0) + sin * math.sin(th_0)
+        )
+        return difference / self._rate
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        alpha_dot = -self._rate * torch.sin(self._rate * (t + self.s)) / math.cos(self._rate * self.s)
+        return alpha_dot, -self.alpha(t) * alpha_dot / self.sigma(t)  # finite at alpha = 0, where f is not
