@@ -8,8 +8,8 @@ from pathlib import Path
 
 import scoresde
 from scoresde.guidance import RULES
+from scoresde.processes import SDES
 from scoresde.report import table
-from scoresde.schedules import SDES
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import markdown
 

@@ -17,6 +17,7 @@ from scoresde.editing import decode, encode
 from scoresde.grid import Grid
 from scoresde.likelihood import bits_per_dim, elbo, log_prob
 from scoresde.noise import sample_seeds
+from scoresde.processes import SDES, sde_of
 from scoresde.run import Solution
 from scoresde.sampling import NonFiniteError, sample
 from scoresde.schedules import *
@@ -28,6 +29,7 @@ from scoresde.wrappers import Clip, DynamicThreshold
 __version__ = version("scoresde")
 
 __all__ = [
+    "SDES",
     "Clip",
     "DynamicThreshold",
     "Grid",
@@ -45,6 +47,7 @@ __all__ = [
     "log_prob",
     "sample",
     "sample_seeds",
+    "sde_of",
 ]
 __all__ += chain.__all__
 __all__ += denoiser.__all__

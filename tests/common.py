@@ -19,14 +19,14 @@ from scoresde import (
     Denoiser,
     Grid,
     Posterior,
+    processes,
     sample,
-    schedules,
 )
 from scoresde.solvers import DDIM, DDPM, Euler, EulerMaruyama, Heun, Solver
 from scoresde.tensors import as_time, expand_like
 
 # All of the registry: an SDE that is added there meets the laws of the tests.
-SDES: dict[str, SDE] = {name.replace("-", " "): make() for name, make in schedules.SDES.items()}
+SDES: dict[str, SDE] = {name.replace("-", " "): make() for name, make in processes.SDES.items()}
 
 # Those with alpha = 0 at their t_max from shortly before.
 FINITE: dict[str, SDE] = {k: sde if sde.alpha(sde.t_max) else replace(sde, t_max=0.99) for k, sde in SDES.items()}

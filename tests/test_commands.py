@@ -28,8 +28,8 @@ from scoresde.cli.models import open_run, run_config
 from scoresde.data import TrainingData, digit_levels, digits, scaled
 from scoresde.levels import to_levels
 from scoresde.likelihood import bits_per_dim, outer_edges
+from scoresde.processes import SDES
 from scoresde.report import Cells
-from scoresde.schedules import SDES
 from scoresde.solvers import DDIM, DDPM
 from scoresde.solvers.catalogue import SOLVERS, solver_of
 from scoresde.training import ModelConfig, TrainConfig, Trainer

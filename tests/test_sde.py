@@ -17,7 +17,7 @@ from common import EVERY_SDE, descendants, every_pair
 from torch import Tensor
 
 import scoresde
-from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, SubVPSDE, schedules
+from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, SubVPSDE, processes
 from scoresde.tensors import expand_like
 
 mp.mp.dps = 50
@@ -114,7 +114,7 @@ def assert_near(actual: Tensor, expected: np.ndarray, rtol: float, atol: float =
 
 def test_every_sde_is_in_the_registry_and_public() -> None:
     """One that is in no list would be tested by nobody."""
-    registered = {type(make()) for make in schedules.SDES.values()}
+    registered = {type(make()) for make in processes.SDES.values()}
     written = {kind for kind in descendants(SDE) if kind.__module__.startswith("scoresde.") and not isabstract(kind)}
     assert {kind for kind in written if not kind.__name__.startswith("_")} == registered
     assert {kind.__name__ for kind in registered} <= set(scoresde.__all__)

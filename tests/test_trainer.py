@@ -16,7 +16,7 @@ from common import generator, normal
 from scoresde import SDE, VESDE, VPSDE, EpsDenoiser, VDenoiser, sample
 from scoresde.data import Order, TrainingData
 from scoresde.nn import MLP, UNet
-from scoresde.schedules import SDES
+from scoresde.processes import SDES
 from scoresde.solvers import DDIM
 from scoresde.training import (
     CheckpointError,

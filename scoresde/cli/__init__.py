@@ -29,7 +29,7 @@ from scoresde.cli.common import command_parser, sigterm
 from scoresde.cli.drawing import GRIDS
 from scoresde.cli.options import Options
 from scoresde.errors import CheckpointError
-from scoresde.schedules import SDES
+from scoresde.processes import SDES
 from scoresde.solvers.catalogue import SOLVERS
 
 __all__ = ["GRIDS", "SDES", "SOLVERS", "main"]

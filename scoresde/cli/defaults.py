@@ -7,7 +7,7 @@ from typing import Any
 
 from scoresde.cli.config import SECTIONS, RunConfig, check_sections
 from scoresde.data import TrainingData
-from scoresde.schedules import sde_of
+from scoresde.processes import sde_of
 
 __all__ = ["CHOSEN", "completed"]
 

@@ -14,7 +14,7 @@ from scoresde.cli.models import open_run, parameters
 from scoresde.cli.options import Options, option
 from scoresde.grid import SPACINGS
 from scoresde.info import environment
-from scoresde.schedules import SDES, sde_of
+from scoresde.processes import SDES, sde_of
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown
 

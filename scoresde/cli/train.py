@@ -38,7 +38,7 @@ from scoresde.denoiser import NetworkDenoiser
 from scoresde.errors import NonFiniteError
 from scoresde.levels import to_levels
 from scoresde.metrics import evaluate
-from scoresde.schedules import SDES
+from scoresde.processes import SDES
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import CheckpointError, Trainer, parallel
 from scoresde.wrappers import Clip

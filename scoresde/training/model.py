@@ -25,7 +25,7 @@ from scoresde.denoiser import (
     X0Denoiser,
 )
 from scoresde.errors import CheckpointError
-from scoresde.schedules.catalogue import sde_name, sde_of
+from scoresde.processes import sde_name, sde_of
 from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.identity import identity
 from scoresde.training.whole_files import weights_file
@@ -48,7 +48,7 @@ class ModelConfig:
     """A denoiser in words.
 
     Args:
-        sde: a name in `scoresde.schedules.SDES`: "vp", "flow", "chain", ...
+        sde: a name in `scoresde.SDES`: "vp", "flow", "chain", ...
         sde_options: keyword arguments of what that makes it by, `VPSDE`, `DDPMChain.linear`, ...
         network: "unet", "dit" or "mlp": the classes of `scoresde.nn`.
         preset: a size or name that the network's class has a preset for, `UNet.preset(32, **options)` say.

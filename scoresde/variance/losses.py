@@ -144,7 +144,7 @@ def training_loss(loss: Callable[..., Tensor], denoiser: Denoiser | None = None,
     >>> from scoresde import EpsDenoiser, VPSDE
     >>> from scoresde.nn import UNet
     >>> from scoresde.training import TrainConfig, Trainer
-    >>> from scoresde.variance import TrunkWithHead
+    >>> from scoresde.variance import NPRDenoiser, TrunkWithHead
     >>> unet, sde = UNet(channels=8), VPSDE()  # trained before
     >>> model = EpsDenoiser(TrunkWithHead(unet), sde, time=lambda t: 999 * t)
     >>> data = torch.zeros(32, 1, 8, 8)

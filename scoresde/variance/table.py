@@ -37,7 +37,7 @@ from scoresde.checks import check_count, check_range
 from scoresde.denoiser import Denoiser, NetworkDenoiser
 from scoresde.errors import CheckpointError
 from scoresde.files import write_whole
-from scoresde.schedules.catalogue import sde_from
+from scoresde.processes import sde_from
 from scoresde.sde import SDE
 from scoresde.tensors import Time, precise
 

@@ -1,4 +1,4 @@
-"""Every SDE of the field by name, a line each."""
+"""Every forward process by name, a line each."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
+from scoresde import schedules
 from scoresde.chain import DDPMChain
 from scoresde.checks import check_keys, check_option
-from scoresde.schedules import exploding, flow, preserving
 from scoresde.sde import SDE
 
-__all__ = ["SDES", "sde_of"]
+__all__ = ["SDES", "sde_from", "sde_name", "sde_of"]
 
 SDES: dict[str, Callable[..., SDE]] = {
-    "vp": preserving.VPSDE,
-    "subvp": preserving.SubVPSDE,
-    "cosine": preserving.CosineVPSDE,
-    "ve": exploding.VESDE,
-    "edm": exploding.EDMSDE,
-    "flow": flow.FlowSDE,
+    "vp": schedules.VPSDE,
+    "subvp": schedules.SubVPSDE,
+    "cosine": schedules.CosineVPSDE,
+    "ve": schedules.VESDE,
+    "edm": schedules.EDMSDE,
+    "flow": schedules.FlowSDE,
     "chain": DDPMChain.linear,
     "cosine-chain": DDPMChain.cosine,
 }
@@ -59,7 +59,7 @@ def sde_of(name: str, options: Mapping[str, Any] | None = None) -> SDE:
 def sde_from(text: str, arrays: Mapping[str, Any]) -> SDE | None:
     """The SDE of that repr, with what its `arrays` were, or None; nothing in the text is executed.
 
-    >>> sde_from(repr(flow.FlowSDE(t_max=0.9)), {})
+    >>> sde_from(repr(schedules.FlowSDE(t_max=0.9)), {})
     FlowSDE(t_min=1e-05, t_max=0.9)
     """
     made: SDE

@@ -1,23 +1,27 @@
-"""SDEs that keep the variance of normalised data, or nearly: alpha falls as sigma grows.
+"""The forward SDEs of the field, each a pair (alpha_t, sigma_t) with what is known of it in closed form.
 
 VPSDE         alpha^2 + sigma^2 = 1,  beta(t) linear         Song et al. (2021), eq. 11
 SubVPSDE      sigma = 1 - alpha^2                            Song et al. (2021), eq. 12
 CosineVPSDE   alpha = cos, sigma = sin, but for an offset    Nichol and Dhariwal (2021)
+VESDE         alpha = 1,  sigma geometric in t               Song et al. (2021), eq. 9
+EDMSDE        alpha = 1,  sigma = t                          Karras et al. (2022)
+FlowSDE       alpha = 1 - t,  sigma = t                      rectified flow
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from scoresde.checks import check_ordered, check_positive
-from scoresde.sde import VariancePreserving
+from scoresde.sde import SDE, VariancePreserving
 from scoresde.tensors import Time, as_time
 
-__all__ = ["VPSDE", "CosineVPSDE", "SubVPSDE"]
+__all__ = ["EDMSDE", "VESDE", "VPSDE", "CosineVPSDE", "FlowSDE", "SubVPSDE"]
 
 
 @dataclass(frozen=True)
@@ -153,3 +157,160 @@ class CosineVPSDE(VariancePreserving):
         t = as_time(t)
         alpha_dot = -self._rate * torch.sin(self._rate * (t + self.s)) / math.cos(self._rate * self.s)
         return alpha_dot, -self.alpha(t) * alpha_dot / self.sigma(t)  # finite at alpha = 0, where f is not
+
+
+@dataclass(frozen=True)
+class VESDE(SDE):
+    """Variance-exploding SDE (Song et al., 2021, eq. 9): alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
+
+    The formula holds for t in (0, 1]; sigma(0) = 0, as in the paper's appendix C, so a grid may end on the data itself.
+
+    Args:
+        sigma_min, sigma_max: noise level at t -> 0 and at t = 1, in units of the data; sigma_max is about the largest
+            distance between two data points (Song and Ermon, 2020, technique 1).
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max and 0 < t_min < t_max.
+    """
+
+    customary_prediction: ClassVar[str] = "edm"
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    t_min: float = 1e-5
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ordered(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        check_ordered(t_min=self.t_min, t_max=self.t_max)
+
+    @property
+    def t_limit(self) -> float:
+        return math.inf
+
+    def prior_std_at(self, t: float) -> float:
+        return float(self.sigma(t))
+
+    @property
+    def _log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def alpha(self, t: Time) -> Tensor:
+        return torch.ones_like(as_time(t))
+
+    def sigma(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return torch.where(t == 0, torch.zeros_like(t), self.sigma_min * (self._log_ratio * t).exp())
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return torch.where(t == 0, torch.full_like(t, math.inf), -math.log(self.sigma_min) - self._log_ratio * t)
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        # What lies between sigma_min and the data, where sigma jumps to zero, is reached only at t = 0.
+        return ((-as_time(half_log_snr) - math.log(self.sigma_min)) / self._log_ratio).clamp(min=0)
+
+    def drift(self, t: Time) -> Tensor:
+        return torch.zeros_like(as_time(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        return self.sigma(t) * math.sqrt(2 * self._log_ratio)
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t)  # sigma' at t = 0 is its limit from above: sigma jumps there
+        return torch.zeros_like(t), self.sigma_min * self._log_ratio * (self._log_ratio * t).exp()
+
+
+@dataclass(frozen=True)
+class EDMSDE(SDE):
+    """alpha = 1, sigma = t: time is the noise level (Karras et al., 2022, section 4).
+
+    Args:
+        t_min, t_max: smallest and largest noise level, sigma_min and sigma_max of the paper, in units of the data.
+
+    Raises:
+        ValueError: unless 0 < t_min < t_max.
+    """
+
+    customary_prediction: ClassVar[str] = "edm"
+
+    t_min: float = 0.002
+    t_max: float = 80.0
+    customary_grid: ClassVar[str] = "karras"
+
+    def __post_init__(self) -> None:
+        check_ordered(t_min=self.t_min, t_max=self.t_max)
+
+    @property
+    def t_limit(self) -> float:
+        return math.inf
+
+    def prior_std_at(self, t: float) -> float:
+        return float(self.sigma(t))
+
+    def alpha(self, t: Time) -> Tensor:
+        return torch.ones_like(as_time(t))
+
+    def sigma(self, t: Time) -> Tensor:
+        return as_time(t).clone()
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        return -as_time(t).log()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        return (-as_time(half_log_snr)).exp()
+
+    def drift(self, t: Time) -> Tensor:
+        return torch.zeros_like(as_time(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        return (2 * as_time(t)).sqrt()
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        return torch.zeros_like(t), torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class FlowSDE(SDE):
+    """alpha = 1 - t, sigma = t: the straight path of rectified flow and flow matching (Liu et al., 2023; Lipman et al.,
+    2023), with noise at t = 1. There alpha is zero, f and g are infinite and eps and score networks are undefined;
+    velocity and x0 networks are not.
+
+    Raises:
+        ValueError: unless 0 < t_min < t_max <= 1.
+    """
+
+    customary_prediction: ClassVar[str] = "velocity"
+
+    t_min: float = 1e-5
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ordered(t_min=self.t_min, t_max=self.t_max)
+        if self.t_max > 1:
+            raise ValueError(f"t_max={self.t_max}: alpha = 1 - t is negative beyond t = 1; expected t_max <= 1")
+
+    def alpha(self, t: Time) -> Tensor:
+        return 1 - as_time(t)
+
+    def sigma(self, t: Time) -> Tensor:
+        return as_time(t).clone()
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return torch.log1p(-t) - t.log()
+
+    def time_at(self, half_log_snr: Time) -> Tensor:
+        return torch.sigmoid(-as_time(half_log_snr))
+
+    def drift(self, t: Time) -> Tensor:
+        return -1 / (1 - as_time(t))
+
+    def diffusion(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return (2 * t / (1 - t)).sqrt()
+
+    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        return -torch.ones_like(t), torch.ones_like(t)
