@@ -128,9 +128,5 @@ def locate(run: Callable[[], Iterator[State]], source: NoiseSource, end: Tensor)
                 )
                 return NonFiniteError(message, state.step, state.t, samples)
     samples = not_finite(end)
-    return NonFiniteError(
-        f"samples {some(samples)} are not finite, but a replay with the same noise was: the network is random",
-        None,
-        None,
-        samples,
-    )
+    message = f"samples {some(samples)} are not finite, but a replay with the same noise was: the network is random"
+    return NonFiniteError(message, None, None, samples)

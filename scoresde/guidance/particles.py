@@ -390,12 +390,10 @@ def twisted_smc(
             state = last
             ess.append(weights.effective())
     if bad := not_finite(state.x):
-        raise NonFiniteError(
+        message = (
             f"particles {some(bad)} are not finite, or their weights are all zero: the network is not finite, or y is "
-            "impossible under every particle (take more of them, or a larger noise_std)",
-            None,
-            None,
-            bad,
+            "impossible under every particle (take more of them, or a larger noise_std)"
         )
+        raise NonFiniteError(message, None, None, bad)
     x = state.x.to(dtype).unflatten(0, weights.log.shape)
     return Particles(x, weights.log.log_softmax(1), weights.log_evidence(), torch.stack(ess), state.nfe, grid)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_count
-from scoresde.errors import NonFiniteError
+from scoresde.errors import NonFiniteError, some
 from scoresde.noise import SeededNoise, derive_seed, seeds_of
 from scoresde.sde import SDE
 from scoresde.solvers.rows import forgotten
@@ -132,13 +132,9 @@ def check_finite(terms: Tensor, times: Tensor) -> None:
     row = int(bad.any(1).nonzero()[0])
     samples: list[int] = bad[row].nonzero().flatten().tolist()
     time = float(times[row, samples[0]])
-    shown = ", ".join(map(str, samples[:8])) + (f", ... ({len(samples)} in all)" if len(samples) > 8 else "")
-    raise NonFiniteError(
-        f"the bound's term {row}, at t = {time:.6g}, is not finite for sample{'s' * (len(samples) > 1)} {shown}",
-        row,
-        time,
-        samples,
-    )
+    which = f"sample{'s' * (len(samples) > 1)} {some(samples)}"
+    message = f"the bound's term {row}, at t = {time:.6g}, is not finite for {which}"
+    raise NonFiniteError(message, row, time, samples)
 
 
 def gaussian_kl(dim: int, ratio: Any, square: Tensor) -> Tensor:

@@ -85,11 +85,6 @@ def langevin(
                 states.append(state.to(x.dtype))
     if not bool(state.isfinite().all()):
         bad = not_finite(state)
-        raise NonFiniteError(
-            f"{len(bad)} of {len(state)} chains are not finite at t = {t:.6g}: the network is, or step_size="
-            f"{step_size} is too large",
-            None,
-            t,
-            bad,
-        )
+        where = f"{len(bad)} of {len(state)} chains are not finite at t = {t:.6g}"
+        raise NonFiniteError(f"{where}: the network is, or step_size={step_size} is too large", None, t, bad)
     return torch.stack(states) if trajectory else state.to(x.dtype)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from scoresde.checks import check_count, check_option, check_range
 from scoresde.denoiser import Denoiser, check_call
-from scoresde.errors import NonFiniteError, not_finite
+from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.noise import derive_seed
 from scoresde.sde import SDE
@@ -290,13 +290,9 @@ def measure_errors(
                 error = k[i] * x0 + m[i] * eps + float(s[i]) * N
                 square = square_norm(error)
                 if bad := not_finite(square):
-                    raise NonFiniteError(
-                        f"the network's error at t = {float(t[i]):.6g} is not finite for data items "
-                        f"{chosen[bad[:8]].tolist()}",
-                        None,
-                        float(t[i]),
-                        chosen[bad].tolist(),
-                    )
+                    items, time = chosen[bad].tolist(), float(t[i])
+                    message = f"the network's error at t = {time:.6g} is not finite for data items {some(items)}"
+                    raise NonFiniteError(message, None, time, items)
                 squares[i] += square.sum().cpu()
                 costs[i] -= replace(decode, std=stds[i])(error).sum().cpu()
                 bar.update()

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call
-from scoresde.errors import NonFiniteError, not_finite
+from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.noise import SeededNoise, derive_seed
 from scoresde.sde import SDE
@@ -198,13 +198,9 @@ def _finite(values: Tensor, t: Tensor, numbers: range) -> Tensor:
     if bad_times := not_finite(values):
         r = bad_times[0]
         samples = [numbers[j] for j in not_finite(values[r])]
-        shown = ", ".join(map(str, samples[:8])) + (f", ... ({len(samples)} in all)" if len(samples) > 8 else "")
-        raise NonFiniteError(
-            f"the network's output is not finite at t = {float(t[r]):.6g}, sample{'s' * (len(samples) > 1)} {shown}",
-            r,
-            float(t[r]),
-            samples,
-        )
+        which = f"sample{'s' * (len(samples) > 1)} {some(samples)}"
+        message = f"the network's output is not finite at t = {float(t[r]):.6g}, {which}"
+        raise NonFiniteError(message, r, float(t[r]), samples)
     return values
 
 

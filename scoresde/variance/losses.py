@@ -33,7 +33,7 @@ from scoresde.training.weights import TimeSampler
 from scoresde.variance.learned_range import Step, chain_grid
 from scoresde.variance.trunk import Head, Pair
 
-__all__ = ["Reduction", "Regression", "hybrid_loss", "noisy", "npr_loss", "ocm_loss", "sn_loss", "training_loss"]
+__all__ = ["Reduction", "Regression", "hybrid_loss", "npr_loss", "ocm_loss", "sn_loss", "training_loss"]
 
 Reduction = Literal["mean", "none"]
 
@@ -70,8 +70,7 @@ def sn_loss(
         ValueError: if x0 is not floating point, shapes do not fit, t and times are both given, or a t is 0 or outside
             the SDE.
     """
-    pair = Pair.of(denoiser, head)
-    task = Regression(pair, noisy(pair, x0, times, t, noise, generator), cond or {}, reduction)
+    task = Regression.of(Pair.of(denoiser, head), x0, times, t, noise, generator, cond, reduction)
     return task.loss(task.second() - task.noise**2)
 
 
@@ -91,8 +90,7 @@ def npr_loss(
 
     Arguments and errors: `sn_loss`.
     """
-    pair = Pair.of(denoiser, head)
-    task = Regression(pair, noisy(pair, x0, times, t, noise, generator), cond or {}, reduction)
+    task = Regression.of(Pair.of(denoiser, head), x0, times, t, noise, generator, cond, reduction)
     N, h = task.both(fixed=True)
     return task.loss(h - task.residual(N) ** 2)
 
@@ -118,9 +116,8 @@ def ocm_loss(
 
     The other arguments and the errors: `sn_loss`; the denoiser must be differentiable.
     """
-    pair = Pair.of(denoiser, head)
-    batch = noisy(pair, x0, times, t, noise, generator)
-    task = Regression(pair, batch, cond or {}, reduction)
+    task = Regression.of(Pair.of(denoiser, head), x0, times, t, noise, generator, cond, reduction)
+    batch = task.batch
     if probe is None:
         source = batch.part.generator
         bits = batch.part.draw(x0.shape, lambda shape: torch.randint(2, shape, generator=source, device=source.device))
@@ -161,37 +158,27 @@ def training_loss(loss: Callable[..., Tensor], denoiser: Denoiser | None = None,
     return train
 
 
-def noisy(
-    pair: Pair,
-    x0: Tensor,
-    times: TimeSampler | None,
-    t: Tensor | None,
-    noise: Tensor | None,
-    generator: Draws | None,
-) -> NoisyBatch:
-    """What the losses see of x0, with t on its device. Arguments and errors: `sn_loss`."""
-    check_batch(x0, "x0")
-    if t is not None and times is not None:
-        raise ValueError("give t= or times=, not both")
-    batch = noisy_batch(pair.denoiser.sde, x0, times, t, noise, generator)
-    return batch._replace(t=batch.t.to(x0.device))
-
-
 @dataclass(frozen=True)
 class Regression:
-    """A denoiser and its head before noisy data: what the losses are made of.
-
-    Raises:
-        ValueError: on another reduction.
-    """
+    """A denoiser and its head before noisy data: what the losses are made of."""
 
     pair: Pair
     batch: NoisyBatch
     cond: Mapping[str, Any]
     reduction: Reduction
 
-    def __post_init__(self) -> None:
-        check_option(("mean", "none"), reduction=self.reduction)
+    @classmethod
+    def of(
+        cls, pair: Pair, x0: Tensor, times: TimeSampler | None, t: Tensor | None, noise: Tensor | None,
+        generator: Draws | None, cond: Mapping[str, Any] | None, reduction: Reduction,
+    ) -> Regression:  # fmt: skip
+        """Before x0 at times that are drawn or given, t on its device. Arguments and errors: `sn_loss`."""
+        check_batch(x0, "x0")
+        check_option(("mean", "none"), reduction=reduction)
+        if t is not None and times is not None:
+            raise ValueError("give t= or times=, not both")
+        batch = noisy_batch(pair.denoiser.sde, x0, times, t, noise, generator)
+        return cls(pair, batch._replace(t=batch.t.to(x0.device)), cond or {}, reduction)
 
     @property
     def noise(self) -> Tensor:
@@ -256,13 +243,13 @@ def hybrid_loss(
     """
     check_nonnegative(weight=weight)
     pair, whole = Pair.of(denoiser, head), chain_grid(denoiser.sde, grid)
-    batch = noisy(pair, x0, _NodesOf(whole) if t is None else None, t, noise, generator)
-    task = Regression(pair, batch, cond or {}, reduction)
+    times = _NodesOf(whole) if t is None else None
+    task = Regression.of(pair, x0, times, t, noise, generator, cond, reduction)
     N, h = task.both()
     error = task.residual(N)
     # D - x_0 = -(sigma / alpha) (eps_hat - eps)
-    distance = expand_like(-(-denoiser.sde.half_log_snr(batch.t)).exp(), h) * error.detach()
-    nats = _nats(Step.of(whole, batch.t), h, x0, distance, levels, data_range)
+    distance = expand_like(-(-denoiser.sde.half_log_snr(task.batch.t)).exp(), h) * error.detach()
+    nats = _nats(Step.of(whole, task.batch.t), h, x0, distance, levels, data_range)
     return task.loss(error) + weight * whole.steps * task.reduce(nats.reshape(len(nats), -1).mean(1))
 
 
