@@ -1,4 +1,4 @@
-"""The papers' exponential multistep algorithms, transcribed literally: what `solvers.multistep` must equal.
+"""The papers' exponential multistep algorithms, transcribed literally: what `solvers.exponential` must equal.
 
 One step at a time with plain tensors, in each paper's own form: phi functions with ratios r_k and differences D1, D2
 (DPM-Solver++), a Vandermonde system for rho (UniPC), integrals by `scipy.integrate.quad` (DEIS, SA-Solver, ER-SDE).

@@ -31,8 +31,8 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> 
 
     - the network: a U-Net of the preset nearest in size to images, an MLP for vectors, with the data's channels, axes,
       classes and conditions;
-    - what it predicts: v, but velocity for "flow", and Karras preconditioning for "ve" and "edm"; the time label, and
-      sigma_data from the data;
+    - what it predicts: what is usual for the SDE (`SDE.customary_prediction`); the time label, and sigma_data from the
+      data;
     - the loss that goes with it: min-SNR for v and x0, EDM's with its log-normal times, or the plain one;
     - 20,000 steps of 64 items (128 for the preset of 32 pixels), the learning rate by the network's size.
 

@@ -93,7 +93,14 @@ def projected(
     parallel: float = 1.0,
     max_norm: float | None = None,
 ) -> Tensor:
-    """D' with projection and rescaling, of the module's docstring."""
+    """D' = D_1 + (w - 1) delta with delta = D_1 - D_0 projected, and D' rescaled, as the module's docstring says.
+
+    Args:
+        D_1, D_0, w: as of any rule.
+        rescale: phi, from 0 (not at all) to 1.
+        parallel: the factor of the part of delta that is parallel to D_1; 1 leaves it.
+        max_norm: to which each sample's delta is cut.
+    """
     delta = D_1 - D_0
     if max_norm is not None:
         norm = delta.reshape(len(delta), -1).norm(dim=1)

@@ -1,7 +1,7 @@
 """Volumes along the probability-flow ODE: log |det dx_end / dx_start| beside the state, and what their errors are.
 
 By a table. With xi_i and phi_i the weights of x_i and of F_i = p_i x_i + q_i D_i in its output, every F held fixed
-(`analysis.responses`), its own method applied to the volume is dim log xi_0 + sum_i (phi_i / xi_i) tr(dF_i / dx): the
+(`tableau.responses`), its own method applied to the volume is dim log xi_0 + sum_i (phi_i / xi_i) tr(dF_i / dx): the
 same order, no further evaluation, on any deterministic table, corrector and all, in both directions. It is taken of the
 difference from unit Gaussian data, where the volume is (r_R / r_0)^dim, r^2 = alpha^2 + sigma^2, and dF_i / dx is
 f_i = p_i + q_i alpha_i / r_i^2,
