@@ -33,7 +33,19 @@ from scoresde import analysis as exact_analysis
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.noise import sample_seeds
 from scoresde.schedules import SubVPSDE
-from scoresde.solvers import DDPM, DPMSolverPP, ExponentialAB, Restart, ReverseSDE, Solver, UniPC, available
+from scoresde.solvers import (
+    DDIM,
+    DDPM,
+    DPMSolverPP,
+    ExponentialAB,
+    Restart,
+    ReverseSDE,
+    SingleStep,
+    Solver,
+    UniPC,
+    available,
+)
+from scoresde.solvers.rows import Rows
 
 ENTRIES = {entry.name: entry for entry in available()}
 TABLES = {name: e for name, e in ENTRIES.items() if e.solver.has_table}
@@ -98,6 +110,22 @@ def test_evaluations_are_counted_without_the_table_as_it_has_them(name):
                 except ValueError:  # Restart beyond the SDE's noise, a view without a limit there
                     continue
                 assert solver.evaluations(grid) == table.nfe, grid
+
+
+class TwoHalves(SingleStep):
+    """One's own: DDIM to the middle of the step and on, two evaluations."""
+
+    def rows(self, sde, t, s):
+        m, two = (t + s) / 2, 2 * torch.arange(len(t))
+        halves = Rows.merge([DDIM().rows(sde, t, m).numbered(two), DDIM().rows(sde, m, s).numbered(two + 1)])
+        return halves._replace(move=halves.move // 2)
+
+
+def test_a_solver_of_one_s_own_needs_rows_alone():
+    solver, counting = TwoHalves(), Counting(Nonlinear(VPSDE()))
+    assert solver.evaluations(Grid.uniform(VPSDE(), 5)) == 10
+    found = sample(counting, (2, 3), solver, nfe=7, seed=0)
+    assert (found.nfe, found.grid.steps, len(counting.times)) == (6, 3, 6)
 
 
 @pytest.mark.parametrize("name", [n for n in TABLES if TABLES[n].evaluations])

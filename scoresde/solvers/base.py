@@ -144,8 +144,8 @@ class SingleStep(Solver, ABC):
         """
 
     def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
-        """Evaluations of each of the moves t -> s, int64, shape (M,): one, unless the solver has more."""
-        return torch.ones(len(t), dtype=torch.int64, device="cpu")
+        """Evaluations of each of the moves t -> s, int64, shape (M,): one a row. Tell it without the rows if you can."""
+        return torch.bincount(self.rows(sde, t, s).move, minlength=len(t))
 
     def tableau(self, grid: Grid) -> Tableau:
         return self.rows(grid.sde, grid.times[:-1], grid.times[1:]).tableau(grid)

@@ -11,6 +11,7 @@ sigma_t^2 (1 - e^{-2h}) ("beta").
 
 from __future__ import annotations
 
+from abc import ABC
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,6 +27,13 @@ from scoresde.solvers.rows import Rows, forgotten, one_evaluation
 __all__ = ["DDIM", "DDPM", "Ancestral", "EulerMaruyama", "ExponentialSDE", "ReverseDiffusion"]
 
 
+class FirstOrder(SingleStep, ABC):
+    """A solver of one evaluation a step."""
+
+    def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
+        return torch.ones(len(t), dtype=torch.int64, device="cpu")
+
+
 def marginal_preserving(sde: SDE, t: Tensor, s: Tensor, c2: Tensor) -> Rows:
     """The step of the module's docstring with noise of variance c2."""
     a = (sde.sigma(s) ** 2 - c2).sqrt() / sde.sigma(t)
@@ -33,7 +41,7 @@ def marginal_preserving(sde: SDE, t: Tensor, s: Tensor, c2: Tensor) -> Rows:
 
 
 @dataclass(frozen=True)
-class DDIM(SingleStep):
+class DDIM(FirstOrder):
     """Denoising diffusion implicit model (Song, Meng and Ermon, 2021, eq. 12 and 16), on any SDE and any sub-sequence.
 
     x_s = alpha_s D + sqrt(sigma_s^2 - c^2) eps + c z,    c^2 = eta^2 sigma_s^2 (1 - e^{-2h})
@@ -61,7 +69,7 @@ class DDIM(SingleStep):
 
 
 @dataclass(frozen=True)
-class DDPM(SingleStep):
+class DDPM(FirstOrder):
     """Ancestral sampling of DDPM (Ho et al., 2020, algorithm 2), on any SDE and any sub-sequence.
 
     x_s = (alpha_s / alpha_t) e^{-2h} x_t + alpha_s (1 - e^{-2h}) D + c z,  e^{-h} = alpha_t sigma_s / (alpha_s sigma_t)
@@ -94,7 +102,7 @@ class DDPM(SingleStep):
 
 
 @dataclass(frozen=True)
-class Ancestral(SingleStep):
+class Ancestral(FirstOrder):
     """Ancestral sampling as Song et al. (2021, appendix F) and their code have it: DDPM's mean, with variance "beta"
     where alpha falls (VP, sub-VP) and the posterior variance where it does not (VE, EDM: their eq. 47).
     """
@@ -105,7 +113,7 @@ class Ancestral(SingleStep):
 
 
 @dataclass(frozen=True)
-class ExponentialSDE(SingleStep):
+class ExponentialSDE(FirstOrder):
     """The reverse SDE of noise level tau with D held fixed over the step, solved exactly: the first order of
     SDE-DPM-Solver++ (Lu et al., 2022b) and of SA-Solver (Xue et al., 2023).
 
@@ -130,7 +138,7 @@ class ExponentialSDE(SingleStep):
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(SingleStep):
+class EulerMaruyama(FirstOrder):
     """Euler-Maruyama on the reverse SDE (Song et al., 2021, eq. 6), with coefficients at t:
 
     variable
@@ -167,7 +175,7 @@ class EulerMaruyama(SingleStep):
 
 
 @dataclass(frozen=True)
-class ReverseDiffusion(SingleStep):
+class ReverseDiffusion(FirstOrder):
     """Reverse diffusion (Song et al., 2021, eq. 46 and appendix E): the forward process's own discretisation
     x_t = A x_s + G z, exact here with A = alpha_t / alpha_s and G^2 = sigma_t^2 - A^2 sigma_s^2, turned round:
 
