@@ -144,7 +144,7 @@ class SingleStep(Solver, ABC):
         """
 
     def stages(self, sde: SDE, t: Tensor, s: Tensor) -> Tensor:
-        """Evaluations of each of the moves t -> s, int64, shape (M,): one a row. Tell it without the rows if you can."""
+        """Evaluations of each of the moves t -> s, int64, shape (M,): one a row. Count them without rows if you can."""
         return torch.bincount(self.rows(sde, t, s).move, minlength=len(t))
 
     def tableau(self, grid: Grid) -> Tableau:
