@@ -174,8 +174,8 @@ def test_measured_order(name):
 @pytest.mark.parametrize("name", [n for n in TABLES if TABLES[n].family != "Langevin"])
 @pytest.mark.parametrize("sde", FEW.values(), ids=FEW)
 def test_the_output_has_the_exact_law_in_the_limit(name, sde):
-    """Reverse SDE and ODE have the same marginals, on N(0.5, diag(0.3, 1)^2) to W2 < 0.03 per sqrt(D) at 300 steps; or,
-    of a first-order method, to ten times as much, which falls as 1 / N.
+    """Reverse SDE and ODE have the same marginals, on N(0.5, diag(0.3, 1)^2) to W2 < 0.03 per sqrt(D) at 300 steps,
+    but for two first-order methods whose error is ten times that of the others, and falls as 1 / N.
     """
     target, end = Gaussian(mean=[0.5, 0.5], std=[0.3, 1.0]), float(sde.time_at(3.0))
 
@@ -185,7 +185,7 @@ def test_the_output_has_the_exact_law_in_the_limit(name, sde):
         return exact_analysis.w2(law, exact_analysis.marginal(target, sde, end))
 
     coarse = error(300)
-    if TABLES[name].order == 1 and coarse >= 0.03:
+    if name in ("reverse-diffusion-ode", "euler"):
         assert coarse < 0.3
         assert error(600) < 0.55 * coarse
     else:

@@ -138,15 +138,17 @@ def _one_step_table(denoiser: Denoiser, solver: Solver, grid: Grid, variance: st
     if not isinstance(grid, Grid):
         raise TypeError(f"grid is {type(grid).__name__}: expected a Grid")
     grid.check_sde(denoiser.sde)
+    if not solver.has_table:
+        try:
+            solver.tableau(grid)  # says why it has none
+        except TypeError as error:
+            raise ValueError(f"{error}. Without one its steps have no Gaussian density: {hint}") from error
     if float(grid.sde.sigma(grid.times[-1])) != 0:
         raise ValueError(
             f"the grid ends at t = {float(grid.times[-1]):.6g}, where there still is noise: the bound is of the data, "
             "so the grid must end at t = 0"
         )
-    try:
-        table = solver.tableau(grid)
-    except TypeError as error:
-        raise ValueError(f"{error}. Without one its steps have no Gaussian density: {hint}") from error
+    table = solver.tableau(grid)
     if not table.one_step:
         raise ValueError(
             f"{solver!r} has steps of several evaluations or of none, or steps that read those before them: its "

@@ -62,6 +62,7 @@ class _Composite(Around, ABC):
         """The moves in their order: down by the solver, up by the forward process."""
 
     def evaluations(self, grid: Grid) -> int:
+        check_decreasing(grid, self)
         t, s = _ends(self.moves(grid))
         return int(self.solver.stages(grid.sde, t[s < t], s[s < t]).sum())
 

@@ -98,6 +98,9 @@ class OptimalVariance(Around):
     def has_table(self) -> bool:
         return False
 
+    def evaluations(self, grid: Grid) -> int:
+        return len(_one_step(self.solver, grid))
+
     def tableau(self, grid: Grid) -> Tableau:
         raise TypeError(
             "OptimalVariance has a table only with a denoiser's: optimal_tableau(solver, grid, table). It runs by "
