@@ -23,7 +23,10 @@ PAD, ROW, LABEL, CHAR = 12, 44, 210, 8.5
 
 def draw() -> str:
     """The picture, as SVG."""
-    width, height = 760, ROW * len(FLOORS) + 2 * PAD
+    width, height = (
+        LABEL + max(sum(CHAR * len(room) + 2 * PAD + 8 for room in rooms.split()) for _, rooms in FLOORS) + 70,
+        ROW * len(FLOORS) + 2 * PAD,
+    )
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="14">',
         "<title>The rooms of scoresde: each imports only what stands below it, or to its left</title>",

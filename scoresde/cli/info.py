@@ -16,7 +16,7 @@ from scoresde.grid import SPACINGS
 from scoresde.info import environment
 from scoresde.processes import SDES, sde_of
 from scoresde.solvers import available
-from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown
+from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown, solver_of
 
 __all__ = ["add_parsers"]
 
@@ -39,7 +39,9 @@ class SolversOptions(Options):
 class TableauOptions(Options):
     """The arguments of `tableau`."""
 
-    solver: str = option("a name from `scoresde solvers`", metavar="solver", flags=("solver",), choices=SOLVERS)
+    solver: str = option(
+        "a name from `scoresde solvers`, or a call, 'DDIM(eta=0.2)'", metavar="solver", flags=("solver",)
+    )
     sde: str = option(f"with its default parameters: {', '.join(SDES)} (vp)", "vp", "SDE")
     steps: int = option("(10)", 10)
     grid: str = option("spacing (the solver's own)", "default", choices=GRIDS)
@@ -107,7 +109,7 @@ def solvers(options: SolversOptions) -> None:
 
 def tableau(options: TableauOptions) -> None:
     """Print the table of a solver on a grid."""
-    solver = SOLVERS[options.solver].solver
+    solver = solver_of(options.solver)
     spacing = solver.grid if options.grid == "default" else SPACINGS[options.grid]
     print(solver.tableau(spacing(sde_of(options.sde), options.steps)))
 
