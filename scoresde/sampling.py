@@ -15,6 +15,7 @@ from scoresde.denoiser import Denoiser, check_call, check_denoiser
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
+from scoresde.likelihood.flow import density_run
 from scoresde.noise import Noise, NoiseSource, noise_source
 from scoresde.run import Solution, check_solver, choose, initial, locate
 from scoresde.solvers.base import Solver
@@ -146,8 +147,6 @@ def _with_density(
     progress: bool,
 ) -> Solution:
     """The solution with its log-density, log p(x_T) - log |det dx / dx_T|."""
-    from scoresde.likelihood.flow import density_run  # which imports this module
-
     trace = kind if isinstance(kind, Divergence) else Divergence(kind)
     volume = density_run(denoiser, x_T, solver, grid, trace, source.probes(), cond, differentiable)
     with torch.set_grad_enabled(differentiable):

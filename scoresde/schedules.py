@@ -159,8 +159,27 @@ class CosineVPSDE(VariancePreserving):
         return alpha_dot, -self.alpha(t) * alpha_dot / self.sigma(t)  # finite at alpha = 0, where f is not
 
 
+class _VarianceExploding(SDE):
+    """alpha = 1: the data stay where they are under noise that grows without bound."""
+
+    customary_prediction: ClassVar[str] = "edm"
+
+    @property
+    def t_limit(self) -> float:
+        return math.inf
+
+    def prior_std_at(self, t: float) -> float:
+        return float(self.sigma(t))
+
+    def alpha(self, t: Time) -> Tensor:
+        return torch.ones_like(as_time(t))
+
+    def drift(self, t: Time) -> Tensor:
+        return torch.zeros_like(as_time(t))
+
+
 @dataclass(frozen=True)
-class VESDE(SDE):
+class VESDE(_VarianceExploding):
     """Variance-exploding SDE (Song et al., 2021, eq. 9): alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
 
     The formula holds for t in (0, 1]; sigma(0) = 0, as in the paper's appendix C, so a grid may end on the data itself.
@@ -173,8 +192,6 @@ class VESDE(SDE):
         ValueError: unless 0 < sigma_min < sigma_max and 0 < t_min < t_max.
     """
 
-    customary_prediction: ClassVar[str] = "edm"
-
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     t_min: float = 1e-5
@@ -185,18 +202,8 @@ class VESDE(SDE):
         check_ordered(t_min=self.t_min, t_max=self.t_max)
 
     @property
-    def t_limit(self) -> float:
-        return math.inf
-
-    def prior_std_at(self, t: float) -> float:
-        return float(self.sigma(t))
-
-    @property
     def _log_ratio(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
-
-    def alpha(self, t: Time) -> Tensor:
-        return torch.ones_like(as_time(t))
 
     def sigma(self, t: Time) -> Tensor:
         t = as_time(t)
@@ -210,9 +217,6 @@ class VESDE(SDE):
         # What lies between sigma_min and the data, where sigma jumps to zero, is reached only at t = 0.
         return ((-as_time(half_log_snr) - math.log(self.sigma_min)) / self._log_ratio).clamp(min=0)
 
-    def drift(self, t: Time) -> Tensor:
-        return torch.zeros_like(as_time(t))
-
     def diffusion(self, t: Time) -> Tensor:
         return self.sigma(t) * math.sqrt(2 * self._log_ratio)
 
@@ -222,7 +226,7 @@ class VESDE(SDE):
 
 
 @dataclass(frozen=True)
-class EDMSDE(SDE):
+class EDMSDE(_VarianceExploding):
     """alpha = 1, sigma = t: time is the noise level (Karras et al., 2022, section 4).
 
     Args:
@@ -232,24 +236,12 @@ class EDMSDE(SDE):
         ValueError: unless 0 < t_min < t_max.
     """
 
-    customary_prediction: ClassVar[str] = "edm"
-
     t_min: float = 0.002
     t_max: float = 80.0
     customary_grid: ClassVar[str] = "karras"
 
     def __post_init__(self) -> None:
         check_ordered(t_min=self.t_min, t_max=self.t_max)
-
-    @property
-    def t_limit(self) -> float:
-        return math.inf
-
-    def prior_std_at(self, t: float) -> float:
-        return float(self.sigma(t))
-
-    def alpha(self, t: Time) -> Tensor:
-        return torch.ones_like(as_time(t))
 
     def sigma(self, t: Time) -> Tensor:
         return as_time(t).clone()
@@ -259,9 +251,6 @@ class EDMSDE(SDE):
 
     def time_at(self, half_log_snr: Time) -> Tensor:
         return (-as_time(half_log_snr)).exp()
-
-    def drift(self, t: Time) -> Tensor:
-        return torch.zeros_like(as_time(t))
 
     def diffusion(self, t: Time) -> Tensor:
         return (2 * as_time(t)).sqrt()
