@@ -221,7 +221,8 @@ class BrownianNoise:
 
 
 def _lambdas(sde: SDE, t: Tensor) -> list[float]:
-    numbers: list[float] = sde.half_log_snr(t).tolist()
+    """log(alpha c / sigma), c the SDE's `data_scale`: in whatever unit the data are, the path is the same."""
+    numbers: list[float] = (sde.half_log_snr(t) + math.log(sde.data_scale)).tolist()
     return numbers
 
 

@@ -94,12 +94,12 @@ class DDPMChain(VariancePreserving):
         return {"betas": self.betas}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, DDPMChain) and torch.equal(self.betas, other.betas)
+        return isinstance(other, DDPMChain) and torch.equal(self.betas, other.betas) and self.data_std == other.data_std
 
     def __hash__(self) -> int:
         return hash((self.steps, float(self.betas.sum())))
 
-    def __repr__(self) -> str:
+    def _call(self) -> str:
         digest = hashlib.sha256(self.betas.numpy().tobytes()).hexdigest()[:8]
         return f"DDPMChain(N={self.steps}, beta_1={self.betas[0]:.4g}, beta_N={self.betas[-1]:.4g}, sha256={digest})"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "NonFiniteError", "not_finite", "some"]
+__all__ = ["CheckpointError", "NonFiniteError", "narrowed", "not_finite", "some"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -30,6 +31,27 @@ def not_finite(x: Tensor) -> list[int]:
     """The samples of x, shape (B, ...), that are not finite: a look at the device."""
     bad: list[int] = (~x.detach().isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
     return bad
+
+
+def narrowed(x: Tensor, dtype: torch.dtype, what: str, batch: int = 0) -> Tensor:
+    """x, whose dimension `batch` is that of the samples, in another dtype; a look at the device where that holds less.
+
+    Raises:
+        NonFiniteError: where a finite number overflows.
+    """
+    out = x.to(dtype)
+    if out.dtype != x.dtype and torch.finfo(out.dtype).max < torch.finfo(x.dtype).max:
+        overflow = out.detach().isinf() & x.detach().isfinite()
+        if samples := overflow.movedim(batch, 0).reshape(x.shape[batch], -1).any(1).nonzero().flatten().tolist():
+            largest = float(x.detach().abs()[overflow].max())
+            raise NonFiniteError(
+                f"{what}: samples {some(samples)} reach {largest:.4g}, which {dtype} does not hold; start from an x in "
+                "float32",
+                None,
+                None,
+                samples,
+            )
+    return out
 
 
 def some(samples: list[int]) -> str:

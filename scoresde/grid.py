@@ -190,8 +190,8 @@ class Grid:
         """tau^(1 / power) uniform, tau being the time at which the standard `VPSDE` has the same SNR: what VP calls
         quadratic (power 2) and beyond, at the same noise levels on every SDE. With exact denoisers measured to be the
         best of the spacings here, or near it, for most solvers on every SDE, with power 3 for first order and 4 to 5
-        for high order; for few steps of a trained network see `sampling`. It is for data of about unit scale; elsewhere
-        take `Grid.karras`.
+        for high order; for few steps of a trained network see `sampling`. The SNR is that of x_0 / c, c the SDE's
+        `data_scale`, so that data and levels in another unit have the same grid in that unit.
 
         Without `last` the last noisy time has tau = 0.01 / steps, or t_min if that is larger: with more steps there is
         more to gain from going closer to the data. On a `DDPMChain` the times are nodes, rounded and all different.
@@ -203,6 +203,7 @@ class Grid:
             raise ValueError(f"power={power}: expected a number > 0")
         standard = VPSDE()
         floor = float(standard.half_log_snr(1.0))  # noise beyond the standard's, alpha = 0 say, is all the same
+        scale = math.log(sde.data_scale)
         if end == 0 and last is None:
             high = sde.t_max if start is None else start
             last = _time_of(sde, 0.01 / _check_steps(steps), high if steps == 1 else high / 2)
@@ -212,8 +213,8 @@ class Grid:
             start,
             end,
             _last(sde, end, last),
-            forward=lambda t: standard.time_at(sde.half_log_snr(t).clamp(min=floor)) ** (1 / power),
-            inverse=lambda u: sde.time_at(standard.half_log_snr(u**power)),
+            forward=lambda t: standard.time_at((sde.half_log_snr(t) + scale).clamp(min=floor)) ** (1 / power),
+            inverse=lambda u: sde.time_at(standard.half_log_snr(u**power) - scale),
         )
         if sde.nodes is None:
             return grid
@@ -319,9 +320,9 @@ SPACINGS: dict[str, Callable[[Any, int], Grid]] = {
 
 
 def _time_of(sde: SDE, tau: float, most: float) -> float:
-    """The time at which the SDE has the SNR of the standard `VPSDE` at tau, from t_min to most."""
+    """The time at which x_0 / c has the SNR of the standard `VPSDE` at tau, from t_min to most."""
     near = VPSDE().half_log_snr(torch.tensor(tau, dtype=torch.float64, device="cpu"))
-    return min(max(float(sde.time_at(near)), sde.t_min), most)
+    return min(max(float(sde.time_at(near - math.log(sde.data_scale))), sde.t_min), most)
 
 
 def _last(sde: SDE, end: float, last: float | None) -> float:

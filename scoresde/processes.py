@@ -59,19 +59,22 @@ def sde_of(name: str, options: Mapping[str, Any] | None = None) -> SDE:
 def sde_from(text: str, arrays: Mapping[str, Any]) -> SDE | None:
     """The SDE of that repr, with what its `arrays` were, or None; nothing in the text is executed.
 
-    >>> sde_from(repr(schedules.FlowSDE(t_max=0.9)), {})
-    FlowSDE(t_min=1e-05, t_max=0.9)
+    >>> sde_from(repr(schedules.FlowSDE(t_max=0.9).for_data(0.5)), {})
+    FlowSDE(t_min=1e-05, t_max=0.9).for_data(0.5)
     """
     made: SDE
+    call_text, _, told = text.partition(".for_data(")
     try:
         if "betas" in arrays:
             made = DDPMChain(torch.as_tensor(arrays["betas"]))
         else:
-            call = ast.parse(text, mode="eval").body
+            call = ast.parse(call_text, mode="eval").body
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
                 return None
             kinds = {kind.__name__: kind for kind in SDES.values() if isinstance(kind, type)}
             made = kinds[call.func.id](**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
+        if told:
+            made = made.for_data(float(told.removesuffix(")")))
     except (SyntaxError, KeyError, TypeError, ValueError):
         return None
     return made if repr(made) == text else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,7 @@ from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
-from scoresde.sde import SDE
+from scoresde.sde import NOT_NOISE, SDE
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
 from scoresde.tensors import check_batch, widen
@@ -108,12 +109,20 @@ def initial(
     denoiser: Denoiser, shape_or_x: Sequence[int] | Tensor, grid: Grid, source: NoiseSource
 ) -> tuple[Tensor, torch.dtype]:
     """x_T as the state that a run begins with, float32 or wider: drawn for the grid's start, or given. And the dtype
-    that its results are to have.
+    that its results are to have. A draw that is but a guess of x_T is told of.
     """
     if isinstance(shape_or_x, Tensor):
         check_batch(shape_or_x, "x_T")
         return widen(shape_or_x), shape_or_x.dtype
-    return source.prior(denoiser.sde, shape_or_x, torch.float32, float(grid.times[0])), torch.float32
+    sde, t = denoiser.sde, float(grid.times[0])
+    if (signal := sde.signal_at(t)) > NOT_NOISE:
+        warnings.warn(
+            f"x_T is a guess: where the run starts, at t = {t:.4g} of {sde!r}, data of scale {sde.data_scale:.4g} are "
+            f"{signal:.2g} of the noise, and their mean and shape are missing from N(0, {sde.prior_std_at(t):.4g}^2). "
+            "Start where there is more noise, or give x_T; sde.for_data(std) tells the scale",
+            stacklevel=3,  # the caller of `sample`
+        )
+    return source.prior(sde, shape_or_x, torch.float32, t), torch.float32
 
 
 def locate(run: Callable[[], Iterator[State]], source: NoiseSource, end: Tensor) -> NonFiniteError:

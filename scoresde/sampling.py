@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from scoresde.brownian import BrownianNoise
 from scoresde.denoiser import Denoiser, check_call, check_denoiser
-from scoresde.errors import NonFiniteError, not_finite
+from scoresde.errors import NonFiniteError, narrowed, not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.flow import density_run
@@ -123,9 +123,9 @@ def sample(
     x, complete = last.x, last.done and last.step == grid.steps - 1
     if not bool(x.detach().isfinite().all()):
         raise locate(run, source, x)
-    kept = torch.stack(states).to(out_dtype) if trajectory else None
+    kept = narrowed(torch.stack(states), out_dtype, "the trajectory", batch=1) if trajectory else None
     return Solution(
-        x.to(out_dtype),
+        narrowed(x, out_dtype, "the result"),
         last.nfe,
         grid,
         kept,
@@ -159,4 +159,5 @@ def _with_density(
     if volume.status != "complete":
         value, stderr = torch.full_like(value, math.nan), torch.full_like(stderr, math.nan)
     wide = x_T.dtype
-    return Solution(x.to(out_dtype), volume.nfe, grid, None, volume.status, volume.t, value.to(wide), stderr.to(wide))
+    x = narrowed(x, out_dtype, "the result")
+    return Solution(x, volume.nfe, grid, None, volume.status, volume.t, value.to(wide), stderr.to(wide))

@@ -11,6 +11,7 @@ FlowSDE       alpha = 1 - t,  sigma = t                      rectified flow
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ from scoresde.tensors import Time, as_time
 __all__ = ["EDMSDE", "VESDE", "VPSDE", "CosineVPSDE", "FlowSDE", "SubVPSDE"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _LinearBeta(VariancePreserving):
     """beta(t) = beta_min + (beta_max - beta_min) t on [0, 1]."""
 
@@ -52,7 +53,7 @@ class _LinearBeta(VariancePreserving):
         return 2 * integrated_beta / (self.beta_min + (self.beta_min**2 + 2 * slope * integrated_beta).sqrt())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class VPSDE(_LinearBeta):
     """Variance-preserving SDE with linear beta (Song et al., 2021, eq. 11): the limit of DDPM.
 
@@ -68,7 +69,7 @@ class VPSDE(_LinearBeta):
     """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SubVPSDE(_LinearBeta):
     """Sub-VP SDE (Song et al., 2021, eq. 12): sigma = 1 - e^{-B}, below that of VP at every time.
 
@@ -77,6 +78,9 @@ class SubVPSDE(_LinearBeta):
 
     def sigma(self, t: Time) -> Tensor:
         return -torch.expm1(-self.integrated_beta(t))
+
+    def prior_std_at(self, t: float) -> float:
+        return SDE.prior_std_at(self, t)  # below 1, unlike VP's
 
     def half_log_snr(self, t: Time) -> Tensor:
         B = self.integrated_beta(t)
@@ -95,7 +99,7 @@ class SubVPSDE(_LinearBeta):
         return alpha_dot, -2 * alpha * alpha_dot  # finite at t = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CosineVPSDE(VariancePreserving):
     """VP SDE with alpha(t) = cos(th_t) / cos(th_0), th_t = (pi / 2) (t + s) / (1 + s) (Nichol and Dhariwal, 2021).
 
@@ -164,12 +168,26 @@ class _VarianceExploding(SDE):
 
     customary_prediction: ClassVar[str] = "edm"
 
+    _customary: ClassVar[tuple[float, float]]  # the smallest and the largest level for data of scale 1
+
+    @property
+    @abstractmethod
+    def _levels(self) -> tuple[float, float]:
+        """The smallest and the largest noise level."""
+
+    @property
+    def data_scale(self) -> float:
+        # alpha = 1 and sigma have no unit but that of the data, and the levels tell it: by their geometric mean.
+        if self.data_std is not None:
+            return self.data_std
+        return math.sqrt(math.prod(self._levels) / math.prod(self._customary))
+
     @property
     def t_limit(self) -> float:
         return math.inf
 
     def prior_std_at(self, t: float) -> float:
-        return float(self.sigma(t))
+        return float(self.sigma(t)) if self.data_std is None else super().prior_std_at(t)
 
     def alpha(self, t: Time) -> Tensor:
         return torch.ones_like(as_time(t))
@@ -178,7 +196,7 @@ class _VarianceExploding(SDE):
         return torch.zeros_like(as_time(t))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class VESDE(_VarianceExploding):
     """Variance-exploding SDE (Song et al., 2021, eq. 9): alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
 
@@ -196,10 +214,15 @@ class VESDE(_VarianceExploding):
     sigma_max: float = 50.0
     t_min: float = 1e-5
     t_max: float = 1.0
+    _customary: ClassVar[tuple[float, float]] = (0.01, 50.0)
 
     def __post_init__(self) -> None:
         check_ordered(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         check_ordered(t_min=self.t_min, t_max=self.t_max)
+
+    @property
+    def _levels(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
 
     @property
     def _log_ratio(self) -> float:
@@ -225,7 +248,7 @@ class VESDE(_VarianceExploding):
         return torch.zeros_like(t), self.sigma_min * self._log_ratio * (self._log_ratio * t).exp()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class EDMSDE(_VarianceExploding):
     """alpha = 1, sigma = t: time is the noise level (Karras et al., 2022, section 4).
 
@@ -239,9 +262,14 @@ class EDMSDE(_VarianceExploding):
     t_min: float = 0.002
     t_max: float = 80.0
     customary_grid: ClassVar[str] = "karras"
+    _customary: ClassVar[tuple[float, float]] = (0.002, 80.0)
 
     def __post_init__(self) -> None:
         check_ordered(t_min=self.t_min, t_max=self.t_max)
+
+    @property
+    def _levels(self) -> tuple[float, float]:
+        return self.t_min, self.t_max
 
     def sigma(self, t: Time) -> Tensor:
         return as_time(t).clone()
@@ -260,7 +288,7 @@ class EDMSDE(_VarianceExploding):
         return torch.zeros_like(t), torch.ones_like(t)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class FlowSDE(SDE):
     """alpha = 1 - t, sigma = t: the straight path of rectified flow and flow matching (Liu et al., 2023; Lipman et al.,
     2023), with noise at t = 1. There alpha is zero, f and g are infinite and eps and score networks are undefined;

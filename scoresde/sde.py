@@ -14,17 +14,22 @@ and B; the other families name theirs.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_positive
 from scoresde.tensors import Time, as_time, check_batch, expand_like
 
-__all__ = ["SDE"]
+__all__ = ["NOT_NOISE", "SDE"]
+
+NOT_NOISE = 0.1
+"""`SDE.signal_at` beyond which x_t is told from noise: a mean as large as the data's width is then seen in x_t."""
 
 
 class SDE(ABC):
@@ -46,6 +51,7 @@ class SDE(ABC):
         t_min: the smallest time that training draws and that logarithmic grids end at; in (0, t_max).
         t_max: the time of the prior.
         prior_std: standard deviation of the prior N(0, prior_std^2 I) that sampling starts from.
+        data_std: s, the standard deviation of the data, where it is told: by a subclass, or by `for_data`. Else None.
         customary_grid: name of the `Grid` constructor that `sample(steps=N)` uses where the solver has no wish.
         customary_prediction: what a network for it is usually trained to predict, a word of `ModelConfig(predicts=)`.
         nodes: the times at which the process is exact, where it is a chain with steps of its own: increasing, float64,
@@ -57,6 +63,7 @@ class SDE(ABC):
     customary_grid: ClassVar[str] = "uniform"
     customary_prediction: ClassVar[str] = "v"
     nodes: Tensor | None = None
+    data_std: float | None = None
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:
@@ -106,15 +113,58 @@ class SDE(ABC):
         return hash(type(self))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+        told = vars(self).get("data_std")
+        return self._call() + ("" if told is None else f".for_data({told!r})")
+
+    def _call(self) -> str:
+        """The repr without what `for_data` told."""
+        options = (f"{k}={v!r}" for k, v in vars(self).items() if k != "data_std")
+        return f"{type(self).__name__}({', '.join(options)})"
+
+    def for_data(self, std: float) -> Self:
+        """The same process, told that the data has this standard deviation, in the units of x.
+
+        Raises:
+            ValueError: unless std is a finite number > 0.
+
+        >>> from scoresde import FlowSDE
+        >>> f"{FlowSDE().prior_std_at(0.5):.4f} {FlowSDE().for_data(0.1).prior_std_at(0.5):.4f}"
+        '0.7071 0.5025'
+        """
+        check_positive(data_std=std)
+        told = copy.copy(self)
+        object.__setattr__(told, "data_std", float(std))  # some are frozen
+        return told
+
+    @property
+    def data_scale(self) -> float:
+        """c, the scale of x_0 that grids, views and tolerances reckon with, so that x_0 / c is of order one: data_std
+        where it is told, else 1. (VE and EDM, whose levels have the unit of the data, tell it by them.)
+        """
+        return 1.0 if self.data_std is None else self.data_std
+
+    def scales(self, t: Time) -> tuple[Tensor, Tensor]:
+        """(alpha c, sigma), with c = `data_scale`: the process of x_0 / c, which has no unit of its own."""
+        return self.data_scale * self.alpha(t), self.sigma(t)
+
+    def radius(self, t: Time) -> Tensor:
+        """r = sqrt(alpha^2 c^2 + sigma^2): the width of x_t for data of width c = `data_scale` about zero."""
+        return torch.hypot(*self.scales(t))
 
     def prior_std_at(self, t: float) -> float:
-        """Width of the prior for a run that starts at t instead of t_max."""
-        return 1.0
+        """Width of the prior for a run that starts at t instead of t_max: `radius`, that of x_t."""
+        return float(self.radius(t))
 
     @property
     def prior_std(self) -> float:
         return self.prior_std_at(self.t_max)
+
+    def signal_at(self, t: float) -> float:
+        """alpha c / sigma at t, what is left of the data beside the noise: beyond `NOT_NOISE` a draw from the prior is
+        but a guess of x_t, whose mean and shape are the data's.
+        """
+        signal, noise = (float(scale) for scale in self.scales(t))
+        return signal / noise if noise > 0 else math.inf
 
     @property
     def t_limit(self) -> float:
@@ -178,7 +228,7 @@ class SDE(ABC):
             shape: (B, ...).
             generator: drawn from, on its own device; without one, a freshly seeded generator on `device`.
             device: where the result lies; the generator's device by default.
-            t: where the run starts, if not at t_max: on VE and EDM the prior's width is sigma_t.
+            t: where the run starts, if not at t_max.
         """
         if generator is None:
             generator = torch.Generator(device or "cpu")
@@ -221,6 +271,9 @@ class VariancePreserving(SDE):
     def time_at(self, half_log_snr: Time) -> Tensor:
         minus_log_snr = -2 * as_time(half_log_snr)
         return self.time_at_integrated_beta(torch.logaddexp(minus_log_snr, torch.zeros_like(minus_log_snr)))
+
+    def prior_std_at(self, t: float) -> float:
+        return math.sqrt(1 + (self.data_scale**2 - 1) * float(self.alpha(t)) ** 2)
 
     def drift(self, t: Time) -> Tensor:
         return -self.beta(t) / 2

@@ -458,12 +458,6 @@ def test_width_of_the_prior_follows_the_start_where_noise_explodes(name: str) ->
     assert torch.equal(at_end, sde.prior((5, 2), torch.Generator().manual_seed(3), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", sorted(set(SDES) - set(EXPLODES)))
-def test_width_of_the_prior_is_one_elsewhere(name: str) -> None:
-    sde = SDES[name]
-    assert sde.prior_std == sde.prior_std_at(0.9 * sde.t_max) == 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_prior_is_its_generators_and_nothing_elses(dtype: torch.dtype) -> None:
     first, again = (VESDE().prior((3, 2), torch.Generator().manual_seed(7), dtype=dtype) for _ in range(2))

@@ -26,6 +26,7 @@ from scoresde.checks import check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.editing.latents import check_pair, interpolate, plan
 from scoresde.editing.sdedit import choose_down, cut, normal, perturbed, start_time, strength_time
+from scoresde.errors import narrowed
 from scoresde.grid import Grid
 from scoresde.noise import SeededNoise, derive_seed, seeds_of
 from scoresde.run import Solution
@@ -333,11 +334,11 @@ def _made(found: Solution, latent: Tensor, nfe: int, shape: tuple[int, ...], dty
     """The Edit of a solution, its batch of that shape."""
     path = found.trajectory
     return Edit(
-        found.x.unflatten(0, shape).to(dtype),
-        latent.unflatten(0, shape).to(dtype),
+        narrowed(found.x, dtype, "the result").unflatten(0, shape),
+        narrowed(latent, dtype, "the latent").unflatten(0, shape),
         nfe + found.nfe,
         found.grid,
-        None if path is None else path.unflatten(1, shape).to(dtype),
+        None if path is None else narrowed(path, dtype, "the trajectory", batch=1).unflatten(1, shape),
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.editing.latents import check_pair
+from scoresde.errors import narrowed
 from scoresde.grid import Grid
 from scoresde.guidance.operators import Mask
 from scoresde.guidance.projections import DDNM
@@ -137,8 +138,9 @@ def sdedit(
         progress=progress,
         differentiable=differentiable,
     )
-    kept = None if found.trajectory is None else found.trajectory.to(reference.dtype)
-    return replace(found, x=found.x.to(reference.dtype), trajectory=kept)
+    path, dtype = found.trajectory, reference.dtype
+    kept = None if path is None else narrowed(path, dtype, "the trajectory", batch=1)
+    return replace(found, x=narrowed(found.x, dtype, "the result"), trajectory=kept)
 
 
 def start_time(sde: SDE, strength: float | None, t: float | None) -> float:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call, check_denoiser
-from scoresde.errors import NonFiniteError, not_finite, some
+from scoresde.errors import NonFiniteError, narrowed, not_finite, some
 from scoresde.grid import Grid
 from scoresde.guidance.base import Guidance, Scale, scale_at, scaled
 from scoresde.guidance.gradients import gradient
@@ -395,5 +395,5 @@ def twisted_smc(
             "impossible under every particle (take more of them, or a larger noise_std)"
         )
         raise NonFiniteError(message, None, None, bad)
-    x = state.x.to(dtype).unflatten(0, weights.log.shape)
+    x = narrowed(state.x, dtype, "the particles").unflatten(0, weights.log.shape)
     return Particles(x, weights.log.log_softmax(1), weights.log_evidence(), torch.stack(ess), state.nfe, grid)

@@ -256,7 +256,7 @@ class PiGDM(_Matched):
     Args:
         denoiser, operator, y: as for `DPS`; an operator that is not linear is linearised at D.
         noise_std: standard deviation of the measurement's noise, one number or (B,), 0 allowed.
-        data_std: s, in units of the data.
+        data_std: s, in the units of x; the SDE's `data_scale` by default.
         r2: instead, the function from t, float64 of shape () or (B,), to r_t^2 > 0, of the same shape.
         scale: w.
         iterations: of conjugate gradients for S, at most, where the operator's `ridge` has no closed form; they
@@ -273,12 +273,13 @@ class PiGDM(_Matched):
         y: Tensor,
         noise_std: Tensor | float,
         *,
-        data_std: float = 1.0,
+        data_std: float | None = None,
         r2: Callable[[Tensor], Tensor] | None = None,
         scale: Scale = 1.0,
         iterations: int = 100,
     ) -> None:
         super().__init__(denoiser, operator, y, noise_std, scale, iterations)
+        data_std = self.sde.data_scale if data_std is None else data_std
         check_positive(data_std=data_std)
         if r2 is not None and not callable(r2):
             raise TypeError(f"r2 is {type(r2).__name__}: expected a function of t")

@@ -46,7 +46,7 @@ class DDNM(Wrapper):
         operator: A.
         y: the measurement, (1, *measurement) for all samples, or (B, *measurement).
         noise_std: sigma_y, of each entry of y.
-        data_std: s, standard deviation of the data; it matters only for a noisy y.
+        data_std: s, standard deviation of the data, the SDE's `data_scale` by default; it matters only for a noisy y.
 
     Raises:
         TypeError: if denoiser or operator is none.
@@ -70,10 +70,11 @@ class DDNM(Wrapper):
         y: Tensor,
         noise_std: float = 0.0,
         *,
-        data_std: float = 1.0,
+        data_std: float | None = None,
     ) -> None:
         super().__init__(denoiser)
         check_linear(operator, self)
+        data_std = self.sde.data_scale if data_std is None else data_std
         if not (0 <= noise_std < math.inf and 0 < data_std < math.inf):
             raise ValueError(f"noise_std={noise_std}, data_std={data_std}: expected finite numbers, >= 0 and > 0")
         self.operator, self.y, self.noise_std, self.data_std = operator, y, float(noise_std), float(data_std)

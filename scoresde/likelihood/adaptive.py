@@ -1,6 +1,6 @@
 """The volume along the probability-flow ODE by torchdiffeq: with the state w = x / r of `scoresde.solvers.motion`,
 
-    dw = a (D - a w) dlambda,    log |det| = dim log(r_end / r_start) + int tr(a r dD/dx - a^2) dlambda
+    dw = a (D / c - a w) dlambda,    log |det| = dim log(r_end / r_start) + int tr(a (r / c) dD/dx - a^2) dlambda
 
 the second term being part of what is integrated, with probes that change every 1.5 of half log-SNR.
 """
@@ -220,9 +220,9 @@ class _Watched:
     def callback_accept_step(self, half_log_snr: Tensor, y: Tensor, step: Tensor) -> None:
         volume, n = self.volume, self.volume.n
         assert self.last is not None
-        at, w, rate = self.last  # at the step's end: dw = a (D - a w)
-        _, alpha, sigma, r = volume.motion.scales(at)
-        a = alpha / r
+        at, w, rate = self.last  # at the step's end: dw = a (D / c - a w)
+        _, signal, sigma, r = volume.motion.scales(at)
+        a = signal / r
         gradient = (r / sigma) ** 2 * (rate + (a**2 - 1) * w)  # of log p in w: r (alpha D - r w) / sigma^2
         change = (gradient * self.error[:, :n]).sum(1) + volume._volume(self.error)
         volume.error = volume.error + change.abs()

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from scoresde.checks import check_count, check_option, check_tolerances
 from scoresde.denoiser import Denoiser, check_call
-from scoresde.errors import not_finite
+from scoresde.errors import narrowed, not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.adaptive import AdaptiveVolume
 from scoresde.likelihood.divergence import Divergence
@@ -226,7 +226,7 @@ def log_prob(
     dof = degrees_of_freedom(variance, volume.doubt)
     numbers = (value, variance.sqrt(), dof, prior, log_det, residual, volume.error)
     value, stderr, dof, prior, log_det, residual, error = (number.to(x_t.dtype) for number in numbers)
-    latent = x_T.to(x.dtype)
+    latent = narrowed(x_T, x.dtype, "the latent")
     return LogProb(value, stderr, dof, volume.nfe, latent, prior, log_det, residual, error, volume.status, volume.t)
 
 

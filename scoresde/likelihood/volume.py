@@ -3,8 +3,8 @@
 By a table. With xi_i and phi_i the weights of x_i and of F_i = p_i x_i + q_i D_i in its output, every F held fixed
 (`tableau.responses`), its own method applied to the volume is dim log xi_0 + sum_i (phi_i / xi_i) tr(dF_i / dx): the
 same order, no further evaluation, on any deterministic table, corrector and all, in both directions. It is taken of the
-difference from unit Gaussian data, where the volume is (r_R / r_0)^dim, r^2 = alpha^2 + sigma^2, and dF_i / dx is
-f_i = p_i + q_i alpha_i / r_i^2,
+difference from Gaussian data of the width c = `SDE.data_scale`, where the volume is (r_R / r_0)^dim, r^2 =
+alpha^2 c^2 + sigma^2, and dF_i / dx is f_i = p_i + q_i c^2 alpha_i / r_i^2,
 
     log |det dx_R / dx_0| = dim log(r_R / r_0) + sum_i (phi_i / xi_i) (tr(dF_i / dx) - dim f_i)
 
@@ -30,6 +30,7 @@ from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence, Products
 from scoresde.likelihood.spread import Spread
 from scoresde.noise import Noise, as_source
+from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
 from scoresde.tableau import Tableau, responses
 from scoresde.views import view_of_mean
@@ -90,10 +91,9 @@ class Volume(ABC):
         return NonFiniteError(f"samples {some(bad)} are not finite at the end of the run", None, None, bad)
 
     def _slope(self, t: Tensor) -> Tensor:
-        """dN/dx of the output N on unit Gaussian data, where D = alpha x / (alpha^2 + sigma^2), shape of t."""
+        """dN/dx of the output N on Gaussian data of width c, shape of t."""
         r, s = self.denoiser.affine(t)  # D = r x + s N
-        alpha, sigma = self.denoiser.sde.alpha(t), self.denoiser.sde.sigma(t)
-        return (alpha / (alpha**2 + sigma**2) - r) / s
+        return (_gaussian_slope(self.denoiser.sde, t) - r) / s
 
     def _smoothing(self, t: float, x: Tensor, found: Products) -> Tensor:
         at = torch.tensor(t, dtype=torch.float64, device="cpu")
@@ -129,9 +129,8 @@ class TableVolume(Volume):
         self.calls = table.nfe
         _, _, self.kappa = _weights(table)
         sde = table.grid.sde
-        r = torch.hypot(sde.alpha(table.grid.times), sde.sigma(table.grid.times))
-        alpha, sigma = sde.alpha(table.t), sde.sigma(table.t)
-        f = torch.where(table.evaluates, table.p + table.q * alpha / (alpha**2 + sigma**2), 0.0)
+        r = sde.radius(table.grid.times)
+        f = torch.where(table.evaluates, table.p + table.q * _gaussian_slope(sde, table.t), 0.0)
         self.log_scale = float((r[-1] / r[0]).log() - (self.kappa * f).sum())
         self.coarse = None if coarse is None else _among(coarse, table)
         self._checked = False
@@ -201,6 +200,12 @@ class _Traced(SameMean):
             return found.N
 
         return at
+
+
+def _gaussian_slope(sde: SDE, t: Tensor) -> Tensor:
+    """dD/dx on Gaussian data of width c, c^2 alpha / (alpha^2 c^2 + sigma^2), of the shape of t."""
+    signal, sigma = sde.scales(t)
+    return sde.data_scale * signal / (signal**2 + sigma**2)
 
 
 def _weights(table: Tableau) -> tuple[float, Tensor, Tensor]:

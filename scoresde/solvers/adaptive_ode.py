@@ -1,8 +1,9 @@
 """The probability-flow ODE by the integrators of torchdiffeq and scipy, which choose their own steps.
 
-With r = sqrt(alpha^2 + sigma^2), a = alpha / r, D = E[x_0 | x], the state w = x / r follows in half log-SNR lambda
+With c the scale of the data (`SDE.data_scale`), r = sqrt(alpha^2 c^2 + sigma^2), a = alpha c / r, D = E[x_0 | x], the
+state w = x / r follows in half log-SNR lambda
 
-    dw = a (D - a w) dlambda
+    dw = a (D / c - a w) dlambda
 
 (`scoresde.solvers.motion`, tau = 0), with w of order one at every noise level: tolerances mean the same everywhere.
 
@@ -60,7 +61,7 @@ class AdaptiveODE(Budgeted):
             ones, Radau, BDF and LSODA, take Jacobians by differences, one evaluation per element of a sample: for
             small events. For LSODA, whose error norm is a maximum, and DOP853, which mixes two estimates, the bound of
             the module's docstring is approximate.
-        rtol, atol: relative and absolute tolerance of the local error of w = x / sqrt(alpha^2 + sigma^2).
+        rtol, atol: relative and absolute tolerance of the local error of w = x / r, the module's.
         max_nfe: evaluations at most; where they run out the solution's status is "max_nfe", and it holds the last
             accepted state and its time.
         first_step: first step, in half log-SNR.

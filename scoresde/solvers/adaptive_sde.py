@@ -43,7 +43,7 @@ from scoresde.tensors import expand_like
 
 __all__ = ["AdaptiveSDE", "DPMSolverAdaptive"]
 
-_FIRST = -math.log(1000)  # half log-SNR to which one step goes from below, or alpha = 0: its error is of order 1e-6
+_FIRST = -math.log(1000)  # log(alpha c / sigma) to which one step goes from below: its error is of order 1e-6
 
 
 class _View(Protocol):
@@ -116,9 +116,10 @@ class _Adaptive(Budgeted):
         if lands and times[-2] > sde.t_min:
             stops.append(sde.t_min)  # x_0 is D there, or at the last time of the grid before 0
         budget, row, nfe, t = self.max_nfe - lands, 0, 0, times[0]
-        if float(sde.half_log_snr(t)) < _FIRST - 1e-9 and stops and budget >= 1:
+        first = _FIRST - math.log(sde.data_scale)
+        if float(sde.half_log_snr(t)) < first - 1e-9 and stops and budget >= 1:
             # x says next to nothing of x_0, and lambda is -inf or its steps are many: a step of DDIM.
-            s = max(stops[0], float(sde.time_at(_FIRST)))
+            s = max(stops[0], float(sde.time_at(first)))
             a = float(sde.sigma(s) / sde.sigma(t))
             x = a * x + (float(sde.alpha(s)) - a * float(sde.alpha(t))) * denoiser(x, t, **cond).mean
             yield State(0, 1, 0, s == times[1], t, x)
@@ -141,7 +142,8 @@ class _Adaptive(Budgeted):
                 return
             here = k.clamp(max=L - 1)
             active = k < L
-            step = torch.where(active, torch.minimum(h, marks[here] - clock), 0.0)
+            left = marks[here] - clock
+            step = torch.where(active, torch.minimum(h, left), 0.0)
             dw = path.increment(clock, step, noise(row, x)) if noise is not None and self.draws else None
             low, high = self._attempt(sde, view, x, clock, step, dw)
             unit = expand_like(self._unit(sde, clock + step), x)
@@ -149,7 +151,7 @@ class _Adaptive(Budgeted):
             # The choice of steps is no part of the solution's gradient, and that of E^-r at E = 0 is infinite.
             E = ((high - low) / unit / delta).detach().to(h.dtype).reshape(B, -1).norm(dim=1) / math.sqrt(n)
             bad, accept = active & ~E.isfinite(), active & (E <= 1)
-            arrive = accept & (clock + step >= marks[here])
+            arrive = accept & (step == left)  # clock + left may round to before the mark
             x = where_sample(bad, high - low, where_sample(accept, high, x))
             previous = where_sample(accept, low / unit, previous)
             clock = torch.where(arrive, marks[here], torch.where(accept, clock + step, clock))
@@ -193,7 +195,7 @@ class AdaptiveSDE(_Adaptive):
 
     Args:
         rtol: epsilon_rel; 0.01 to 0.05 in the paper.
-        atol: epsilon_abs, in the units of x; the paper's (y_max - y_min) / 256, here for data in [-1, 1].
+        atol: epsilon_abs, in units of the SDE's `data_scale`; the paper's (y_max - y_min) / 256, here for [-1, 1].
         h_init: first step, in units of t_max.
         safety: theta.
         exponent: r, between 0.5 and 1.
@@ -242,7 +244,7 @@ class AdaptiveSDE(_Adaptive):
         return -clock
 
     def _unit(self, sde: SDE, clock: Tensor) -> Tensor:
-        return torch.ones_like(clock)
+        return torch.full_like(clock, sde.data_scale)
 
     def _attempt(
         self, sde: SDE, view: _View, x: Tensor, clock: Tensor, h: Tensor, dw: Tensor | None
@@ -269,14 +271,15 @@ class DPMSolverAdaptive(_Adaptive):
         DPM-Solver-3  DPM-Solver-1 - sigma_s / r_2 ((e^h - 1) / h - 1) (eps_2 - eps_0),
                       u_2 = DPM-Solver-1 to t_2 - sigma_2 (r_2 / r_1) ((e^{r_2 h} - 1) / (r_2 h) - 1) (eps_1 - eps_0)
 
-    Errors are those of x / sqrt(alpha^2 + sigma^2), which is x on VP, where the paper has it; in x itself a long step
-    on VE or EDM might be wrong by a share of the noise that it starts from. Deterministic. `order` evaluations an
+    Errors are those of x / r, r = sqrt(alpha^2 c^2 + sigma^2) with the SDE's `data_scale` c, which is x on VP, where
+    the paper has it; in x itself a long step on VE or EDM might be wrong by a share of the noise that it starts from.
+    Deterministic. `order` evaluations an
     attempt, and one more for x_0 = D at the end of a grid to t = 0. Its times are its own: a grid says where to start,
     where to end and at which times between to report.
 
     Args:
         order: 2 (r_1 = 1/2) or 3 (r_1 = 1/3, r_2 = 2/3), of the solution that is kept.
-        rtol, atol: of the tolerance, atol in the units of x; the paper's, for data in [-1, 1].
+        rtol, atol: of the tolerance for x / r; the paper's, for data in [-1, 1].
         h_init: first step, in half log-SNR.
         safety: theta.
         growth: of a step from one attempt to the next, at most, and of its shrinking; math.inf in the paper.
@@ -321,7 +324,7 @@ class DPMSolverAdaptive(_Adaptive):
 
     def _unit(self, sde: SDE, clock: Tensor) -> Tensor:
         t = sde.time_at(clock)
-        return torch.hypot(sde.alpha(t), sde.sigma(t))
+        return sde.radius(t)
 
     def _attempt(
         self, sde: SDE, view: _View, x: Tensor, clock: Tensor, h: Tensor, dw: Tensor | None

@@ -172,7 +172,7 @@ _FAMILIES: dict[str, list[tuple[str, Solver, int | None, str, bool, str, str]]] 
         ("dpm++3s", single_step.DPMSolver(3, "x0"), 3, "3N - 2", True, "x0", _LU_PP),
         ("exponential-heun", single_step.ExponentialHeun(), 2, "2N - 1", True, "x0", "Hochbruck and Ostermann (2010)"),
         ("edm-stochastic", composite.EDMStochastic(), 2, "2N - 1", False, "eps", _EDM),
-        ("restart", composite.Restart([(3, 2, 0.06, 0.3)]), None, "2N - 1 + 8", False, "eps", "Xu et al. (2023)"),
+        ("restart", composite.Restart(), None, "2N - 1 + 8", False, "eps", "Xu et al. (2023)"),
         ("time-travel", composite.TimeTravel(jump=2, repeats=2), 1, "", False, "x0", "Lugmayr et al. (2022)"),
     ],
     "Langevin": [

@@ -144,11 +144,11 @@ class Restart(_Composite):
 
     Args:
         intervals: (n, K, u_min, u_max) each, as in the paper's tables: n points, both ends included, so n - 1 steps,
-            from u_max to the grid time, equally spaced in u^(1 / rho); K repetitions; u = sigma / alpha. Where two
-            share a grid time the first is first. A grid too coarse to have a noisy time below u_max, but for its start,
-            does not meet the interval: `tableau` then leaves it out, and `iterate`, so `sample`, refuses. The n points
-            lie between the times of the grid, on a `DDPMChain` between its nodes: a network whose label is
-            the number of a node sees it rounded.
+            from u_max to the grid time, equally spaced in u^(1 / rho); K repetitions; u = sigma / alpha. By default
+            the paper's example, its levels times the SDE's `data_scale`. Where two share a grid time the first is
+            first. A grid too coarse to have a noisy time below u_max, but for its start, does not meet the interval:
+            `tableau` then leaves it out, and `iterate`, so `sample`, refuses. The n points lie between the times of
+            the grid, on a `DDPMChain` between its nodes: a network whose label is the number of a node sees it rounded.
         solver: makes the steps.
         rho: spacing of the n points.
         S_noise: factor of the noise; at 1 the marginals are exact in the limit of many steps.
@@ -159,18 +159,20 @@ class Restart(_Composite):
             grid does not meet an interval.
     """
 
-    intervals: Sequence[tuple[int, int, float, float]]
+    intervals: Sequence[tuple[int, int, float, float]] | None = None
     solver: SingleStep = Heun()  # noqa: RUF009 (frozen)
     rho: float = 7.0
     S_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.intervals, Sequence) or not all(isinstance(v, Sequence) for v in self.intervals):
+        given = [] if self.intervals is None else self.intervals
+        if not isinstance(given, Sequence) or not all(isinstance(v, Sequence) for v in given):
             raise ValueError(
                 f"intervals={self.intervals!r}: expected a list of (n, K, u_min, u_max), [(3, 2, 0.06, 0.3)] say"
             )
-        object.__setattr__(self, "intervals", tuple(tuple(interval) for interval in self.intervals))  # hashable
-        for interval in self.intervals:
+        if self.intervals is not None:
+            object.__setattr__(self, "intervals", tuple(tuple(interval) for interval in given))  # hashable
+        for interval in given:
             if len(interval) != 4:
                 raise ValueError(f"interval {interval}: expected (n, K, u_min, u_max)")
             n, K, u_min, u_max = interval
@@ -206,14 +208,17 @@ class Restart(_Composite):
             )
         return super().loop(denoiser, x, grid, noise, cond)
 
+    def _intervals(self, sde: SDE) -> Sequence[tuple[int, int, float, float]]:
+        return [(3, 2, 0.06 * sde.data_scale, 0.3 * sde.data_scale)] if self.intervals is None else self.intervals
+
     def _unmet(self, grid: Grid) -> list[tuple[int, int, float, float]]:
-        return [interval for interval in self.intervals if _nearest(grid, interval) is None]
+        return [interval for interval in self._intervals(grid.sde) if _nearest(grid, interval) is None]
 
     def _loops(self, grid: Grid) -> dict[int, list[float]]:
         """The times to visit after grid time i, up and down again, all intervals and repetitions in one list."""
         sde, loops = grid.sde, dict[int, list[float]]()
         u_limit = float(_level(sde, sde.t_max))
-        for n, K, u_min, u_max in self.intervals:
+        for n, K, u_min, u_max in self._intervals(sde):
             if u_max > u_limit * (1 + 1e-9):
                 raise ValueError(f"the interval {(n, K, u_min, u_max)} leaves {sde!r}: u is {u_limit:.6g} at its t_max")
             top = min(float(sde.time_at(-math.log(u_max))), sde.t_max)

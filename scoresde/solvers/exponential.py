@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scoresde.checks import check_nonnegative, check_option, check_order
 from scoresde.grid import Grid
+from scoresde.sde import SDE
 from scoresde.solvers.multistep import CURVES, Kernel, Multistep, Rule, Steps, Variable, View, steps_in
 from scoresde.solvers.runge_kutta import VARIABLES
 from scoresde.tableau import Tableau
@@ -275,7 +276,8 @@ class ERSDE(Multistep):
 
     Args:
         order: 1, 2 or 3.
-        noise_scale: phi, a function of u, or "recommended", "ode" (phi = u, no noise) or "sde" (phi = u^2, tau = 1).
+        noise_scale: phi, a function of u, or "ode" (phi = u, no noise), "sde" (phi = u^2, tau = 1) or "recommended",
+            the paper's u (e^{u^0.3} + 10) with u in units of the SDE's `data_scale`.
         as_published: order 3 with the backward difference.
 
     Raises:
@@ -294,16 +296,18 @@ class ERSDE(Multistep):
         if not callable(self.noise_scale):
             check_option(("recommended", "ode", "sde"), noise_scale=self.noise_scale)
 
-    def _phi(self, u: Tensor) -> Tensor:
+    def _phi(self, sde: SDE, u: Tensor) -> Tensor:
         if callable(self.noise_scale):
             return self.noise_scale(u)
-        return {"recommended": recommended_noise_scale, "ode": lambda u: u, "sde": torch.square}[self.noise_scale](u)
+        if self.noise_scale == "recommended":
+            return recommended_noise_scale(u / sde.data_scale)
+        return u if self.noise_scale == "ode" else u**2
 
     def tableau(self, grid: Grid) -> Tableau:
         _, sigma_t, alpha_s, sigma_s = grid.pairs()
         # Infinite where alpha = 0: phi / u then is at its limit, if it has one.
         u = (grid.sde.sigma(grid.times) / grid.sde.alpha(grid.times)).clamp(max=1e30)
-        phi = self._phi(u)
+        phi = self._phi(grid.sde, u)
         growth = phi / u
         phi_s, keep = phi[1:], torch.where(u[1:] > 0, growth[1:] / growth[:-1], 0.0)  # of the noise in x_t
         lost = 1 - keep**2
@@ -316,7 +320,7 @@ class ERSDE(Multistep):
                 u = (-half_log_snr).exp()
                 with torch.enable_grad():
                     leaf = u.detach().requires_grad_()
-                    phi = self._phi(leaf)
+                    phi = self._phi(grid.sde, leaf)
                     (rate,) = torch.autograd.grad(phi.sum(), leaf)
                 return phi_s[n, None] * rate / phi.detach() ** 2 * u  # du = -u dlambda
 

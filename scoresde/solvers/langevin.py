@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call
-from scoresde.errors import NonFiniteError, not_finite
+from scoresde.errors import NonFiniteError, narrowed, not_finite
 from scoresde.noise import Noise, noise_source
 from scoresde.tensors import check_batch, precise, widen
 
@@ -82,9 +82,9 @@ def langevin(
             score = denoiser.score(state, t, **dict(cond or {}))
             state = state + step_size / 2 * score + math.sqrt(step_size) * source(k, state)
             if trajectory:
-                states.append(state.to(x.dtype))
+                states.append(narrowed(state, x.dtype, "the chains"))
     if not bool(state.isfinite().all()):
         bad = not_finite(state)
         where = f"{len(bad)} of {len(state)} chains are not finite at t = {t:.6g}"
         raise NonFiniteError(f"{where}: the network is, or step_size={step_size} is too large", None, t, bad)
-    return torch.stack(states) if trajectory else state.to(x.dtype)
+    return torch.stack(states) if trajectory else narrowed(state, x.dtype, "the chains")

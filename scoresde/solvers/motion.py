@@ -1,13 +1,14 @@
 """What the solvers with steps of their own share: the motion in half log-SNR, its parts, its budget.
 
-In half log-SNR lambda, with r = sqrt(alpha^2 + sigma^2), a = alpha / r and D = E[x_0 | x], the state w = x / r follows
+In half log-SNR lambda, with c the scale of the data (`SDE.data_scale`), r = sqrt(alpha^2 c^2 + sigma^2),
+a = alpha c / r and D = E[x_0 | x], the state w = x / r follows
 
-    dw = [(1 + tau^2) a D - (tau^2 + a^2) w] dlambda + sqrt(2) tau (sigma / r) dW
+    dw = [(1 + tau^2) a D / c - (tau^2 + a^2) w] dlambda + sqrt(2) tau (sigma / r) dW
 
 tau = 0 is the probability-flow ODE (`AdaptiveODE`), tau = 1 the reverse SDE (`ReverseSDE`). It is
 dy = -(1 + tau^2) u eps dlambda + sqrt(2) tau u dW for y = x / alpha, u = sigma / alpha, turned so that w is of order
 one at every noise level and changes slowly at both ends (for tau = 0 by a v / r of the angle atan u): tolerances mean
-the same everywhere, and the same on every SDE.
+the same everywhere, the same on every SDE, and in every unit.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from scoresde.tableau import State
 
 __all__ = ["Budgeted", "Leg", "Motion", "NonFinite", "OutOfBudget", "legs"]
 
-_NEARLY_NOISE = -9.0  # lambda up to which a first step from alpha = 0 goes: D changes by about e^-9 on the way
+_NEARLY_NOISE = -9.0  # log(alpha c / sigma) to which a first step from alpha = 0 goes: D / c changes by about e^-9
 
 
 class Budgeted(Solver):
@@ -79,7 +80,7 @@ def legs(grid: Grid, free: bool) -> list[Leg]:
     sde, found = grid.sde, []
     for step, (t, s) in enumerate(pairwise(grid.times.tolist())):
         if float(sde.alpha(t)) == 0:
-            m = max(s, float(sde.time_at(_NEARLY_NOISE))) if free else s
+            m = max(s, float(sde.time_at(_NEARLY_NOISE - math.log(sde.data_scale)))) if free else s
             found.append(Leg(t, m, True, step, m == s))
             t = m
         last = s if s > 0 else min(t, sde.t_min) if free else t
@@ -137,25 +138,25 @@ class Motion:
         return self.sde.time_at(half_log_snr).clamp(self._low, self._high)  # the inverse may round to beyond the ends
 
     def _scales(self, half_log_snr: float) -> tuple[Tensor, float, float, float]:
-        """t, alpha, sigma and r."""
+        """t, alpha c, sigma and r."""
         t = self.time(half_log_snr)
-        alpha, sigma = float(self.sde.alpha(t)), float(self.sde.sigma(t))
-        return t, alpha, sigma, math.hypot(alpha, sigma)
+        signal, sigma = (float(scale) for scale in self.sde.scales(t))
+        return t, signal, sigma, math.hypot(signal, sigma)
 
     def _affine(self, half_log_snr: float) -> tuple[float, float]:
         """(u, v) of the drift u w + v N, N the output of the denoiser at x = r w."""
-        t, alpha, _, r = self.scales(half_log_snr)
-        a, tau2 = alpha / r, self.tau**2
-        q = t.new_tensor((1 + tau2) * a)
+        t, signal, _, r = self.scales(half_log_snr)
+        a, tau2 = signal / r, self.tau**2
+        q = t.new_tensor((1 + tau2) * a / self.sde.data_scale)
         u, v = self.denoiser.view_of_output(t.new_tensor(-(tau2 + a**2) / r), q, t)
         return float(u) * r, float(v)
 
     def radius(self, t: Tensor | float) -> float:
-        """r = sqrt(alpha^2 + sigma^2)."""
-        return math.hypot(float(self.sde.alpha(t)), float(self.sde.sigma(t)))
+        """r = sqrt(alpha^2 c^2 + sigma^2)."""
+        return math.hypot(*(float(scale) for scale in self.sde.scales(t)))
 
     def drift(self, half_log_snr: float, w: Tensor) -> Tensor:
-        """(1 + tau^2) a D - (tau^2 + a^2) w, in the dtype of w."""
+        """(1 + tau^2) a D / c - (tau^2 + a^2) w, in the dtype of w."""
         (t, _, _, r), (u, v) = self.scales(half_log_snr), self.affine(half_log_snr)
         return w * u + self._output(r * w, float(t)).to(w.dtype) * v
 

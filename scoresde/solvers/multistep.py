@@ -12,7 +12,8 @@ views (the weights w_j are those of `scoresde.solvers.weights`):
     flow   eps-D  (m_s / m_t) k_t                    m_s                   m_s^2 (1 - k_t^2 - g)           sigma / m
 
 In v theta = atan(sigma / alpha) and m^2 = alpha^2 + sigma^2, along the circle that a VP SDE follows; in flow
-m = alpha + sigma, along the straight line of flow matching. k_t = (m_s alpha_t / (m_t alpha_s))^{tau^2}, the kernel of
+m = alpha + sigma, along the straight line of flow matching; in both x_0 and alpha stand for x_0 / c and alpha c, as in
+`scoresde.solvers.runge_kutta`. k_t = (m_s alpha_t / (m_t alpha_s))^{tau^2}, the kernel of
 their integral is (1 + tau^2) k, and g = 2 tau^2 / (2 tau^2 + 1) (alpha_s / m_s - k_t^2 alpha_t / m_t). Both are finite
 at alpha = 0. tau = 0 is the probability-flow ODE, tau = 1 the reverse SDE.
 
@@ -164,11 +165,12 @@ def steps_in(grid: Grid, view: View = "x0", variable: Variable | None = None, ta
     if view in CURVES:
         curve = CURVES[view]
         m_t, m_s = (m := VARIABLES[curve].m(grid.sde, grid.times))[:-1], m[1:]
-        part = alpha_s / m_s  # cos(theta_s), 1 - sigma_s / m_s
-        keep = (alpha_t / m_t / part) ** tau**2
+        signal, _ = grid.sde.scales(grid.times)
+        part_t, part = (signal / m)[:-1], (signal / m)[1:]  # cos(theta), 1 - sigma / m
+        keep = (part_t / part) ** tau**2
         lost = 1 - keep**2
         if view == "flow":
-            lost = lost - 2 * tau**2 / (2 * tau**2 + 1) * (part - keep**2 * alpha_t / m_t)
+            lost = lost - 2 * tau**2 / (2 * tau**2 + 1) * (part - keep**2 * part_t)
 
         def kernel(n: Tensor) -> Kernel:
             gain, level, at_s = (1 + tau[n, None] ** 2), tau[n, None] ** 2, part[n, None]

@@ -10,6 +10,9 @@ y = x / m it reads dy/dpsi = F, and a Butcher tableau (A, c) with the weights in
     angle           atan(sigma/alpha) r               v / r,   r = sqrt(alpha^2 + sigma^2)
     flow            sigma / m         alpha + sigma   eps - x0, flow matching's straight line from data to noise
 
+The last two are of x_0 / c with its scale alpha c in the place of alpha, c = `SDE.data_scale`: a circle and a line that
+go through levels in any unit as through those of data of order one.
+
 In all but t the linear part is exact. A step to sigma = 0 has no derivative at its end, and in sigma and half_log_snr
 one from alpha = 0 has no start, one up to it no end: all are first order, x_0 = D and DDIM's step. On a `DDPMChain`,
 whose beta(t) jumps at the nodes, a method in t keeps no order; the other four do.
@@ -17,6 +20,7 @@ whose beta(t) jumps at the nodes, a method in t keeps no order; the other four d
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,8 +52,15 @@ class _Coordinates(NamedTuple):
     F: Callable[[SDE, Tensor], Affine]
 
 
-def _radius(sde: SDE, t: Tensor) -> Tensor:
-    return torch.hypot(sde.alpha(t), sde.sigma(t))
+def _v(sde: SDE, t: Tensor) -> Affine:
+    """r F = alpha c eps - sigma x_0 / c."""
+    signal, sigma = sde.scales(t)
+    return signal / sigma, -(signal**2 + sigma**2) / (sde.data_scale * sigma)
+
+
+def _at_snr(sde: SDE, snr: Tensor) -> Tensor:
+    """The time at which alpha c / sigma is reached, given as its logarithm."""
+    return sde.time_at(snr - math.log(sde.data_scale))
 
 
 def _scaled(affine: Affine, factor: Tensor) -> Affine:
@@ -76,16 +87,16 @@ VARIABLES: dict[str, _Coordinates] = {
         F=lambda sde, t: _scaled(view_of_mean("eps", sde, t), -sde.sigma(t) / sde.alpha(t)),
     ),
     "angle": _Coordinates(
-        psi=lambda sde, t: torch.atan2(sde.sigma(t), sde.alpha(t)),
-        time=lambda sde, psi: sde.time_at(-psi.tan().log()),
-        m=_radius,
-        F=lambda sde, t: _scaled(view_of_mean("v", sde, t), 1 / _radius(sde, t)),
+        psi=lambda sde, t: torch.atan2(*sde.scales(t)[::-1]),
+        time=lambda sde, psi: _at_snr(sde, -psi.tan().log()),
+        m=lambda sde, t: sde.radius(t),
+        F=lambda sde, t: _scaled(_v(sde, t), 1 / sde.radius(t)),
     ),
     "flow": _Coordinates(
-        psi=lambda sde, t: sde.sigma(t) / (sde.alpha(t) + sde.sigma(t)),
-        time=lambda sde, psi: sde.time_at(((1 - psi) / psi).log()),
-        m=lambda sde, t: sde.alpha(t) + sde.sigma(t),
-        F=lambda sde, t: (1 / sde.sigma(t), -(sde.alpha(t) + sde.sigma(t)) / sde.sigma(t)),
+        psi=lambda sde, t: sde.sigma(t) / torch.add(*sde.scales(t)),
+        time=lambda sde, psi: _at_snr(sde, ((1 - psi) / psi).log()),
+        m=lambda sde, t: torch.add(*sde.scales(t)),
+        F=lambda sde, t: (1 / sde.sigma(t), -torch.add(*sde.scales(t)) / (sde.data_scale * sde.sigma(t))),
     ),
 }
 

@@ -117,9 +117,10 @@ class Legs(torchsde.BaseBrownian):
         self._at_accepted = self.dt is not None and self._queries % 3 == 0
         self._queries += 1
         self._at_the_floor |= self._at_accepted and math.isclose(float(tb - ta), _SHORTEST, rel_tol=1e-6)
+        scale = math.log(self.motion.sde.data_scale)  # in whatever unit the data are, the path is the same
         W, U = (
             None if part is None else part.to(dtype=self.dtype, device=self.device)
-            for part in self.path.between(self._half_log_snr(ta), self._half_log_snr(tb))
+            for part in self.path.between(self._half_log_snr(ta) + scale, self._half_log_snr(tb) + scale)
         )
         return (W, U) if return_U else W
 
