@@ -120,6 +120,10 @@ def test_what_is_not_said_fits_the_data():
     assert (config.model.preset, config.model.options["num_classes"]) == (8, 4)
     assert config.model.sigma_data == pytest.approx(2 / math.sqrt(12), rel=0.05)  # of uniform numbers in [-1, 1]
     assert (config.loss.weighting, config.loss.times) == ("edm", "log-normal")
+    assert config.loss.mean == -1.2
+    raw = {"sde": "edm", "sde_options": {"t_min": 0.2, "t_max": 8000.0}}  # pictures in [0, 255], about
+    config = completed({"data": {"source": "a"}, "model": raw}, images(1, 10, 9, labels=labels))
+    assert config.loss.mean == pytest.approx(-1.2 + math.log(100))
     points = TrainingData(torch.randn(9, 2, generator=torch.Generator().manual_seed(0)))
     config = completed({"data": {"source": "a"}, "model": {"sde": "flow"}, "train": {"steps": 7}}, points)
     assert (config.model.network, config.model.preset, config.model.options) == ("mlp", None, {"event_shape": [2]})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from scoresde.cli.config import SECTIONS, RunConfig, check_sections
 from scoresde.data import TrainingData
 from scoresde.processes import sde_of
+from scoresde.training.weights import LogNormalTimes
 
 __all__ = ["CHOSEN", "completed"]
 
@@ -33,7 +35,8 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> 
       classes and conditions;
     - what it predicts: what is usual for the SDE (`SDE.customary_prediction`); the time label, and sigma_data from the
       data;
-    - the loss that goes with it: min-SNR for v and x0, EDM's with its log-normal times, or the plain one;
+    - the loss that goes with it: min-SNR for v and x0, EDM's with its log-normal times, in the unit of the levels, or
+      the plain one;
     - 20,000 steps of 64 items (128 for the preset of 32 pixels), the learning rate by the network's size.
 
     Args:
@@ -63,6 +66,8 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> 
         model.setdefault("time_scale", 999.0)
     loss.setdefault("weighting", _WEIGHTING.get(predicts, "min-snr"))
     loss.setdefault("times", "log-normal" if loss["weighting"] == "edm" else "uniform")
+    if loss["times"] == "log-normal":
+        loss.setdefault("mean", LogNormalTimes.mean + math.log(sde.data_scale))
     preset = model.get("preset", 8)
     train.setdefault("steps", 20_000)
     train.setdefault("batch_size", 128 if preset == 32 else 64)
