@@ -1,14 +1,17 @@
-"""Checks of arguments: each raises a ValueError that names what was given and what was expected."""
+"""Checks of arguments: each raises an ArgumentError, a ValueError that names what was given and what was expected."""
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 __all__ = [
+    "ArgumentError",
     "check_count",
     "check_keys",
     "check_nonnegative",
@@ -19,71 +22,129 @@ __all__ = [
     "check_range",
     "check_tolerances",
     "check_whole",
+    "nearest",
+    "one_of",
 ]
 
 
+class ArgumentError(ValueError):
+    """An argument is wrong. The message names it as Python does, with its value or without: `n=0: ...`, `give size=`.
+    So a command line, whose flags they were, can name these in their place (`scoresde.cli.common.command_parser`).
+
+    >>> error = ArgumentError("n=0: expected 1 at least; DDIM(n=2) goes without size=")
+    >>> str(error)
+    'n=0: expected 1 at least; DDIM(n=2) goes without size='
+    >>> error.by({"n": "--number", "size": "--size"})
+    '--number 0: expected 1 at least; DDIM(n=2) goes without --size'
+    """
+
+    def by(self, names: Mapping[str, str]) -> str:
+        """The message with other names for arguments; what stands in the parentheses of a call is the call's."""
+        depth = 0
+
+        def renamed(found: re.Match[str]) -> str:
+            nonlocal depth
+            if found[0] in "()":
+                depth = max(0, depth + (1 if found[0] == "(" else -1)) if depth or found["call"] else 0
+                return found[0]
+            if depth or found["name"] not in names:
+                return found[0]
+            return names[found["name"]] + ("" if found["alone"] is not None else " ")
+
+        return _NAMED.sub(renamed, str(self))
+
+
+_NAMED = re.compile(r"(?P<call>(?<=\w)\()|[()]|(?<![\w.])(?P<name>[a-z_]+)=(?P<alone>(?=[\s,;:.]|$))?")
+
+
+def nearest(value: object, options: Iterable[object]) -> Any:
+    """The option that a mistyped text is nearest to, or None.
+
+    >>> nearest("unipc9", ["ddim", "unipc3"]), nearest("toaster", ["ddim", "unipc3"])
+    ('unipc3', None)
+    """
+    texts = {str(option).lower(): option for option in options}
+    found = difflib.get_close_matches(str(value).lower(), texts, 1)
+    return texts[found[0]] if found else None
+
+
+def one_of(value: object, options: Collection[object], many: int = 24) -> str:
+    """What was expected in the place of a value, in words: the nearest option first; of many, it alone.
+
+    >>> one_of("karas", ["uniform", "karras"])
+    "expected 'karras', or one of 'uniform', 'karras'"
+    >>> one_of("a", ["uniform", "karras"])
+    "expected one of 'uniform', 'karras'"
+    """
+    near, names = nearest(value, options), ", ".join(map(repr, options))
+    if near is None:
+        return f"expected one of {names}"
+    return f"expected {near!r}, or one of {names if len(options) <= many else f'the other {len(options) - 1}'}"
+
+
 def check_option(options: Collection[Any], **values: Any) -> None:
-    """Raises ValueError unless the named values are among the options."""
+    """Raises ArgumentError unless the named values are among the options."""
     for name, value in values.items():
         if value not in tuple(options):
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, options))}")
+            raise ArgumentError(f"{name}={value!r}: {one_of(value, options)}")
 
 
 def check_count(**values: int) -> None:
-    """Raises ValueError unless the named values are whole numbers >= 1."""
+    """Raises ArgumentError unless the named values are whole numbers >= 1."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
+            raise ArgumentError(f"{name}={value!r}: expected a whole number >= 1")
 
 
 def check_whole(**values: int) -> None:
-    """Raises ValueError unless the named values are whole numbers >= 0."""
+    """Raises ArgumentError unless the named values are whole numbers >= 0."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-            raise ValueError(f"{name}={value!r}: expected a whole number >= 0")
+            raise ArgumentError(f"{name}={value!r}: expected a whole number >= 0")
 
 
 def check_order(highest: int, **values: int) -> None:
-    """Raises ValueError unless the named values are whole numbers from 1 to highest."""
+    """Raises ArgumentError unless the named values are whole numbers from 1 to highest."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= highest:
-            raise ValueError(f"{name}={value!r}: expected a whole number from 1 to {highest}")
+            raise ArgumentError(f"{name}={value!r}: expected a whole number from 1 to {highest}")
 
 
 def check_nonnegative(**values: float) -> None:
-    """Raises ValueError unless the named values are finite numbers >= 0."""
+    """Raises ArgumentError unless the named values are finite numbers >= 0."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value!r}: expected a finite number >= 0")
+            raise ArgumentError(f"{name}={value!r}: expected a finite number >= 0")
 
 
 def check_tolerances(**values: float) -> None:
-    """Raises ValueError unless the named values are finite and > 0."""
+    """Raises ArgumentError unless the named values are finite and > 0."""
     for name, value in values.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value}: expected a finite number > 0")
+            raise ArgumentError(f"{name}={value}: expected a finite number > 0")
 
 
 def check_positive(**values: float) -> None:
-    """Raises ValueError unless the named numbers are finite and > 0."""
+    """Raises ArgumentError unless the named numbers are finite and > 0."""
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value}: expected a finite number > 0")
+            raise ArgumentError(f"{name}={value}: expected a finite number > 0")
 
 
 def check_ordered(**values: float) -> None:
-    """Raises ValueError unless the named numbers are finite, > 0 and strictly increase."""
+    """Raises ArgumentError unless the named numbers are finite, > 0 and strictly increase."""
     check_positive(**values)
     numbers = list(values.values())
     if any(low >= high for low, high in itertools.pairwise(numbers)):
-        raise ValueError(", ".join(f"{k}={v}" for k, v in values.items()) + f": expected {' < '.join(values)}")
+        given = ", ".join(f"{k}={v}" for k, v in values.items())
+        raise ArgumentError(f"{given}: expected {' < '.join(values)}")
 
 
 def check_range(data_range: tuple[float, float]) -> float:
     """Half the width of (lo, hi); ValueError unless they are two finite numbers and lo < hi."""
     numbers = list(data_range) if isinstance(data_range, tuple | list) else []
     if len(numbers) != 2 or not all(math.isfinite(x) for x in numbers) or not numbers[0] < numbers[1]:
-        raise ValueError(f"data_range={data_range!r}: expected (lo, hi), two finite numbers, lo < hi")
+        raise ArgumentError(f"data_range={data_range!r}: expected (lo, hi), two finite numbers, lo < hi")
     return (numbers[1] - numbers[0]) / 2
 
 
@@ -91,4 +152,6 @@ def check_keys(name: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raises ValueError, naming each, if some of the given keys are not known."""
     known = list(known)
     if unknown := [key for key in given if key not in known]:
-        raise ValueError(f"{name} has no {', '.join(map(repr, unknown))}: it knows {', '.join(known)}")
+        near = [repr(found) for key in unknown if (found := nearest(key, known)) is not None]
+        hint = f" (nearest: {', '.join(dict.fromkeys(near))})" if near else ""
+        raise ValueError(f"{name} has no {', '.join(map(repr, unknown))}: it knows {', '.join(known)}{hint}")

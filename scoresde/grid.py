@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import ArgumentError
 from scoresde.schedules import VPSDE
 from scoresde.sde import SDE
 
@@ -262,7 +263,7 @@ class Grid:
         N, K = chain.steps, _check_steps(steps)
         k = torch.arange(K, dtype=torch.float64, device="cpu")
         if K > N:
-            raise ValueError(f"steps={K}, but the chain has only {N} nodes")
+            raise ArgumentError(f"steps={K}, but the chain has only {N} nodes")
         if spacing == "leading":
             nodes = 1 + (N // K) * k.flip(0)
         elif spacing == "trailing":
@@ -336,5 +337,5 @@ def _last(sde: SDE, end: float, last: float | None) -> float:
 
 def _check_steps(steps: int) -> int:
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-        raise ValueError(f"steps={steps!r}: expected a whole number >= 1")
+        raise ArgumentError(f"steps={steps!r}: expected a whole number >= 1")
     return int(steps)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count
+from scoresde.checks import ArgumentError, check_count
 
 __all__ = ["check_levels", "outer_edges", "rounding_std", "scaled", "to_levels"]
 
@@ -31,7 +31,7 @@ def scaled(k: Tensor, levels: int = 256) -> Tensor:
     tensor([-1.,  0.,  1.])
     """
     if levels < 2:
-        raise ValueError(f"levels={levels}: expected a whole number >= 2")
+        raise ArgumentError(f"levels={levels}: expected a whole number >= 2")
     return k.float().mul_(2).sub_(levels - 1).div_(levels - 1)
 
 
@@ -55,7 +55,7 @@ def outer_edges(lo: float, hi: float, levels: int) -> tuple[float, float]:
     """
     check_levels(levels, (lo, hi))
     if levels < 2:
-        raise ValueError(f"levels={levels}: one level has no two ends; expected a whole number >= 2")
+        raise ArgumentError(f"levels={levels}: one level has no two ends; expected a whole number >= 2")
     half = (hi - lo) / (levels - 1) / 2
     return lo - half, hi + half
 

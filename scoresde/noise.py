@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.sde import SDE
 
 __all__ = [
@@ -248,7 +249,7 @@ def seeds_of(seed: int | Sequence[int] | None, n: int) -> list[int]:
     listed = seed.tolist() if isinstance(seed, Tensor | np.ndarray | np.generic) else seed
     seeds = [listed] if isinstance(listed, int) else list(listed)
     if any(not isinstance(n, int | np.integer) or n < 0 for n in seeds):
-        raise ValueError(f"seed={seed!r}: expected whole numbers >= 0")
+        raise ArgumentError(f"seed={seed!r}: expected whole numbers >= 0")
     if isinstance(listed, int):
         return sample_seeds(listed, n)
     if len(seeds) != n:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
@@ -84,12 +85,12 @@ def choose(
     given = [name for name, value in (("steps", steps), ("nfe", nfe), ("grid", grid)) if value is not None]
     if solver.adaptive:
         if steps is not None and grid is not None:
-            raise ValueError("give at most one of steps= and grid=; an adaptive solver takes nfe= beside either")
+            raise ArgumentError("give at most one of steps= and grid=; an adaptive solver takes nfe= beside either")
         if nfe is not None:
             solver = solver.within(sde, nfe)[0]
         steps = 1 if steps is None else steps
     elif len(given) != 1:
-        raise ValueError(f"give exactly one of steps=, nfe= and grid=; got {' and '.join(given) or 'none'}")
+        raise ArgumentError(f"give exactly one of steps=, nfe= and grid=; got {' and '.join(given) or 'none'}")
     if grid is not None:
         if not isinstance(grid, Grid):
             raise TypeError(

@@ -23,7 +23,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_positive
+from scoresde.checks import ArgumentError, check_positive
 from scoresde.tensors import Time, as_time, check_batch, expand_like
 
 __all__ = ["NOT_NOISE", "SDE"]
@@ -191,7 +191,7 @@ class SDE(ABC):
             return times
         N, K = len(self.nodes), len(times)
         if N < K:
-            raise ValueError(f"steps={K}, but the chain has only {N} nodes")
+            raise ArgumentError(f"steps={K}, but the chain has only {N} nodes")
         rank = torch.arange(K - 1, -1, -1, dtype=torch.float64, device="cpu")
         # n_i - (K - 1 - i) must not increase: the running maximum from the end, within the chain.
         slack = (times.round() - rank).clamp(min=1.0, max=N - K + 1.0)

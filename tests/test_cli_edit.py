@@ -195,8 +195,8 @@ def test_paths_and_sheets(digits_run, moons_run, inputs):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--strength", "0"], "strength=0.0"),
-        (["--strength", "1.5"], "strength=1.5"),
+        (["--strength", "0"], "--strength 0.0"),
+        (["--strength", "1.5"], "--strength 1.5"),
         (["--input", "none.png"], "none.png: there is no such file"),
         (["--input", "none"], "none: no such file or folder"),
         (["--input", "broken.png"], "broken.png cannot be read as an image"),
@@ -209,7 +209,7 @@ def test_paths_and_sheets(digits_run, moons_run, inputs):
         (["--encode", "--grid", "uniform"], "--grid is for edits by noise"),
         (["--encode", "--input", "six"], "--input six no labels: say --from-class K"),
         (["--encode", "--variations", "2", "--from-class", "2"], "--variations keep the class"),
-        (["--variations", "0"], "variations=0"),
+        (["--variations", "0"], "--variations 0"),
         (["--variations", "2", "--keep", "one.png"], "--keep does not go with --variations"),
         (["--interpolate", "3", "--guidance", "2"], "--guidance is for edits by noise"),
         (["--interpolate", "1"], "--interpolate 1: expected N"),
@@ -217,11 +217,11 @@ def test_paths_and_sheets(digits_run, moons_run, inputs):
         (["--interpolate", "3", "--limit", "3"], "3 inputs, expected a multiple of 2"),
         (["--interpolate", "3", "3"], "6 inputs, expected a multiple of 4"),
         (["--interpolate", "3", "--strength", "0.5"], "--strength does not go with --interpolate"),
-        (["--limit", "0"], "limit=0"),
+        (["--limit", "0"], "--limit 0"),
         (["--beside"], "--beside is for a picture"),
         (["--beside", "--out", "a.png", "--interpolate", "3", "3", "--limit", "4"], "--beside is for paths"),
         (["--out", "a.jpg"], "expected a file .png or .npz"),
-        (["--nfe", "0"], "nfe=0"),
+        (["--nfe", "0"], "--nfe 0"),
     ],
 )
 def test_wrong_arguments_are_status_2(arguments, words, digits_run, inputs, here, capsys, monkeypatch):

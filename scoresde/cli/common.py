@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from scoresde.checks import ArgumentError
 from scoresde.cli.options import Options, option
 from scoresde.data import BUILT_IN
 from scoresde.info import environment
@@ -125,7 +126,14 @@ def command_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kind.add_to({"": made})
-    made.set_defaults(action=lambda args: run(kind.of(args)))
+
+    def act(args: Any) -> None:
+        try:
+            run(kind.of(args))
+        except ArgumentError as error:
+            raise ValueError(error.by(kind.flags())) from error
+
+    made.set_defaults(action=act)
 
 
 def check_file(path: Path, *suffixes: str) -> None:

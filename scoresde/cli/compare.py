@@ -75,7 +75,8 @@ def run(options: CompareOptions) -> None:
             first evaluation.
     """
     out, session = options.out, options.session
-    check_count(n=options.n, **{f"nfe {n}": n for n in options.nfe})
+    for nfe in options.nfe:
+        check_count(n=options.n, nfe=nfe)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     for name in options.solvers:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.checks import check_count
+from scoresde.checks import check_count, check_whole
 from scoresde.cli.models import Model
 from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData, nothing, scaled
@@ -226,8 +226,7 @@ def recipe(options: DrawOptions, steps: StepOptions, model: Model) -> Recipe:
     """
     counts = steps.given("nfe", "steps")
     check_count(batch_size=options.batch_size, **counts)
-    if options.seed < 0:
-        raise ValueError(f"seed={options.seed}: expected a whole number >= 0")
+    check_whole(seed=options.seed)
     label, solver = model.class_of(options.label), solver_of(steps.solver)
     made = Recipe(model, model.denoiser, solver, {}, options.seed, label, _told(options, model, label is None))
     denoiser = model.denoiser if options.guidance is None else _guided(options.guidance, made)

@@ -163,8 +163,8 @@ class Model:
             raise ValueError(f"{self.folder} has no {CONFIG}, which says what the network is told of an item")
         return own
 
-    def class_of(self, text: str | None) -> int | None:
-        """The number of a class, by its number or name.
+    def class_of(self, text: str | None, flag: str = "--class") -> int | None:
+        """The number of a class, by its number or name, which the flag gave.
 
         Raises:
             ValueError: if there is none.
@@ -173,9 +173,9 @@ class Model:
         if text is None or text in names:
             return None if text is None else names.index(text)
         if K is None:
-            raise ValueError(f"--class {text}: the model has no classes (`scoresde train --classes` makes them)")
+            raise ValueError(f"{flag} {text}: the model has no classes (`scoresde train --classes` makes them)")
         if not text.isdecimal() or int(text) >= K:
-            raise ValueError(f"--class {text}: there are {K}, 0 to {K - 1}{': ' * bool(names)}{', '.join(names)}")
+            raise ValueError(f"{flag} {text}: there are {K}, 0 to {K - 1}{': ' * bool(names)}{', '.join(names)}")
         return int(text)
 
     def labels(self, chosen: int | None, items: range) -> dict[str, Tensor]:
@@ -232,7 +232,8 @@ class ModelOptions(DenoiserOptions):
             return open_run(self.run, self.average, device, self.shape)
         if not self.shape:
             raise ValueError("--denoiser needs --shape, that of one item: --shape 3 32 32")
-        check_count(**{f"shape {i}": n for i, n in enumerate(self.shape)})
+        for n in self.shape:
+            check_count(shape=n)
         denoiser, made_for = self.load(None if session.device is None else device)
         return Model(denoiser, About(tuple(self.shape), 256 if is_picture(self.shape) else None), made_for)
 

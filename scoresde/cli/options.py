@@ -49,6 +49,21 @@ class Options:
                 found[own.name] = getattr(args, _dest(own))
         return cls(**found)
 
+    @classmethod
+    def flags(cls, **changes: Any) -> dict[str, str]:
+        """The flag of each argument by what Python calls it: its field's name, or its entry's in a configuration.
+
+        An `ArgumentError` of anything that a command calls is told with them (`command_parser`).
+        """
+        found: dict[str, str] = {}
+        for own, kind, _ in _arguments(cls):
+            how = {name: value for name, value in own.metadata.items() if name != "group"}
+            if issubclass(kind, Options):
+                found |= kind.flags(**how)
+            elif changes.get(own.name) is not False and (flag := _flags(own.name, how)[0]).startswith("-"):
+                found |= {own.name: flag, _dest(own).rpartition(".")[2]: flag}
+        return found
+
     def flat(self) -> dict[str, Any]:
         """All values by their arguments' names, those of groups among them."""
         found: dict[str, Any] = {}
@@ -96,8 +111,15 @@ def _arguments(options: Any) -> Iterator[tuple[Any, Any, bool]]:
         yield own, kind if isinstance(kind, type) else str, optional
 
 
+def _flags(name: str, how: dict[str, Any]) -> tuple[str, ...]:
+    """What an argument is called on the command line."""
+    flags: tuple[str, ...] = how.get("flags", ("--" + name.replace("_", "-"),))
+    return flags
+
+
 def _add(place: Any, name: str, kind: Any, how: dict[str, Any]) -> None:
-    flags = how.pop("flags", ("--" + name.replace("_", "-"),))
+    flags = _flags(name, how)
+    how.pop("flags", None)
     if kind is bool:
         how["action"] = "store_true"
     elif kind is not str:

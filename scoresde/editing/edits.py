@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count, check_option
+from scoresde.checks import ArgumentError, check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.editing.latents import check_pair, interpolate, plan
 from scoresde.editing.sdedit import choose_down, cut, normal, perturbed, start_time, strength_time
@@ -109,7 +109,7 @@ def edit(
     check_call(to, x, cond_to)
     one_sde = denoiser.sde == to.sde
     if not one_sde and not (strength is None and t is None and grid is None):
-        raise ValueError(
+        raise ArgumentError(
             f"from {denoiser.sde!r} to {to.sde!r}: strength=, t= and grid= name a time, and the two have others; leave "
             "them out, and both go from t_max on the solver's own grids"
         )

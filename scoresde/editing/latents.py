@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
 from scoresde.run import Solution, check_solver, choose
@@ -246,7 +247,7 @@ def plan(
         raise ValueError("grid= is the decreasing grid on which decode goes, and encode back: give its reversed()")
     if isinstance(solver, AdaptiveODE):
         if steps is not None:
-            raise ValueError("AdaptiveODE chooses its own steps: set its rtol and atol, or give a budget, nfe=")
+            raise ArgumentError("AdaptiveODE chooses its own steps: set its rtol and atol, or give a budget, nfe=")
     elif not solver.has_table:
         raise ValueError(f"{solver!r} has no way up: take AdaptiveODE(), or a deterministic solver with a table")
     solver, grid = choose(denoiser.sde, solver, steps, nfe, grid, end=denoiser.sde.t_min)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.editing.latents import check_pair
 from scoresde.errors import narrowed
@@ -49,7 +50,9 @@ def strength_time(sde: SDE, strength: float) -> float:
     0.500 2.504 80.0
     """
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
-        raise ValueError(f"strength={strength!r}: expected a number in (0, 1]; nothing is edited at 0, all is new at 1")
+        raise ArgumentError(
+            f"strength={strength!r}: expected a number in (0, 1]; nothing is edited at 0, all is new at 1"
+        )
     if sde.customary_grid in ("uniform", "strided"):
         return float(sde.snapped(torch.tensor([strength * sde.t_max], dtype=torch.float64, device="cpu")))
     times = Grid.customary(sde, _FINE).times
@@ -146,11 +149,11 @@ def sdedit(
 def start_time(sde: SDE, strength: float | None, t: float | None) -> float:
     """The time that one of the two names."""
     if (strength is None) == (t is None):
-        raise ValueError(f"give exactly one of strength= and t=; got {'neither' if t is None else 'both'}")
+        raise ArgumentError(f"give exactly one of strength= and t=; got {'neither' if t is None else 'both'}")
     if strength is not None:
         return strength_time(sde, strength)
     if isinstance(t, bool) or not isinstance(t, int | float) or not 0 < t <= sde.t_max:
-        raise ValueError(f"t={t!r}: expected a time in (0, {sde.t_max}] of {sde!r}")
+        raise ArgumentError(f"t={t!r}: expected a time in (0, {sde.t_max}] of {sde!r}")
     return float(t)
 
 

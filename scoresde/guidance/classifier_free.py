@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_option
+from scoresde.checks import ArgumentError, check_option
 from scoresde.data.conditions import null_of
 from scoresde.denoiser import Denoiser, networks
 from scoresde.guidance.base import Scale, check_scale, known_all, scale_at
@@ -52,7 +52,7 @@ class _Extrapolation(Branching):
         check_scale("weight", weight)
         check_option(("scale", "strength"), convention=convention)
         if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
-            raise ValueError(f"interval={interval!r}: expected noise levels (low, high), 0 <= low < high")
+            raise ArgumentError(f"interval={interval!r}: expected noise levels (low, high), 0 <= low < high")
         self.weight, self.convention, self.interval, self.rule = weight, convention, interval, rule
 
     @abstractmethod

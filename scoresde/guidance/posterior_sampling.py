@@ -29,7 +29,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count, check_option, check_positive
+from scoresde.checks import ArgumentError, check_count, check_option, check_positive
 from scoresde.denoiser import Denoiser
 from scoresde.guidance.base import Scale, check_entries, known_all, ratio, scaled, shifted
 from scoresde.guidance.gradients import (
@@ -72,7 +72,7 @@ class _Measured(Twisted):
         if noise_std is not None:
             std = precise(noise_std)
             if std.ndim > 1 or known_any(~(std.isfinite() & (std >= 0))):
-                raise ValueError(f"noise_std={noise_std}: expected finite numbers >= 0, one or one per sample")
+                raise ArgumentError(f"noise_std={noise_std}: expected finite numbers >= 0, one or one per sample")
         self.operator, self.y, self.noise_std = operator, y, noise_std
         self._tested = set[tuple[int, ...]]()
 
@@ -84,7 +84,7 @@ class _Measured(Twisted):
     def _variance(self, batch: int) -> Tensor:
         """noise_std^2, float64, of shape () or (B,)."""
         if self.noise_std is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"{type(self).__name__} without noise_std= has no log p(y | x): give the noise of the measurement"
             )
         std = precise(self.noise_std)
@@ -169,7 +169,7 @@ class DPS(_Measured):
     ) -> None:
         super().__init__(denoiser, operator, y, noise_std, scale)
         if noise_std is not None and known_any(precise(noise_std) == 0):
-            raise ValueError("noise_std=0: DPS divides by it; leave it away for the published step")
+            raise ArgumentError("noise_std=0: DPS divides by it; leave it away for the published step")
         check_count(steps=steps)
         self.steps = steps
 
@@ -211,7 +211,7 @@ class _Matched(_Measured):
     ) -> None:
         super().__init__(denoiser, operator, y, noise_std, scale)
         if noise_std is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"noise_std=None: {type(self).__name__} needs the noise of the measurement, 0 if it has none"
             )
         check_count(iterations=iterations)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.guidance.operators import LinearOperator
 from scoresde.guidance.operators.checks import check_adjoint, check_finite, check_linear, match_measurement
@@ -76,7 +77,7 @@ class DDNM(Wrapper):
         check_linear(operator, self)
         data_std = self.sde.data_scale if data_std is None else data_std
         if not (0 <= noise_std < math.inf and 0 < data_std < math.inf):
-            raise ValueError(f"noise_std={noise_std}, data_std={data_std}: expected finite numbers, >= 0 and > 0")
+            raise ArgumentError(f"noise_std={noise_std}, data_std={data_std}: expected finite numbers, >= 0 and > 0")
         self.operator, self.y, self.noise_std, self.data_std = operator, y, float(noise_std), float(data_std)
         self._checked = False
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_nonnegative
+from scoresde.checks import ArgumentError, check_nonnegative
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.guidance.operators import LinearOperator, Mask
@@ -168,7 +168,7 @@ def _checked(operator: LinearOperator | Tensor, noise_std: float, method: str) -
     if noise_std == 0:
         return A, 0.0
     if A.singular_value is None:
-        raise ValueError(
+        raise ArgumentError(
             f"noise_std={noise_std:g} needs an operator with one singular value (a mask, Grey, the area Downsample), "
             f"not {A!r}: there, take DDNM or another method that wraps the denoiser"
         )

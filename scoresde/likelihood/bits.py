@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.checks import check_count, check_option
+from scoresde.checks import ArgumentError, check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.levels import check_levels
@@ -166,7 +166,7 @@ def bits_per_dim(
     check_option(get_args(Dequantize), dequantize=dequantize)
     check_count(repeats=repeats, importance=importance, batch_size=len(y) if batch_size is None else batch_size)
     if importance > 1 and options.get("divergence") != "exact":
-        raise ValueError(
+        raise ArgumentError(
             f"importance={importance} needs divergence='exact': the probes' noise inside the exponential would lift "
             "the bound above the likelihood; take importance=1, or the exact divergence"
         )
@@ -278,7 +278,7 @@ class _Bins:
         if t is None:
             return cls(lo, Delta, noise)
         if isinstance(t, bool) or not isinstance(t, Real) or not 0 < t < sde.t_max:
-            raise ValueError(f"t={t!r}: expected a time in (0, {sde.t_max:g}), t_min = {sde.t_min:g} say")
+            raise ArgumentError(f"t={t!r}: expected a time in (0, {sde.t_max:g}), t_min = {sde.t_min:g} say")
         tau = Delta / 2 * math.exp(float(sde.half_log_snr(float(t))))
         return cls(lo, Delta, noise, float(t), float(sde.alpha(float(t))), tau)
 
@@ -373,5 +373,7 @@ def _checked(images: Tensor, levels: int, data_range: tuple[float, float]) -> Te
     y = images.detach().to(device="cpu", dtype=torch.int64)
     least, most = int(y.min()), int(y.max())
     if least < 0 or most >= levels:
-        raise ValueError(f"images have levels from {least} to {most}: expected 0 .. {levels - 1}, or another levels=")
+        raise ArgumentError(
+            f"images have levels from {least} to {most}: expected 0 .. {levels - 1}, or another levels="
+        )
     return y

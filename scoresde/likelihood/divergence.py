@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count, check_option
+from scoresde.checks import ArgumentError, check_count, check_option
 from scoresde.noise import Noise, as_source
 
 __all__ = ["Divergence", "Products"]
@@ -90,7 +90,7 @@ class Divergence:
         if self.chunk is not None:
             check_count(chunk=self.chunk)
         if self.kind == "hutch++" and self.probes % 3:
-            raise ValueError(f"probes={self.probes}: hutch++ takes a multiple of 3, a third for each of its parts")
+            raise ArgumentError(f"probes={self.probes}: hutch++ takes a multiple of 3, a third for each of its parts")
 
     def draw(self, x: Tensor, noise: Noise, row: int = 0) -> Tensor:
         """Probes for a batch, shape (P, *x.shape): K of them, for "hutch++" the two thirds that are random."""

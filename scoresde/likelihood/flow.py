@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.checks import check_count, check_option, check_tolerances
+from scoresde.checks import ArgumentError, check_count, check_option, check_tolerances
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import narrowed, not_finite
 from scoresde.grid import Grid
@@ -177,14 +177,16 @@ def log_prob(
     volume: Volume
     adaptive = {"rtol": rtol, "atol": atol, "method": method, "max_nfe": max_nfe, "first_step": first_step}
     if correct and (t is not None or differentiable == "adjoint"):
-        raise ValueError(
+        raise ArgumentError(
             "correct=True leads from t_min to 0: not with t=, and not with the adjoint, which has no part in it"
         )
     if steps is not None or grid is not None:
         if given := [name for name, value in adaptive.items() if value is not None]:
             raise ValueError(f"{' and '.join(given)} are of an adaptive solve, steps and grid of a table: give either")
         if differentiable == "adjoint":
-            raise ValueError('differentiable="adjoint" is for an adaptive solve: drop steps= and grid=, or give True')
+            raise ArgumentError(
+                'differentiable="adjoint" is for an adaptive solve: drop steps= and grid=, or give True'
+            )
         solver = UniPC(4, view="v") if solver is None else solver
         up = _table_grid(sde, solver, steps, grid, start, t).reversed()
         start = float(up.times[0])
@@ -272,23 +274,23 @@ def density_run(
 
 def _time(sde: SDE, t: float) -> float:
     if isinstance(t, bool) or not isinstance(t, Real) or not 0 < t < sde.t_max:
-        raise ValueError(f"t={t}: expected a time in (0, {sde.t_max}) of {sde!r}")
+        raise ArgumentError(f"t={t}: expected a time in (0, {sde.t_max}) of {sde!r}")
     return float(t)
 
 
 def _table_grid(sde: SDE, solver: Solver, steps: int | None, grid: Grid | None, start: float, t: float | None) -> Grid:
     """The decreasing grid of a table: from t_max to where x stands."""
     if steps is not None and grid is not None:
-        raise ValueError("give at most one of steps= and grid=")
+        raise ArgumentError("give at most one of steps= and grid=")
     if not isinstance(solver, Solver) or not solver.has_table:
         raise ValueError(f"solver={solver!r}: expected a solver with a table, UniPC(4, view='v') say")
     own = grid is None
     _, grid = choose(sde, solver, steps, None, grid, end=start)
     first, last = float(grid.times[0]), float(grid.times[-1])
     if own and last != start:
-        raise ValueError(f"t={t}: a grid of {sde!r} ends at a node, {last}: give that, or no steps=")
+        raise ArgumentError(f"t={t}: a grid of {sde!r} ends at a node, {last}: give that, or no steps=")
     if first != sde.t_max:
         raise ValueError(f"the grid starts at {first}: a density needs the prior, at {sde.t_max}")
     if t is not None and last != t:
-        raise ValueError(f"the grid ends at {last}, but x stands at t={t}: end it there")
+        raise ArgumentError(f"the grid ends at {last}, but x stands at t={t}: end it there")
     return grid

@@ -221,7 +221,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: if there is no preset of that size.
         """
-        check_option(PRESETS, size=size)
+        check_option(PRESETS, preset=size)
         return cls(**{**PRESETS[size], **overrides})
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | int | None = None, **cond: Tensor | None) -> Tensor:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count, check_tolerances
+from scoresde.checks import ArgumentError, check_count, check_tolerances
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
@@ -110,7 +110,7 @@ class AdaptiveODE(Budgeted):
             raise ValueError(_NO_GRADIENTS.format(self.method))
         share = self._share(len(x))
         if self.rtol / share < _DIGITS:
-            raise ValueError(
+            raise ArgumentError(
                 f"rtol={self.rtol} for {len(x)} samples: float64 does not have the digits, take {_DIGITS * share:.1g}"
             )
         motion, first = Motion(denoiser, cond, x.dtype, times, 0.0, self.max_nfe), self.first_step

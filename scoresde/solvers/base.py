@@ -12,7 +12,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count
+from scoresde.checks import ArgumentError, check_count
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import Noise, NoiseSource, as_source
@@ -90,7 +90,7 @@ class Solver:
             return most
         steps = bisect_right(range(1, most), nfe, key=lambda n: self.evaluations(grid(sde, n)) or 0)
         if steps == 0:
-            raise ValueError(f"{self!r} needs more than nfe={nfe} evaluations for a single step")
+            raise ArgumentError(f"{self!r} needs more than nfe={nfe} evaluations for a single step")
         return steps
 
     @final

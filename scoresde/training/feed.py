@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.data.arrays import digest
 from scoresde.data.loader import loader
 from scoresde.data.order import Order
@@ -123,6 +124,6 @@ def split(size: int, accumulate: int, rank: int, world: int) -> list[tuple[int, 
     each = -(-accumulate // world)
     M = each * world
     if size < M:
-        raise ValueError(f"batch_size={size}: {world} processes and accumulate={accumulate} make {M} parts of it")
+        raise ArgumentError(f"batch_size={size}: {world} processes and accumulate={accumulate} make {M} parts of it")
     edges = [size * k // M for k in range(M + 1)]
     return [(edges[k], edges[k + 1]) for k in range(rank * each, (rank + 1) * each)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import scoresde.nn as networks
-from scoresde.checks import check_keys, check_option
+from scoresde.checks import ArgumentError, check_keys, check_option
 from scoresde.denoiser import (
     EDMDenoiser,
     EpsDenoiser,
@@ -87,7 +87,7 @@ class ModelConfig:
         sde_of(self.sde, self.sde_options)  # raises on options that it has not
         check_keys(f"network {self.network!r}", self.options, inspect.signature(self._class).parameters)
         if self.preset is not None and not hasattr(self._class, "preset"):
-            raise ValueError(f"preset={self.preset!r}: network {self.network!r} has no presets")
+            raise ArgumentError(f"preset={self.preset!r}: network {self.network!r} has no presets")
         if self.sigma_data is not None and self.predicts != "edm":
             raise ValueError(f"sigma_data={self.sigma_data} is of predicts='edm', not of {self.predicts!r}")
 

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
+
 __all__ = ["Voice", "agreed", "by_first", "gathered", "local", "rank", "start", "together", "total", "world"]
 
 T = TypeVar("T")
@@ -57,7 +59,7 @@ def start(device: torch.device | str | None = None) -> Iterator[torch.device]:
     if chosen.type == "cuda":
         if chosen.index is None:
             if local >= torch.cuda.device_count():
-                raise ValueError(
+                raise ArgumentError(
                     f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many "
                     "with torchrun --nproc-per-node, or take device='cpu'"
                 )
