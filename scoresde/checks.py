@@ -31,12 +31,20 @@ class ArgumentError(ValueError):
     """An argument is wrong. The message names it as Python does, with its value or without: `n=0: ...`, `give size=`.
     So a command line, whose flags they were, can name these in their place (`scoresde.cli.common.command_parser`).
 
+    Args:
+        message: its arguments are called otherwise on a command line.
+        quoted: what follows it: of another's arguments, whose names stay.
+
     >>> error = ArgumentError("n=0: expected 1 at least; DDIM(n=2) goes without size=")
     >>> str(error)
     'n=0: expected 1 at least; DDIM(n=2) goes without size='
     >>> error.by({"n": "--number", "size": "--size"})
     '--number 0: expected 1 at least; DDIM(n=2) goes without --size'
     """
+
+    def __init__(self, message: str, quoted: str = "") -> None:
+        super().__init__(message + quoted)
+        self.message, self.quoted = message, quoted
 
     def by(self, names: Mapping[str, str]) -> str:
         """The message with other names for arguments; what stands in the parentheses of a call is the call's."""
@@ -51,7 +59,7 @@ class ArgumentError(ValueError):
                 return found[0]
             return names[found["name"]] + ("" if found["alone"] is not None else " ")
 
-        return _NAMED.sub(renamed, str(self))
+        return _NAMED.sub(renamed, self.message) + self.quoted
 
 
 _NAMED = re.compile(r"(?P<call>(?<=\w)\()|[()]|(?<![\w.])(?P<name>[a-z_]+)=(?P<alone>(?=[\s,;:.]|$))?")
@@ -68,18 +76,18 @@ def nearest(value: object, options: Iterable[object]) -> Any:
     return texts[found[0]] if found else None
 
 
-def one_of(value: object, options: Collection[object], many: int = 24) -> str:
-    """What was expected in the place of a value, in words: the nearest option first; of many, it alone.
+def one_of(value: object, options: Collection[object]) -> str:
+    """What was expected in a value's place, in words: the nearest of the options first, and all unless they are many.
 
-    >>> one_of("karas", ["uniform", "karras"])
-    "expected 'karras', or one of 'uniform', 'karras'"
-    >>> one_of("a", ["uniform", "karras"])
-    "expected one of 'uniform', 'karras'"
+    >>> one_of("karas", ["uniform", "karras"]), one_of("a", ["uniform", "karras"])
+    ("expected 'karras', or one of 'uniform'", "expected one of 'uniform', 'karras'")
+    >>> one_of("17", [str(n) for n in range(170, 270)])
+    "expected '170', or one of 99 others"
     """
-    near, names = nearest(value, options), ", ".join(map(repr, options))
-    if near is None:
-        return f"expected one of {names}"
-    return f"expected {near!r}, or one of {names if len(options) <= many else f'the other {len(options) - 1}'}"
+    near = nearest(value, options)
+    others = [option for option in options if near is None or option != near]
+    names = ", ".join(map(repr, others)) if len(others) < 24 else f"{len(others)}{'' if near is None else ' others'}"
+    return f"expected {'' if near is None else f'{near!r}, or '}one of {names}"
 
 
 def check_option(options: Collection[Any], **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all; and texts that were in files, read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["sync", "write_flushed", "write_whole"]
+__all__ = ["parsed", "sync", "write_flushed", "write_whole"]
+
+
+def parsed(parse: Callable[[str], Any], text: str) -> Any:
+    """What `json.loads`, `tomllib.loads` or another parser makes of a text.
+
+    Raises:
+        ValueError: as the parser; and where the text is nested too deeply for it.
+    """
+    try:
+        return parse(text)
+    except (RecursionError, MemoryError) as error:
+        raise ValueError("it is nested too deeply to be read") from error
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:

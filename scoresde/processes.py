@@ -12,6 +12,7 @@ import torch
 from scoresde import schedules
 from scoresde.chain import DDPMChain
 from scoresde.checks import check_keys, check_option
+from scoresde.files import parsed
 from scoresde.sde import SDE
 
 __all__ = ["SDES", "sde_from", "sde_name", "sde_of"]
@@ -68,7 +69,7 @@ def sde_from(text: str, arrays: Mapping[str, Any]) -> SDE | None:
         if "betas" in arrays:
             made = DDPMChain(torch.as_tensor(arrays["betas"]))
         else:
-            call = ast.parse(call_text, mode="eval").body
+            call = parsed(lambda text: ast.parse(text, mode="eval").body, call_text)
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
                 return None
             kinds = {kind.__name__: kind for kind in SDES.values() if isinstance(kind, type)}

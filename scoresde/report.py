@@ -4,19 +4,23 @@ user names as MODULE:NAME to have measured.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import sysconfig
+import traceback
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from scoresde.files import write_whole
+from scoresde.checks import nearest
+from scoresde.files import parsed, write_whole
 
-__all__ = ["Cells", "attribute", "table", "without_nan", "write_json"]
+__all__ = ["Cells", "attribute", "table", "theirs", "without_nan", "write_json"]
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -47,24 +51,44 @@ def without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+@contextlib.contextmanager
+def theirs(what: str) -> Iterator[None]:
+    """The user's own code runs. What it raises is told in a line: which error, and the last line of it that ran.
+
+    Raises:
+        ImportError: instead of one.
+        ValueError: instead of any other error.
+    """
+    try:
+        yield
+    except Exception as error:
+        elsewhere = (str(Path(__file__).parent), "site-packages", "<frozen", sysconfig.get_paths()["stdlib"])
+        lines = [
+            f"{Path(frame.filename).name}, line {frame.lineno}: "
+            for frame in traceback.extract_tb(error.__traceback__)
+            if not any(part in frame.filename for part in elsewhere)
+        ]
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(f"{what}: {''.join(lines[-1:])}{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
 def attribute(option: str, text: str) -> tuple[Any, ModuleType]:
     """What MODULE:NAME is, and its module; the working folder is looked in too.
 
     Raises:
         ImportError: if the module cannot be imported.
-        ValueError: if it has no such name.
+        ValueError: if it has no such name, or raises something else.
     """
     module_name, _, name = text.partition(":")
     if not module_name or not name:
         raise ValueError(f"{option} {text!r}: expected MODULE:NAME, my_model:denoiser say")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # a console script's path does not have it
-    try:
+    with theirs(f"{option} {text}"):
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ImportError(f"{option} {text}: {error}") from error
     if not hasattr(module, name):
-        raise ValueError(f"{option} {text}: {module.__name__} has no {name!r}")
+        near = nearest(name, (known for known in vars(module) if not known.startswith("_")))
+        raise ValueError(f"{option} {text}: {module.__name__} has no {name!r}{f': {near!r} say' if near else ''}")
     return getattr(module, name), module
 
 
@@ -128,7 +152,7 @@ class Cells:
     def _check(self, line: str) -> None:
         made_for = self.made_for
         try:
-            head = json.loads(line)
+            head = parsed(json.loads, line)
             known, theirs = head["format"] == self.format, dict(head["made_for"])
         except (ValueError, TypeError, KeyError):
             known, theirs = False, {}
@@ -147,7 +171,7 @@ class Cells:
 
     def _parse(self, number: int, line: str) -> dict[str, Any]:
         try:
-            record = dict(json.loads(line))
+            record = dict(parsed(json.loads, line))
             self.key(record)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(

@@ -17,6 +17,8 @@ options.py     what a command was given: a frozen dataclass that declares its ar
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -27,7 +29,7 @@ import torch
 from scoresde.cli import compare, edit, evaluate, export, info, likelihood, restore, sample, train, variance
 from scoresde.cli.common import command_parser, sigterm
 from scoresde.cli.drawing import GRIDS
-from scoresde.cli.options import Options
+from scoresde.cli.options import Options, Parser
 from scoresde.errors import CheckpointError
 from scoresde.processes import SDES
 from scoresde.solvers.catalogue import SOLVERS
@@ -66,7 +68,7 @@ COMMANDS: list[tuple[Any, type[Options]]] = [
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of all commands."""
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="scoresde",
         description="Score-based generative models: SDEs, denoisers and solvers.",
         epilog=EXAMPLES,
@@ -81,6 +83,15 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def said(error: BaseException) -> str:
+    """An error as a line; the system's own with the file first, and without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return (
+            f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror[0].lower()}{error.strerror[1:]}"
+        )
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 2 where an argument or a file is wrong, 1 where numbers are not
     finite or a budget ran out, 130 after Ctrl-C, 143 after SIGTERM.
@@ -89,16 +100,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with sigterm():
             args.action(args)
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (TypeError, ValueError, ImportError, OSError, CheckpointError, ArithmeticError) as error:
-        print(f"scoresde: {error}", file=sys.stderr)
+        print(f"scoresde: {said(error)}", file=sys.stderr)
         return 1 if isinstance(error, ArithmeticError) else 2
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"scoresde: {error} (a smaller --batch-size needs less)", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not str(error).startswith("rank 0 failed"):  # which then says why itself
+    except (MemoryError, RuntimeError) as error:
+        if str(error).startswith("rank 0 failed"):  # which then says why itself
+            return 2
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        return 2
+        print(f"scoresde: out of memory, a smaller --batch-size needs less: {said(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:

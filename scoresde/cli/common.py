@@ -50,10 +50,12 @@ class SessionOptions(Options):
             chosen = None if self.device is None else torch.device(self.device)
             if chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available():
                 raise RuntimeError("there is no GPU that torch can use")
+            if chosen is not None and chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+                raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs, cuda:0 the first")
             if chosen is not None and chosen.type != "cuda":  # which would open the first GPU in every process
-                torch.empty(0, device=chosen)
+                torch.zeros(1, device=chosen).item()  # meta, say, holds no number
         except (RuntimeError, AssertionError) as error:  # no such device, or not in this build
-            raise ValueError(f"--device {self.device}: {error}") from error
+            raise ValueError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
         with parallel.start(chosen) as found:
             yield found
 

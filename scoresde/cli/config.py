@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count, check_keys, check_option
+from scoresde.checks import check_count, check_keys, check_option, one_of
 from scoresde.data import Condition, Given, ImageFolder, Shown, TrainingData, condition_of, training_data
-from scoresde.files import write_whole
+from scoresde.files import parsed, write_whole
 from scoresde.metrics import METRICS
 from scoresde.sde import SDE
 from scoresde.training.config import TrainConfig
@@ -295,7 +295,7 @@ def section(kind: type[T], name: str, settings: Mapping[str, Any]) -> T:
         value, hint = settings[key], get_type_hints(kind)[key]
         given = f"{name}.{key}[{index}] = {value[int(index)]!r}" if index else f"{name}.{key} = {value!r}"
         choices = [get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is Literal]
-        words = f"expected one of {', '.join(map(repr, choices[0]))}" if choices else what[0].lower() + what[1:]
+        words = one_of(value, choices[0]) if choices else what[0].lower() + what[1:]
         raise ValueError(f"{given}: {words}") from error
 
 
@@ -320,7 +320,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         ValueError: if it is none; the message names it.
     """
     try:
-        return tomllib.loads(path.read_text())
+        settings: dict[str, Any] = parsed(tomllib.loads, path.read_text())
+        return settings
     except ValueError as error:  # tomllib's own and UnicodeDecodeError
         raise ValueError(f"{path} is no TOML: {error}") from error
 
@@ -362,8 +363,8 @@ def override(settings: dict[str, Any], changes: Iterable[str]) -> None:
 
 def _parsed(change: str, text: str) -> Any:
     try:
-        found = tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
-    except tomllib.TOMLDecodeError as error:
+        found = parsed(tomllib.loads, f"value = {text}")["value"] if "\n" not in text else text
+    except ValueError as error:
         if not text or text[0] in "[{\"'":
             raise ValueError(f"--set {change!r}: {text or 'nothing'} is no TOML value ({error})") from error
         return text

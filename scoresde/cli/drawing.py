@@ -199,7 +199,7 @@ class DrawOptions(Options):
     clip: bool = option("clip the posterior mean to [-1, 1] at each evaluation")
     variance: Path | None = option(
         "from `scoresde variance`: the optimal variance (Analytic-DPM), for one-step solvers (ddpm, ddim, ...)",
-        metavar="TABLE.npz")  # fmt: skip
+        metavar="TABLE.npz", reads=True)  # fmt: skip
     batch_size: int = option("samples that the network takes at once (64)", 64, "N")
 
 

@@ -61,7 +61,7 @@ class EditOptions(Options):
     )
     to_class: str | None = option("of the results: the same as --class", metavar="K", group="the edit", dest="label")
     keep: Path | None = option(
-        "an image whose white pixels stay as they are in the inputs", metavar="MASK", group="the edit"
+        "an image whose white pixels stay as they are in the inputs", metavar="MASK", group="the edit", reads=True
     )
     variations: int | None = option("how many of each input", metavar="K", group="the edit")
     interpolate: list[int] | None = option(

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from scoresde.checks import check_count
 from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, going_on, record
 from scoresde.cli.measuring import DataOptions
-from scoresde.cli.models import About, DenoiserOptions, Model, digest, is_run, open_run
+from scoresde.cli.models import About, DenoiserOptions, Model, check_takes, digest, is_run, open_run
 from scoresde.cli.options import Options, option, part
 from scoresde.data import Data, TrainingData, read_data
 from scoresde.errors import NonFiniteError, not_finite
@@ -169,6 +169,7 @@ def _job(options: LikelihoodOptions, device: torch.device) -> _Job:
             raise ValueError("--denoiser needs data: scoresde likelihood DATA --denoiser MODULE:NAME")
         denoiser, made_for = options.own.load(None if options.session.device is None else device)
         data = read_data(source, size=which.size, mode=which.mode, download=which.download)
+        check_takes(options.own.denoiser, denoiser, tuple(data.x.shape[1:]))
         model = Model(denoiser, About(tuple(data.x.shape[1:])), made_for)
         return _Job(replace(options, data=replace(which, data=source)), model, data, None)
     if options.source is None:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from scoresde.checks import nearest
 from scoresde.cli.common import DATA_HELP, SessionOptions
 from scoresde.cli.config import DataConfig
 from scoresde.cli.models import Model
@@ -180,6 +181,7 @@ def features_of(
     elif kind and argument:
         found = attribute("--features", name)[0]
     else:
-        raise ValueError(f"--features {name!r}: expected {FEATURES_HELP}")
+        near = nearest(name, (*WEIGHTS, "random", "pixels", "inception"))
+        raise ValueError(f"--features {name!r}: expected {'' if near is None else f'{near!r}, or '}{FEATURES_HELP}")
     found(reference[:2])  # images that do not fit it are named here, before any work
     return found

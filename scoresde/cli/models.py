@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count
+from scoresde.checks import check_count, one_of
 from scoresde.cli.common import SessionOptions
 from scoresde.cli.config import DataConfig, RunConfig, read_toml
 from scoresde.cli.images import is_picture
@@ -23,7 +23,8 @@ from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData
 from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser, networks
-from scoresde.report import attribute, write_json
+from scoresde.files import parsed
+from scoresde.report import attribute, theirs, write_json
 from scoresde.training import CheckpointError
 from scoresde.training.folder import Checkpoint
 from scoresde.training.model import load, opened
@@ -36,6 +37,7 @@ __all__ = [
     "DenoiserOptions",
     "Model",
     "ModelOptions",
+    "check_takes",
     "digest",
     "folder_of",
     "load_denoiser",
@@ -87,7 +89,7 @@ class About:
         if not path.exists():
             return None
         try:
-            found = json.loads(path.read_text())
+            found = parsed(json.loads, path.read_text())
             told = tuple(map(str, found.get("conditions", ())))  # which runs of before they were there have not
             return cls(**{**found, "shape": tuple(int(n) for n in found["shape"]), "conditions": told})
         except (ValueError, TypeError, KeyError) as error:
@@ -175,7 +177,8 @@ class Model:
         if K is None:
             raise ValueError(f"{flag} {text}: the model has no classes (`scoresde train --classes` makes them)")
         if not text.isdecimal() or int(text) >= K:
-            raise ValueError(f"{flag} {text}: there are {K}, 0 to {K - 1}{': ' * bool(names)}{', '.join(names)}")
+            named = f"; by name, {one_of(text, names)}" if names else ""
+            raise ValueError(f"{flag} {text}: there are {K}, 0 to {K - 1}{named}")
         return int(text)
 
     def labels(self, chosen: int | None, items: range) -> dict[str, Tensor]:
@@ -202,7 +205,7 @@ class DenoiserOptions(Options):
     """A denoiser of the user's own."""
 
     denoiser: str | None = option("a Denoiser, or a function that returns one", metavar="MODULE:NAME")
-    checkpoint: Path | None = option("given to that function, as its only argument", metavar="FILE")
+    checkpoint: Path | None = option("given to that function, as its only argument", metavar="FILE", reads=True)
 
     def load(self, moved: torch.device | None) -> tuple[Denoiser, dict[str, str]]:
         """It, moved to a device unless that is None, and what tells it from others: as `load_denoiser` and `placed`."""
@@ -235,6 +238,7 @@ class ModelOptions(DenoiserOptions):
         for n in self.shape:
             check_count(shape=n)
         denoiser, made_for = self.load(None if session.device is None else device)
+        check_takes(self.denoiser, denoiser, tuple(self.shape))
         return Model(denoiser, About(tuple(self.shape), 256 if is_picture(self.shape) else None), made_for)
 
 
@@ -276,16 +280,14 @@ def load_denoiser(text: str, checkpoint: Path | None = None) -> tuple[Denoiser, 
 
     Raises:
         ImportError: if the module cannot be imported.
-        ValueError: if it has no such name, or that is no Denoiser and makes none.
-        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it has no such name, or that is no Denoiser and makes none; if it raises something itself.
     """
-    if checkpoint is not None and not checkpoint.is_file():
-        raise FileNotFoundError(f"--checkpoint {checkpoint}: there is no such file")
     found, module = attribute("--denoiser", text)
     if isinstance(found, Denoiser) and checkpoint is not None:
         raise ValueError(f"--denoiser {text} is a Denoiser already: with --checkpoint, name a function of its path")
     if not isinstance(found, Denoiser) and callable(found):
-        found = found() if checkpoint is None else found(checkpoint)
+        with theirs(f"--denoiser {text}"):
+            found = found() if checkpoint is None else found(checkpoint)
     if not isinstance(found, Denoiser):
         raise ValueError(f"--denoiser {text} gives {type(found).__name__}: expected a scoresde Denoiser")
     return found, {
@@ -293,6 +295,14 @@ def load_denoiser(text: str, checkpoint: Path | None = None) -> tuple[Denoiser, 
         "checkpoint": "none" if checkpoint is None else sha(checkpoint.read_bytes()),
         "weights": _weights_digest(found),
     }
+
+
+def check_takes(text: str | None, denoiser: Denoiser, shape: tuple[int, ...]) -> None:
+    """Raises ValueError, with what the network says, if --denoiser takes no item of that shape: one evaluation."""
+    sde = denoiser.sde
+    t = sde.snapped(torch.tensor([sde.t_max / 2], dtype=torch.float64, device="cpu"))
+    with torch.no_grad(), theirs(f"--denoiser {text}, given an item of shape {shape}"):
+        denoiser(torch.zeros(1, *shape, device=denoiser.device), t)
 
 
 def placed(denoiser: Denoiser, device: str | None) -> Denoiser:

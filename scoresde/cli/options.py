@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["Options", "option", "part"]
+from scoresde.checks import nearest, one_of
+
+__all__ = ["Options", "Parser", "check_readable", "option", "part"]
+
+
+class Parser(argparse.ArgumentParser):
+    """It says which name is nearest to one that it does not know; a command's own parser says so with its own usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        for word in rest:
+            near = nearest(word.partition("=")[0], self._option_string_actions) if word.startswith("-") else None
+            self.error(f"unrecognized argument {word}" + (f": {near} is the nearest that there is" if near else ""))
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action.choices, Collection) and value not in action.choices:
+            raise argparse.ArgumentError(action, f"{value!r}: {one_of(value, action.choices)}")
 
 
 class Options:
@@ -27,7 +46,7 @@ class Options:
             changes: by the fields' names what differs from what they say; False leaves one out, with its default.
         """
         for own, kind, _ in _arguments(cls):
-            how = dict(own.metadata)
+            how = {key: value for key, value in own.metadata.items() if key != "reads"}
             if (where := how.pop("group", title)) not in groups:
                 groups[where] = groups[""].add_argument_group(where)
             if issubclass(kind, Options):
@@ -39,7 +58,11 @@ class Options:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
-        """From what was parsed."""
+        """From what was parsed.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: if a file that is to be read is not there, or is a folder.
+        """
         found: dict[str, Any] = {}
         for own, kind, optional in _arguments(cls):
             if issubclass(kind, Options):
@@ -47,11 +70,14 @@ class Options:
                 found[own.name] = group if group.given() or not optional else None
             else:
                 found[own.name] = getattr(args, _dest(own))
+                if own.metadata.get("reads") and found[own.name] is not None:
+                    check_readable(_flags(own.name, own.metadata)[0], found[own.name])
         return cls(**found)
 
     @classmethod
     def flags(cls, **changes: Any) -> dict[str, str]:
-        """The flag of each argument by what Python calls it: its field's name, or its entry's in a configuration.
+        """The flag of each argument by what Python calls it: its field's name, its entry's in a configuration; of
+        several, that of one. An argument without a flag has its own name.
 
         An `ArgumentError` of anything that a command calls is told with them (`command_parser`).
         """
@@ -60,8 +86,9 @@ class Options:
             how = {name: value for name, value in own.metadata.items() if name != "group"}
             if issubclass(kind, Options):
                 found |= kind.flags(**how)
-            elif changes.get(own.name) is not False and (flag := _flags(own.name, how)[0]).startswith("-"):
-                found |= {own.name: flag, _dest(own).rpartition(".")[2]: flag}
+            elif changes.get(own.name) is not False:
+                names = {own.name, _dest(own).rpartition(".")[2], own.name.removesuffix("s" * ("nargs" in how))}
+                found |= dict.fromkeys(names, _flags(own.name, how)[0])
         return found
 
     def flat(self) -> dict[str, Any]:
@@ -87,6 +114,7 @@ def option(help: str, default: Any = None, metavar: Any = None, **how: Any) -> A
         flags: its names, if they are not that of the field.
         group: title of its group in the help; "" for none.
         dest: name of what is parsed, if it is not that of the field.
+        reads: it is a file, which must be there.
     """
     return field(metadata={"help": help, "default": default, "metavar": metavar, **how})
 
@@ -94,6 +122,16 @@ def option(help: str, default: Any = None, metavar: Any = None, **how: Any) -> A
 def part(group: str | None = None, **changes: Any) -> Any:
     """A field that is `Options`, under a title in the help, with changes of its options."""
     return field(metadata=changes if group is None else {"group": group, **changes})
+
+
+def check_readable(flag: str, path: Path) -> None:
+    """Raises FileNotFoundError, IsADirectoryError or PermissionError unless a file can be read."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{flag} {path} is a folder: give a file")
+    if not path.exists():
+        raise FileNotFoundError(f"{flag} {path}: there is no such file")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{flag} {path}: it may not be read")
 
 
 def _dest(own: Any) -> str:
@@ -111,7 +149,7 @@ def _arguments(options: Any) -> Iterator[tuple[Any, Any, bool]]:
         yield own, kind if isinstance(kind, type) else str, optional
 
 
-def _flags(name: str, how: dict[str, Any]) -> tuple[str, ...]:
+def _flags(name: str, how: Mapping[str, Any]) -> tuple[str, ...]:
     """What an argument is called on the command line."""
     flags: tuple[str, ...] = how.get("flags", ("--" + name.replace("_", "-"),))
     return flags

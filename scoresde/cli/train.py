@@ -106,7 +106,7 @@ class TrainOptions(Options):
 
     out: Path = option("of the run", metavar="FOLDER", required=True)
     data: str | None = option(DATA_HELP, metavar="DATA", dest="data.source")
-    config: Path | None = option("sections data, model, loss, train and evaluate", metavar="FILE.toml")
+    config: Path | None = option("sections data, model, loss, train and evaluate", metavar="FILE.toml", reads=True)
     changes: list[str] = option(
         "an entry of the configuration, as in TOML; as often as you like", [], "SECTION.KEY=VALUE", flags=("--set",),
         action="append")  # fmt: skip

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scoresde.checks import check_count, check_option
+from scoresde.checks import ArgumentError, check_count, check_option, one_of
 from scoresde.data.conditions import Condition, Given, same_number
 from scoresde.data.folder import ImageFolder
 from scoresde.data.shown import Shown
@@ -338,8 +338,8 @@ def condition_of(text: str, *, size: int | tuple[int, int] | None = None, lazy: 
             return Given(found if lazy else found.batch(range(len(found))), 256)
         return Given(found.x, found.levels or (256 if found.x.dtype == torch.uint8 else None))
     if name not in TASKS:
-        raise ValueError(f"condition {text!r}: expected {', '.join(TASKS)}, or given:PATH")
+        raise ArgumentError(f"condition={text!r}: {one_of(name, TASKS)}, or given:PATH")
     try:
         return TASKS[name](argument)
     except ValueError as error:
-        raise ValueError(f"condition {text!r}: {error}") from error
+        raise ArgumentError(f"condition={text!r}: ", str(error)) from error

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from inspect import signature
 
+from scoresde.checks import ArgumentError, check_keys, one_of
+from scoresde.files import parsed
 from scoresde.solvers import (
     adaptive_ode,
     adaptive_sde,
@@ -213,16 +216,22 @@ def solver_of(text: str) -> Solver:
     if (name := ALIASES.get(text, text)) in SOLVERS:
         return SOLVERS[name].solver
     try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise ValueError(f"{text} is no call")
-        made = _CLASSES[call.func.id]
+        call = parsed(lambda text: ast.parse(text, mode="eval").body, text.strip())
+    except (SyntaxError, ValueError):
+        call = None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        listed = one_of(text, [*SOLVERS, *ALIASES])
+        raise ArgumentError(f"solver={text!r}: {listed} that `scoresde solvers` lists, or a call, 'DDIM(eta=0.2)' say")
+    if (made := _CLASSES.get(call.func.id)) is None:
+        raise ArgumentError(f"solver={text!r}: {one_of(call.func.id, _CLASSES)}")
+    try:
         args = [ast.literal_eval(arg) for arg in call.args]
         options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, KeyError) as error:
-        names = ", ".join(SOLVERS)
-        raise ValueError(f"solver {text}: expected a call, 'DDIM(eta=0.2)' say, or one of {names}") from error
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(f"solver={text!r}: expected numbers, texts and lists for its arguments") from error
     try:
+        check_keys(made.__name__, options, (known := signature(made)).parameters)
+        known.bind(*args, **options)
         return made(*args, **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"solver {text}: {error}") from error
+        raise ArgumentError(f"solver={text!r}: ", str(error)) from error

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from scoresde.errors import CheckpointError
-from scoresde.files import sync, write_flushed
+from scoresde.files import parsed, sync, write_flushed
 from scoresde.training import whole_files
 from scoresde.training.whole_files import OPTIMISER, check_safetensors
 
@@ -74,7 +74,7 @@ class Checkpoint:
         """
         where = path / MANIFEST
         try:
-            manifest = json.loads(where.read_text())
+            manifest = parsed(json.loads, where.read_text())
         except (OSError, ValueError) as error:
             raise DamagedError(f"{where} cannot be read: missing, truncated or damaged ({error})") from error
         if not isinstance(manifest, dict) or manifest.get("format") not in (WHOLE, SHARDED):

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError, one_of
 from scoresde.sde import SDE
 from scoresde.views import VIEWS, view_of_mean
 
@@ -55,7 +56,7 @@ def simple(sde: SDE, t: Tensor) -> Tensor:
 def uniform_in(view: str) -> Weighting:
     """Weight 1 on the error of that view ("x0", "v", "velocity", ...): |F_hat - F|^2 / d. "eps" is `simple`."""
     if view not in VIEWS:
-        raise ValueError(f"view={view!r}: expected one of {', '.join(VIEWS)}")
+        raise ArgumentError(f"view={view!r}: {one_of(view, VIEWS)}")
 
     def weight(sde: SDE, t: Tensor) -> Tensor:
         _, q = view_of_mean(view, sde, t)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from scoresde.checks import ArgumentError, nearest
 from scoresde.data.folder import read_image
 from scoresde.guidance.operators.base import Operator
 from scoresde.guidance.operators.imaging import Blur, Downsample, Grey
@@ -31,13 +32,15 @@ def operator_of(text: str, shape: Shape) -> Operator:
     """
     name, _, argument = text.partition(":")
     if name not in OPERATORS:
-        raise ValueError(f"operator {text}: expected {', '.join(usage for usage, _ in OPERATORS.values())}")
+        near = nearest(name, OPERATORS)
+        hint = "" if near is None else f"{OPERATORS[near][0]}, or one of "
+        raise ArgumentError(f"operator={text!r}: expected {hint}{', '.join(usage for usage, _ in OPERATORS.values())}")
     usage, make = OPERATORS[name]
     try:
         A = make(argument, shape)
         A(torch.zeros(1, *shape))
     except ValueError as error:
-        raise ValueError(f"operator {text}: {error} (as in {usage})") from error
+        raise ArgumentError(f"operator={text!r}: ", f"{error} (as in {usage})") from error
     return A
 
 
