@@ -96,7 +96,7 @@ def test_law_equals_impulses(name):
         start = marginal(TARGET, table.grid.sde, table.grid.times[0])
         if x_T == "prior":
             std = table.grid.sde.prior_std_at(float(table.grid.times[0]))
-            start = Law(torch.zeros(4).double(), torch.full((4,), std**2).double())
+            start = Law(torch.zeros(4).double(), torch.full((4,), std**2, dtype=torch.float64))
         law = gaussian_law(table, GAUSSIAN, x_T=x_T)
         close(law.mean, factor * start.mean + constant, 1e-12 * scale)
         close(law.variances, factor**2 * start.variances + variance, 1e-12 * scale)
