@@ -23,11 +23,18 @@ class DDPMChain(VariancePreserving):
     Node n has alpha_n^2 = prod_{i<=n} (1 - beta_i), and t = 0 is the data. Between nodes log alpha is linear in t: the
     VP SDE of rate beta(t) = -log(1 - beta_n) on (n - 1, n], which has the chain as its exact discretisation.
 
+    With beta_N = 1 node N is pure noise (zero terminal SNR; Lin et al., 2024, "Common diffusion noise schedules and
+    sample steps are flawed"), which x0, v and velocity networks can be trained on and sampled from. Log alpha has no
+    line to minus infinity, so between the last two nodes alpha itself is linear in t, as on `FlowSDE`.
+
     Args:
-        betas: beta_1..beta_N, each in (0, 1); by default the linear schedule of DDPM with N = 1000.
+        betas: beta_1..beta_N, each in (0, 1), but that beta_N may be 1; by default the linear schedule of DDPM with
+            N = 1000.
 
     Raises:
-        ValueError: if betas is not one-dimensional, is empty, or leaves (0, 1).
+        ValueError: if betas is not one-dimensional, is empty, or leaves (0, 1); if it is no schedule of betas: falling
+            from above 1/2, as alphas and their products do, or with no signal left in float32 before the last node, as
+            1 minus these products.
 
     >>> DDPMChain.cosine(1000).t_max
     1000.0
@@ -39,9 +46,14 @@ class DDPMChain(VariancePreserving):
         betas = _linear_betas(1000) if betas is None else torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas has shape {tuple(betas.shape)}: expected one dimension, beta_1..beta_N")
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            worst = int(((betas > 0) & (betas < 1)).int().argmin())
-            raise ValueError(f"beta_{worst + 1} = {float(betas[worst])}: each beta must lie in (0, 1)")
+        inside = (betas > 0) & (betas < 1)
+        inside[-1] |= betas[-1] == 1
+        if not bool(inside.all()):
+            worst = int(inside.int().argmin())
+            raise ValueError(
+                f"beta_{worst + 1} = {float(betas[worst])}: each beta must lie in (0, 1), the last one may be 1"
+            )
+        _check_meaning(betas)
         self.betas = betas.detach().clone()
         self.steps = len(betas)
         self.t_min, self.t_max = 1.0, float(self.steps)
@@ -55,7 +67,9 @@ class DDPMChain(VariancePreserving):
 
     @classmethod
     def cosine(cls, steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> DDPMChain:
-        """Cosine betas, beta_n = min(1 - abar_n / abar_{n-1}, max_beta) (Nichol and Dhariwal, 2021, eq. 17)."""
+        """Cosine betas, beta_n = min(1 - abar_n / abar_{n-1}, max_beta) (Nichol and Dhariwal, 2021, eq. 17); with
+        max_beta = 1 the last is 1.
+        """
         check_positive(steps=steps, s=s, max_beta=max_beta)
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
         cos2 = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
@@ -63,11 +77,11 @@ class DDPMChain(VariancePreserving):
 
     def _rates_and_integral(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """beta of each interval, (N,), and B at nodes 0..N, on the device and in the dtype of `like`; kept, so that a
-        loop on a GPU copies them once.
+        loop on a GPU copies them once. The last interval counts nothing where beta_N = 1: there alpha is linear.
         """
         key = (like.device, like.dtype)
         if key not in self._tables:
-            rates = -torch.log1p(-self.betas)
+            rates = torch.where(self.betas == 1, 0.0, -torch.log1p(-self.betas))
             B = torch.cat([rates.new_zeros(1), rates.cumsum(0)])
             self._tables[key] = rates.to(like), B.to(like)
         return self._tables[key]
@@ -76,19 +90,32 @@ class DDPMChain(VariancePreserving):
         """n of the interval (n - 1, n] that holds t."""
         return t.ceil().clamp(1, self.steps).long()
 
+    def _to_noise(self, t: Tensor) -> Tensor:
+        """Where alpha is linear in t, down to zero."""
+        return (self._interval(t) == self.steps) & bool(self.betas[-1] == 1)
+
     def beta(self, t: Time) -> Tensor:
         t = as_time(t)
-        return self._rates_and_integral(t)[0][self._interval(t) - 1]
+        rates = self._rates_and_integral(t)[0][self._interval(t) - 1]
+        return torch.where(self._to_noise(t), 2 / (self.steps - t), rates)
+
+    def alpha_dot(self, t: Time) -> Tensor:
+        t = as_time(t)
+        before = (-self._rates_and_integral(t)[1][-1] / 2).exp()  # alpha_{N-1}, where it is asked for
+        return torch.where(self._to_noise(t), -before, super().alpha_dot(t))
 
     def integrated_beta(self, t: Time) -> Tensor:
         t = as_time(t)
         (_, B), n = self._rates_and_integral(t), self._interval(t)
-        return torch.lerp(B[n - 1], B[n], t - (n - 1))
+        # alpha = alpha_{N-1} (N - t); elsewhere the argument is harmless, to the gradient too
+        left = torch.where(self._to_noise(t), self.steps - t, torch.ones_like(t))
+        return torch.lerp(B[n - 1], B[n], t - (n - 1)) - 2 * left.log()
 
     def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
         rates, B = self._rates_and_integral(integrated_beta)
         n = torch.searchsorted(B, integrated_beta.contiguous()).clamp(1, self.steps)
-        return (n - 1) + (integrated_beta - B[n - 1]) / rates[n - 1]
+        excess, rate = integrated_beta - B[n - 1], rates[n - 1]
+        return (n - 1) + torch.where(rate == 0, -torch.expm1(-excess / 2), excess / rate)
 
     def arrays(self) -> dict[str, Tensor]:
         return {"betas": self.betas}
@@ -102,6 +129,21 @@ class DDPMChain(VariancePreserving):
     def _call(self) -> str:
         digest = hashlib.sha256(self.betas.numpy().tobytes()).hexdigest()[:8]
         return f"DDPMChain(N={self.steps}, beta_1={self.betas[0]:.4g}, beta_N={self.betas[-1]:.4g}, sha256={digest})"
+
+
+def _check_meaning(betas: Tensor) -> None:
+    """Raises ValueError if they must be something else of the schedule: what the field also has an array of."""
+    first, last, before = float(betas[0]), float(betas[-1]), betas[:-1]
+    if last < first and first > 0.5 and bool((betas.diff() <= 0).all()):
+        raise ValueError(
+            f"betas fall from {first:.6g} to {last:.6g}, as alphas and their products do: give 1 - alphas, or of "
+            "the products abar 1 - abar_n / abar_{n-1} (abar_0 = 1)"
+        )
+    if float(torch.log1p(-before).sum() / 2) < math.log(torch.finfo(torch.float32).tiny):
+        raise ValueError(
+            f"betas up to {last:.6g} leave no signal before the last node (alpha_{{N-1}} = 0 in float32), as 1 "
+            "minus the products abar would: give 1 - abar_n / abar_{n-1} (abar_0 = 1)"
+        )
 
 
 def _linear_betas(steps: int, beta_min: float = 1e-4, beta_max: float = 0.02) -> Tensor:

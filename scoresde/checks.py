@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "ArgumentError",
     "check_count",
+    "check_finite",
     "check_keys",
     "check_nonnegative",
     "check_option",
@@ -116,6 +117,13 @@ def check_order(highest: int, **values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= highest:
             raise ArgumentError(f"{name}={value!r}: expected a whole number from 1 to {highest}")
+
+
+def check_finite(**values: float) -> None:
+    """Raises ArgumentError unless the named values are finite numbers."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ArgumentError(f"{name}={value!r}: expected a finite number")
 
 
 def check_nonnegative(**values: float) -> None:

@@ -16,9 +16,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_positive
 from scoresde.sde import SDE
 from scoresde.tensors import Time, as_time, check_batch, expand_like, known_any, precise, widen
-from scoresde.views import Affine, check_time, combine, first_where, mean_of_view, view_of_mean
+from scoresde.views import Affine, check_time, combine, first_where, mean_of_view, tells_nothing, view_of_mean
 
 __all__ = [
     "Denoiser",
@@ -175,7 +176,12 @@ class NetworkDenoiser(Denoiser):
         return next((p for p in parameters if p.is_floating_point()), None)
 
     def check_times(self, t: Tensor) -> None:
-        super().check_times(t)
+        (r, s), parameter = self.affine(t), self._parameter()
+        dtype = torch.float64 if parameter is None else torch.promote_types(parameter.dtype, torch.float32)
+        # D = r x + s N has no digit where 1 / r is below the rounding of x and N.
+        if known_any(lost := (r.abs() * torch.finfo(dtype).eps >= 1) | (s.abs() > torch.finfo(dtype).max)):
+            time = first_where(t, lost)
+            raise tells_nothing(self.predicts, self.sde, time, f"{float(self.sde.alpha(time)):.3g}, none in {dtype},")
         label = self.label(precise(t))
         if not isinstance(label, Tensor):
             raise ValueError(f"time returned {type(label).__name__} for a tensor t: expected a tensor of labels")
@@ -253,6 +259,8 @@ class NetworkDenoiser(Denoiser):
                 f"the network returned {found} for x of shape {tuple(x.shape)}: expected a tensor of that shape (take "
                 "the mean's channels of a network with learned variance, and the tensor out of an output object)"
             )
+        if not out.is_floating_point():
+            raise ValueError(f"the network returned {out.dtype}: expected floating-point numbers, as x has")
         if version is not None and seen._version != version:
             raise ValueError("the network changed its input in place: let it start with x = x.clone()")
         return out if out.dtype == x.dtype else out.to(x.dtype)
@@ -309,7 +317,7 @@ class EDMDenoiser(NetworkDenoiser):
         time: the label; by default ln(s) / 4 = -half_log_snr / 4.
 
     Raises:
-        ValueError: unless sigma_data > 0.
+        ValueError: unless sigma_data is finite and > 0.
     """
 
     predicts = "F"
@@ -323,8 +331,7 @@ class EDMDenoiser(NetworkDenoiser):
         time: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(net, sde, time=time)
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data={sigma_data}: expected a number > 0")
+        check_positive(sigma_data=sigma_data)
         self.sigma_data = sigma_data
 
     def with_net(self, net: Callable[..., Tensor]) -> EDMDenoiser:

@@ -157,10 +157,8 @@ class CosineVPSDE(VariancePreserving):
         )
         return difference / self._rate
 
-    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
-        t = as_time(t)
-        alpha_dot = -self._rate * torch.sin(self._rate * (t + self.s)) / math.cos(self._rate * self.s)
-        return alpha_dot, -self.alpha(t) * alpha_dot / self.sigma(t)  # finite at alpha = 0, where f is not
+    def alpha_dot(self, t: Time) -> Tensor:
+        return -self._rate * torch.sin(self._rate * (as_time(t) + self.s)) / math.cos(self._rate * self.s)
 
 
 class _VarianceExploding(SDE):

@@ -281,7 +281,11 @@ class VariancePreserving(SDE):
     def diffusion(self, t: Time) -> Tensor:
         return self.beta(t).sqrt()
 
+    def alpha_dot(self, t: Time) -> Tensor:
+        """alpha', finite at alpha = 0 too, where f is not."""
+        return self.drift(t) * self.alpha(t)
+
     def rates(self, t: Time) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        alpha_dot = self.drift(t) * alpha
-        return alpha_dot, -alpha * alpha_dot / sigma  # f sigma + g^2 / (2 sigma) would cancel where B is large
+        alpha_dot = self.alpha_dot(t)
+        # f sigma + g^2 / (2 sigma) would cancel where B is large
+        return alpha_dot, -self.alpha(t) * alpha_dot / self.sigma(t)

@@ -23,7 +23,7 @@ from scoresde.checks import ArgumentError, one_of
 from scoresde.sde import SDE
 from scoresde.tensors import Time, as_time, expand_like, known_any, widen
 
-__all__ = ["VIEWS", "Affine", "check_time", "combine", "first_where", "mean_of_view", "view_of_mean"]
+__all__ = ["VIEWS", "Affine", "check_time", "combine", "first_where", "mean_of_view", "tells_nothing", "view_of_mean"]
 
 Affine = tuple[Tensor, Tensor]
 """(p, q): the map p x + q D of the state and the mean."""
@@ -80,11 +80,16 @@ def mean_of_view(view: str, sde: SDE, t: Tensor) -> Affine:
     """
     m, k, l = VIEWS[view](sde, t)  # noqa: E741
     if known_any(l == 0):
-        raise ValueError(
-            f"a network that predicts {view} says nothing of x0 at t = {first_where(t, l == 0)} of {sde!r}: alpha is "
-            "zero there; start the grid at a smaller t, or use an x0, v or velocity network"
-        )
+        raise tells_nothing(view, sde, first_where(t, l == 0), "zero")
     return -k / l, m / l
+
+
+def tells_nothing(view: str, sde: SDE, t: float, alpha: str) -> ValueError:
+    """The error of a view from which D cannot be read at t, alpha being what it says there."""
+    return ValueError(
+        f"a network that predicts {view} says nothing of x0 at t = {t} of {sde!r}: alpha is {alpha} there; stay below "
+        "that time (start= of a grid, t_max= of the SDE), or use an x0, v or velocity network"
+    )
 
 
 def first_where(t: Tensor, bad: Tensor) -> float:

@@ -31,10 +31,11 @@ SDES: dict[str, SDE] = {name.replace("-", " "): make() for name, make in process
 # Those with alpha = 0 at their t_max from shortly before.
 FINITE: dict[str, SDE] = {k: sde if sde.alpha(sde.t_max) else replace(sde, t_max=0.99) for k, sde in SDES.items()}
 
-# With alpha = 0 at the start, and a short chain: for the tests of the SDEs and grids themselves.
+# With alpha = 0 at the start, and short chains: for the tests of the SDEs and grids themselves.
 EVERY_SDE: dict[str, SDE] = SDES | {
     "cosine-1": CosineVPSDE(t_max=1.0),
     "chain-short": DDPMChain([0.1, 0.5, 0.02, 0.9]),
+    "chain-to-noise": DDPMChain([0.1, 0.5, 0.02, 0.9, 1.0]),
 }
 
 SOLVERS: dict[str, Solver] = {

@@ -384,6 +384,22 @@ def test_a_run_of_other_settings_is_refused_and_kept(here, capsys):
     assert (here / "run" / "config.toml").read_bytes() == kept
 
 
+def test_what_could_not_be_sampled_from_is_not_trained(here, capsys):
+    """By the sampler's own rule; nothing is written."""
+    for words in (
+        ("flow", "eps"),
+        ("flow", "score"),
+        ("cosine-chain", "eps", "--set", "model.sde_options.max_beta=1.0"),
+    ):
+        assert run(*MOONS, "--steps", 2, "--sde", words[0], "--predicts", *words[1:], "--out", "run") == 2
+        found = capsys.readouterr().err
+        assert f"--sde {words[0]} --predicts {words[1]}: a network that predicts {words[1]} says nothing of x0" in found
+        assert "a smaller --set model.sde_options.t_max" in found
+        assert not (here / "run").exists()
+    ends = ("--set", "model.sde_options.t_max=0.99")
+    assert run(*MOONS, "--steps", 2, "--sde", "flow", "--predicts", "eps", *ends, "--out", "run") == 0
+
+
 def test_flags_win_over_set_and_set_over_the_file(here):
     Path("run.toml").write_text('[data]\nsource = "two-moons:50"\n[train]\nsteps = 9\nlr = 0.5\nwarmup = 1\n')
     words = (

@@ -36,6 +36,7 @@ from scoresde.variance.solver import OptimalVariance
 COV = [[[0.3, 0.1], [0.1, 0.2]], [[0.05, -0.02], [-0.02, 0.4]]]
 MIXTURE = GaussianMixture(means=[[-1.0, 0.0], [1.0, 1.0]], weights=[0.4, 0.6], cov=COV)
 SHORT = DDPMChain.linear(24, 1e-3, 0.4)
+TO_NOISE = DDPMChain([*SHORT.betas[:-1].tolist(), 1.0])
 
 
 def noise_variance(exact, x, t):
@@ -521,7 +522,7 @@ def textbook_hybrid(model, head, x0, times, t, noise, weight, levels=None):
         tilde = beta * (1 - abar_s) / (1 - abar_t)
         x_t = sde.perturb(x0[i : i + 1], above, noise[i : i + 1])
         eps_hat, v = model.eps(x_t, above), (head(x_t, torch.tensor([above]).double()) + 1) / 2
-        D = (x_t - math.sqrt(1 - abar_t) * eps_hat) / math.sqrt(abar_t)
+        D = (x_t - math.sqrt(1 - abar_t) * eps_hat) / math.sqrt(abar_t) if abar_t else model(x_t, above).mean
 
         def mean(y, a=abar_t, b=abar_s, beta=beta, x_t=x_t):
             return (math.sqrt(b) * beta * y + math.sqrt(a / b) * (1 - b) * x_t) / (1 - a)
@@ -542,19 +543,20 @@ def textbook_hybrid(model, head, x0, times, t, noise, weight, levels=None):
     return torch.tensor(losses).double()
 
 
+@pytest.mark.parametrize(("chain", "adapter"), [(SHORT, EpsDenoiser), (TO_NOISE, X0Denoiser), (TO_NOISE, VDenoiser)])
 @pytest.mark.parametrize("levels", [None, 8])
 @pytest.mark.parametrize("times", [list(range(24, 0, -1)), [24, 17, 9, 4, 1]], ids=["all", "some"])
-def test_the_hybrid_loss_is_its_formula(times, levels):
-    grid = Grid(SHORT, [*map(float, times), 0.0])
+def test_the_hybrid_loss_is_its_formula(times, levels, chain, adapter):
+    grid = Grid(chain, [*map(float, times), 0.0])
     n = len(times)
     x0 = ((normal(n, 2, 3).clamp(-0.7, 0.7) * 4).floor() + 0.5) / 4 if levels else normal(n, 2, 3)
     noise, t = normal(n, 2, 3, seed=1), torch.tensor(times).double()
-    reference = MIXTURE_3.denoiser(SHORT) if levels else Nonlinear(SHORT)
+    reference = MIXTURE_3.denoiser(chain) if levels else Nonlinear(chain)
 
     def head(x, time):
         return torch.cos(x) * expand_like(time, x) / 24
 
-    model = EpsDenoiser(lambda x, t: reference.eps(x, t), SHORT)
+    model = adapter(lambda x, t: reference.view(adapter.predicts, x, t), chain)
     found = hybrid_loss(model, head, x0, grid=grid, t=t, noise=noise, weight=0.3, levels=levels, reduction="none")
     expected = textbook_hybrid(model, head, x0, [*map(float, times)], t, noise, 0.3, levels)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

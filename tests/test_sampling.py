@@ -385,7 +385,7 @@ def test_bad_objects_are_refused(call, message):
 
 def test_an_eps_network_on_a_flow_is_refused_before_any_evaluation():
     calls = []
-    with pytest.raises(ValueError, match="start the grid at a smaller t"):
+    with pytest.raises(ValueError, match="stay below that time"):
         sample(EpsDenoiser(lambda x, t: calls.append(t), FlowSDE()), (2, 3), DDIM(), steps=3)
     assert not calls
 

@@ -47,7 +47,7 @@ def node_log_alphas(name: str) -> tuple[mp.mpf, ...]:
     """log alpha at the nodes 0..N of a chain, sum_i log(1 - beta_i) / 2."""
     sums = [mp.mpf(0)]
     for beta in SDES[name].betas.tolist():  # type: ignore[attr-defined]
-        sums.append(sums[-1] + mp.log1p(-mp.mpf(beta)) / 2)
+        sums.append(sums[-1] + mp.log1p(-mp.mpf(beta)) / 2 if beta < 1 else -mp.inf)
     return tuple(sums)
 
 
@@ -65,6 +65,8 @@ def true_alpha(name: str, t: mp.mpf) -> mp.mpf:
             return 1 - t
         case DDPMChain():
             nodes, n = node_log_alphas(name), max(1, int(mp.ceil(t)))
+            if nodes[n] == -mp.inf:
+                return mp.exp(nodes[n - 1]) * (n - t)
             return mp.exp(nodes[n - 1] + (t - n + 1) * (nodes[n] - nodes[n - 1]))
         case VESDE() | EDMSDE():
             return mp.mpf(1)
@@ -174,10 +176,10 @@ def test_data_is_at_zero_exactly(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", REACHES_NOISE)
 def test_noise_is_at_one_exactly_where_alpha_vanishes(name: str) -> None:
     sde = SDES[name]
-    assert sde.alpha(1.0) == 0
-    assert float(sde.sigma(1.0)) == pytest.approx(1, rel=3e-16)
-    assert sde.half_log_snr(1.0) == -math.inf
-    assert float(sde.time_at(-math.inf)) == pytest.approx(1, rel=3e-16)
+    assert sde.alpha(sde.t_max) == 0
+    assert float(sde.sigma(sde.t_max)) == pytest.approx(1, rel=3e-16)
+    assert sde.half_log_snr(sde.t_max) == -math.inf
+    assert float(sde.time_at(-math.inf)) == pytest.approx(sde.t_max, rel=3e-16)
 
 
 # Rates
@@ -223,10 +225,11 @@ def test_rates_are_the_derivatives_of_the_scales(name: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("name", REACHES_NOISE)
 @both_dtypes
 def test_rates_are_finite_where_alpha_is_zero(name: str, dtype: torch.dtype) -> None:
-    sde, one = SDES[name], torch.ones((), dtype=dtype)
-    alpha_dot, sigma_dot = (float(rate) for rate in sde.rates(one))
-    assert alpha_dot == pytest.approx(float(mp.diff(lambda u: true_alpha(name, u), 1)), rel=RTOL_RATES[dtype])
-    assert sigma_dot == pytest.approx(float(mp.diff(lambda u: true_sigma(name, u), 1)), abs=1e-12)
+    sde, end = SDES[name], SDES[name].t_max
+    alpha_dot, sigma_dot = (float(rate) for rate in sde.rates(torch.tensor(end, dtype=dtype)))
+    slopes = [float(mp.diff(lambda u, f=f: f(name, u), end, direction=-1)) for f in (true_alpha, true_sigma)]
+    assert alpha_dot == pytest.approx(slopes[0], rel=RTOL_RATES[dtype])
+    assert sigma_dot == pytest.approx(slopes[1], abs=1e-12)
 
 
 def test_rates_of_the_sub_vp_are_finite_at_the_data() -> None:
@@ -341,6 +344,7 @@ def test_chain_between_nodes_has_the_transition_of_the_chain(name: str) -> None:
     assert isinstance(sde, DDPMChain)
     n = torch.arange(1, sde.steps + 1).double()
     torch.testing.assert_close(sde.alpha(n) / sde.alpha(n - 1), (1 - sde.betas).sqrt(), rtol=1e-12, atol=0)
+    n = n[sde.alpha(n) > 0]
     torch.testing.assert_close(sde.alpha(n - 0.5) ** 2, sde.alpha(n) * sde.alpha(n - 1), rtol=1e-12, atol=0)
 
 
@@ -500,6 +504,9 @@ def test_sdes_are_equal_by_value() -> None:
     assert len({repr(sde) for sde in distinct}) == len(distinct)  # the repr tells them apart too
 
 
+SCHEDULES = (DDPMChain.linear, DDPMChain.cosine)
+OF_ALPHAS = (lambda a: a, lambda a: a.cumprod(0), lambda a: a.cumprod(0).sqrt())  # what else the field keeps in arrays
+
 INVALID: list[tuple[Callable[[], SDE], str]] = [
     *((lambda c=c: c(beta_min=0.0), "beta_min") for c in (VPSDE, SubVPSDE)),
     *((lambda c=c: c(beta_min=-1.0), "beta_min") for c in (VPSDE, SubVPSDE)),
@@ -523,7 +530,14 @@ INVALID: list[tuple[Callable[[], SDE], str]] = [
     (lambda: DDPMChain(torch.tensor(0.1)), "one dimension"),
     (lambda: DDPMChain(torch.full((2, 2), 0.1)), "one dimension"),
     (lambda: DDPMChain([0.1, 0.0]), "beta_2 = 0.0"),
-    (lambda: DDPMChain([0.1, 0.2, 1.0]), "beta_3 = 1.0"),
+    (lambda: DDPMChain([0.1, 1.0, 0.2]), "beta_2 = 1.0"),
+    (lambda: DDPMChain([0.1, 0.2, 1.1]), "beta_3 = 1.1"),
+    *(
+        (lambda c=c, f=f: DDPMChain(f(1 - c().betas)), "betas fall from 0.99.*: give 1 - alphas")
+        for c in SCHEDULES
+        for f in OF_ALPHAS
+    ),
+    *((lambda c=c: DDPMChain(1 - (1 - c().betas).cumprod(0)), "as 1 minus the products") for c in SCHEDULES),
     (lambda: DDPMChain([-0.1]), "beta_1 = -0.1"),
     (lambda: DDPMChain([0.1, math.nan]), "beta_2 = nan"),
     (lambda: DDPMChain.linear(0), "steps"),
@@ -531,7 +545,6 @@ INVALID: list[tuple[Callable[[], SDE], str]] = [
     (lambda: DDPMChain.linear(4, beta_max=1.2), "beta_4"),
     (lambda: DDPMChain.cosine(0), "steps"),
     (lambda: DDPMChain.cosine(10, s=0.0), "s=0.0"),
-    (lambda: DDPMChain.cosine(10, max_beta=1.0), "beta_10"),
 ]
 
 

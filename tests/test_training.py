@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from common import FINITE, Nonlinear, generator, network_for, normal
+from common import FINITE, Nonlinear, every_pair, generator, network_for, normal
 from scipy import stats
 
 from scoresde import (
     EDMSDE,
     VESDE,
     VPSDE,
+    CosineVPSDE,
     DDPMChain,
     EDMDenoiser,
     EpsDenoiser,
@@ -26,6 +27,7 @@ from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.training import (
     ImportanceTimes,
     LogNormalTimes,
+    OnX0,
     Part,
     UniformTimes,
     dsm_loss,
@@ -77,6 +79,50 @@ def test_uniform_in_a_view_is_the_squared_error_of_that_view(view, sde):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-12)
     if view == "velocity" and isinstance(sde, FlowSDE):
         torch.testing.assert_close(truth.view(view, x_t, t), noise - x0, rtol=1e-9, atol=1e-9)
+
+
+TO_NOISE = {"flow": FlowSDE(), "cosine": CosineVPSDE(t_max=1.0), "chain": DDPMChain.cosine(50, max_beta=1.0)}
+ADAPTERS = {
+    "x0": X0Denoiser,
+    "v": VDenoiser,
+    "velocity": VelocityDenoiser,
+    "edm": lambda net, sde: EDMDenoiser(net, sde, time=lambda t: t),  # whose own label is infinite there
+}
+WEIGHTINGS = {
+    "simple": simple,
+    "likelihood": likelihood,
+    "edm": edm(0.5),
+    "min-snr": min_snr(5.0),
+    **{view: uniform_in(view) for view in ("eps", "x0", "v", "velocity", "score")},
+    "own": lambda sde, t: 1 + sde.sigma(t),
+    "own on x0": OnX0(lambda sde, t: 1 + sde.sigma(t)),
+}
+
+
+@every_pair(sde=TO_NOISE, adapter=ADAPTERS, weighting=WEIGHTINGS)
+def test_loss_and_gradient_at_alpha_zero_are_their_limits(sde, adapter, weighting):
+    """Of first order in t_max - t, so what is found at h and 2 h is extrapolated to an error of h^2."""
+    net = torch.nn.Linear(3, 3, dtype=torch.float64)
+    torch.nn.init.normal_(net.weight, generator=generator(2))
+    model = adapter(lambda x, t: net(x) + t[:, None] / sde.t_max, sde)
+    x0, noise = normal(4, 3), normal(4, 3, seed=1)
+
+    def found(h):
+        loss = dsm_loss(model, x0, t=sde.t_max * (1 - h), noise=noise, weighting=weighting)
+        return torch.cat([loss[None].detach(), *(g.flatten() for g in torch.autograd.grad(loss, [*net.parameters()]))])
+
+    h = 3e-7
+    torch.testing.assert_close(found(0.0), 2 * found(h) - found(2 * h), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("sde", TO_NOISE.values(), ids=TO_NOISE)
+def test_where_there_is_no_limit_the_loss_says_so(sde):
+    x0, end = normal(4, 3), sde.t_max
+    for kind, message in ((EpsDenoiser, "predicts eps says nothing"), (EDMDenoiser, "time label is not finite")):
+        with pytest.raises(ValueError, match=message):
+            dsm_loss(kind(lambda x, t: x, sde), x0, t=end)
+    with pytest.raises(ValueError, match="OnX0"):
+        dsm_loss(X0Denoiser(lambda x, t: x, sde), x0, t=end, weighting=lambda sde, t: sde.alpha(t) ** -2)
 
 
 def test_one_time_for_the_batch_and_scalar_events():

@@ -41,6 +41,7 @@ from scoresde.metrics import evaluate
 from scoresde.processes import SDES
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import CheckpointError, Trainer, parallel
+from scoresde.training.step import check_trainable
 from scoresde.wrappers import Clip
 
 TEXT = """train a network on images, vectors or a built-in data set; goes on where it stopped
@@ -182,6 +183,11 @@ def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.devi
     """The trainer, continued from the folder's checkpoint if there is one."""
     denoiser = config.model.build(config.train.seed)
     assert isinstance(denoiser.net, nn.Module)
+    try:
+        check_trainable(denoiser)
+    except ValueError as error:
+        hint = f"--predicts {denoiser.sde.customary_prediction}, say, or a smaller --set model.sde_options.t_max"
+        raise ValueError(f"--sde {config.model.sde} --predicts {config.model.predicts}: {error} ({hint})") from error
     if not (config.train.shard and parallel.world() > 1):  # FSDP2 moves a shard of it
         denoiser.net.to(device)
     if len(data.shape) == 3:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral
 from typing import Any, Literal
 
-from scoresde.checks import check_keys, check_option
+from scoresde.checks import (
+    ArgumentError,
+    check_count,
+    check_keys,
+    check_nonnegative,
+    check_option,
+    check_positive,
+    check_whole,
+)
 
 __all__ = ["TrainConfig"]
 
@@ -25,7 +32,7 @@ class TrainConfig:
         schedule: after the warm-up, "constant", or "cosine" down to zero at `steps`; only a constant one can be resumed
             with more steps.
         weight_decay: decoupled, as in AdamW.
-        grad_clip: largest norm of the gradient.
+        grad_clip: largest norm of the gradient; infinity for no limit.
         ema_decay: of the averaged weights, per step; early on min(ema_decay, (1 + n) / (10 + n)) after n steps. Several
             numbers for several averages.
         seed: of everything random.
@@ -72,15 +79,15 @@ class TrainConfig:
     async_save: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "keep", "accumulate", "evaluate_every"):
-            value = getattr(self, name)
-            if name == "evaluate_every" and value is None:
-                continue
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
-        least = min(self.warmup, self.weight_decay, self.seed, self.workers)
-        if not (self.lr > 0 and self.grad_clip > 0 and least >= 0):
-            raise ValueError(f"{self}: expected lr, grad_clip > 0 and warmup, weight_decay, seed, workers >= 0")
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "keep", "accumulate"):
+            check_count(**{name: getattr(self, name)})
+        if self.evaluate_every is not None:
+            check_count(evaluate_every=self.evaluate_every)
+        check_whole(warmup=self.warmup, seed=self.seed, workers=self.workers)
+        check_nonnegative(lr=self.lr, weight_decay=self.weight_decay)
+        check_positive(lr=self.lr)
+        if not self.grad_clip > 0:
+            raise ArgumentError(f"grad_clip={self.grad_clip!r}: expected a number > 0, inf for no limit")
         if isinstance(self.ema_decay, list | tuple):
             object.__setattr__(self, "ema_decay", tuple(self.ema_decay))
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):

@@ -3,8 +3,10 @@
     E_{t, x_0, eps} [ w(t) |eps_hat(alpha x_0 + sigma eps, t) - eps|^2 / d ]
 
 for any denoiser. The error is taken in what the network itself predicts, N with D = r x + s N: its target is
-N* = (x_0 - r x_t) / s = ((1 - r alpha) x_0 - r sigma eps) / s, and |eps_hat - eps| = |alpha s / sigma| |N - N*|, so no
-digit is lost at either end and one formula serves eps, x0, v, score, velocity and EDM networks.
+N* = (x_0 - r x_t) / s = ((1 - r alpha) x_0 - r sigma eps) / s, with D - x_0 = s (N - N*) and |eps_hat - eps| =
+|alpha s / sigma| |N - N*|, so no digit is lost at either end and one formula serves eps, x0, v, score, velocity and EDM
+networks. At alpha = 0 the loss is its limit (`scoresde.training.weights`); eps and score networks, which say nothing of
+x_0 there, are refused.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser
 from scoresde.sde import SDE
 from scoresde.tensors import as_time, check_batch, expand_like, known_any
-from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
-from scoresde.views import check_time, combine
+from scoresde.training.weights import OnX0, TimeSampler, UniformTimes, Weighting, simple
+from scoresde.views import check_time, combine, first_where
 
-__all__ = ["Draws", "NoisyBatch", "Part", "dsm_loss", "noisy_batch"]
+__all__ = ["Draws", "NoisyBatch", "Part", "dsm_loss", "error_of", "noisy_batch"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def dsm_loss(
 
     Raises:
         ValueError: if x0 is not floating point, shapes do not fit, t and times are both given, or a t is 0 or outside
-            the SDE.
+            the SDE. On the host also where the denoiser cannot be evaluated (an eps network at alpha = 0), or the loss
+            has no limit.
     """
     sde = denoiser.sde
     check_batch(x0, "x0")
@@ -105,12 +108,32 @@ def dsm_loss(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
     t, ratio, noise, x_t, _ = noisy_batch(sde, x0, times, t, noise, generator)
-    (r, s), alpha, sigma = denoiser.affine(t), sde.alpha(t), sde.sigma(t)
-    target = combine((1 - r * alpha) / s, x0, -r * sigma / s, noise)
-    error = denoiser.output(x_t, t.to(x0.device), **(cond or {})) - target
-    scale = ratio * weighting(sde, t) * (alpha * s / sigma) ** 2
+    denoiser.check_times(t)
+    scale = ratio * _weight(weighting, denoiser, t)
+    error = error_of(denoiser, denoiser.output(x_t, t.to(x0.device), **(cond or {})), t, x0, noise)
     loss = expand_like(scale, error).reshape(-1) * error.reshape(len(x0), -1).square().mean(1)
     return loss.mean() if reduction == "mean" else loss
+
+
+def _weight(weighting: Weighting, denoiser: Denoiser, t: Tensor) -> Tensor:
+    """Of |N - N*|^2, float64, shape (B,)."""
+    sde, (_, s) = denoiser.sde, denoiser.affine(t)
+    if isinstance(weighting, OnX0):
+        return (weighting.root(sde, t) * s) ** 2
+    alpha = sde.alpha(t)
+    weight = weighting(sde, t) * (alpha * s / sde.sigma(t)) ** 2
+    if known_any(lost := (alpha == 0) & ~weight.isfinite()):
+        raise ValueError(
+            f"the weighting is infinite at t = {first_where(t, lost)} of {sde!r}, where alpha is zero: give it by its "
+            "part in the error of x_0, scoresde.training.OnX0, if the loss has a limit there"
+        )
+    return weight
+
+
+def error_of(denoiser: Denoiser, N: Tensor, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """N - N* of the denoiser's output at x_t, in at least float32: D - x_0 = s (N - N*). t is of shape (B,)."""
+    (r, s), alpha, sigma = denoiser.affine(t), denoiser.sde.alpha(t), denoiser.sde.sigma(t)
+    return N - combine((1 - r * alpha) / s, x0, -r * sigma / s, noise)
 
 
 class NoisyBatch(NamedTuple):

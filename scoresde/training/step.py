@@ -17,11 +17,37 @@ from scoresde.denoiser import NetworkDenoiser
 from scoresde.training import parallel
 from scoresde.training.loss import Draws
 
-__all__ = ["Autocast", "Interval", "Loss", "NonFiniteLossError", "Totals", "Worker", "seeded_global_generators"]
+__all__ = [
+    "Autocast",
+    "Interval",
+    "Loss",
+    "NonFiniteLossError",
+    "Totals",
+    "Worker",
+    "check_trainable",
+    "seeded_global_generators",
+]
 
 Loss = Callable[[NetworkDenoiser, Tensor, Draws, Mapping[str, Any]], Tensor]
 """loss(denoiser, x0, draws, cond) of a batch: a scalar, its mean over the items, drawn from `draws` alone: a generator,
 or a `Part` where x0 is part of a batch."""
+
+
+def check_trainable(denoiser: object) -> None:
+    """What can be said of a denoiser before its first step.
+
+    Raises:
+        ValueError: if it is no adapter around an nn.Module, no parameter takes a gradient, or it could not be sampled
+            from afterwards, by the sampler's own rule at t_max (an eps network where alpha is zero).
+    """
+    if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.net, nn.Module):
+        raise ValueError(f"a Trainer needs an adapter around an nn.Module, EpsDenoiser(net, sde) say, not {denoiser!r}")
+    if not any(parameter.requires_grad for parameter in denoiser.net.parameters()):
+        raise ValueError(
+            f"no parameter of {type(denoiser.net).__name__} takes a gradient: it is frozen, as scoresde.load makes it. "
+            "Call requires_grad_(True) on the parts to be trained"
+        )
+    denoiser.check_times(torch.tensor([denoiser.sde.t_max], dtype=torch.float64, device="cpu"))
 
 
 class NonFiniteLossError(ArithmeticError):

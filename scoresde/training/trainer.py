@@ -37,7 +37,7 @@ from scoresde.training.loss import Draws, Part, dsm_loss
 from scoresde.training.model import ModelConfig, check_model, opened
 from scoresde.training.saver import Saver
 from scoresde.training.signals import Signals
-from scoresde.training.step import Autocast, Interval, Loss, Worker, seeded_global_generators
+from scoresde.training.step import Autocast, Interval, Loss, Worker, check_trainable, seeded_global_generators
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
 from scoresde.training.whole_files import check_safetensors, weights_file
 
@@ -74,7 +74,9 @@ class Trainer:
 
     Raises:
         TypeError, ValueError: if data, cond or the network do not fit; by `fit` and at construction. If both a loss and
-            a weighting or times are given; if model is of another denoiser; if the batch cannot be split.
+            a weighting or times are given; if model is of another denoiser; if the batch cannot be split. If no
+            parameter of the network takes a gradient, or it cannot be sampled from at t_max: an eps network where alpha
+            is zero.
         ImportError: if a folder is given without safetensors, config.tensorboard without TensorBoard, or config.shard
             without FSDP2.
         CheckpointError: if `folder` holds a checkpoint of another SDE, parameterisation, configuration or network, or
@@ -105,10 +107,7 @@ class Trainer:
         evaluate: Evaluate | None = None,
         model: ModelConfig | None = None,
     ) -> None:
-        if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.net, nn.Module):
-            raise ValueError(
-                f"a Trainer needs an adapter around an nn.Module, EpsDenoiser(net, sde) say, not {denoiser!r}"
-            )
+        check_trainable(denoiser)
         if loss is not None and (times is not None or weighting is not simple):
             raise ValueError("weighting= and times= are dsm_loss's: give them to your loss itself, or leave loss= out")
         self.data, about = source_of(data, cond)
@@ -125,7 +124,7 @@ class Trainer:
         self.denoiser, self.config, self.loss, self.model = denoiser, config, loss, model
         self.weighting, self.times, self.augment = weighting, times or UniformTimes(), augment
         self.evaluate = evaluate
-        self.net: nn.Module = denoiser.net
+        self.net: nn.Module = denoiser.net  # type: ignore[assignment]
         self._made_for = identity_of_run(denoiser, about, config, weighting, self.times, loss)
         parallel.agreed("runs", {"config.shard": config.shard})
         self._layout = layout_of(config)

@@ -13,6 +13,9 @@ with s = sigma / alpha, since |D - x_0|^2 = s^2 |eps_hat - eps|^2. `uniform_in(v
 velocity (flow matching's loss) or score instead. Mind the first for an x0 network: its error counts as 1 / s^2 times
 itself, without bound at small t, so train it with min_snr, edm or uniform_in("x0").
 
+At alpha = 0 the noise error vanishes, whatever the network, and likelihood, edm and the weights of x0, v and velocity
+are infinite. Their product, the loss, has a limit there: they are written as `OnX0`, by their weight on |D - x_0|^2.
+
 Times are drawn by inverting a distribution function, so each sampler can be stratified over the batch: sample i of n
 takes its uniform number from [i/n, (i+1)/n), which lowers the variance of the loss and leaves its mean alone.
 """
@@ -27,13 +30,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoresde.checks import ArgumentError, one_of
+from scoresde.checks import check_finite, check_option, check_positive
 from scoresde.sde import SDE
 from scoresde.views import VIEWS, view_of_mean
 
 __all__ = [
     "ImportanceTimes",
     "LogNormalTimes",
+    "OnX0",
     "TimeSampler",
     "UniformTimes",
     "Weighting",
@@ -48,6 +52,26 @@ Weighting = Callable[[SDE, Tensor], Tensor]
 """weighting(sde, t): the weight of the loss at each time, shape (B,)."""
 
 
+@dataclass(frozen=True)
+class OnX0:
+    """A weighting by its part in the error of x_0, w |eps_hat - eps|^2 = |root (D - x_0)|^2: for one that is infinite
+    at alpha = 0, where the loss of x0, v, velocity and EDM networks is finite all the same.
+
+    Args:
+        root: a function (sde, t) -> root, finite for every t > 0.
+
+    >>> from scoresde import FlowSDE
+    >>> OnX0(lambda sde, t: torch.ones_like(t))(FlowSDE(), torch.tensor([0.5, 1.0]))  # uniform_in("x0")
+    tensor([1., inf])
+    """
+
+    root: Callable[[SDE, Tensor], Tensor]
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        alpha = sde.alpha(t)
+        return torch.where(alpha == 0, math.inf, (self.root(sde, t) * sde.sigma(t) / alpha) ** 2)
+
+
 def simple(sde: SDE, t: Tensor) -> Tensor:
     """Weight 1 on the noise error: the simple loss (Ho et al., 2020, eq. 14)."""
     return torch.ones_like(t)
@@ -55,38 +79,34 @@ def simple(sde: SDE, t: Tensor) -> Tensor:
 
 def uniform_in(view: str) -> Weighting:
     """Weight 1 on the error of that view ("x0", "v", "velocity", ...): |F_hat - F|^2 / d. "eps" is `simple`."""
-    if view not in VIEWS:
-        raise ArgumentError(f"view={view!r}: {one_of(view, VIEWS)}")
-
-    def weight(sde: SDE, t: Tensor) -> Tensor:
-        _, q = view_of_mean(view, sde, t)
-        return (q * sde.sigma(t) / sde.alpha(t)) ** 2
-
-    return weight
+    check_option(VIEWS, view=view)
+    if view == "eps":
+        return simple
+    if view == "score":  # finite at alpha = 0, as the score of pure noise is
+        return lambda sde, t: sde.sigma(t) ** -2
+    return OnX0(lambda sde, t: view_of_mean(view, sde, t)[1])
 
 
-def likelihood(sde: SDE, t: Tensor) -> Tensor:
-    """Weight g^2 / sigma^2 on the noise error (Song et al., 2021, "Maximum Likelihood Training of Score-Based Diffusion
-    Models", theorem 1): half of its integral over t bounds the KL divergence, per dimension, in nats.
-    """
-    return (sde.diffusion(t) / sde.sigma(t)) ** 2
+def _likelihood(sde: SDE, t: Tensor) -> Tensor:
+    """sqrt(-d SNR / dt), from g^2 / sigma^2 = -2 lambda' = 2 (alpha sigma' - alpha' sigma) / (alpha sigma)."""
+    (alpha_dot, sigma_dot), alpha, sigma = sde.rates(t), sde.alpha(t), sde.sigma(t)
+    return (2 * alpha * (alpha * sigma_dot - alpha_dot * sigma) / sigma).sqrt() / sigma
+
+
+likelihood = OnX0(_likelihood)
+"""Weight g^2 / sigma^2 on the noise error (Song et al., 2021, "Maximum Likelihood Training of Score-Based Diffusion
+Models", theorem 1): half of its integral over t bounds the KL divergence, per dimension, in nats."""
 
 
 def edm(sigma_data: float = 0.5) -> Weighting:
     """EDM's weight for data of that standard deviation (Karras et al., 2022, table 1)."""
-    if not sigma_data > 0:
-        raise ValueError(f"sigma_data={sigma_data}: expected a number > 0")
-
-    def weight(sde: SDE, t: Tensor) -> Tensor:
-        return (-2 * sde.half_log_snr(t)).exp() / sigma_data**2 + 1
-
-    return weight
+    check_positive(sigma_data=sigma_data)
+    return OnX0(lambda sde, t: torch.hypot(sde.alpha(t) / sde.sigma(t), torch.full_like(t, 1 / sigma_data)))
 
 
 def min_snr(gamma: float = 5.0) -> Weighting:
     """Min-SNR-gamma (Hang et al., 2023, section 3.4)."""
-    if not gamma > 0:
-        raise ValueError(f"gamma={gamma}: expected a number > 0")
+    check_positive(gamma=gamma)
 
     def weight(sde: SDE, t: Tensor) -> Tensor:
         return (gamma * (-2 * sde.half_log_snr(t)).exp()).clamp(max=1)
@@ -146,7 +166,7 @@ class LogNormalTimes(TimeSampler):
         stratified: spread the batch evenly over the distribution.
 
     Raises:
-        ValueError: unless std > 0.
+        ValueError: unless both are finite and std > 0.
     """
 
     mean: float = -1.2
@@ -154,8 +174,8 @@ class LogNormalTimes(TimeSampler):
     stratified: bool = True
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"std={self.std}: expected a number > 0")
+        check_finite(mean=self.mean)
+        check_positive(std=self.std)
 
     def quantile(self, sde: SDE, u: Tensor) -> Tensor:
         ends = torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64, device="cpu")

@@ -27,7 +27,7 @@ from scoresde.grid import Grid
 from scoresde.likelihood.decoder import Decoder, log_probability
 from scoresde.sde import SDE
 from scoresde.tensors import check_batch, expand_like
-from scoresde.training.loss import Draws, NoisyBatch, noisy_batch
+from scoresde.training.loss import Draws, NoisyBatch, error_of, noisy_batch
 from scoresde.training.step import Loss
 from scoresde.training.weights import TimeSampler
 from scoresde.variance.learned_range import Step, chain_grid
@@ -247,8 +247,9 @@ def hybrid_loss(
     task = Regression.of(pair, x0, times, t, noise, generator, cond, reduction)
     N, h = task.both()
     error = task.residual(N)
-    # D - x_0 = -(sigma / alpha) (eps_hat - eps)
-    distance = expand_like(-(-denoiser.sde.half_log_snr(task.batch.t)).exp(), h) * error.detach()
+    # D - x_0 = s (N - N*), which is finite at alpha = 0 too
+    _, s = denoiser.affine(task.batch.t)
+    distance = expand_like(s, h) * error_of(denoiser, N.detach(), task.batch.t, x0, task.noise)
     nats = _nats(Step.of(whole, task.batch.t), h, x0, distance, levels, data_range)
     return task.loss(error) + weight * whole.steps * task.reduce(nats.reshape(len(nats), -1).mean(1))
 
