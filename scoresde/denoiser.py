@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_positive
+from scoresde.errors import not_finite, some
 from scoresde.sde import SDE
 from scoresde.tensors import Time, as_time, check_batch, expand_like, known_any, precise, widen
 from scoresde.views import Affine, check_time, combine, first_where, mean_of_view, tells_nothing, view_of_mean
@@ -371,11 +372,18 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
 
     Raises:
         TypeError: if the denoiser is none, or cond is no mapping.
-        ValueError: if a condition is a tensor with neither one entry nor one per sample, or the batch is empty.
+        ValueError: if a condition is a tensor with neither one entry nor one per sample; if the batch is empty, or not
+            finite.
     """
     check_denoiser(denoiser)
     if x.numel() == 0:
         raise ValueError(f"the batch has shape {tuple(x.shape)}: it is empty")
+    try:
+        bad = not_finite(x)
+    except RuntimeError:  # nothing can be looked at, under vmap say
+        bad = []
+    if bad:
+        raise ValueError(f"what is given is not finite in samples {some(bad)}: no evaluation is made")
     if cond is not None and not isinstance(cond, Mapping):
         raise TypeError(f"cond is {type(cond).__name__}: expected a mapping, {{'label': labels}} say")
     for key, value in (cond or {}).items():

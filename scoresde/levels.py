@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_count
 
-__all__ = ["check_levels", "outer_edges", "rounding_std", "scaled", "to_levels"]
+__all__ = ["check_levels", "outer_edges", "rounding_std", "scaled", "signed", "to_levels"]
 
 
 def scaled(k: Tensor, levels: int = 256) -> Tensor:
@@ -30,8 +30,7 @@ def scaled(k: Tensor, levels: int = 256) -> Tensor:
     >>> scaled(torch.tensor([0, 8, 16]), levels=17)
     tensor([-1.,  0.,  1.])
     """
-    if levels < 2:
-        raise ArgumentError(f"levels={levels}: expected a whole number >= 2")
+    check_levels(levels)
     return k.float().mul_(2).sub_(levels - 1).div_(levels - 1)
 
 
@@ -54,20 +53,38 @@ def outer_edges(lo: float, hi: float, levels: int) -> tuple[float, float]:
     (-1.0625, 1.0625)
     """
     check_levels(levels, (lo, hi))
-    if levels < 2:
-        raise ArgumentError(f"levels={levels}: one level has no two ends; expected a whole number >= 2")
     half = (hi - lo) / (levels - 1) / 2
     return lo - half, hi + half
 
 
-def check_levels(levels: int, data_range: tuple[float, float]) -> None:
-    """Raises ValueError unless levels is a whole number >= 1 and data_range two finite numbers lo < hi."""
+def check_levels(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> None:
+    """Raises ValueError unless levels is a whole number >= 2 and data_range two finite numbers lo < hi."""
     check_count(levels=levels)
+    if levels == 1:
+        raise ArgumentError("levels=1: one level says nothing of an item; expected a whole number >= 2")
     if not isinstance(data_range, Sequence) or len(data_range) != 2:
         raise ValueError(f"data_range={data_range!r}: expected two numbers (lo, hi)")
     lo, hi = data_range
     if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
         raise ValueError(f"the range is ({lo}, {hi}): expected finite numbers lo < hi")
+
+
+_SIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+
+
+def signed(k: Tensor) -> Tensor:
+    """The same numbers in a dtype that torch computes with: of uint16, uint32 and uint64 it knows little but the names.
+
+    Raises:
+        ValueError: if one is 2^63 or more.
+
+    >>> signed(torch.tensor([65535], dtype=torch.uint16))
+    tensor([65535], dtype=torch.int32)
+    """
+    found = k.to(_SIGNED.get(k.dtype, k.dtype))
+    if k.dtype == torch.uint64 and bool((found < 0).any()):
+        raise ValueError("numbers are 2^63 or more: expected such as int64 has")
+    return found
 
 
 def to_levels(x: Tensor) -> Tensor:

@@ -13,15 +13,19 @@ import pickle
 import struct
 import subprocess
 import tarfile
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+from scoresde.cli import main
 from scoresde.data import (
     BUILT_IN,
     FASHION_MNIST,
     TOYS,
+    Given,
     ImageFolder,
     Order,
     TrainingData,
@@ -527,7 +531,7 @@ def test_names_and_their_arguments(tmp_path, monkeypatch):
     for source in ("nothing", "nothing:/data", "digits2"):
         with pytest.raises(FileNotFoundError, match="no such file or folder, nor a built-in"):
             read_data(source)
-    with pytest.raises(ValueError, match="size= and mode= are for a folder"):
+    with pytest.raises(ValueError, match="size=, mode=, background= and skip= are for a folder"):
         read_data("digits", size=4)
     monkeypatch.chdir(tmp_path)
     np.save("rings:7.npy", np.zeros((3, 2)))
@@ -815,3 +819,138 @@ def test_what_workers_get_can_be_sent_to_another_process(pictures):
     copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy.batch(torch.arange(10))[0], data.batch(torch.arange(10))[0])
     assert copy.fingerprint == data.fingerprint
+
+
+# --- every dtype, and what is none -----------------------------------------------------------------------------------
+
+WHOLE = ("u1", "<u2", ">u2", "<u4", ">u4", "<u8", ">u8", "i1", "<i2", ">i2", "<i4", ">i4", "<i8", ">i8")
+FLOATS = ("<f2", ">f2", "<f4", ">f4", "<f8", ">f8")
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("dtype", [*WHOLE, *FLOATS])
+def test_numbers_of_every_dtype_and_byte_order_are_read_back(dtype, suffix, tmp_path):
+    array = np.arange(24).reshape(4, 1, 2, 3).astype(dtype)
+    if suffix == "npy":
+        np.save(tmp_path / "a.npy", np.asfortranarray(array))
+    else:
+        np.savez(tmp_path / "a.npz", images=array, labels=array[:, 0, 0, 0].astype(dtype.replace("f", "u")))
+    found = read_data(tmp_path / f"a.{suffix}", labels=suffix == "npz")
+    assert found.x.double().tolist() == array.astype(float).tolist()
+    assert found.x.dtype.is_floating_point == (dtype in FLOATS)
+    if suffix == "npz":
+        assert found.labels.tolist() == [0, 6, 12, 18]
+    levels = None if dtype in FLOATS else 100
+    x = training_data(tmp_path / f"a.{suffix}", levels=levels).batch(torch.tensor([3, 1])).x
+    expected = array[[3, 1]].astype(float) if levels is None else (2 * array[[3, 1]].astype(float) - 99) / 99
+    assert torch.allclose(x.double(), torch.from_numpy(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.int32, torch.int64])
+def test_tensors_of_every_width_are_levels(dtype):
+    """65,536 of them: both ends, mirrored and chosen, told as a condition, and labels beside them."""
+    k = torch.tensor([0, 1, 32767, 65534, 65535, 256]).reshape(3, 1, 1, 2)
+    data = TrainingData(
+        k.to(dtype), torch.tensor([0, 2, 1]).to(dtype), 65536, True, conditions=(Given(k.to(dtype), 65536),)
+    )
+    assert data.num_classes == 3
+    x, cond = data.batch(torch.tensor([2, 0, 1]), 5)
+    exact = ((2 * k.double() - 65535) / 65535)[[2, 0, 1]]
+    assert torch.allclose(x.double().sort().values, exact.sort().values, atol=1e-7)
+    assert torch.equal(cond["image"], x)
+    assert cond["label"].tolist() == [1, 0, 2]
+    assert data.fingerprint.startswith("(3, 1, 1, 2) in [0, 6.554e+04]")
+    assert math.isfinite(data.std())
+    assert torch.equal(dequantized(k.to(dtype), 65536, seed=0), dequantized(k, 65536, seed=0))
+    with pytest.raises(ValueError, match="x has levels from 0 to 65535: expected 0 to 255"):
+        TrainingData(k.to(dtype), levels=256)
+
+
+def test_levels_that_int64_has_not():
+    with pytest.raises(ValueError, match=r"2\^63 or more"):
+        TrainingData(torch.tensor([[2**64 - 1]], dtype=torch.uint64), levels=2)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros(5), r"its shape is \(5,\), expected \(N, \.\.\.\).*\(N, 1\)"),
+        (np.zeros(()), r"its shape is \(\)"),
+        (np.zeros((0, 3)), r"its shape is \(0, 3\)"),
+        (np.zeros((3, 0)), r"its shape is \(3, 0\)"),
+        (np.array([[1.0], [math.nan]]), "it is not finite in items 1$"),
+        (np.full((20, 2), math.inf), r"it is not finite in items 0, 1, .*\(20 in all\)"),
+        (np.zeros((2, 2), bool), "its entries are bool, expected integers or floating-point"),
+        (np.zeros((2, 2), complex), "its entries are complex128, expected"),
+        (np.zeros((2, 2), np.longdouble), "its entries are float128, expected"),
+        (np.array([["x"]]), "its entries are <U1, expected"),
+        (np.array([[{}]], object), "its entries are object, expected"),
+        (np.zeros((2, 2), "datetime64[s]"), "its entries are datetime64"),
+        (np.zeros(3, [("a", float), ("b", int)]), r"its entries are \[\('a', '<f8'\), \('b', '<i8'\)\]"),
+        (np.zeros(3, [("€", float)]), "its format is numpy's 3.0"),
+    ],
+)
+def test_arrays_of_no_items_are_refused_in_a_sentence(array, words, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of numpy, for its format 3.0
+        np.save(tmp_path / "a.npy", array)
+        np.savez(tmp_path / "a.npz", images=array)
+    for name in ("a.npy", "a.npz"):
+        for read in (read_data, training_data):
+            with pytest.raises(ValueError, match=rf"{name} cannot be read as an array of numbers: {words}") as error:
+                read(tmp_path / name)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(10**12, 1), (10**6, 10**6), (2**62, 4), (-1, 4), (5, 1)])
+def test_a_head_is_not_believed_before_the_file_is_as_long(shape, tmp_path):
+    """No memory is asked for."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    (tmp_path / "a.npy").write_bytes(file.getvalue() + bytes(32))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as members:
+        members.writestr("images.npy", file.getvalue() + bytes(32))
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(
+            ValueError, match=rf"{name} cannot be read as an array of numbers: it has 32 bytes, and its"
+        ):
+            read_data(tmp_path / name)
+
+
+def test_data_without_a_name(capsys, monkeypatch, tmp_path):
+    """Not the folder where one is, nor what another option says."""
+    Image = pytest.importorskip("PIL.Image")
+    Image.fromarray(ramp(0)).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", np.zeros((20, 2)))
+    monkeypatch.chdir(tmp_path)
+    assert len(read_data(".").x) == 1
+    for read in (read_data, training_data):
+        with pytest.raises(ValueError, match="the data have no name"):
+            read("")
+    with pytest.raises(ValueError, match="condition 'given:'"):
+        training_data(".", conditions=["given:"])
+    for command in (
+        ["train", "--data", "", "--out", "run"],
+        ["evaluate", "a.npy", "--data", ""],
+        ["evaluate", "a.npy", "--data", "a.npy", "--floor", ""],
+        ["likelihood", "a.npy", "--denoiser", "tests.common:none", "--data", "", "--out", "a.json"],
+    ):
+        status = main([*command, "--device", "cpu"])
+        said = capsys.readouterr().err
+        assert (status, said.count("\n")) == (2, 1)
+        assert "the data have no name" in said or command[0] == "likelihood"
+
+
+@pytest.mark.parametrize(
+    "refuses",
+    [
+        lambda k: scaled(k, 1),
+        lambda k: outer_edges(-1.0, 1.0, 1),
+        lambda k: dequantized(k, 1),
+        lambda k: TrainingData(k, levels=1),
+        lambda k: Given(k, 1),
+    ],
+)
+def test_one_level_is_none(refuses):
+    with pytest.raises(ValueError, match=r"levels=1\b"):
+        refuses(torch.zeros(3, 1, 2, 2, dtype=torch.uint8))

@@ -22,7 +22,18 @@ from scoresde.data import BUILT_IN
 from scoresde.info import environment
 from scoresde.training import parallel
 
-__all__ = ["DATA_HELP", "SessionOptions", "Terminated", "check_file", "command_parser", "going_on", "record", "sigterm"]
+__all__ = [
+    "BACKGROUND_HELP",
+    "DATA_HELP",
+    "SKIP_HELP",
+    "SessionOptions",
+    "Terminated",
+    "check_file",
+    "command_parser",
+    "going_on",
+    "record",
+    "sigterm",
+]
 
 Kind = TypeVar("Kind", bound=Options)
 
@@ -30,6 +41,8 @@ DATA_HELP = (
     f"{', '.join(BUILT_IN)} (name:PATH says where it is, name:N how many points); a file .npy, .npz or "
     ".safetensors; or a folder of images"
 )
+BACKGROUND_HELP = "what shows through where images are transparent: black, '#808080', ... (white)"
+SKIP_HELP = "leave out a folder's files that cannot be read: all are looked at first"
 
 
 @dataclass(frozen=True, kw_only=True)

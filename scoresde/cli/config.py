@@ -54,7 +54,9 @@ class DataConfig:
     Args:
         source: a name, file or folder.
         classes: keep the labels: the network is conditional on them.
-        size, mode: to make of a folder's images.
+        size, mode, background: to make of a folder's images.
+        skip: leave out the folder's files that cannot be read; a run goes on with those that were left out at its
+            beginning. Or their names.
         levels: of integers that are not 8-bit.
         flip: mirror images at random.
         condition: what else the network is told, a function of the item; several of them as a list.
@@ -72,6 +74,8 @@ class DataConfig:
     classes: bool = False
     size: int | tuple[int, int] | None = None
     mode: Literal["L", "RGB"] | None = None
+    background: str | None = None
+    skip: bool | tuple[str, ...] = False
     levels: int | None = None
     flip: bool = False
     condition: str | tuple[str, ...] | None = None
@@ -96,6 +100,8 @@ class DataConfig:
             levels=self.levels,
             size=self.size,
             mode=self.mode,
+            background=self.background,
+            skip=self.skip,
             flip=self.flip,
             conditions=self.conditions,
             drop=self.drop,
@@ -110,6 +116,10 @@ class DataConfig:
             raise ValueError(f"limit={self.limit} needs the images of {self.source} in memory: in_memory=true")
         return data.first(self.limit)
 
+    def skipped(self) -> dict[str, str]:
+        """The files of a folder that cannot be read, with the reason: all are decoded to find them."""
+        return replace(self, limit=None).open(lazy=True).skipped or {}
+
     @property
     def conditions(self) -> tuple[str, ...]:
         """What else the network is told, one by one."""
@@ -119,6 +129,16 @@ class DataConfig:
     def plain(self) -> DataConfig:
         """The same items, unmirrored, and nothing told of them but their classes."""
         return replace(self, flip=False, condition=None, drop=0.0)
+
+    @property
+    def alike(self) -> dict[str, Any]:
+        """What is made of a folder's images."""
+        return {"size": self.size, "mode": self.mode, "background": self.background}
+
+    def beside(self, source: str) -> DataConfig:
+        """Other data, all of them: a folder's images are made alike, none being left out."""
+        alike = replace(self, source=source, limit=None, skip=False)
+        return alike if Path(source).is_dir() else replace(alike, size=None, mode=None, background=None)
 
     def told(self, source: str | None = None, shape: tuple[int, ...] = (), measured: bool = False) -> TrainingData:
         """The items whose conditions samples are drawn for: as in training, but not mirrored, none dropped, random ones
@@ -137,12 +157,12 @@ class DataConfig:
         if source is None:
             return own.open()
         if not measured and not any(told.startswith("given:") for told in self.conditions):
-            alike = own if Path(source).is_dir() else replace(own, size=None, mode=None)
-            return replace(alike, source=source, limit=None, in_memory=False).open()
+            return replace(own.beside(source), in_memory=False).open()
         if len(self.conditions) > 1:
             raise ValueError(f"{source}: the network is told {', '.join(self.conditions)}; only its own data have all")
-        size = self.size if Path(source).is_dir() and not measured else None
-        condition = condition_of(f"given:{source}", size=size, lazy=not measured)
+        alike = self.beside(source)
+        size = None if measured else alike.size
+        condition = condition_of(f"given:{source}", size=size, background=alike.background, lazy=not measured)
         assert isinstance(condition, Given)
         n = len(condition)
         if measured:

@@ -166,7 +166,7 @@ def _job(options: EditOptions, model: Model) -> _Job:
         raise ValueError("the model has classes: say which, --to-class K")
     if options.strength is not None:
         strength_time(model.denoiser.sde, options.strength)  # checks it
-    x, labels = options.inputs.read(model.about, classes and options.encode and source is None)
+    x, labels = options.inputs.read(model.about, classes and options.encode and source is None, model.background)
     x = x.to(model.denoiser.device)
     if options.interpolate is not None:
         return _interpolating(options, made, x, options.interpolate)
@@ -276,4 +276,4 @@ def _mask(path: Path, model: Model) -> Tensor:
     """Which pixels are kept: white, shape (1, H, W)."""
     if not model.about.pictures:
         raise ValueError(f"--keep {path}: the model's items {model.about.shape} are no pictures")
-    return read_image(path, (1, *model.about.shape[1:])) > 127
+    return read_image(path, (1, *model.about.shape[1:]), "black") > 127

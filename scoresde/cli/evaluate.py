@@ -94,5 +94,4 @@ def samples_of(source: Path, like: DataConfig) -> Tensor:
     """
     if str(source).partition(":")[0] not in BUILT_IN and not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file, run folder or data set")
-    size, mode = (like.size, like.mode) if source.is_dir() else (None, None)
-    return reference_of(DataConfig(str(source), size=size, mode=mode))
+    return reference_of(DataConfig(str(source), **like.beside(str(source)).alike))

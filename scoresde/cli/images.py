@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scoresde.data.folder import check_pillow
+from scoresde.data.pictures import check_pillow
 from scoresde.files import write_whole
 
 __all__ = ["grid", "is_picture", "write_png"]

@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
 from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, going_on, record
+from scoresde.cli.config import DataConfig
 from scoresde.cli.measuring import DataOptions
 from scoresde.cli.models import About, DenoiserOptions, Model, check_takes, digest, is_run, open_run
 from scoresde.cli.options import Options, option, part
 from scoresde.data import Data, TrainingData, read_data
-from scoresde.errors import NonFiniteError, not_finite
+from scoresde.errors import NonFiniteError
 from scoresde.levels import outer_edges
 from scoresde.likelihood.bits import Dequantize, bits_per_dim, dequantized, log_density, mean_and_stderr
 from scoresde.likelihood.bound import elbo
@@ -105,7 +106,9 @@ class LikelihoodOptions(Options):
         "a run folder of `scoresde train`; with --denoiser, the data", metavar="RUN", flags=("source",), nargs="?"
     )
     out: Path = option("result; finished batches are kept beside it", metavar="FILE.json", required=True)
-    data: DataOptions = part(data={"help": f"what is measured (what the run was trained on): {DATA_HELP}"})
+    data: DataOptions = part(
+        data={"help": f"what is measured (what the run was trained on): {DATA_HELP}"}, levels=False
+    )
     own: DenoiserOptions
     average: int = option("which averaged weights of a run (0)", 0, "I")
     fresh: bool = option("forget the finished batches of an earlier run")
@@ -164,11 +167,11 @@ def _job(options: LikelihoodOptions, device: torch.device) -> _Job:
     place; and, where the network is told more than a class, the data with that."""
     which = options.data
     if options.own.denoiser is not None:
-        source = which.data or options.source
+        source = options.source if which.data is None else which.data
         if source is None:
             raise ValueError("--denoiser needs data: scoresde likelihood DATA --denoiser MODULE:NAME")
         denoiser, made_for = options.own.load(None if options.session.device is None else device)
-        data = read_data(source, size=which.size, mode=which.mode, download=which.download)
+        data = _read(which.config(None, source))
         check_takes(options.own.denoiser, denoiser, tuple(data.x.shape[1:]))
         model = Model(denoiser, About(tuple(data.x.shape[1:])), made_for)
         return _Job(replace(options, data=replace(which, data=source)), model, data, None)
@@ -178,13 +181,7 @@ def _job(options: LikelihoodOptions, device: torch.device) -> _Job:
         raise ValueError(f"{options.source} is no run folder: name one, or the data and --denoiser MODULE:NAME")
     model = open_run(Path(options.source), options.average, device)
     about, chosen = model.about, which.config(model.data())
-    data = read_data(
-        chosen.source,
-        labels=about.num_classes is not None,
-        size=chosen.size,
-        mode=chosen.mode,
-        download=chosen.download,
-    )
+    data = _read(replace(chosen, classes=about.num_classes is not None))
     if tuple(data.x.shape[1:]) != about.shape:
         raise ValueError(f"{chosen.source} has items {tuple(data.x.shape[1:])}, the run {options.source} {about.shape}")
     if about.num_classes is None:
@@ -196,6 +193,11 @@ def _job(options: LikelihoodOptions, device: torch.device) -> _Job:
         data = data._replace(levels=levels, data_range=outer_edges(-1.0, 1.0, levels))
     told = replace(model.told_of(chosen), classes=False, levels=data.levels).open() if about.conditions else None
     return _Job(replace(options, data=replace(which, data=chosen.source)), model, data, told)
+
+
+def _read(data: DataConfig) -> Data:
+    """The items, in memory."""
+    return read_data(data.source, labels=data.classes, skip=data.skip, download=data.download, **data.alike)
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -218,8 +220,6 @@ class _Job:
         self.images: dict[str, Any] | None = None
         if self.x.is_floating_point():
             _refuse(options.levels.given(), f"is for data of whole levels, but {source} is {self.x.dtype}")
-            if bad := not_finite(self.x):
-                raise ValueError(f"{source} is not finite in items {bad[:8]}{' and more' * (len(bad) > 8)}")
         else:
             self.images = options.levels.of_data(source, data)
             dequantized(self.x, self.images["levels"], data_range=self.images["data_range"], seed=0)  # checks them all

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from scoresde.checks import nearest
-from scoresde.cli.common import DATA_HELP, SessionOptions
+from scoresde.cli.common import BACKGROUND_HELP, DATA_HELP, SKIP_HELP, SessionOptions
 from scoresde.cli.config import DataConfig
 from scoresde.cli.models import Model
 from scoresde.cli.options import Options, option, part
-from scoresde.data.folder import Mode
+from scoresde.data.pictures import Mode
 from scoresde.data.training import Batch
 from scoresde.metrics import METRICS, PCA, Pixels, RandomFeatures, classifier_features, inception
 from scoresde.metrics.classifier import WEIGHTS
@@ -49,6 +48,9 @@ class DataOptions(Options):
     )
     size: int | None = option("to make of a folder's images", metavar="PIXELS")
     mode: Mode | None = option("to make of a folder's images: grey or colour", choices=get_args(Mode))
+    background: str | None = option(BACKGROUND_HELP, metavar="COLOUR")
+    skip: bool = option(SKIP_HELP, flags=("--skip-unreadable",))
+    levels: int | None = option("of whole numbers (256, or a built-in data set's own)", metavar="L")
     download: bool = option("a data set that is not at its PATH, into it")
 
     def config(self, default: DataConfig | None, source: str | None = None) -> DataConfig:
@@ -57,16 +59,17 @@ class DataOptions(Options):
         Raises:
             ValueError: if there is neither.
         """
-        source = source or self.data
+        source = self.data if source is None else source
         if source is None:
             if default is None:
                 raise ValueError("give --data")
-            return default.plain()
-        folder = Path(source).is_dir()
+            for name in self.given("size", "mode", "background"):
+                raise ValueError(f"--{name} is for the images of --data: give that, too")
+            own = default.plain()
+            return replace(own, skip=own.skip or self.skip, download=own.download or self.download)
         # A folder beside the one that a run was trained on is to be made alike.
-        size = self.size or (default.size if default and folder else None)
-        mode = self.mode or (default.mode if default and folder else None)
-        return DataConfig(source, size=size, mode=mode, download=self.download)
+        alike = {} if default is None else default.beside(source).alike
+        return DataConfig(source, **alike | self.given("size", "mode", "background", "skip", "levels", "download"))
 
 
 @dataclass(frozen=True, kw_only=True)

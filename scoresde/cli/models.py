@@ -57,6 +57,7 @@ class About:
         num_classes: that the network is conditional on, or None.
         classes: their names, or None.
         conditions: what else the network is told, in words.
+        skipped: the files that were left out, as they could not be read; None where all were to be.
     """
 
     shape: tuple[int, ...]
@@ -64,11 +65,13 @@ class About:
     num_classes: int | None = None
     classes: list[str] | None = None
     conditions: tuple[str, ...] = ()
+    skipped: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, data: TrainingData) -> About:
         told = tuple(repr(condition) for condition in data.conditions)
-        return cls(data.shape, data.levels, data.num_classes, data.classes, told)
+        skipped = None if data.skipped is None else tuple(data.skipped)
+        return cls(data.shape, data.levels, data.num_classes, data.classes, told, skipped)
 
     @property
     def pictures(self) -> bool:
@@ -76,7 +79,10 @@ class About:
         return self.levels is not None and is_picture(self.shape)
 
     def write(self, folder: Path) -> None:
-        write_json(folder / ABOUT, asdict(self))
+        found = asdict(self)
+        if self.skipped is None:
+            del found["skipped"]
+        write_json(folder / ABOUT, found)
 
     @classmethod
     def read(cls, folder: Path) -> About | None:
@@ -91,7 +97,9 @@ class About:
         try:
             found = parsed(json.loads, path.read_text())
             told = tuple(map(str, found.get("conditions", ())))  # which runs of before they were there have not
-            return cls(**{**found, "shape": tuple(int(n) for n in found["shape"]), "conditions": told})
+            skipped = None if found.get("skipped") is None else tuple(map(str, found["skipped"]))
+            shape = tuple(int(n) for n in found["shape"])
+            return cls(**{**found, "shape": shape, "conditions": told, "skipped": skipped})
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
@@ -118,8 +126,16 @@ class Model:
         return None if self.checkpoint is None else folder_of(self.checkpoint)
 
     def data(self) -> DataConfig | None:
-        """The data of its run, if it is known."""
-        return None if self.folder is None or not (self.folder / CONFIG).exists() else run_config(self.folder).data
+        """The data of its run, if it is known: without the files that it left out."""
+        if self.folder is None or not (self.folder / CONFIG).exists():
+            return None
+        found, skipped = run_config(self.folder).data, self.about.skipped
+        return found if skipped is None else replace(found, skip=skipped)
+
+    @property
+    def background(self) -> str | None:
+        """Of its run's images, where they are transparent."""
+        return None if (own := self.data()) is None else own.background
 
     def told(self, source: str | None = None, measured: bool = False, classes: bool = True) -> TrainingData | None:
         """The items whose conditions samples are drawn for; None if the network is told nothing but a class.

@@ -312,11 +312,12 @@ def _job(options: RestoreOptions, model: Model) -> _Job:
     if options.known:
         with torch.no_grad():
             empty = A(torch.zeros(1, *shape))
-        x, y = None, options.inputs.read(replace(model.about, shape=tuple(empty.shape[1:])))[0]
+        about = replace(model.about, shape=tuple(empty.shape[1:]))
+        x, y = None, options.inputs.read(about, background=model.background)[0]
         if model.about.pictures and options.method in ("pigdm", "mmps"):  # whose inverses would make noise of it
             noise_std = max(noise_std, rounding_std(y, options.inputs.levels or 256))
     else:
-        x = options.inputs.read(model.about)[0]
+        x = options.inputs.read(model.about, background=model.background)[0]
         y = A.measure(x, noise_std)
     y, scale = A.observed(y).to(model.denoiser.device), 1.0 if options.scale is None else options.scale
     job = _Job(method, made, A, y, noise_std, scale, x, options.n)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from scoresde.cli.common import DATA_HELP, SessionOptions, going_on
+from scoresde.cli.common import BACKGROUND_HELP, DATA_HELP, SKIP_HELP, SessionOptions, going_on
 from scoresde.cli.config import (
     SECTIONS,
     DataConfig,
@@ -33,7 +33,7 @@ from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import CONFIG, About, Model, parameters
 from scoresde.cli.options import Options, option, part
 from scoresde.data import Given, TrainingData
-from scoresde.data.folder import Mode, check_pillow
+from scoresde.data.pictures import Mode, check_pillow
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.errors import NonFiniteError
 from scoresde.levels import to_levels
@@ -88,6 +88,8 @@ class ShortOptions(Options):
     mode: Mode | None = option(
         "data.mode, to make of a folder's images: grey or colour", choices=get_args(Mode), dest="data.mode"
     )
+    background: str | None = option(f"data.background, {BACKGROUND_HELP}", metavar="COLOUR", dest="data.background")
+    skip: bool = option(f"data.skip=true: {SKIP_HELP}", flags=("--skip-unreadable",), dest="data.skip")
     steps: int | None = option("train.steps (20000)", dest="train.steps")
     batch_size: int | None = option("train.batch_size (64)", metavar="N", dest="train.batch_size")
     lr: float | None = option("train.lr, the largest learning rate (by the network's size)", dest="train.lr")
@@ -165,6 +167,7 @@ def run(options: TrainOptions) -> None:
         raise ValueError(f"--out {options.out} is a file: give a folder")
     data_config = section(DataConfig, "data", settings["data"])
     with options.session.start() as device:
+        data_config = replace(data_config, skip=left_out(data_config, options))
         data = data_config.open(seed=settings.get("train", {}).get("seed", 0))
         config = completed(settings, data)
         trainer = prepare(config, data, options.out, device)
@@ -177,6 +180,18 @@ def run(options: TrainOptions) -> None:
             trainer.fit(progress=not options.session.quiet)
         if parallel.rank() == 0:
             print(summary(trainer, options.out))
+
+
+def left_out(data: DataConfig, options: TrainOptions) -> bool | tuple[str, ...]:
+    """The files that a run leaves out of its data: those of its first session, else what the first process finds."""
+    if data.skip is not True:
+        return data.skip
+    if (about := About.read(options.out)) is not None and about.skipped is not None:
+        return about.skipped
+    found = parallel.by_first(lambda: data.skipped() if parallel.rank() == 0 else {})
+    if found:
+        options.session.say("\n".join([f"{len(found)} files of {data.source} are left out:", *found.values()]))
+    return tuple(found)
 
 
 def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.device) -> Trainer:
@@ -275,8 +290,7 @@ class Evaluation:
         told = replace(data, flip=False, drop=0.0) if data.conditions else None
         if wanted.data is None:
             return cls(wanted, about, told, out, None, None) if wanted.grid else None
-        like = replace(config.data.plain(), source=wanted.data, limit=None, classes=False)
-        reference = reference_of(_plain(like))
+        reference = reference_of(replace(config.data.plain().beside(wanted.data), classes=False))
         if len(reference) < 12:
             raise ValueError(f"evaluate.data {wanted.data} has {len(reference)} items: expected 12 at least")
         if tuple(reference.shape[1:]) != about.shape:
@@ -305,8 +319,3 @@ class Evaluation:
         x = rounded(x[: config.n]) if self.about.pictures else x[: config.n]
         found = evaluate(x, self.reference, config.metrics, self.features, halves=0, floors=0)
         return {name: score.value for name, score in found.scores.items() if math.isfinite(score.value)}
-
-
-def _plain(data: DataConfig) -> DataConfig:
-    """Without what is a folder's, if it is none."""
-    return data if Path(data.source).is_dir() else replace(data, size=None, mode=None)

@@ -17,7 +17,7 @@ from scoresde.cli.drawing import gathered
 from scoresde.cli.images import grid, write_png
 from scoresde.cli.models import About
 from scoresde.cli.options import Options, option
-from scoresde.data.folder import check_pillow
+from scoresde.data.pictures import check_pillow
 from scoresde.files import write_whole
 from scoresde.levels import to_levels
 from scoresde.training import parallel

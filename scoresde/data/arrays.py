@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoresde.errors import not_finite, some
+from scoresde.levels import signed
+
 __all__ = ["ARRAYS", "digest", "read_arrays"]
 
 ARRAYS = (".npy", ".npz", ".safetensors")
+
+Opened = tuple[Collection[str], Callable[[str], Tensor]]
+"""The names of a file's arrays, and what reads one."""
+
+_EXPECTED = "expected integers or floating-point numbers (of these 16, 32 or 64 bits)"
 
 
 def digest(x: Tensor) -> str:
@@ -37,68 +47,83 @@ def read_arrays(path: Path, labels: bool = False) -> tuple[Tensor, Tensor | None
     """
     opened = _open_safetensors if path.suffix == ".safetensors" else _open_numpy
     try:
-        names, get = opened(path)
-        others = [name for name in names if name != "labels"]
-        name = others[0] if len(others) == 1 else "images"
-        if name not in names:
-            raise ValueError(f"it holds the arrays {sorted(names)}: expected one, or one named 'images'")
-        x = _checked(get(name))
-        if not labels:
-            return x, None
-        if "labels" not in names:
-            raise ValueError(f"it holds the arrays {sorted(names)}: there is none named 'labels'")
-        y = _checked(get("labels"))
-    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        with opened(path) as (names, get):
+            others = [name for name in names if name != "labels"]
+            name = others[0] if len(others) == 1 else "images"
+            if name not in names:
+                raise ValueError(f"it holds the arrays {sorted(names)}: expected one, or one named 'images'")
+            x = get(name)
+            _check_items(x)
+            if not labels:
+                return x, None
+            if "labels" not in names:
+                raise ValueError(f"it holds the arrays {sorted(names)}: there is none named 'labels'")
+            y = get("labels")
+    except (ValueError, TypeError, EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as an array of numbers: {error}") from error
     if y.is_floating_point() or y.shape != (len(x),):
         raise ValueError(f"{path}: labels are {y.dtype} of shape {tuple(y.shape)}, expected {len(x)} whole numbers")
     return x, y.long()
 
 
-def _open_numpy(path: Path) -> tuple[Collection[str], Callable[[str], Any]]:
+@contextmanager
+def _open_numpy(path: Path) -> Iterator[Opened]:
     """The names of its arrays ("" of the only one in a .npy file), and what gives them."""
-    with path.open("rb") as file:  # np.load leaves a damaged one open
-        found: Any = np.load(file, allow_pickle=False)
-        if isinstance(found, np.lib.npyio.NpzFile):
-            arrays = {name: found[name] for name in found.files if name in ("images", "labels") or _few(found.files)}
-            return found.files, arrays.__getitem__
-    return [""], lambda name: found
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            yield [""], lambda name: _read_npy(file, path.stat().st_size)
+            return
+        with zipfile.ZipFile(file) as members:
+            places = {member.filename.removesuffix(".npy"): member for member in members.infolist()}
+
+            def get(name: str) -> Tensor:
+                with members.open(places[name]) as member:
+                    return _read_npy(member, places[name].file_size)
+
+            yield places, get
 
 
-def _few(names: Collection[str]) -> bool:
-    return len([name for name in names if name != "labels"]) == 1
+def _read_npy(file: Any, size: int) -> Tensor:
+    """The array in a file's `size` bytes, whose head is believed once it is known that they suffice."""
+    file.seek(0)
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:  # made for names of columns
+        raise TypeError(f"its format is numpy's {'.'.join(map(str, version))}, expected 1.0 or 2.0")
+    shape, _, dtype = read(file)
+    if dtype.kind not in "uif" or dtype.itemsize > 8:
+        raise TypeError(f"its entries are {dtype}, {_EXPECTED}")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size - file.tell():
+        raise ValueError(f"it has {size - file.tell()} bytes, and its shape {shape} says {math.prod(shape)} entries")
+    file.seek(0)
+    array = np.lib.format.read_array(file, allow_pickle=False)
+    return signed(torch.from_numpy(array.astype(dtype.newbyteorder("="), order="C", copy=False)))
 
 
-def _open_safetensors(path: Path) -> tuple[Collection[str], Callable[[str], Any]]:
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Opened]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError(f"{path} is read with safetensors: pip install scoresde[data]") from error
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            wanted = [name for name in names if name in ("images", "labels") or _few(names)]
-            tensors = {name: file.get_tensor(name) for name in wanted}
+
+            def get(name: str) -> Tensor:
+                x: Tensor = file.get_tensor(name)
+                if x.is_complex() or x.dtype == torch.bool or (x.is_floating_point() and x.itemsize == 1):
+                    raise TypeError(f"its entries are {x.dtype}, {_EXPECTED}")
+                return signed(x)
+
+            yield list(file.keys()), get
     except SafetensorError as error:
         raise ValueError(error) from error
-    return names, tensors.__getitem__
 
 
-def _checked(array: np.ndarray | Tensor) -> Tensor:
-    """The array as a tensor.
-
-    Raises:
-        TypeError: if its entries are no real numbers.
-        ValueError: if it is empty, or has no dimension.
-    """
-    if isinstance(array, Tensor):
-        real = not array.dtype.is_complex and array.dtype != torch.bool
-    else:
-        real = array.dtype.kind in "uif"
-    if not real:
-        raise TypeError(f"its entries are {array.dtype}, expected integers or floating-point numbers")
-    if array.ndim == 0 or 0 in array.shape:
-        raise ValueError(f"its shape is {tuple(array.shape)}, expected (N, ...)")
-    if isinstance(array, Tensor):
-        return array
-    return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
+def _check_items(x: Tensor) -> None:
+    """Raises ValueError unless it is some items that have axes, of finite numbers."""
+    if x.ndim < 2 or x.numel() == 0:
+        hint = "; (N, 1) where an item is one number" if x.ndim == 1 else ""
+        raise ValueError(f"its shape is {tuple(x.shape)}, expected (N, ...), N items with axes of their own{hint}")
+    if bad := not_finite(x):
+        raise ValueError(f"it is not finite in items {some(bad)}")

@@ -15,7 +15,7 @@ All that is random, u and who is told nothing, is a function of the seed, the ep
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from scoresde.data.arrays import digest
 from scoresde.data.folder import ImageFolder
 from scoresde.data.shown import Shown, mirrored
-from scoresde.levels import scaled
+from scoresde.levels import scaled, signed
 
 __all__ = ["Condition", "Given", "dropped", "nothing", "null_of", "same_number"]
 
@@ -142,6 +142,19 @@ class Condition(ABC):
         """The same, with what it holds in another device's memory."""
         return self
 
+    @property
+    def folder(self) -> ImageFolder | None:
+        """Of images that are decoded when they are wanted."""
+        return None
+
+    def in_memory(self) -> Condition:
+        """The same, with all of them decoded."""
+        return self
+
+    def without(self, names: Collection[str]) -> Condition:
+        """The same, less those of a folder's images that have these names (`ImageFolder.without`)."""
+        return self
+
     def first(self, n: int) -> Condition:
         """The same, for the first n items alone."""
         return self
@@ -174,6 +187,7 @@ class Given(Condition):
                 raise ValueError(f"levels={self.levels}: a folder's images have 256")
             object.__setattr__(self, "levels", 256)
             return
+        object.__setattr__(self, "values", signed(self.values))
         values = self.values
         if values.ndim < 2 or values.numel() == 0 or values.is_complex() or values.dtype == torch.bool:
             raise ValueError(
@@ -231,6 +245,18 @@ class Given(Condition):
             found = values.index_select(0, shown.items.to(values.device))
         found = (found if self.levels is None else scaled(found, self.levels)).to(x)
         return mirrored(found, shown.mirrored) if self.key == "image" else found
+
+    @property
+    def folder(self) -> ImageFolder | None:
+        return self.values if isinstance(self.values, ImageFolder) else None
+
+    def in_memory(self) -> Condition:
+        if isinstance(self.values, ImageFolder):
+            return replace(self, values=self.values.batch(range(len(self.values))))
+        return self
+
+    def without(self, names: Collection[str]) -> Condition:
+        return replace(self, values=self.values.without(names)) if isinstance(self.values, ImageFolder) else self
 
     def to(self, device: torch.device | str) -> Condition:
         if isinstance(self.values, ImageFolder):

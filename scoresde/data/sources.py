@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.data.arrays import ARRAYS, read_arrays
 from scoresde.data.cifar import CIFAR10_CLASSES, cifar10_levels
-from scoresde.data.folder import ImageFolder, Mode
+from scoresde.data.folder import ImageFolder
 from scoresde.data.idx import Split, fashion_mnist_levels, mnist_levels
+from scoresde.data.pictures import Mode
 from scoresde.data.toys import TOYS
 from scoresde.levels import outer_edges, scaled
 
@@ -137,6 +139,8 @@ def read_data(
     labels: bool = False,
     size: int | tuple[int, int] | None = None,
     mode: Mode | None = None,
+    background: str | None = None,
+    skip: bool | Collection[str] = False,
     download: bool = False,
 ) -> Data:
     """Data by its name or from the disk, all in memory.
@@ -150,9 +154,10 @@ def read_data(
 
             Or a file .npy; a file .npz or .safetensors with one array, or with one named "images"; or a folder of
             images, with all that is in its folders (`ImageFolder`). Files are taken as they are: integers are raw
-            levels, (N, C, H, W) say, and floating-point data are data.
+            levels, (N, C, H, W) say, and floating-point data are data, and finite. (Integers of
+            16 and 32 bits without a sign get one, and twice the bits: torch hardly computes with them.)
         labels: from files too: the array "labels", or the names of a folder's folders.
-        size, mode: of a folder's images; see `ImageFolder`.
+        size, mode, background, skip: of a folder's images; see `ImageFolder`.
         download: a data set that is not at its FOLDER, into it.
 
     Raises:
@@ -162,7 +167,7 @@ def read_data(
         ImportError: if Pillow, safetensors or scikit-learn is not installed, where it is needed.
         ConnectionError: if a download fails.
     """
-    found = find_data(source, labels=labels, size=size, mode=mode, download=download)
+    found = find_data(source, labels=labels, size=size, mode=mode, background=background, skip=skip, download=download)
     if isinstance(found, ImageFolder):
         return Data(found.batch(range(len(found))), found.names, labels=found.labels, classes=found.classes)
     return found
@@ -174,15 +179,19 @@ def find_data(
     labels: bool = False,
     size: int | tuple[int, int] | None = None,
     mode: Mode | None = None,
+    background: str | None = None,
+    skip: bool | Collection[str] = False,
     download: bool = False,
 ) -> Data | ImageFolder:
     """As `read_data`, but a folder of images is not decoded."""
+    if not str(source):
+        raise ValueError("the data have no name: expected a file, a folder of images or a built-in data set")
     path, (name, _, argument) = Path(source), str(source).partition(":")
     known = source in BUILT_IN or (name in BUILT_IN and bool(argument) and not path.exists())
     if not known and path.is_dir():
-        return ImageFolder(path, size=size, mode=mode, labels=labels)
-    if size is not None or mode is not None:
-        raise ValueError(f"{source}: size= and mode= are for a folder of images")
+        return ImageFolder(path, size=size, mode=mode, background=background, skip=skip, labels=labels)
+    if size is not None or mode is not None or background is not None or skip:
+        raise ArgumentError(f"{source}: size=, mode=, background= and skip= are for a folder of images")
     if known:
         return BUILT_IN[name](argument, download)
     if not path.exists():

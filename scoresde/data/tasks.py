@@ -15,8 +15,9 @@ soon copied, and add little to it.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -315,13 +316,20 @@ TASKS: dict[str, Callable[[str], Condition]] = {
 """The conditions that `condition_of` knows by name, each a function of what stands after the colon."""
 
 
-def condition_of(text: str, *, size: int | tuple[int, int] | None = None, lazy: bool = True) -> Condition:
+def condition_of(
+    text: str,
+    *,
+    size: int | tuple[int, int] | None = None,
+    background: str | None = None,
+    skip: bool | Collection[str] = False,
+    lazy: bool = True,
+) -> Condition:
     """A condition by name.
 
     Args:
         text: super-resolution:4, inpainting or inpainting:noise, uncropping likewise, colourisation, jpeg:5-30; or
             given:PATH, a file .npy, .npz or .safetensors, or a folder of images.
-        size: to make of such a folder's images.
+        size, background, skip: of such a folder's images; see `ImageFolder`.
         lazy: they are decoded when they are wanted; False: once, into memory.
 
     Raises:
@@ -333,7 +341,8 @@ def condition_of(text: str, *, size: int | tuple[int, int] | None = None, lazy: 
     """
     name, _, argument = text.partition(":")
     if name == "given" and argument:
-        found = find_data(argument, size=size)
+        alike: dict[str, Any] = {"size": size, "background": background, "skip": skip}
+        found = find_data(argument, **alike if Path(argument).is_dir() else {})
         if isinstance(found, ImageFolder):
             return Given(found if lazy else found.batch(range(len(found))), 256)
         return Given(found.x, found.levels or (256 if found.x.dtype == torch.uint8 else None))

@@ -3,22 +3,23 @@ it is told of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_whole
+from scoresde.checks import ArgumentError, check_whole
 from scoresde.data.arrays import digest
 from scoresde.data.conditions import Condition, Given, dropped
-from scoresde.data.folder import ImageFolder, Mode
+from scoresde.data.folder import ImageFolder, unreadable
+from scoresde.data.pictures import Mode
 from scoresde.data.shown import Shown, drops, flips, mirrored
 from scoresde.data.sources import find_data
 from scoresde.data.tasks import condition_of
-from scoresde.levels import outer_edges, scaled
+from scoresde.levels import outer_edges, scaled, signed
 
 __all__ = ["Batch", "TrainingData", "training_data"]
 
@@ -59,6 +60,7 @@ class TrainingData:
             Several images are concatenated, and several vectors.
         drop: the probability of telling it nothing, as guidance without a classifier needs (0.1 say): the null class K
             for the label, zeros for vector and image, all at once.
+        skipped: the files that were left out, as they could not be read, with the reason; None where all were to be.
 
     Raises:
         ValueError: if these do not go together, a level is out of range or a number is not finite, naming the items; if
@@ -74,14 +76,18 @@ class TrainingData:
     num_classes: int | None = None
     conditions: tuple[Condition, ...] = ()
     drop: float = 0.0
+    skipped: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         check_whole(seed=self.seed)
         _ = self.data_range  # raises on a wrong number of levels
         if isinstance(self.x, Tensor):
+            object.__setattr__(self, "x", signed(self.x))
             _check(self.x, self.levels)
         elif self.levels != 256:
             raise ValueError(f"levels={self.levels}: a folder's images have 256")
+        if self.labels is not None:
+            object.__setattr__(self, "labels", signed(self.labels))
         if self.labels is not None and (self.labels.ndim == 0 or len(self.labels) != len(self)):
             raise ValueError(f"labels have the shape {tuple(self.labels.shape)}: expected one for each of {len(self)}")
         if self.flip and len(self.shape) != 3:
@@ -144,6 +150,16 @@ class TrainingData:
         """The standard deviation of n of the items, evenly chosen."""
         items = torch.linspace(0, len(self) - 1, min(len(self), n), device="cpu").round().long()
         return float(replace(self, conditions=(), drop=0.0).batch(items).x.double().std(correction=0))
+
+    def look(self) -> None:
+        """Look at the files that are read when they are wanted, as `ImageFolder.look`. A `Trainer` does, before its
+        first step.
+
+        Raises:
+            ValueError: if some cannot be read, naming all of them.
+        """
+        folders = (None if isinstance(self.x, Tensor) else self.x, *(condition.folder for condition in self.conditions))
+        unreadable([wrong for folder in folders if folder is not None for wrong in folder.look()])
 
     def batch(self, items: Tensor, epochs: Tensor | int = 0) -> Batch:
         """Some items, on the data's device.
@@ -221,6 +237,8 @@ def training_data(
     levels: int | None = None,
     size: int | tuple[int, int] | None = None,
     mode: Mode | None = None,
+    background: str | None = None,
+    skip: bool | Collection[str] = False,
     flip: bool = False,
     conditions: Sequence[Condition | str] = (),
     drop: float = 0.0,
@@ -231,7 +249,8 @@ def training_data(
     """Data to train on, by name or from the disk.
 
     Args:
-        source, size, mode, download: as in `read_data`.
+        source, size, mode, background, download: as in `read_data`.
+        skip: as there; and of a folder with given images, both or neither of a pair.
         labels: keep them; from a folder, the classes are its folders.
         levels: of integers that are not uint8, or not 0 to 255: how many.
         flip, drop, seed: see `TrainingData`.
@@ -241,11 +260,16 @@ def training_data(
     Raises:
         ValueError: as `read_data`, and if there are no labels, or the levels are not known.
     """
-    found = find_data(source, labels=labels, size=size, mode=mode, download=download)
-    classes = found.classes if labels else None
+    found = find_data(source, labels=labels, size=size, mode=mode, background=background, skip=skip, download=download)
+    alike: dict[str, Any] = {"size": size, "background": background, "skip": skip}
+    told = [condition_of(c, **alike) if isinstance(c, str) else c for c in conditions]
+    if isinstance(found, ImageFolder):
+        found, told = _paired(found, told)
+    if not lazy:
+        told = [condition.in_memory() for condition in told]
     if labels and found.labels is None:
         raise ValueError(f"{source} has no labels")
-    kept = found.labels if labels else None
+    kept, classes = (found.labels, found.classes) if labels else (None, None)
     if isinstance(found, ImageFolder):
         x: Tensor | ImageFolder = found if lazy else found.batch(range(len(found)))
         known: int | None = 256
@@ -253,12 +277,20 @@ def training_data(
         x = found.x
         known = found.levels or (256 if x.dtype == torch.uint8 else None)
         if levels is not None and found.levels not in (None, levels):
-            raise ValueError(f"levels={levels}: {source} has {found.levels}")
+            raise ArgumentError(f"levels={levels}: {source} has {found.levels}")
     try:
-        told = [condition_of(c, size=size, lazy=lazy) if isinstance(c, str) else c for c in conditions]
-        return TrainingData(x, kept, levels or known, flip, seed, classes, None, tuple(told), drop)
+        chosen = known if levels is None else levels
+        skipped = found.skipped if isinstance(found, ImageFolder) and skip is not False else None
+        return TrainingData(x, kept, chosen, flip, seed, classes, None, tuple(told), drop, skipped)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ArgumentError(f"{source}: {error}") from error
+
+
+def _paired(x: ImageFolder, told: Sequence[Condition]) -> tuple[ImageFolder, list[Condition]]:
+    """Less what one of them leaves out: an item goes with what was given for it."""
+    folders = (x, *(condition.folder for condition in told))
+    gone = {name for folder in folders if folder is not None for name in folder.skipped}
+    return x.without(gone), [condition.without(gone) for condition in told]
 
 
 def _check(x: Tensor, levels: int | None) -> None:

@@ -160,8 +160,6 @@ def elbo(
     check_batch(x, "x")
     check_call(denoiser, x, cond)
     check_option(("solver", "posterior"), variance=variance)
-    if not bool(x.isfinite().all()):
-        raise ValueError("x is not finite: expected data")
     if (solver is None) != (grid is None):
         raise ValueError("give solver and grid, for the bound of a chain, or neither, for that of continuous time")
     if draws is not None:

@@ -14,8 +14,9 @@ from scoresde.data.arrays import digest
 from scoresde.data.loader import loader
 from scoresde.data.order import Order
 from scoresde.tensors import check_batch
+from scoresde.training import parallel
 
-__all__ = ["DataSource", "InMemory", "batches", "digest", "source_of", "split"]
+__all__ = ["DataSource", "InMemory", "batches", "digest", "look_at", "source_of", "split"]
 
 
 @runtime_checkable
@@ -23,7 +24,8 @@ class DataSource(Protocol):
     """Data that is fetched by index, `scoresde.data.TrainingData` for one.
 
     An attribute `fingerprint`, if there is one, tells it from other data: a checkpoint is refused on another. What has
-    an attribute `lazy` that is true is fetched by other processes (`scoresde.data.loader`).
+    an attribute `lazy` that is true is fetched by other processes (`scoresde.data.loader`). What has a method `look` is
+    asked to look, in one process, before a run's first step: it raises ValueError if items cannot be fetched.
     """
 
     def __len__(self) -> int: ...
@@ -96,6 +98,12 @@ def source_of(data: Tensor | DataSource, cond: Mapping[str, Tensor] | None) -> t
         "data": about if fingerprint is None else f"{about}, {fingerprint}",
         "cond": f"label {digest(labels)}" if isinstance(labels, Tensor) else "its own",
     }
+
+
+def look_at(source: DataSource) -> None:
+    """Raises ValueError if it looks, and items cannot be fetched; in the other processes RuntimeError."""
+    look = getattr(source, "look", None)
+    parallel.by_first(lambda: look() if look is not None and parallel.rank() == 0 else None)
 
 
 def batches(

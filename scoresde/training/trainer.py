@@ -27,7 +27,7 @@ from scoresde.noise import derive_seed
 from scoresde.training import parallel
 from scoresde.training.average import Average, in_place_of
 from scoresde.training.config import TrainConfig
-from scoresde.training.feed import DataSource, batches, source_of, split
+from scoresde.training.feed import DataSource, batches, look_at, source_of, split
 from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.identity import identity_of_run, versions
 from scoresde.training.layout import Copies, Layout
@@ -143,6 +143,8 @@ class Trainer:
         self._interval = Interval()
         if folder is not None and (found := parallel.by_first(lambda: newest(Path(folder)))) is not None:
             self._continue(found)
+        else:
+            look_at(self.data)
 
     @property
     def ema(self) -> NetworkDenoiser:

@@ -10,10 +10,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from scoresde.errors import not_finite, some
 from scoresde.noise import derive_seed
 from scoresde.tensors import dot, expand_like
 
-__all__ = ["LinearOperator", "Operator", "described", "over", "own"]
+__all__ = ["LinearOperator", "Operator", "check_finite", "described", "over", "own"]
 
 _CG_RTOL = 1e-9
 """Conjugate gradients, in float64, end where |A^T (y - A x) - rho x| is this much of |A^T y|."""
@@ -160,6 +161,7 @@ def _conjugate_gradients(operator: LinearOperator, y: Tensor, rho: float | Tenso
     At rho = 0 the iterates lie in the range of A^T, so their limit is A^+ y, whether or not y is in the range of A.
     """
     b = y if y.device.type == "mps" else y.double()
+    check_finite(operator.observed(b))
     rho = rho if isinstance(rho, Tensor) else torch.tensor(rho, dtype=torch.float64, device="cpu")
     nothing = rho.isinf()  # of y counts there: a system whose solution is 0
     b, rho = expand_like(1.0 - nothing.to(b.dtype), b) * b, torch.where(nothing, 1.0, rho)
@@ -189,6 +191,12 @@ def _conjugate_gradients(operator: LinearOperator, y: Tensor, rho: float | Tenso
             f"{_CG_RTOL:g}: A is too ill-conditioned; state the noise of y (noise_std > 0), or give a Matrix with rtol="
         )
     return x.to(y.dtype)
+
+
+def check_finite(known: Tensor) -> None:
+    """Raises ValueError unless A^+ y, or what is observed of y, is finite: a NaN where a mask is false is no harm."""
+    if bad := not_finite(known):
+        raise ValueError(f"y is not finite where the operator looks, in entries {some(bad)}")
 
 
 def over(c: Tensor | float, x: Tensor) -> Tensor | float:

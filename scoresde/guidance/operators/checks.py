@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.errors import not_finite, some
-from scoresde.guidance.operators.base import LinearOperator, Operator, described
+from scoresde.guidance.operators.base import LinearOperator, Operator, check_finite, described
 
 __all__ = ["check_adjoint", "check_finite", "check_linear", "match_measurement"]
 
@@ -75,9 +74,3 @@ def match_measurement(operator: Operator, y: Tensor, x: Tensor) -> Tensor:
     if len(y) not in (1, len(x)):
         raise ValueError(f"y has {len(y)} entries for {len(x)} samples: expected 1 or as many")
     return y.to(x)
-
-
-def check_finite(known: Tensor) -> None:
-    """Raises ValueError unless A^+ y, or what is observed of y, is finite: a NaN where a mask is false is no harm."""
-    if bad := not_finite(known):
-        raise ValueError(f"y is not finite where the operator looks, in entries {some(bad)}")

@@ -56,7 +56,7 @@ def _dims(shape: Shape) -> int:
 def _mask(argument: str, shape: Shape) -> Operator:
     if len(shape) != 3:
         raise ValueError(f"the model's items {shape} are no pictures")
-    return Mask(read_image(Path(argument), (1, *shape[1:])) > 127)
+    return Mask(read_image(Path(argument), (1, *shape[1:]), "black") > 127)
 
 
 def _box(argument: str, shape: Shape) -> Operator:
