@@ -927,7 +927,7 @@ def test_data_without_a_name(capsys, monkeypatch, tmp_path):
     for read in (read_data, training_data):
         with pytest.raises(ValueError, match="the data have no name"):
             read("")
-    with pytest.raises(ValueError, match="condition 'given:'"):
+    with pytest.raises(ValueError, match="condition='given:'"):
         training_data(".", conditions=["given:"])
     for command in (
         ["train", "--data", "", "--out", "run"],

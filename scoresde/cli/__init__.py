@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from scoresde.checks import ArgumentError
 from scoresde.cli import compare, edit, evaluate, export, info, likelihood, restore, sample, train, variance
 from scoresde.cli.common import command_parser, sigterm
 from scoresde.cli.drawing import GRIDS
@@ -84,7 +85,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def said(error: BaseException) -> str:
-    """An error as a line; the system's own with the file first, and without its number."""
+    """An error as a line, and what an argument brought about as it is, which may be a list of files; the system's own
+    with the file first, and without its number."""
+    if isinstance(error, ArgumentError):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return (
             f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror[0].lower()}{error.strerror[1:]}"

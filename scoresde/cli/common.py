@@ -146,7 +146,7 @@ def command_parser(
         try:
             run(kind.of(args))
         except ArgumentError as error:
-            raise ValueError(error.by(kind.flags())) from error
+            raise ArgumentError(error.by(kind.flags())) from error
 
     made.set_defaults(action=act)
 
