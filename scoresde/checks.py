@@ -58,7 +58,8 @@ class ArgumentError(ValueError):
                 return found[0]
             if depth or found["name"] not in names:
                 return found[0]
-            return names[found["name"]] + ("" if found["alone"] is not None else " ")
+            name = names[found["name"]]
+            return name + ("" if found["alone"] is not None or name.endswith("=") else " ")
 
         return _NAMED.sub(renamed, self.message) + self.quoted
 

@@ -120,7 +120,7 @@ def test_missing_files_are_named_and_how_to_get_them(folder):
             read(folder)
         with pytest.raises(FileNotFoundError, match="nowhere: expected a folder with train-images-idx3-ubyte"):
             read(folder / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"apt-get install dataset-fashion-mnist; else give path="):
+    with pytest.raises(FileNotFoundError, match=r"apt-get install dataset-fashion-mnist; else say which folder"):
         fashion_mnist(folder, "test")
     with pytest.raises(ValueError, match="split='valid': expected one of 'train', 'test'"):
         mnist(folder, "valid")
@@ -375,7 +375,7 @@ def test_damaged_archives_and_binary_files_are_refused_by_name(few, tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"no data_batch_3\.bin in"):
         cifar10(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no CIFAR-10 at .*cifar-10-binary\.tar\.gz.*download=True"):
+    with pytest.raises(FileNotFoundError, match=r"no CIFAR-10 at .*cifar-10-binary\.tar\.gz.*download fetches it"):
         cifar10(tmp_path / "nowhere")
 
 

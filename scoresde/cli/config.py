@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count, check_keys, check_option, one_of
+from scoresde.checks import ArgumentError, check_count, check_keys, check_option, one_of
 from scoresde.data import Condition, Given, ImageFolder, Shown, TrainingData, condition_of, training_data
 from scoresde.files import parsed, write_whole
 from scoresde.metrics import METRICS
@@ -113,7 +113,7 @@ class DataConfig:
             return data
         check_count(limit=self.limit)
         if isinstance(data.x, ImageFolder):
-            raise ValueError(f"limit={self.limit} needs the images of {self.source} in memory: in_memory=true")
+            raise ArgumentError(f"limit={self.limit} needs the images of {self.source} in memory: in_memory=true")
         return data.first(self.limit)
 
     def skipped(self) -> dict[str, str]:

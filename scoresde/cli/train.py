@@ -116,6 +116,12 @@ class TrainOptions(Options):
     short: ShortOptions = part("short for --set")
     session: SessionOptions
 
+    @classmethod
+    def flags(cls, **changes: Any) -> dict[str, str]:
+        """With --set for what has no flag of its own."""
+        entries = {f.name: f"--set {name}.{f.name}=" for name, kind in SECTIONS.items() for f in fields(kind)}
+        return entries | super().flags(**changes)
+
 
 def _keys() -> str:
     """What --set and --config can say."""

@@ -57,7 +57,8 @@ def read_arrays(path: Path, labels: bool = False) -> tuple[Tensor, Tensor | None
             if not labels:
                 return x, None
             if "labels" not in names:
-                raise ValueError(f"it holds the arrays {sorted(names)}: there is none named 'labels'")
+                held = f"the arrays {sorted(names)}" if any(names) else "one array without a name"
+                raise ValueError(f"it holds {held}: there is none named 'labels'")
             y = get("labels")
     except (ValueError, TypeError, EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as an array of numbers: {error}") from error

@@ -77,7 +77,7 @@ def cifar10_levels(path: str | Path, split: Split = "train", *, download: bool =
     if place is None:
         raise FileNotFoundError(
             f"there is no CIFAR-10 at {path}: expected {' or '.join(_ARCHIVES)}, what is extracted from it, or a "
-            "folder with one of these; download=True gets it"
+            "folder with one of these; download fetches it"
         )
     parts = _from_folder(place, split) if place.is_dir() else _from_archive(place, split)
     images, labels = zip(*parts, strict=True)

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.data.arrays import digest
 from scoresde.data.folder import ImageFolder
 from scoresde.data.shown import Shown, mirrored
@@ -184,7 +185,7 @@ class Given(Condition):
     def __post_init__(self) -> None:
         if isinstance(self.values, ImageFolder):
             if self.levels not in (None, 256):
-                raise ValueError(f"levels={self.levels}: a folder's images have 256")
+                raise ArgumentError(f"levels={self.levels}: a folder's images have 256")
             object.__setattr__(self, "levels", 256)
             return
         object.__setattr__(self, "values", signed(self.values))
@@ -195,10 +196,12 @@ class Given(Condition):
             )
         if values.is_floating_point():
             if self.levels is not None or not bool(values.isfinite().all()):
-                raise ValueError(f"values are {values.dtype}, levels={self.levels}: expected finite numbers, no levels")
+                raise ArgumentError(
+                    f"values are {values.dtype}, levels={self.levels}: expected finite numbers, no levels"
+                )
             return
         if self.levels is None or self.levels < 2 or int(values.min()) < 0 or int(values.max()) >= self.levels:
-            raise ValueError(
+            raise ArgumentError(
                 f"values are whole, {int(values.min())} to {int(values.max())}, and levels={self.levels}: expected 0 "
                 "to levels - 1"
             )

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_option
+from scoresde.checks import ArgumentError, check_option
 from scoresde.data.download import fetch
 from scoresde.levels import scaled
 
@@ -85,7 +85,7 @@ def fashion_mnist_levels(
         return _read(FASHION_MNIST if path is None else Path(path), split)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}. On Debian and Ubuntu: apt-get install dataset-fashion-mnist; else give path="
+            f"{error}. On Debian and Ubuntu: apt-get install dataset-fashion-mnist; else say which folder they are in"
         ) from None
 
 
@@ -109,7 +109,7 @@ def _download(path: str | Path | None, split: Split, source: str, md5: dict[str,
         ValueError: if it is not said where to.
     """
     if path is None:
-        raise ValueError("download=True needs path=, a folder to download into")
+        raise ArgumentError("download=True needs path=, a folder to download into")
     for name in _names(split):
         if not (Path(path) / f"{name}-ubyte").exists():
             fetch(Path(path) / f"{name}-ubyte.gz", [f"{source}{name}-ubyte.gz"], md5[name])

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count, check_whole
+from scoresde.checks import ArgumentError, check_count, check_whole
 from scoresde.noise import derive_seed
 
 __all__ = ["Order"]
@@ -49,9 +49,11 @@ class Order:
         check_count(n=self.n, batch_size=self.batch_size, world=world)
         check_whole(rank=rank, seed=self.seed)
         if rank >= world:
-            raise ValueError(f"part={self.part}: expected (rank, world), rank < world")
+            raise ArgumentError(f"part={self.part}: expected (rank, world), rank < world")
         if self.batch_size < world:
-            raise ValueError(f"batch_size={self.batch_size} on {world} processes: one of them would have nothing to do")
+            raise ArgumentError(
+                f"batch_size={self.batch_size} on {world} processes: one of them would have nothing to do"
+            )
 
     def share(self, rank: int, world: int) -> Order:
         """The same order, for one of several processes."""

@@ -89,7 +89,11 @@ def _mnist(split: Split) -> Callable[[str, bool], Data]:
 
 
 def _fashion_mnist(split: Split) -> Callable[[str, bool], Data]:
-    return lambda path, download: _levels(*fashion_mnist_levels(path or None, split, download=download))
+    def read(path: str, download: bool) -> Data:
+        where = _given(path, "fashion-mnist") if download else path or None
+        return _levels(*fashion_mnist_levels(where, split, download=download))
+
+    return read
 
 
 def _cifar10(split: Split) -> Callable[[str, bool], Data]:

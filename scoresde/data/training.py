@@ -85,24 +85,24 @@ class TrainingData:
             object.__setattr__(self, "x", signed(self.x))
             _check(self.x, self.levels)
         elif self.levels != 256:
-            raise ValueError(f"levels={self.levels}: a folder's images have 256")
+            raise ArgumentError(f"levels={self.levels}: a folder's images have 256")
         if self.labels is not None:
             object.__setattr__(self, "labels", signed(self.labels))
         if self.labels is not None and (self.labels.ndim == 0 or len(self.labels) != len(self)):
             raise ValueError(f"labels have the shape {tuple(self.labels.shape)}: expected one for each of {len(self)}")
         if self.flip and len(self.shape) != 3:
-            raise ValueError(f"flip=True is for images (C, H, W): an item has the shape {self.shape}")
+            raise ArgumentError(f"flip=True is for images (C, H, W): an item has the shape {self.shape}")
         object.__setattr__(self, "num_classes", self._count())
         object.__setattr__(self, "conditions", tuple(self.conditions))
         for condition in self.conditions:
             condition.check(self.shape, len(self))
             _check_names(self.x, condition)
         if not 0 <= self.drop <= 1:
-            raise ValueError(f"drop={self.drop}: expected a probability, 0 <= drop <= 1")
+            raise ArgumentError(f"drop={self.drop}: expected a probability, 0 <= drop <= 1")
         if self.drop and not self.conditions and self.labels is None:
-            raise ValueError(f"drop={self.drop}: there are no labels and no conditions to drop")
+            raise ArgumentError(f"drop={self.drop}: there are no labels and no conditions to drop")
         if self.drop and self.labels is not None and self.num_classes is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"drop={self.drop}: labels are {_described(self.labels)}, expected classes, whole numbers (N,)"
             )
 
@@ -221,7 +221,7 @@ class TrainingData:
         if labels is None or labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
             if self.num_classes is not None:
                 found = "there are no labels" if labels is None else f"labels are {_described(labels)}"
-                raise ValueError(f"num_classes={self.num_classes}: {found}, expected whole numbers (N,)")
+                raise ArgumentError(f"num_classes={self.num_classes}: {found}, expected whole numbers (N,)")
             return None
         lo, hi = int(labels.min()), int(labels.max())
         K = self.num_classes or (len(self.classes) if self.classes else hi + 1)
@@ -302,16 +302,16 @@ def _check(x: Tensor, levels: int | None) -> None:
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}: expected numbers (N, ...), N >= 1")
     if x.is_floating_point():
         if levels is not None:
-            raise ValueError(f"levels={levels}: floating-point data have none")
+            raise ArgumentError(f"levels={levels}: floating-point data have none")
         if not bool(x.isfinite().all()):
             bad = (~x.reshape(len(x), -1).isfinite().all(1)).nonzero().flatten().tolist()
             raise ValueError(f"data items {bad[:8]} are not finite")
         return
     if levels is None:
-        raise ValueError(f"x is {x.dtype}: say how many levels there are, levels=256 say")
+        raise ArgumentError(f"x is whole, {int(x.min())} to {int(x.max())}: give the number of levels, levels=")
     lo, hi = int(x.min()), int(x.max())
     if lo < 0 or hi >= levels:
-        raise ValueError(f"x has levels from {lo} to {hi}: expected 0 to {levels - 1}, for levels={levels}")
+        raise ArgumentError(f"x has levels from {lo} to {hi}: expected 0 to {levels - 1}, for levels={levels}")
     if x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 2, 3, 4):
         raise ValueError(f"x has the shape {tuple(x.shape)}: images are (N, C, H, W), take x.movedim(-1, 1)")
 
