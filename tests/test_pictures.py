@@ -42,6 +42,7 @@ def kinds():
     key = int(GREY[2, 3])
     return {
         "1": (Image.fromarray(bits), {}, 255.0 * bits[..., None], None),
+        "1 with a transparent level": (Image.fromarray(bits), {"transparency": 1}, 255.0 * bits[..., None], ~bits),
         "L": (Image.fromarray(GREY), {}, GREY[..., None], None),
         "L with a transparent level": (Image.fromarray(GREY), {"transparency": key}, GREY[..., None], key != GREY),
         "LA": (Image.fromarray(np.dstack([GREY, ALPHA]), "LA"), {}, GREY[..., None], ALPHA / 255),
@@ -61,6 +62,12 @@ def kinds():
         ),
         "RGBA": (Image.fromarray(np.dstack([COLOUR, ALPHA])), {}, COLOUR, ALPHA / 255),
         "I;16": (Image.fromarray(DEEP), {}, np.round(DEEP / 257)[..., None], None),
+        "I;16 with a transparent level": (
+            Image.fromarray(DEEP),
+            {"transparency": int(DEEP[0, 0])},
+            np.round(DEEP / 257)[..., None],
+            DEEP[0, 0] != DEEP,
+        ),
     }
 
 
@@ -179,7 +186,8 @@ def test_what_is_larger_than_memory_may_be_is_not_decoded(side, tmp_path):
     for read in (
         lambda: ImageFolder(path.parent),
         lambda: ImageFolder(path.parent, skip=True),
-        lambda: training_data(path.parent, size=8, mode="L"),
+        lambda: training_data(path.parent, size=8, mode="L").look(),
+        lambda: training_data(path.parent, size=8, mode="L").batch(torch.tensor([0])),
         lambda: read_image(path, (3, 8, 8)),
         lambda: operator_of(f"mask:{path}", (1, 8, 8)),
     ):

@@ -31,10 +31,15 @@ from scoresde import (
     sample,
     sample_seeds,
 )
+from scoresde.editing import decode, edit, encode, interpolation, sdedit, variations
 from scoresde.exact import Empirical, Gaussian, GaussianMixture
-from scoresde.guidance import Product
+from scoresde.guidance import DDNM, DPS, MomentMatching, PiGDM, Product, RePaint, Replacement
+from scoresde.guidance.operators import Mask
+from scoresde.likelihood import elbo, log_prob
 from scoresde.noise import SeededNoise
 from scoresde.solvers import DDIM, DDPM, Euler, EulerMaruyama, Heun
+from scoresde.solvers.langevin import langevin
+from scoresde.variance import estimate
 
 MIXTURE = GaussianMixture(means=[[1.0, -1.0, 0.5], [-2.0, 0.0, 1.0]], weights=[0.3, 0.7], std=0.2)
 
@@ -498,3 +503,38 @@ def test_many_small_samples_cost_little_memory():
     for row in range(600):
         noise(row, torch.zeros(2, 3))
     assert noise._block.numel() <= 2 * 512
+
+
+GIVEN = {
+    "sample": lambda denoiser, x: sample(denoiser, x, DDIM(), steps=3),
+    "log_prob": lambda denoiser, x: log_prob(denoiser, x, seed=0),
+    "log_prob in steps": lambda denoiser, x: log_prob(denoiser, x, steps=3, seed=0),
+    "elbo": lambda denoiser, x: elbo(denoiser, x, seed=0),
+    "encode": lambda denoiser, x: encode(denoiser, x, DDIM(), steps=3),
+    "decode": lambda denoiser, x: decode(denoiser, x, DDIM(), steps=3),
+    "edit": lambda denoiser, x: edit(denoiser, x, DDIM(), steps=3),
+    "sdedit": lambda denoiser, x: sdedit(denoiser, x, DDPM(), strength=0.5, steps=3, seed=0),
+    "variations": lambda denoiser, x: variations(denoiser, x, 2, DDPM(), steps=3, seed=0),
+    "interpolation": lambda denoiser, x: interpolation(denoiser, x, x.flip(0), DDIM(), steps=3),
+    "langevin": lambda denoiser, x: langevin(denoiser, x, 0.1, step_size=1e-3, steps=2, seed=0),
+    "estimate": lambda denoiser, x: estimate(denoiser, x, [0.2, 0.5], samples=2),
+    "DPS": lambda denoiser, x: sample(DPS(denoiser, MASK, x), (3, 4), DDIM(), steps=3, seed=0),
+    "PiGDM": lambda denoiser, x: sample(PiGDM(denoiser, MASK, x, 0.1), (3, 4), DDIM(), steps=3, seed=0),
+    "moments": lambda denoiser, x: sample(MomentMatching(denoiser, MASK, x, 0.1), (3, 4), DDIM(), steps=3, seed=0),
+    "DDNM": lambda denoiser, x: sample(DDNM(denoiser, TWICE, x, 0.1), (3, 4), DDIM(), steps=3, seed=0),
+    "replacement": lambda denoiser, x: sample(denoiser, (3, 4), Replacement(DDPM(), TWICE, x), steps=3, seed=0),
+    "repaint": lambda denoiser, x: sample(denoiser, (3, 4), RePaint(MASK, x, 0.0, DDPM(), jump=1), steps=3, seed=0),
+}  # fmt: skip
+MASK, TWICE = Mask(torch.ones(4)), Mask(torch.ones(4)) @ Mask(torch.ones(4))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_is_given_and_not_finite_is_refused_before_any_evaluation(name, value):
+    """States, data and measurements, the sample being named; the composition goes through conjugate gradients."""
+    calls, x = [], normal(3, 4)
+    x[1, 2] = value
+    denoiser = EpsDenoiser(lambda x, t: calls.append(t) or 0.9 * x, VPSDE())
+    with pytest.raises(ValueError, match=r"not finite.* 1\b"):
+        GIVEN[name](denoiser, x)
+    assert not calls

@@ -67,7 +67,7 @@ class ImageFolder:
         skip: bool | Collection[str] = False,
         labels: bool = False,
     ) -> None:
-        self.folder, self.decoder = Path(folder), Decoder(size, mode, background or "white")
+        self.folder, self.decoder = Path(folder), Decoder(size, mode, background)
         paths = sorted(path for path in self.folder.rglob("*") if _is_image(path))
         if not paths:
             raise ValueError(f"{folder} holds no image: expected files {', '.join(SUFFIXES)}")
@@ -76,7 +76,7 @@ class ImageFolder:
         if skip is True:
             self.skipped = self._undecodable(self.names)
         elif skip:
-            self.skipped = dict.fromkeys(self._named(skip), "it was left out before")
+            self.skipped = dict.fromkeys(self._named([skip] if isinstance(skip, str) else skip), "left out before")
         if len(self.skipped) == len(self.names):
             raise ArgumentError(f"{folder}: all of its images are left out\n" + "\n".join(self.skipped.values()))
         self.names = [name for name in self.names if name not in self.skipped]
@@ -84,10 +84,12 @@ class ImageFolder:
         self.classes: list[str] | None = None
         if labels:
             self.labels, self.classes = self._classes()
-        alike = size is not None and mode is not None  # whatever they are, they become so
-        shapes = _whole(self._each(self.decoder.shape, self.names[: 1 if alike else None]))
-        self.shape = shapes[0]
-        self._check(shapes)
+        if self.decoder.made is not None:  # whatever they are, they become that
+            self.shape = self.decoder.made
+        else:
+            shapes = _whole(self._each(self.decoder.shape, self.names))
+            self.shape = shapes[0]
+            self._check(shapes)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -127,12 +129,12 @@ class ImageFolder:
         return found
 
     def digest(self) -> str:
-        """A hash of the files' names and lengths, and of the background where it is not white: what tells the folder
+        """A hash of the files' names and lengths, and of the background where one is chosen: what tells the folder
         from others without reading it."""
         found = hashlib.sha256()
         for name in self.names:
             found.update(f"{name}\0{(self.folder / name).stat().st_size}\0".encode())
-        if self.decoder.background != "white":
+        if self.decoder.background is not None:
             found.update(self.decoder.background.encode())
         return f"sha256 {found.hexdigest()[:12]}"
 
@@ -199,7 +201,7 @@ def read_image(path: Path, shape: tuple[int, ...], background: str | None = None
     where it is transparent, by default white."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    decoder = Decoder((shape[1], shape[2]), "L" if shape[0] == 1 else "RGB", background or "white")
+    decoder = Decoder((shape[1], shape[2]), "L" if shape[0] == 1 else "RGB", background)
     with bombs_refused():
         return torch.from_numpy(decoder.array(path))
 

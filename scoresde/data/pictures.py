@@ -50,7 +50,8 @@ class Decoder:
         size: height and width, or one number for both: cropped around the centre to that ratio, and resized (Lanczos).
             None for its own.
         mode: "L" (grey) or "RGB"; None for what it is.
-        background: what shows through where it is transparent, a colour as Pillow knows it: "white", "#808080".
+        background: what shows through where it is transparent, a colour as Pillow knows it, "#808080" say; None for
+            white.
 
     Raises:
         ValueError: on another size, mode or background; by its methods, if a file cannot be read, naming it.
@@ -59,7 +60,7 @@ class Decoder:
 
     size: int | tuple[int, int] | None = None
     mode: Mode | None = None
-    background: str = "white"
+    background: str | None = None
 
     def __post_init__(self) -> None:
         check_pillow()
@@ -72,6 +73,13 @@ class Decoder:
             check_option(("L", "RGB"), mode=self.mode)
         if len(self._rgb()) != 3:
             raise ArgumentError(f"background={self.background!r}: expected an opaque colour, 'white' or '#808080' say")
+
+    @property
+    def made(self) -> tuple[int, int, int] | None:
+        """The (C, H, W) that every picture is made, where size and mode say it."""
+        if self.mode is None or not isinstance(self.size, tuple):
+            return None
+        return (1 if self.mode == "L" else 3, *self.size)
 
     def shape(self, path: Path) -> tuple[int, int, int]:
         """(C, H, W) of what `array` will return, from the file's head."""
@@ -109,7 +117,7 @@ class Decoder:
         from PIL import ImageColor
 
         try:
-            return ImageColor.getrgb(self.background)
+            return ImageColor.getrgb("white" if self.background is None else self.background)
         except (ValueError, AttributeError) as error:
             raise ArgumentError(
                 f"background={self.background!r}: expected a colour, 'white' or '#808080' say"
@@ -155,7 +163,7 @@ def _opaque(image: Any, background: tuple[int, ...]) -> Any:
             raise ValueError(f"its levels are {k.min()} to {k.max()}, expected those of 8 or 16 bits")
         image = Image.fromarray(((k * 255 + full // 2) // full).astype(np.uint8))
         if key is not None:
-            image.putalpha(Image.fromarray(np.where(k == key, 0, 255).astype(np.uint8)))
+            image.putalpha(Image.fromarray(np.where(k == min(key, full), 0, 255).astype(np.uint8)))
     if image.mode not in ("LA", "PA", "RGBA") and "transparency" not in image.info:
         return image
     image, canvas = image.convert("RGBA"), Image.new("RGB", image.size, background)
