@@ -65,7 +65,7 @@ def run(options: EvaluateOptions) -> None:
         measure = options.measure.open(model, session, device)
         if model is None:
             assert source is not None
-            x = samples_of(source, measure.data)
+            x = samples_of(source, measure.data, options.measure.skip)
             about: dict[str, Any] = {"samples from": str(source)}
         else:
             check_measurable(metrics, samples=n, data=len(measure.reference))
@@ -86,7 +86,7 @@ def run(options: EvaluateOptions) -> None:
             session.say(f"wrote {options.out}")
 
 
-def samples_of(source: Path, like: DataConfig) -> Tensor:
+def samples_of(source: Path, like: DataConfig, skip: bool = False) -> Tensor:
     """The samples of a file, a folder or a data set by name.
 
     Raises:
@@ -94,4 +94,4 @@ def samples_of(source: Path, like: DataConfig) -> Tensor:
     """
     if str(source).partition(":")[0] not in BUILT_IN and not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file, run folder or data set")
-    return reference_of(DataConfig(str(source), **like.beside(str(source)).alike))
+    return reference_of(DataConfig(str(source), skip=skip and source.is_dir(), **like.beside(str(source)).alike))
