@@ -954,3 +954,25 @@ def test_data_without_a_name(capsys, monkeypatch, tmp_path):
 def test_one_level_is_none(refuses):
     with pytest.raises(ValueError, match=r"levels=1\b"):
         refuses(torch.zeros(3, 1, 2, 2, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "u16.npy"], "u16.npy: x is whole, 0 to 65535: give the number of levels, --set data.levels="),
+        (["--data", "f.npy", "--set", "data.levels=4"], "f.npy: --set data.levels=4: floating-point data have none"),
+        (["--data", "f.npy", "--set", "data.flip=true"], "--set data.flip=True is for images"),
+        (["--data", "f.npy", "--drop", "0.1"], "--drop 0.1: there are no labels"),
+        (["--data", "f.npy", "--size", "8"], "--size, --mode, --background and --skip-unreadable are for a folder"),
+        (["--data", "fashion-mnist", "--set", "data.download=true"], "say where it is, fashion-mnist:/data"),
+        (["--data", "f.npy", "--classes"], "it holds one array without a name: there is none named 'labels'"),
+    ],
+)
+def test_the_command_line_names_what_it_was_given(arguments, words, capsys, monkeypatch, tmp_path):
+    """Python's messages name its arguments; those of `train` flags, or entries of --set where there is no flag."""
+    monkeypatch.chdir(tmp_path)
+    np.save("u16.npy", np.array([0, 65535], np.uint16).reshape(2, 1, 1, 1))
+    np.save("f.npy", np.zeros((4, 2), np.float32))
+    status = main(["train", *arguments, "--set", "model.network=mlp", "--device", "cpu", "--out", "run"])
+    said = capsys.readouterr().err
+    assert (status, words in said, said.count("\n")) == (2, True, 1)

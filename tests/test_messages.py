@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 from scoresde import checks, cli
 from scoresde.checks import ArgumentError
+from scoresde.cli.config import SECTIONS
 
 
 @pytest.mark.parametrize(
@@ -45,10 +48,17 @@ def parsers():
     return commands.choices
 
 
+def set_keys():
+    return {f"{name}.{entry.name}" for name, kind in SECTIONS.items() for entry in fields(kind)}
+
+
 @pytest.mark.parametrize(("module", "options"), cli.COMMANDS)
 def test_the_flags_of_a_command_are_those_that_it_parses(module, options):
     """Every one has a name that Python's messages can have for it, and no other is named."""
     parsed = parsers()[module.__name__.rpartition(".")[2]]._option_string_actions
-    flags = {flag for flag in options.flags().values() if flag.startswith("-")}
+    names = {name for name in options.flags().values() if name.startswith("-")}
+    entries = {name for name in names if name.startswith("--set ")}  # of the configuration of a run
+    assert all(name.removeprefix("--set ").removesuffix("=") in set_keys() for name in entries)
+    flags = names - entries
     assert flags <= set(parsed)
     assert {parsed[flag].dest for flag in flags} == {action.dest for action in parsed.values()} - {"help"}
