@@ -49,7 +49,8 @@ class TrainingData:
 
     Args:
         x: shape (N, ...). Whole levels, uint8 images (N, C, H, W) say, become float32 in [-1, 1], both ends exactly
-            (`scaled`); floating-point data are taken as they are. Or an `ImageFolder`.
+            (`scaled`), those of uint16 and uint32 being kept as int32 and int64; floating-point data are taken as they
+            are. Or an `ImageFolder`.
         labels: of the items, N entries.
         levels: how many there are, 256 in 8-bit images; None for floating-point data.
         flip: mirror each image, left to right, with probability 1/2, anew in every epoch.
