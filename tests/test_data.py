@@ -641,7 +641,7 @@ def test_what_cannot_be_trained_on_is_refused(arguments, words):
 
 def test_training_data_say_what_their_source_lacks(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(6, dtype=np.int16).reshape(3, 2))
-    with pytest.raises(ValueError, match=r"a\.npy: x is torch\.int16: say how many levels"):
+    with pytest.raises(ValueError, match=r"a\.npy: x is whole, 0 to 5: say how many levels"):
         training_data(tmp_path / "a.npy")
     assert training_data(tmp_path / "a.npy", levels=6).batch(torch.tensor([0]))[0][0, 0] == -1
     with pytest.raises(ValueError, match=r"a\.npy .*none named 'labels'"):
@@ -959,7 +959,7 @@ def test_one_level_is_none(refuses):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data", "u16.npy"], "u16.npy: x is whole, 0 to 65535: give the number of levels, --set data.levels="),
+        (["--data", "u16.npy"], "u16.npy: x is whole, 0 to 65535: say how many levels there are, --set data.levels="),
         (["--data", "f.npy", "--set", "data.levels=4"], "f.npy: --set data.levels=4: floating-point data have none"),
         (["--data", "f.npy", "--set", "data.flip=true"], "--set data.flip=True is for images"),
         (["--data", "f.npy", "--drop", "0.1"], "--drop 0.1: there are no labels"),

@@ -309,7 +309,7 @@ def _check(x: Tensor, levels: int | None) -> None:
             raise ValueError(f"data items {bad[:8]} are not finite")
         return
     if levels is None:
-        raise ArgumentError(f"x is whole, {int(x.min())} to {int(x.max())}: give the number of levels, levels=")
+        raise ArgumentError(f"x is whole, {int(x.min())} to {int(x.max())}: say how many levels there are, levels=")
     lo, hi = int(x.min()), int(x.max())
     if lo < 0 or hi >= levels:
         raise ArgumentError(f"x has levels from {lo} to {hi}: expected 0 to {levels - 1}, for levels={levels}")
