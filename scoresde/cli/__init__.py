@@ -90,9 +90,8 @@ def said(error: BaseException) -> str:
     if isinstance(error, ArgumentError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        return (
-            f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror[0].lower()}{error.strerror[1:]}"
-        )
+        where = "" if error.filename is None else f"{error.filename}: "
+        return where + error.strerror[0].lower() + error.strerror[1:]
     return " ".join(str(error).split()) or type(error).__name__
 
 

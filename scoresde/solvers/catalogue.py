@@ -223,7 +223,7 @@ def solver_of(text: str) -> Solver:
         listed = one_of(text, [*SOLVERS, *ALIASES])
         raise ArgumentError(f"solver={text!r}: {listed} that `scoresde solvers` lists, or a call, 'DDIM(eta=0.2)' say")
     if (made := _CLASSES.get(call.func.id)) is None:
-        raise ArgumentError(f"solver={text!r}: {one_of(call.func.id, _CLASSES)}")
+        raise ArgumentError(f"solver={text!r}: {one_of(call.func.id, _CLASSES)} to call, 'DDIM(eta=0.2)' say")
     try:
         args = [ast.literal_eval(arg) for arg in call.args]
         options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
