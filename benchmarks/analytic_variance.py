@@ -56,7 +56,7 @@ from scoresde.likelihood.interval import student
 from scoresde.metrics import frechet_distance
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
-from scoresde.report import table, write_json
+from scoresde.report import log_ticks, table, write_json
 from scoresde.solvers import DDIM, DDPM, Solver
 from scoresde.tableau import Tableau
 from scoresde.training import TrainConfig, Trainer
@@ -538,10 +538,10 @@ def draw_race(frechet: Scores, bits: Scores, real: float, steps: Sequence[int], 
         axis.set(xscale="log", yscale="log", xlabel="K, evaluations of the network", title=title)
         axis.set_xticks(ticks, [str(K) for K in ticks])
         axis.minorticks_off()
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
-        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        heights = log_ticks(*axis.get_ylim())
+        axis.set_yticks(heights, [f"{tick:.3g}" for tick in heights])
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, ncols=2)
+        axis.legend(fontsize=7, ncols=2, handlelength=4)  # long enough to show the dashes
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

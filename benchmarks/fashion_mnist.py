@@ -44,7 +44,7 @@ from scoresde.levels import to_levels
 from scoresde.likelihood import outer_edges
 from scoresde.metrics import classifier_features, frechet_distance
 from scoresde.noise import derive_seed
-from scoresde.report import table, write_json
+from scoresde.report import log_ticks, table, write_json
 from scoresde.sde import SDE
 from scoresde.solvers import DDIM, DDPM, DEIS, DPMSolverPP, Heun, PredictorCorrector, Solver, UniPC
 from scoresde.training import ModelConfig, TrainConfig, Trainer
@@ -302,15 +302,16 @@ def draw_race(
             if axis is axes[2]:
                 colour = {"VP": "tab:blue", "sub-VP": "tab:green", "VE": "tab:red"}[row.split(",")[0]]  # type: ignore[union-attr]
             error = [0.0 if value != value else value for value in error]
-            axis.errorbar(columns, mean, error, label=row, marker="o", markersize=3, linestyle=style, color=colour)
+            look = {"marker": "o", "markersize": 4, "markerfacecolor": "white" if style == "--" else None}
+            axis.errorbar(columns, mean, error, label=row, linestyle=style, color=colour, **look)
         axis.axhline(real, color="black", linewidth=0.8, linestyle="-.", label="real images")
         axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", title=title)
         axis.set_xticks(columns, [str(c) for c in columns])
         axis.minorticks_off()
-        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
+        heights = log_ticks(*axis.get_ylim())
+        axis.set_yticks(heights, [f"{tick:.3g}" for tick in heights])
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, handlelength=4)  # long enough to show the dashes
     axes[0].set_ylabel("Frechet distance to held-out images")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -24,7 +24,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from scoresde import VPSDE, Denoiser, Grid, VDenoiser, bits_per_dim, diagnose, elbo, sample
+from scoresde import SDE, VPSDE, Denoiser, Grid, VDenoiser, bits_per_dim, diagnose, elbo, sample
 from scoresde.data import digit_levels, digits
 from scoresde.info import environment
 from scoresde.likelihood import dequantized, outer_edges
@@ -34,6 +34,7 @@ from scoresde.noise import derive_seed
 from scoresde.report import table as markdown
 from scoresde.report import write_json
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP, EulerMaruyama, Heun, Solver, UniPC
+from scoresde.tensors import expand_like
 from scoresde.training import CheckpointError, TrainConfig, Trainer, min_snr
 
 matplotlib.use("Agg")
@@ -247,15 +248,26 @@ def draw_samples(drawn: dict[tuple[str, int], Tensor], held_out: Tensor, results
     plt.close(figure)
 
 
+def forward_path(sde: SDE, x0: Tensor, times: Tensor, generator: torch.Generator) -> Tensor:
+    """A path of the forward SDE from x_0 at increasing times, shape (len(times), *x_0.shape).
+
+    x_t / alpha = x_0 + B(tau), B a Brownian motion and tau = (sigma / alpha)^2 its clock: d(x / alpha) = g / alpha dw,
+    and tau' = (g / alpha)^2.
+    """
+    alpha, tau = sde.alpha(times), (sde.sigma(times) / sde.alpha(times)) ** 2
+    std = tau.diff(prepend=torch.zeros(1, dtype=tau.dtype)).sqrt()
+    z = torch.randn(len(times), *x0.shape, generator=generator, dtype=tau.dtype)
+    return (expand_like(alpha, z) * (x0 + (expand_like(std, z) * z).cumsum(0))).to(x0.dtype)
+
+
 def draw_process(denoiser: Denoiser, digit: Tensor, path: Path, seed: int) -> None:
     """A digit turned to noise, and noise turned to digits, stochastically and deterministically, from the same x_T."""
     sde, steps, columns = denoiser.sde, 100, 11
     grid = Grid.uniform(sde, steps)
     shown = torch.linspace(0, steps, columns).round().long()
     times = grid.times[shown]
-    noise = torch.randn(digit.shape, generator=torch.Generator().manual_seed(seed))
-    forward = torch.cat([sde.perturb(digit[None], t, noise[None]) for t in times.flip(0)])
-    rows = [("forward\nx_t", forward, times.flip(0))]
+    forward = forward_path(sde, digit, times.flip(0), torch.Generator().manual_seed(seed))
+    rows = [("forward SDE\nx_t", forward, times.flip(0))]
     x_T = sde.prior((1, *digit.shape), torch.Generator().manual_seed(seed), device=denoiser.device)
     for name, solver in (("reverse SDE\n(DDPM)", DDPM()), ("ODE\n(DDIM)", DDIM())):
         states = sample(denoiser, x_T, solver, grid=grid, seed=seed, trajectory=True).trajectory

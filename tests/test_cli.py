@@ -133,3 +133,22 @@ def test_likelihood_explains_itself(capsys):
         assert word in out
     assert main(["likelihood", "digits", "--out", "a.json"]) == 2
     assert "digits is no run folder: name one, or the data and --denoiser" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sde", [scoresde.VPSDE(), scoresde.EDMSDE()])
+def test_the_forward_row_of_the_demo_is_a_path_of_the_sde(sde, monkeypatch):
+    """Cov(x_s, x_t) = alpha_t / alpha_s sigma_s^2 for s < t, which one noise for all t has not."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from digits import forward_path
+
+    n, times = 40_000, sde.t_max * torch.tensor([0.0, 0.2, 0.3, 0.5, 1.0], dtype=torch.float64)
+    x0 = torch.full((n,), 0.5, dtype=torch.float64)
+    found = forward_path(sde, x0, times, torch.Generator().manual_seed(0))
+    alpha, sigma = sde.alpha(times), sde.sigma(times)
+    assert torch.equal(found[0], x0)
+    noise = found - alpha[:, None] * x0
+    first = torch.arange(5)[:, None].minimum(torch.arange(5))
+    last = torch.arange(5)[:, None].maximum(torch.arange(5))
+    expected = alpha[last] / alpha[first] * sigma[first] ** 2
+    scale = sigma[:, None] * sigma
+    assert ((noise @ noise.T / n - expected).abs() <= 5 * 1.5 * scale / n**0.5).all()

@@ -22,7 +22,7 @@ from scoresde.cli.options import Options, option, part
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS, evaluate
 from scoresde.metrics.evaluate import title
-from scoresde.report import Cells, table, write_json
+from scoresde.report import Cells, log_ticks, table, write_json
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel
 
@@ -89,8 +89,11 @@ def run(options: CompareOptions) -> None:
         with going_on("finished cells are kept, and the same command goes on"):
             race.run(kept)
         if parallel.rank() == 0:
-            print(race.write(kept, device))
-            session.say(f"wrote {out}/README.md, results.json")
+            tables, pictures = race.write(kept, device)
+            print(tables)
+            session.say(f"wrote {', '.join([f'{out}/README.md', 'results.json', *pictures])}")
+            if not drawing():
+                session.say("there is no plot, as matplotlib is not installed: pip install scoresde[plots], and again")
 
 
 def _cell(found: dict[str, Any]) -> Cell:
@@ -194,8 +197,8 @@ class Race:
 
     # ---- what is written ----
 
-    def write(self, kept: Cells, device: torch.device) -> str:
-        """README.md, results.json and the plot; returns the tables."""
+    def write(self, kept: Cells, device: torch.device) -> tuple[str, list[str]]:
+        """README.md, results.json and the plots; returns the tables, and the names of the plots."""
         options, out = self.options, self.options.out
         rows = [kept.done[cell] for cell in self.cells]
         scored = {name for row in rows for name in row["scores"]}
@@ -210,11 +213,11 @@ class Race:
             page += ["", "Not run, or not finite:", "", *notes]
         result = {"cells": rows, "real data": real, "made for": kept.made_for, **record(options, device)}
         write_json(out / "results.json", result)
-        pictures = [f"![{name}]({name}.png)" for name in metrics if self.plot(name, rows, real["scores"].get(name))]
+        pictures = [f"{name}.png" for name in metrics if self.plot(name, rows, real["scores"].get(name))]
         head = ["# Solvers at few evaluations", "", f"`{result['environment']['command']}`", ""]
-        text = "\n".join([*head, *page, "", *pictures]) + "\n"
+        text = "\n".join([*head, *page, "", *(f"![{name[:-4]}]({name})" for name in pictures)]) + "\n"
         write_whole(out / "README.md", lambda file: file.write(text.encode()))
-        return "\n".join(page)
+        return "\n".join(page), pictures
 
     def table(self, name: str, rows: list[dict[str, Any]], real: dict[str, Any] | None) -> list[str]:
         """A line a solver and grid, a column a budget."""
@@ -228,14 +231,12 @@ class Race:
         return table(["solver", *(f"NFE {nfe}" for nfe in budgets)], lines)
 
     def plot(self, name: str, rows: list[dict[str, Any]], real: dict[str, Any] | None) -> bool:
-        """The metric against evaluations; False where there is no matplotlib."""
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
+        """The metric against evaluations; False where there is no matplotlib, or nothing to draw."""
+        if not drawing():
             return False
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(6.4, 4.4))
-        FigureCanvasAgg(figure)
         axis = figure.add_subplot()
         for solver, grid in dict.fromkeys((row["solver"], row["grid"]) for row in rows):
             mine = [r for r in rows if (r["solver"], r["grid"]) == (solver, grid) and r["scores"].get(name)]
@@ -252,12 +253,24 @@ class Race:
         axis.set(xscale="log", yscale="log" if positive else "linear", xlabel="evaluations of the network", ylabel=name)
         axis.set_xticks(self.budgets, [str(nfe) for nfe in self.budgets])
         axis.minorticks_off()
+        if positive:
+            ticks = log_ticks(*axis.get_ylim())
+            axis.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axis.grid(color="0.92", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
         figure.tight_layout()
         write_whole(self.options.out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=120))
         return True
+
+
+def drawing() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _shown(score: dict[str, Any] | None) -> str:

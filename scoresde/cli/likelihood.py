@@ -369,7 +369,11 @@ def _summary(result: dict[str, Any]) -> str:
 
     calls = result["nfe"] / result["batches"]
     text = f"{shown(result['value'], result['stderr'])} {result['unit']} over {result['items']} items"
-    text += f", {calls:.0f} network calls a batch; discretisation error about {result['discretisation_error']:.2g}"
+    text += f", {calls:.0f} network calls a batch"
+    if math.isfinite(error := result["discretisation_error"]):  # so few steps offer no estimate
+        text += f"; discretisation error about {error:.2g}"
+    else:
+        text += "; no estimate of the discretisation error from so few steps: more --steps give one"
     if "bound" in result:
         text += f"\nvariational bound {shown(result['bound']['value'], result['bound']['stderr'])} {result['unit']}"
     return text

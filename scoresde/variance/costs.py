@@ -29,6 +29,7 @@ from scoresde.checks import check_count, check_option, check_range
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
+from scoresde.likelihood.decoder import Decoder, decoder_std, square_norm
 from scoresde.noise import derive_seed
 from scoresde.sde import SDE
 from scoresde.tensors import check_batch, widen
@@ -259,8 +260,6 @@ def measure_errors(
         ValueError: before any evaluation, if data or times do not fit, or are not finite.
         NonFiniteError: if an output of the network is not finite, with its time and samples, indices into data.
     """
-    from scoresde.likelihood.decoder import Decoder, decoder_std, square_norm
-
     check_batch(data, "data")
     check_count(samples=samples, batch_size=batch_size)
     sde, t = denoiser.sde, _candidates(denoiser.sde, times)
