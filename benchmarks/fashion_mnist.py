@@ -35,8 +35,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scoresde import Denoiser, Grid, bits_per_dim, sample
-from scoresde.cli.images import grid as side_by_side
-from scoresde.cli.images import write_png
 from scoresde.cli.models import About
 from scoresde.data import fashion_mnist_levels, scaled
 from scoresde.info import environment
@@ -44,6 +42,8 @@ from scoresde.levels import to_levels
 from scoresde.likelihood import outer_edges
 from scoresde.metrics import classifier_features, frechet_distance
 from scoresde.noise import derive_seed
+from scoresde.pictures import grid as side_by_side
+from scoresde.pictures import write_png
 from scoresde.report import log_ticks, table, write_json
 from scoresde.sde import SDE
 from scoresde.solvers import DDIM, DDPM, DEIS, DPMSolverPP, Heun, PredictorCorrector, Solver, UniPC

@@ -36,7 +36,7 @@ from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
 from scoresde.solvers.runge_kutta import RungeKutta
 from scoresde.tableau import Tableau, responses
-from scoresde.tensors import Time, as_time
+from scoresde.tensors import Time, as_time, told
 
 __all__ = [
     "Law",
@@ -56,12 +56,14 @@ class Law(NamedTuple):
     """A Gaussian with independent directions: those of the target's eigenbasis.
 
     Attributes:
-        mean: of each direction, float64, shape (D,) where it was computed here.
-        variances: of each direction, the spectrum of the covariance, likewise.
+        mean, variances: of each direction, float64, shape (D,) where they were computed here.
     """
 
     mean: Tensor
     variances: Tensor
+
+    def __repr__(self) -> str:
+        return told(self)
 
 
 Numbers = Tensor | Sequence[float] | float

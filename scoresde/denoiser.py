@@ -19,7 +19,7 @@ from torch import Tensor
 from scoresde.checks import check_positive
 from scoresde.errors import not_finite, some
 from scoresde.sde import SDE
-from scoresde.tensors import Time, as_time, check_batch, expand_like, known_any, precise, widen
+from scoresde.tensors import Time, as_time, check_batch, expand_like, known_any, precise, told, widen
 from scoresde.views import Affine, check_time, combine, first_where, mean_of_view, tells_nothing, view_of_mean
 
 __all__ = [
@@ -45,6 +45,9 @@ class Posterior(NamedTuple):
 
     mean: Tensor
     var: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return told(self)
 
 
 class Denoiser(ABC):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scoresde.chain import DDPMChain
 from scoresde.checks import ArgumentError
+from scoresde.pictures import html_table
 from scoresde.schedules import VPSDE
 from scoresde.sde import SDE
 
@@ -123,6 +124,12 @@ class Grid:
         if len(shown) > 12:
             shown = [*shown[:6], "...", *shown[-5:]]
         return f"Grid({self.sde!r}, {self.steps} step{'s' * (self.steps > 1)}: {', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        half_log_snr = self.sde.half_log_snr(self.times)
+        columns = zip(self.times, self.sde.alpha(self.times), self.sde.sigma(self.times), half_log_snr, strict=True)
+        rows = [[i, *(f"{float(number):.5g}" for number in numbers)] for i, numbers in enumerate(columns)]
+        return html_table(f"Grid({self.sde!r}, {self.steps} steps)", ["", "t", "alpha", "sigma", "half log-SNR"], rows)
 
     @classmethod
     def customary(cls, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:

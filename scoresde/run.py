@@ -15,10 +15,11 @@ from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
+from scoresde.pictures import html_of
 from scoresde.sde import NOT_NOISE, SDE
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
-from scoresde.tensors import check_batch, widen
+from scoresde.tensors import check_batch, told, widen
 
 __all__ = ["Solution", "check_solver", "choose", "initial", "locate"]
 
@@ -47,6 +48,11 @@ class Solution:
     t: float = 0.0
     log_prob: Tensor | None = None
     log_prob_stderr: Tensor | None = None
+
+    __repr__ = told
+
+    def _repr_html_(self) -> str:
+        return html_of(repr(self), self.x)
 
 
 def check_solver(solver: object) -> None:

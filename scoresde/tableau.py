@@ -22,6 +22,8 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
+from scoresde.pictures import html_table
+from scoresde.tensors import told
 from scoresde.views import view_of_mean
 
 if TYPE_CHECKING:
@@ -50,6 +52,9 @@ class State(NamedTuple):
     done: bool
     t: float
     x: Tensor
+
+    def __repr__(self) -> str:
+        return told(self)
 
 
 class _Row(NamedTuple):
@@ -256,11 +261,26 @@ class Tableau:
             for i, (t, x_i, n_i, c, u_i, w_i, on_i) in enumerate(columns)
         ]
 
-    def __repr__(self) -> str:
+    def _columns(self) -> dict[str, Tensor]:
         names = ["b"] if self.b.shape[1] == 1 else [f"b{k}" for k in range(self.b.shape[1])]
-        columns = [self.t, self.p, self.q, self.a, *self.b.T, self.c]
+        return {
+            "t": self.t,
+            "p": self.p,
+            "q": self.q,
+            "a": self.a,
+            **dict(zip(names, self.b.T, strict=True)),
+            "c": self.c,
+        }
+
+    def _repr_html_(self) -> str:
+        numbers = zip(self.step.tolist(), *(column.tolist() for column in self._columns().values()), strict=True)
+        rows = [[i, step, *(f"{number:.6g}" for number in own)] for i, (step, *own) in enumerate(numbers)]
+        return html_table(f"Tableau of {len(self)} rows on {self.grid!r}", ["row", "step", *self._columns()], rows)
+
+    def __repr__(self) -> str:
+        names, columns = self._columns().keys(), self._columns().values()
         lines = [f"Tableau of {len(self)} rows on {self.grid!r}"]
-        lines.append(" row  step" + "".join(f"{name:>10} " for name in ["t", "p", "q", "a", *names, "c"]).rstrip())
+        lines.append(" row  step" + "".join(f"{name:>10} " for name in names).rstrip())
         for i in range(len(self)):
             if len(self) > 24 and 10 <= i < len(self) - 10:
                 if i == 10:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["Time", "as_time", "check_batch", "dot", "expand_like", "known_any", "precise", "widen"]
+__all__ = ["Time", "as_time", "brief", "check_batch", "dot", "expand_like", "known_any", "precise", "told", "widen"]
 
 Time = Tensor | float
 """One time for the batch, shape (), or one for each item, shape (B,)."""
@@ -35,6 +37,42 @@ def expand_like(c: Tensor, x: Tensor) -> Tensor:
             "give one number, or one per sample"
         )
     return c.to(dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def brief(value: Any) -> str:
+    """A value in a few words: of a tensor its shape, dtype and range, of a few numbers the numbers; else its repr, with
+    the same for tensors in tuples, lists and dicts.
+
+    >>> brief(torch.tensor([1.0, 2.0])), brief({"x": torch.arange(60).reshape(2, 30)})
+    ('[1, 2]', "{'x': int64 (2, 30) from 0 to 59}")
+    """
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {brief(one)}" for key, one in value.items()) + "}"
+    if type(value) in (list, tuple):
+        return ("[{}]" if isinstance(value, list) else "({})").format(", ".join(map(brief, value)))
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if value.numel() <= 6 and value.ndim < 2 and not value.is_complex():
+        numbers = [f"{x:.5g}" for x in value.detach().double().reshape(-1).tolist()]
+        return f"[{', '.join(numbers)}]" if value.ndim else numbers[0]
+    text = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    text += "" if value.device.type == "cpu" else f" on {value.device}"
+    if not value.numel() or value.is_complex() or value.device.type == "meta":
+        return text
+    finite = (x := value.detach().double()).isfinite()
+    if bool(finite.any()):
+        text += f" from {float(x[finite].min()):.4g} to {float(x[finite].max()):.4g}"
+    return text if bool(finite.all()) else f"{text}, {int((~finite).sum())} not finite"
+
+
+def told(self: Any) -> str:
+    """The `__repr__` of results, dataclasses or named tuples: a line, with their tensors as `brief` has them, and
+    without what is None.
+    """
+    names = getattr(self, "_fields", None) or [name for name, own in self.__dataclass_fields__.items() if own.repr]
+    values = {name: getattr(self, name) for name in names}
+    given = (f"{name}={brief(value)}" for name, value in values.items() if value is not None)
+    return f"{type(self).__name__}({', '.join(given)})"
 
 
 def check_batch(x: Tensor, name: str) -> None:

@@ -424,7 +424,7 @@ def test_any_denoiser_and_the_exact_posterior(here, capsys):
         (["--limit", "0"], "--limit 0"),
         (["--input", "none"], "none: no such file or folder"),
         (["--scale", "2", "--method", "ddnm"], "--scale is of pigdm, mmps, dps"),
-        (["--variance", "digits.npz"], "--variance goes with --method replacement"),
+        (["--variance", __file__], "--variance goes with --method replacement"),
         (["--class", "3"], "the model has no classes"),
         (["--method", "replacement", "--noise-std", "0.1", "--operator", "blur:1"], "one singular value"),
         (["--method", "replacement", "--solver", "ode-dopri5"], "has no table"),

@@ -23,11 +23,11 @@ from scoresde.cli import compare, main, parser, train
 from scoresde.cli.config import SECTIONS, DataConfig, EvaluateConfig, RunConfig, override, read_toml, write_toml
 from scoresde.cli.defaults import completed
 from scoresde.cli.drawing import Recipe
-from scoresde.cli.images import grid
 from scoresde.cli.models import open_run, run_config
 from scoresde.data import TrainingData, digit_levels, digits, scaled
 from scoresde.levels import to_levels
 from scoresde.likelihood import bits_per_dim, outer_edges
+from scoresde.pictures import grid
 from scoresde.processes import SDES
 from scoresde.report import Cells
 from scoresde.solvers import DDIM, DDPM

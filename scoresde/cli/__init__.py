@@ -9,7 +9,6 @@ drawing.py     samples by number, in any batch and on any number of processes
 inputs.py      given images as items of a model
 measuring.py   real data and feature spaces by name
 writing.py     where samples go, and what is finished when a command is stopped
-images.py      PNG files
 common.py      how commands begin and stop, what they say
 options.py     what a command was given: a frozen dataclass that declares its arguments, parsed once and handed on
 """

@@ -18,12 +18,12 @@ from torch import Tensor
 from scoresde.checks import check_count, one_of
 from scoresde.cli.common import SessionOptions
 from scoresde.cli.config import DataConfig, RunConfig, read_toml
-from scoresde.cli.images import is_picture
 from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData
 from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser, networks
 from scoresde.files import parsed
+from scoresde.pictures import is_picture
 from scoresde.report import attribute, theirs, write_json
 from scoresde.training import CheckpointError
 from scoresde.training.folder import Checkpoint

@@ -87,6 +87,7 @@ class Options:
             if issubclass(kind, Options):
                 found |= kind.flags(**how)
             elif changes.get(own.name) is not False:
+                how |= changes.get(own.name, {})
                 names = {own.name, _dest(own).rpartition(".")[2], own.name.removesuffix("s" * ("nargs" in how))}
                 found |= dict.fromkeys(names, _flags(own.name, how)[0])
         return found

@@ -175,7 +175,7 @@ class RestoreOptions(Options):
         condition_from=False,
         measured=False,
     )
-    out: OutOptions = part(columns=False)
+    out: OutOptions = part(columns=False, enlarge={"flags": ("--enlarge",)})
     session: SessionOptions
 
 

@@ -28,16 +28,16 @@ from scoresde.cli.config import (
 )
 from scoresde.cli.defaults import CHOSEN, completed
 from scoresde.cli.drawing import Recipe, draw, rounded
-from scoresde.cli.images import grid, write_png
 from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import CONFIG, About, Model, parameters
 from scoresde.cli.options import Options, option, part
 from scoresde.data import Given, TrainingData
-from scoresde.data.pictures import Mode, check_pillow
+from scoresde.data.pictures import Mode
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.errors import NonFiniteError
 from scoresde.levels import to_levels
 from scoresde.metrics import evaluate
+from scoresde.pictures import grid, write_png
 from scoresde.processes import SDES
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import CheckpointError, Trainer, parallel
@@ -288,11 +288,6 @@ class Evaluation:
         solver_of(wanted.solver)
         if not about.pictures or wanted.grid == 0:
             wanted = replace(wanted, grid=0)
-        else:
-            try:
-                check_pillow()
-            except ImportError as error:
-                raise ImportError(f"{error}; or train without pictures, --set evaluate.grid=0") from error
         told = replace(data, flip=False, drop=0.0) if data.conditions else None
         if wanted.data is None:
             return cls(wanted, about, told, out, None, None) if wanted.grid else None

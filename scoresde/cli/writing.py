@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError, check_count
 from scoresde.cli.common import SessionOptions, check_file
 from scoresde.cli.drawing import gathered
-from scoresde.cli.images import grid, write_png
 from scoresde.cli.models import About
 from scoresde.cli.options import Options, option
-from scoresde.data.pictures import check_pillow
 from scoresde.files import write_whole
 from scoresde.levels import to_levels
+from scoresde.pictures import enlarged, grid, write_png
 from scoresde.training import parallel
 
 __all__ = ["OutOptions", "Writer"]
@@ -31,6 +31,9 @@ class OutOptions(Options):
 
     out: Path = option("FILE.png, FILE.npz, or a folder", metavar="PATH", required=True)
     columns: int | None = option("of the grid (a square)", metavar="N")
+    enlarge: int | None = option(
+        "enlarge pictures so many times, a pixel being S x S of them (a grid: until images have 32 pixels)",
+        metavar="S", flags=("--scale", "--enlarge"))  # fmt: skip
     floating: bool = option("into .npz also `x`, float32, unrounded", flags=("--float",))
 
 
@@ -43,10 +46,12 @@ class Writer:
         self.picture = self.out.suffix == ".png" and not self.folder
         if not self.folder:
             check_file(self.out, ".png", ".npz")
-        if self.out.suffix != ".npz" or self.folder:
-            if not about.pictures:
-                raise ValueError(f"--out {self.out}: items {about.shape} are no pictures; give a file .npz")
-            check_pillow()
+        if (self.out.suffix != ".npz" or self.folder) and not about.pictures:
+            raise ValueError(f"--out {self.out}: items {about.shape} are no pictures; give a file .npz")
+        if options.enlarge is not None:
+            check_count(enlarge=options.enlarge)
+            if self.out.suffix == ".npz" and not self.folder:
+                raise ArgumentError(f"enlarge= is for pictures, not for --out {self.out}")
         if options.floating and self.out.suffix != ".npz":
             raise ValueError("--float is for a file .npz")
         if self.folder:
@@ -75,7 +80,7 @@ class Writer:
             for which, x in parts:
                 if self.folder:
                     for i, image in zip(which, to_levels(x), strict=True):
-                        write_png(self.out / f"{i:06d}.png", image)
+                        write_png(self.out / f"{i:06d}.png", enlarged(image, self.options.enlarge or 1))
                 kept.append(x)
         except (KeyboardInterrupt, SystemExit, ArithmeticError):
             if kept and parallel.world() == 1:
@@ -91,7 +96,7 @@ class Writer:
         if self.folder:
             return
         if self.picture:
-            write_png(self.out, grid(to_levels(x), self.options.columns))
+            write_png(self.out, grid(to_levels(x), self.options.columns, self.options.enlarge))
             return
         arrays: dict[str, Any] = {}
         if self.about.pictures:

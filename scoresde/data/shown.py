@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scoresde.noise import derive_seed
+from scoresde.tensors import told
 
 __all__ = ["Shown", "drops", "flips", "mirrored"]
 
@@ -39,6 +40,8 @@ class Shown:
     epochs: Tensor | int = 0
     seed: int = 0
     mirrored: Tensor | None = None
+
+    __repr__ = told
 
     def __post_init__(self) -> None:
         items = torch.as_tensor(self.items).cpu()

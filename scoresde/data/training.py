@@ -20,6 +20,7 @@ from scoresde.data.shown import Shown, drops, flips, mirrored
 from scoresde.data.sources import find_data
 from scoresde.data.tasks import condition_of
 from scoresde.levels import outer_edges, scaled, signed
+from scoresde.tensors import told
 
 __all__ = ["Batch", "TrainingData", "training_data"]
 
@@ -34,6 +35,9 @@ class Batch(NamedTuple):
 
     x: Tensor
     cond: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        return told(self)
 
     @property
     def labels(self) -> Tensor | None:
@@ -78,6 +82,8 @@ class TrainingData:
     conditions: tuple[Condition, ...] = ()
     drop: float = 0.0
     skipped: dict[str, str] | None = None
+
+    __repr__ = told
 
     def __post_init__(self) -> None:
         check_whole(seed=self.seed)

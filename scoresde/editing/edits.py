@@ -33,7 +33,7 @@ from scoresde.run import Solution
 from scoresde.sampling import sample
 from scoresde.sde import SDE
 from scoresde.solvers import Solver
-from scoresde.tensors import check_batch, widen
+from scoresde.tensors import check_batch, told, widen
 
 __all__ = ["Edit", "edit", "interpolation", "interpolation_grid", "variations"]
 
@@ -57,6 +57,8 @@ class Edit:
     nfe: int
     grid: Grid
     trajectory: Tensor | None = None
+
+    __repr__ = told
 
 
 def edit(

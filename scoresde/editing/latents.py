@@ -37,7 +37,7 @@ from scoresde.grid import Grid
 from scoresde.run import Solution, check_solver, choose
 from scoresde.sampling import sample
 from scoresde.solvers import AdaptiveODE, Solver
-from scoresde.tensors import check_batch, expand_like, precise, widen
+from scoresde.tensors import check_batch, expand_like, precise, told, widen
 
 __all__ = ["Encoding", "decode", "encode", "interpolate", "rescale"]
 
@@ -63,6 +63,8 @@ class Encoding:
     grid: Grid
     error: Tensor | None = None
     status: Literal["complete", "max_nfe"] = "complete"
+
+    __repr__ = told
 
 
 def encode(

@@ -18,7 +18,7 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser
 from scoresde.guidance.base import scaled
 from scoresde.guidance.operators import LinearOperator
-from scoresde.tensors import Time
+from scoresde.tensors import Time, told
 from scoresde.views import combine
 
 __all__ = [
@@ -140,6 +140,9 @@ class Mean(NamedTuple):
     transposed: Product
     output: Tensor
     var: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return told(self)
 
 
 def differentiated(denoiser: Denoiser, x: Tensor, t: Time, cond: Mapping[str, Any], variance: bool = False) -> Mean:

@@ -45,7 +45,7 @@ from scoresde.solvers.base import Around, SingleStep, check_decreasing
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State
-from scoresde.tensors import Time, expand_like
+from scoresde.tensors import Time, expand_like, told
 from scoresde.views import combine
 
 __all__ = ["Particles", "Potential", "Twist", "Twisted", "TwistedSMC", "systematic", "twisted_smc"]
@@ -65,6 +65,9 @@ class Twist(NamedTuple):
     mean: Tensor
     log_prob: Tensor
     gradient: Tensor
+
+    def __repr__(self) -> str:
+        return told(self)
 
 
 class Twisted(Guidance):
@@ -333,6 +336,8 @@ class Particles:
     ess: Tensor
     nfe: int
     grid: Grid
+
+    __repr__ = told
 
     def mean(self, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The weighted mean of a function of the particles, x itself by default: an estimate of E[function(x_0) | y].

@@ -34,7 +34,7 @@ from scoresde.likelihood.continuous import Continuous
 from scoresde.likelihood.decoder import Decoder, Draws, gaussian_kl, square_norm
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
 from scoresde.solvers.base import Solver
-from scoresde.tensors import check_batch, widen
+from scoresde.tensors import check_batch, told, widen
 
 __all__ = ["Elbo", "elbo"]
 
@@ -64,6 +64,8 @@ class Elbo:
     reconstruction: Tensor
     nfe: int
     dim: int
+
+    __repr__ = told
 
     @property
     def bits_per_dim(self) -> Tensor:

@@ -38,6 +38,7 @@ from scoresde.run import check_solver
 from scoresde.solvers.base import Solver
 from scoresde.solvers.rows import forgotten
 from scoresde.tableau import Tableau
+from scoresde.tensors import told
 
 __all__ = ["Chain"]
 
@@ -61,6 +62,9 @@ class Chain(NamedTuple):
     draws: int
     draw: Draws
     variance: str
+
+    def __repr__(self) -> str:
+        return told(self)
 
     @classmethod
     def of(

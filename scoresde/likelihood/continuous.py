@@ -24,7 +24,7 @@ from scoresde.grid import Grid
 from scoresde.likelihood.decoder import Decoder, Draws, Terms, Tick, check_finite, relative_noise, square_norm
 from scoresde.sde import SDE
 from scoresde.solvers.motion import legs
-from scoresde.tensors import expand_like
+from scoresde.tensors import expand_like, told
 
 __all__ = ["Continuous"]
 
@@ -49,6 +49,9 @@ class Continuous(NamedTuple):
     width: float
     draw: Draws
     decodings: int
+
+    def __repr__(self) -> str:
+        return told(self)
 
     @classmethod
     def of(cls, sde: SDE, strata: int, draw: Draws) -> Continuous:

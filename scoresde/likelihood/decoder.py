@@ -19,6 +19,7 @@ from scoresde.errors import NonFiniteError, some
 from scoresde.noise import SeededNoise, derive_seed, seeds_of
 from scoresde.sde import SDE
 from scoresde.solvers.rows import forgotten
+from scoresde.tensors import told
 
 __all__ = [
     "Decoder",
@@ -46,6 +47,9 @@ class Terms(NamedTuple):
     reconstruction: Tensor
     variance: Tensor
     doubt: Tensor
+
+    def __repr__(self) -> str:
+        return told(self)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Decoder:
     std: float
     below: Tensor | None = None
     above: Tensor | None = None
+
+    __repr__ = told
 
     @classmethod
     def of(cls, x0: Tensor, std: float, levels: int | None, data_range: tuple[float, float]) -> Decoder:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_count, check_option
 from scoresde.noise import Noise, as_source
+from scoresde.tensors import told
 
 __all__ = ["Divergence", "Products"]
 
@@ -53,6 +54,9 @@ class Products(NamedTuple):
     v: Tensor
     u: Tensor
     calls: int
+
+    def __repr__(self) -> str:
+        return told(self)
 
     @property
     def trace(self) -> Tensor:

@@ -39,7 +39,7 @@ from scoresde.solvers.adaptive_ode import TORCHDIFFEQ, AdaptiveODE
 from scoresde.solvers.base import Solver
 from scoresde.solvers.exponential import UniPC
 from scoresde.solvers.motion import legs
-from scoresde.tensors import check_batch, widen
+from scoresde.tensors import check_batch, told, widen
 
 __all__ = ["LogProb", "log_prob"]
 
@@ -77,6 +77,8 @@ class LogProb:
     error: Tensor
     status: Literal["complete", "max_nfe"]
     t: float
+
+    __repr__ = told
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """The ends of value -+ t_{(1 + level) / 2}(dof) stderr, t(dof) the quantiles of Student's t.

@@ -45,6 +45,7 @@ from scoresde.solvers.rows import forgotten
 from scoresde.solvers.runge_kutta import VARIABLES
 from scoresde.solvers.weights import exponential_kernel, interpolation_weights
 from scoresde.tableau import Tableau
+from scoresde.tensors import told
 from scoresde.views import view_of_mean
 
 __all__ = ["CURVES", "Kernel", "Multistep", "Rule", "Steps", "Variable", "View", "steps_in"]
@@ -82,6 +83,8 @@ class Steps:
     c2: Tensor
     kernel: Callable[[Tensor], Kernel]
     slope: Tensor
+
+    __repr__ = told
 
     @cached_property
     def regular(self) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from scoresde.grid import Grid
 from scoresde.sde import SDE
 from scoresde.tableau import Tableau
+from scoresde.tensors import told
 
 __all__ = ["Rows", "forgotten", "forward_rows", "one_evaluation", "stage_rows"]
 
@@ -36,6 +37,9 @@ class Rows(NamedTuple):
     a: Tensor
     b: Tensor
     c: Tensor
+
+    def __repr__(self) -> str:
+        return told(self)
 
     def take(self, chosen: Tensor) -> Rows:
         """The rows of an index or a mask over rows."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser
 from scoresde.sde import SDE
-from scoresde.tensors import as_time, check_batch, expand_like, known_any
+from scoresde.tensors import as_time, check_batch, expand_like, known_any, told
 from scoresde.training.weights import OnX0, TimeSampler, UniformTimes, Weighting, simple
 from scoresde.views import check_time, combine, first_where
 
@@ -146,6 +146,9 @@ class NoisyBatch(NamedTuple):
     noise: Tensor
     x_t: Tensor
     part: Part
+
+    def __repr__(self) -> str:
+        return told(self)
 
 
 def noisy_batch(

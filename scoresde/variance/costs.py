@@ -32,7 +32,7 @@ from scoresde.grid import Grid
 from scoresde.likelihood.decoder import Decoder, decoder_std, square_norm
 from scoresde.noise import derive_seed
 from scoresde.sde import SDE
-from scoresde.tensors import check_batch, widen
+from scoresde.tensors import check_batch, told, widen
 from scoresde.variance.table import VarianceTable
 
 __all__ = ["Costs", "Errors", "Variance", "analytic_costs", "kl_costs", "least_cost_path", "measure_errors"]
@@ -98,6 +98,8 @@ class Costs:
     sde: SDE
     times: Tensor
     matrix: Tensor
+
+    __repr__ = told
 
     def grid(self, steps: int) -> Grid:
         """The grid of least cost with that many steps, from the last time to 0.
@@ -205,6 +207,8 @@ class Errors:
     mse: Tensor
     decoder: Tensor
     samples: int
+
+    __repr__ = told
 
     def costs(self, variance: Variance | Tensor = "posterior") -> Costs:
         """The terms of the bound with that variance of a step.

@@ -26,7 +26,7 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.tensors import expand_like
+from scoresde.tensors import expand_like, told
 from scoresde.variance.heads import HeadDenoiser
 from scoresde.variance.trunk import Head
 
@@ -84,6 +84,9 @@ class Step(NamedTuple):
     log_high: Tensor
     log_b2: Tensor
     last: Tensor
+
+    def __repr__(self) -> str:
+        return told(self)
 
     @classmethod
     def of(cls, grid: Grid, t: Tensor) -> Step:

@@ -39,7 +39,7 @@ from scoresde.errors import CheckpointError
 from scoresde.files import write_whole
 from scoresde.processes import sde_from
 from scoresde.sde import SDE
-from scoresde.tensors import Time, precise
+from scoresde.tensors import Time, precise, told
 
 __all__ = ["Moments", "VarianceTable", "check_nodes", "fingerprint"]
 
@@ -58,6 +58,9 @@ class Moments(NamedTuple):
     n: int
     mean: Tensor
     squares: Tensor
+
+    def __repr__(self) -> str:
+        return told(self)
 
     @classmethod
     def of(cls, values: Tensor) -> Moments:
