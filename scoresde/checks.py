@@ -100,10 +100,12 @@ def check_option(options: Collection[Any], **values: Any) -> None:
 
 
 def check_count(**values: int) -> None:
-    """Raises ArgumentError unless the named values are whole numbers >= 1."""
+    """Raises ArgumentError unless the named values are whole numbers >= 1, and such as a computer counts to."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ArgumentError(f"{name}={value!r}: expected a whole number >= 1")
+        if value >= 2**63:
+            raise ArgumentError(f"{name}={value!r}: expected a whole number below 2^63")
 
 
 def check_whole(**values: int) -> None:
@@ -136,16 +138,14 @@ def check_nonnegative(**values: float) -> None:
 
 def check_tolerances(**values: float) -> None:
     """Raises ArgumentError unless the named values are finite and > 0."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ArgumentError(f"{name}={value}: expected a finite number > 0")
+    check_positive(**values)
 
 
 def check_positive(**values: float) -> None:
     """Raises ArgumentError unless the named numbers are finite and > 0."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ArgumentError(f"{name}={value}: expected a finite number > 0")
+        if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not 0 < value < math.inf:
+            raise ArgumentError(f"{name}={value!r}: expected a finite number > 0")
 
 
 def check_ordered(**values: float) -> None:

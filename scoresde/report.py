@@ -81,7 +81,9 @@ def theirs(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:
+            raise  # not theirs: we were told to stop
         elsewhere = (str(Path(__file__).parent), "site-packages", "<frozen", sysconfig.get_paths()["stdlib"])
         lines = [
             f"{Path(frame.filename).name}, line {frame.lineno}: "

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ __all__ = [
     "SessionOptions",
     "Terminated",
     "check_file",
+    "check_folder",
     "command_parser",
     "going_on",
     "record",
@@ -157,9 +159,20 @@ def check_file(path: Path, *suffixes: str) -> None:
         raise ValueError(f"--out {path} is a folder: give a file")
     if suffixes and path.suffix not in suffixes:
         raise ValueError(f"--out {path}: expected a file {' or '.join(suffixes)}")
+    check_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"--out {path}: {path.parent} cannot be written to")
+
+
+def check_folder(path: Path) -> None:
+    """Raises ValueError if --out is a file; OSError if nothing can be written there. A folder need not be there yet."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out {path} is a file: give a folder")
+    there = next((folder for folder in (path, *path.parents) if os.path.lexists(folder)), Path())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise PermissionError(f"--out {path}: nothing can be written in {there} ({error.strerror})") from error
 
 
 def record(options: Options, device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
-from scoresde.cli.common import SessionOptions, going_on, record
+from scoresde.cli.common import SessionOptions, check_folder, going_on, record
 from scoresde.cli.drawing import GRIDS, DrawOptions, Recipe, StepOptions, draw_all, recipe, rounded
 from scoresde.cli.measuring import Measure, MeasureOptions, check_measurable, measures
 from scoresde.cli.models import Model, ModelOptions, digest, sha
@@ -77,8 +77,7 @@ def run(options: CompareOptions) -> None:
     out, session = options.out, options.session
     for nfe in options.nfe:
         check_count(n=options.n, nfe=nfe)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
+    check_folder(out)
     for name in options.solvers:
         solver_of(name)
     with session.start() as device:

@@ -311,7 +311,8 @@ def section(kind: type[T], name: str, settings: Mapping[str, Any]) -> T:
         what, _, place = str(error).partition(" - at `$.")
         key, _, index = place.rstrip("]`").partition("[")
         if key not in settings:
-            raise ValueError(f"section {name!r}: {what}") from error
+            kind_of = ArgumentError if isinstance(error.__cause__, ArgumentError) else ValueError
+            raise kind_of(f"section {name!r}: {what}") from error
         value, hint = settings[key], get_type_hints(kind)[key]
         given = f"{name}.{key}[{index}] = {value[int(index)]!r}" if index else f"{name}.{key} = {value!r}"
         choices = [get_args(option) for option in (hint, *get_args(hint)) if get_origin(option) is Literal]

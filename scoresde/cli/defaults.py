@@ -50,6 +50,8 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> 
     found = {name: dict(settings.get(name, {})) for name in SECTIONS}
     model, train, loss = found["model"], found["train"], found["loss"]
     shape, options = data.shape, dict(model.get("options", {}))
+    if not shape:
+        raise ValueError(f"the data are {len(data)} numbers: expected items of one axis or more, of shape (N, 1) say")
     network = model.setdefault("network", "mlp" if len(shape) == 1 else "unet")
     if network != "mlp":
         model.setdefault("preset", _preset(max(shape[1:], default=0)))

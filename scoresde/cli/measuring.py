@@ -19,7 +19,7 @@ from scoresde.data.training import Batch
 from scoresde.metrics import METRICS, PCA, Pixels, RandomFeatures, classifier_features, inception
 from scoresde.metrics.classifier import WEIGHTS
 from scoresde.metrics.evaluate import least_size
-from scoresde.report import attribute
+from scoresde.report import attribute, theirs
 
 __all__ = [
     "FEATURES_HELP",
@@ -183,6 +183,8 @@ def features_of(
         return inception(device=device)
     elif kind and argument:
         found = attribute("--features", name)[0]
+        with theirs(f"--features {name}, given two items"):
+            found(reference[:2])
     else:
         near = nearest(name, (*WEIGHTS, "random", "pixels", "inception"))
         raise ValueError(f"--features {name!r}: expected {'' if near is None else f'{near!r}, or '}{FEATURES_HELP}")

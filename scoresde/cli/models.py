@@ -95,7 +95,8 @@ class About:
         if not path.exists():
             return None
         try:
-            found = parsed(json.loads, path.read_text())
+            if not isinstance(found := parsed(json.loads, path.read_text()), dict):
+                raise TypeError(f"it holds a {type(found).__name__}, expected names with values")
             told = tuple(map(str, found.get("conditions", ())))  # which runs of before they were there have not
             skipped = None if found.get("skipped") is None else tuple(map(str, found["skipped"]))
             shape = tuple(int(n) for n in found["shape"])

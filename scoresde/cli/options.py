@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field, fields
 from pathlib import Path
@@ -19,6 +20,11 @@ class Parser(argparse.ArgumentParser):
     """It says which name is nearest to one that it does not know; a command's own parser says so with its own usage."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for word in sys.argv[1:] if args is None else args:
+            if word == "" or (word.startswith("--") and word.endswith("=")):
+                self.error(f"an argument is empty{f', {word}' * bool(word)}: give it a value, or leave it out")
+            if not word.isascii() and "\udc80" <= max(word) <= "\udcff":
+                self.error(f"the argument {word!a} is no text in this system's encoding")
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:
             near = nearest(word.partition("=")[0], self._option_string_actions) if word.startswith("-") else None

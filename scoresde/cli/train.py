@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from scoresde.cli.common import BACKGROUND_HELP, DATA_HELP, SKIP_HELP, SessionOptions, going_on
+from scoresde.cli.common import BACKGROUND_HELP, DATA_HELP, SKIP_HELP, SessionOptions, check_folder, going_on
 from scoresde.cli.config import (
     SECTIONS,
     DataConfig,
@@ -169,8 +169,7 @@ def run(options: TrainOptions) -> None:
     """
     check_installed()
     settings = settings_of(options)
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file: give a folder")
+    check_folder(options.out)
     data_config = section(DataConfig, "data", settings["data"])
     with options.session.start() as device:
         data_config = replace(data_config, skip=left_out(data_config, options))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_count
-from scoresde.cli.common import SessionOptions, check_file
+from scoresde.cli.common import SessionOptions, check_file, check_folder
 from scoresde.cli.drawing import gathered
 from scoresde.cli.models import About
 from scoresde.cli.options import Options, option
@@ -55,6 +55,7 @@ class Writer:
         if options.floating and self.out.suffix != ".npz":
             raise ValueError("--float is for a file .npz")
         if self.folder:
+            check_folder(self.out)
             self.out.mkdir(parents=True, exist_ok=True)
 
     def collect(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.checks import ArgumentError
+from scoresde.checks import ArgumentError, nearest
 from scoresde.data.arrays import ARRAYS, read_arrays
 from scoresde.data.cifar import CIFAR10_CLASSES, cifar10_levels
 from scoresde.data.folder import ImageFolder
@@ -203,8 +203,10 @@ def find_data(
     if known:
         return BUILT_IN[name](argument, download)
     if not path.exists():
+        near = nearest(name, BUILT_IN)
+        hint = "" if near is None else f"{near}, say; "
         raise FileNotFoundError(
-            f"{source}: no such file or folder, nor a built-in data set (these are {', '.join(BUILT_IN)})"
+            f"{source}: no such file or folder, nor a built-in data set ({hint}these are {', '.join(BUILT_IN)})"
         )
     if path.suffix not in ARRAYS:
         raise ValueError(f"{path}: expected a .npy or .npz file, a .safetensors file, or a folder of images")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.sde import SDE
 from scoresde.tensors import Time, expand_like, known_any, precise
@@ -64,7 +65,7 @@ def check_scale(name: str, scale: Scale) -> None:
         if known_any(~scale.isfinite()):
             raise ValueError(f"{name}={scale.tolist()}: expected finite numbers")
     elif isinstance(scale, bool) or not (callable(scale) or (isinstance(scale, Real) and math.isfinite(scale))):
-        raise ValueError(f"{name}={scale!r}: expected a finite number, one per sample, or a function of t")
+        raise ArgumentError(f"{name}={scale!r}: expected a finite number, one per sample, or a function of t")
 
 
 def scale_at(name: str, scale: Scale, t: Time, batch: int | None = None) -> Tensor:

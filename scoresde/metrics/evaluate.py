@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count, check_option
+from scoresde.checks import check_count, check_option, check_whole
 from scoresde.errors import not_finite, some
 from scoresde.metrics.features import Features, Pixels
 from scoresde.metrics.frechet import frechet_distance
@@ -158,6 +158,7 @@ def evaluate(
     True
     """
     check_count(k=k, projections=projections, batch_size=batch_size)
+    check_whole(seed=seed)
     if halves == 1 or halves < 0 or floors < 0:
         raise ValueError(f"halves={halves}, floors={floors}: expected no halves or two at least, and floors >= 0")
     names = _names(metrics)

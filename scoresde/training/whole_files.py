@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scoresde.checks import check_whole
 from scoresde.errors import CheckpointError
 from scoresde.files import sync, write_flushed
 
@@ -34,6 +35,7 @@ def weights_file(average: int | None) -> str:
     """The name of an average's file, or of the network's as it was trained where that is None."""
     if average is None:
         return "network.safetensors"
+    check_whole(average=average)
     return f"average-{average}.safetensors" if average else "average.safetensors"
 
 

@@ -39,7 +39,7 @@ def operator_of(text: str, shape: Shape) -> Operator:
     try:
         A = make(argument, shape)
         A(torch.zeros(1, *shape))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ArgumentError(f"operator={text!r}: ", f"{error} (as in {usage})") from error
     return A
 
