@@ -29,7 +29,7 @@ from scoresde.levels import to_levels
 from scoresde.likelihood import bits_per_dim, outer_edges
 from scoresde.pictures import grid
 from scoresde.processes import SDES
-from scoresde.report import Cells
+from scoresde.report import Cells, log_ticks
 from scoresde.solvers import DDIM, DDPM
 from scoresde.solvers.catalogue import SOLVERS, solver_of
 from scoresde.training import ModelConfig, TrainConfig, Trainer
@@ -738,6 +738,30 @@ def test_a_solver_that_cannot_run_is_said_and_the_rest_goes_on(moons_run, here, 
     assert run("compare", moons_run, "--solvers", "ddim", "ode-dopri5", *options) == 0
     assert "- ode-dopri5 on default at 2: the budget of" in capsys.readouterr().out
     assert run("compare", moons_run, "--solvers", "dimm", "--out", "race") == 2
+
+
+def test_a_comparison_without_matplotlib_says_that_it_draws_nothing(moons_run, here, capsys, monkeypatch):
+    options = ["compare", moons_run, "--solvers", "ddim", "--nfe", 1, "--n", 20, "--device", "cpu", "--out", "race"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # whose import then fails
+    assert run(*options) == 0
+    assert "no plot, as matplotlib is not installed: pip install scoresde[plots]" in capsys.readouterr().err
+    assert not list(here.glob("race/*.png"))
+    assert ".png" not in Path("race/README.md").read_text()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert run(*[here / word if word == "race" else word for word in options]) == 0
+    assert "race/README.md, results.json, frechet.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("low", [1e-3, 0.97, 2.2, 9.5])
+@pytest.mark.parametrize("ratio", [1.02, 1.3, 3.0, 9.0, 50.0, 1e6])
+def test_a_logarithmic_axis_has_three_labels_however_short_it_is(low, ratio):
+    found = log_ticks(low, low * ratio)
+    assert 3 <= len(found) <= 12
+    assert found == sorted(set(found))
+    assert low <= found[0]
+    assert found[-1] <= low * ratio
+    assert len({f"{tick:.3g}" for tick in found}) == len(found) or ratio < 1.1
 
 
 def test_cells_of_anything_go_on(tmp_path):

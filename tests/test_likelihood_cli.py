@@ -104,6 +104,14 @@ def test_images_are_measured_as_bits_per_dim_does(here, capsys):
     assert f"{found['value']:.4f} +- " in printed
 
 
+def test_so_few_steps_that_nothing_is_known_of_their_error(here, capsys):
+    status, found, printed = run(capsys, "--steps", "2")
+    assert (status, found["discretisation_error"]) == (0, None)
+    assert "no estimate of the discretisation error from so few steps: more --steps give one" in printed
+    assert "nan" not in printed
+    assert "; discretisation error about" in run(capsys, "--steps", "8", "--fresh")[2]
+
+
 def test_a_killed_run_goes_on_and_ends_the_same(here, capsys, monkeypatch):
     _, whole, _ = run(capsys, *FAST, out="whole.json")
     lines = (here / "whole.batches.jsonl").read_bytes().splitlines(keepends=True)
