@@ -188,12 +188,12 @@ def test_guidance_that_cannot_be_is_status_2(guided_run, classes_run, plain_run,
     for path, arguments, words in (
         (classes_run, ["--guidance", 2], "`scoresde train --drop 0.1`"),
         (plain_run, ["--guidance", 2], "no classes and no condition"),
-        (guided_run, ["--guidance", "nan"], "weight=nan"),
+        (guided_run, ["--guidance", "nan"], "--guidance nan: expected a finite number"),
         (guided_run, ["--guidance", 2, "--class", 10], "there are 10, 0 to 9"),
         (guided_run, ["--guidance-interval", 0, 1], "give that, too"),
         (guided_run, ["--guidance-rule", "cfg-zero"], "give that, too"),
-        (guided_run, ["--guidance", 2, "--guidance-interval", 1, 0], "interval=(1.0, 0.0)"),
-        (guided_run, ["--guidance", 2, "--variance", "t.npz"], "without --guidance"),
+        (guided_run, ["--guidance", 2, "--guidance-interval", 1, 0], "--guidance-interval (1.0, 0.0)"),
+        (guided_run, ["--guidance", 2, "--variance", __file__], "without --guidance"),
     ):
         assert run("sample", path, *arguments, "--nfe", 2, "--out", "a.npz", *CPU) == 2
         out, err = capsys.readouterr()

@@ -257,7 +257,7 @@ def test_set_takes_toml_and_bare_words():
         ("train.lr=fast", ["train.lr = 'fast'", "expected `float`, got `str`"]),
         ("train.steps=2.5", ["train.steps = 2.5", "expected `int`, got `float`"]),
         ("train.steps=true", ["train.steps = True", "expected `int`, got `bool`"]),
-        ("train.steps=0", ["section 'train'", "steps=0", "a whole number >= 1"]),
+        ("train.steps=0", ["section 'train'", "--steps 0", "a whole number >= 1"]),
         ("data.mode=CMYK", ["data.mode = 'CMYK'", "one of 'L', 'RGB'"]),
         ("data.mode=3", ["data.mode = 3", "one of 'L', 'RGB'"]),
         ("data.size=[1, 2, 3]", ["data.size = [1, 2, 3]", "expected `array` of length 2"]),

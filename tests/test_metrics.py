@@ -886,7 +886,7 @@ def test_evaluate_refuses_and_names_the_samples() -> None:
         ((x.long(), x), "samples is torch.int64"),
         ((x, x[:, :1]), r"samples has shape \(40, 2\), the reference \(40, 1\)"),
         ((x[:7], x), "expected 12 at least"),
-        ((x, x, ["fid"]), "metric='fid': expected one of 'precision_recall', 'frechet'"),
+        ((x, x, ["fid"]), "metric='fid': expected 'kid', or one of 'precision_recall', 'frechet'"),
         ((x, x, "frechet"), "expected a sequence of names"),
         ((x, x, []), "expected a sequence of names"),
         ((x, x, ["frechet"], lambda z: z[:, 0]), r"the features of 40 samples are \(40,\)"),
