@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from scoresde import (
     processes,
     sample,
 )
+from scoresde.files import sealed, unsealed
 from scoresde.solvers import DDIM, DDPM, Euler, EulerMaruyama, Heun, Solver
 from scoresde.tensors import as_time, expand_like
 
@@ -113,6 +115,17 @@ def solve(denoiser: Denoiser, x: Tensor, solver: Solver, grid: Grid, z: list[Ten
     steps = solver.tableau(grid).step.tolist()
     noise = None if z is None else (lambda row, _: z[steps[row]].clone())
     return sample(denoiser, x, solver, grid=grid, noise=noise).x
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says."""
+    found: dict[str, Any] = unsealed((checkpoint / "manifest.json").read_text())[0]
+    return found
+
+
+def write_manifest(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """Another manifest, its hash included, as somebody could who means harm."""
+    (checkpoint / "manifest.json").write_text(sealed(manifest))
 
 
 def covering(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -10,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from common import read_manifest, write_manifest
 
 import scoresde
 from scoresde.cli import main, parser
@@ -61,9 +61,9 @@ def test_a_run_that_comes_further_meanwhile(command, moons_run, tmp_path, monkey
         if not newer.exists():
             shutil.copytree(found.path, newer)
             shutil.copy(newer / "average-1.safetensors", newer / "average.safetensors")
-            manifest = json.loads((newer / "manifest.json").read_text())
+            manifest = read_manifest(newer)
             manifest["files"]["average.safetensors"] = manifest["files"]["average-1.safetensors"]
-            (newer / "manifest.json").write_text(json.dumps({**manifest, "step": 99999999}))
+            write_manifest(newer, {**manifest, "step": 99999999})
         return found
 
     monkeypatch.setattr(f"scoresde.{'cli' if command else 'training'}.export.opened", overtaken)
@@ -136,7 +136,7 @@ def test_what_cannot_be_exported_is_status_2(moons_run, tmp_path, monkeypatch, c
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         scoresde.load("given")
-    manifest = json.loads((tmp_path / "given" / "manifest.json").read_text())
+    manifest = read_manifest(tmp_path / "given")
     assert list(manifest["files"]) == ["average.safetensors"]
 
 

@@ -11,11 +11,12 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from common import normal
+from common import normal, read_manifest, write_manifest
 from test_trainer import DATA, Net, assert_same, make
 
 from scoresde import VESDE, VPSDE, EpsDenoiser, VDenoiser
@@ -34,6 +35,7 @@ from scoresde.training import (
 )
 from scoresde.training import folder as run_folder
 from scoresde.training.folder import Checkpoint, checkpoints, newest
+from scoresde.training.log import Log
 from scoresde.training.model import opened
 
 # Forks, one after the other, a process for each line that it reads: `folder event`. The process trains there, and kills
@@ -136,10 +138,10 @@ def rows(folder):
 
 def seal(path):
     """Make the manifest agree with the files, as somebody could who means harm."""
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = read_manifest(path)
     for name in manifest["files"]:
         manifest["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
 
 
 FILES = ["network.safetensors", "average.safetensors", "optimiser.pt", "manifest.json"]
@@ -152,7 +154,7 @@ def test_a_run_folder_has_its_last_checkpoints(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000040", "00000045"]
     assert trainer.path == tmp_path / "checkpoints" / "00000045"
     assert sorted(p.name for p in trainer.path.iterdir()) == sorted(FILES)
-    manifest = json.loads((trainer.path / "manifest.json").read_text())
+    manifest = read_manifest(trainer.path)
     assert TrainConfig.of(manifest["config"]) == trainer.config
     assert manifest["versions"].startswith("scoresde ")
 
@@ -168,7 +170,7 @@ def test_saved_loaded_and_saved_again_is_the_same(tmp_path):
     assert one["param_groups"] == two["param_groups"]
     for i, slots in one["state"].items():
         assert all(torch.equal(value, two["state"][i][k]) for k, value in slots.items())
-    manifests = [json.loads((p / "manifest.json").read_text()) for p in (first.path, again)]
+    manifests = [read_manifest(p) for p in (first.path, again)]
     for manifest in manifests:
         del manifest["files"]["optimiser.pt"], manifest["progress"]["seconds"]
     assert manifests[0] == manifests[1]
@@ -289,6 +291,91 @@ def test_to_sample_only_the_weights_asked_for_need_be_whole(average, harm, tmp_p
         load(last, average)
 
 
+def flipped(content, k):
+    """With bit k the other way round."""
+    return content[: k // 8] + bytes([content[k // 8] ^ 1 << k % 8]) + content[k // 8 + 1 :]
+
+
+def sample_of_bits(content, n):
+    """Numbers of bits, one of each n that follow one another."""
+    return [random.Random(k).randrange(k, min(k + n, len(content) * 8)) for k in range(0, len(content) * 8, n)]
+
+
+def test_of_a_manifest_no_bit_may_change(tmp_path):
+    """Whichever it is, the checkpoint before is used, and the warning names the file; alone, it is refused by name."""
+    described(tmp_path)
+    last, before = checkpoints(tmp_path)
+    content = (last / "manifest.json").read_bytes()
+    for k in [*sample_of_bits(content, 80), *range(len(content) * 8 - 200, len(content) * 8)]:  # its hash, too
+        (last / "manifest.json").write_bytes(flipped(content, k))
+        with pytest.raises(CheckpointError, match=rf"{last.name}/manifest\.json"):
+            Checkpoint.open(last, WEIGHTS[0])
+    with pytest.warns(UserWarning, match=rf"{last.name}/manifest\.json .*{before.name} is used instead"):
+        assert opened(tmp_path, WEIGHTS[0]).path == before
+
+
+def test_a_manifest_without_a_hash_is_told_of_and_held_against_its_own_words(tmp_path):
+    """As earlier versions wrote it. What it says of the model must be what the weights were made for."""
+    path = described(tmp_path).path
+    manifest = read_manifest(path)
+    expected = load(tmp_path).net.state_dict()
+
+    def written(**model):
+        text = json.dumps({**manifest, "model": {**manifest["model"], **model}}, indent=1)
+        (path / "manifest.json").write_text(text)
+
+    written()
+    with pytest.warns(UserWarning, match=rf"{path.name}/manifest\.json has no hash of itself"):
+        found = load(tmp_path).net.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    for change, words in [
+        ({"sde": "ve"}, "sde: VPSDE"),
+        ({"time_scale": 919.0}, "time label: "),
+        ({"predicts": "x0"}, "parameterisation: EpsDenoiser in the file, X0Denoiser here"),
+        ({"options": {**manifest["model"]["options"], "depth": 2}}, "network: MLP, "),
+    ]:
+        written(**change)
+        with pytest.warns(UserWarning, match="no hash"), pytest.raises(CheckpointError, match=words):
+            load(tmp_path)
+
+
+def test_of_what_is_said_of_the_data_no_bit_may_change(tmp_path):
+    About((1, 8, 8), 256, 2, ["a", "b"]).write(tmp_path)
+    content = (tmp_path / "data.json").read_bytes()
+    for k in sample_of_bits(content, 7):
+        (tmp_path / "data.json").write_bytes(flipped(content, k))
+        with pytest.raises(CheckpointError, match=r"data\.json is damaged"):
+            About.read(tmp_path)
+    (tmp_path / "data.json").write_text(
+        json.dumps({"shape": [3], "levels": None, "num_classes": None, "classes": None})
+    )
+    with pytest.warns(UserWarning, match=r"data\.json has no hash"):
+        assert About.read(tmp_path) == About((3,))
+
+
+def test_a_damaged_log_costs_the_lines_that_are_damaged(tmp_path):
+    """Whatever the byte, the run goes on, and a warning names the file and its lines; numbers have no hash."""
+    make(tmp_path, steps=20, log_every=2).fit(progress=False)
+    path = tmp_path / "log.csv"
+    content = path.read_bytes()
+    names, *lines = content.decode().splitlines()
+    for k in sample_of_bits(content, 60):
+        path.write_bytes(flipped(content, k))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            Log(path, 20)
+        head, *left = path.read_text().splitlines()
+        assert head == names
+        assert len({*lines} & {*left}) >= len(lines) - 2  # an end of line that is none joins two
+        assert {*left} <= {*lines} or not told
+        if len(left) < len(lines) - 1:  # of one, the step may have become a later one
+            assert "log.csv is damaged in line" in str(told[0].message)
+    path.write_bytes(content.replace(b"\n4,", b"\n4\xff,"))
+    with pytest.warns(UserWarning, match=r"log\.csv is damaged in line 3: it goes on without"):
+        Log(path, 20)
+    assert path.read_text().splitlines() == [names, *(line for line in lines if not line.startswith("4,"))]
+
+
 def test_what_a_killed_save_leaves_is_no_checkpoint_and_is_cleared(tmp_path):
     make(tmp_path, steps=10).fit(progress=False)
     left = tmp_path / "checkpoints" / ".00000020.123.partial"
@@ -360,13 +447,13 @@ def test_what_may_change_between_sessions(change, tmp_path):
 
 
 def test_unknown_keys_are_refused(tmp_path):
-    path = make(tmp_path, steps=10).fit(progress=False).path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "extra": 1}))
+    path = make(tmp_path, steps=10).fit(progress=False).path
+    manifest = read_manifest(path)
+    write_manifest(path, {**manifest, "extra": 1})
     with pytest.raises(CheckpointError, match=r"unknown keys \['extra'\]"):
         make(tmp_path, steps=10)
     manifest["progress"]["surplus"] = 1
-    path.write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
     with pytest.raises(CheckpointError, match="surplus"):
         make(tmp_path, steps=10)
     with pytest.raises(ValueError, match=r"TrainConfig has no 'stesp', 'momentum': it knows steps, batch_size"):
@@ -382,8 +469,7 @@ def test_a_manifest_whose_files_are_none_is_damaged(files, tmp_path):
     """The older checkpoint is used; alone, it is refused as what it is."""
     make(tmp_path, keep=2, steps=10, checkpoint_every=5).fit(progress=False)
     last, before = checkpoints(tmp_path)
-    manifest = json.loads((last / "manifest.json").read_text())
-    (last / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+    write_manifest(last, {**read_manifest(last), "files": files})
     with pytest.raises(CheckpointError, match=f"{last.name}.*(damaged|cannot be read)"):
         Checkpoint.open(last)
     with pytest.warns(UserWarning, match=f"the older checkpoint .*{before.name} is used instead"):
@@ -393,10 +479,10 @@ def test_a_manifest_whose_files_are_none_is_damaged(files, tmp_path):
 
 
 def test_a_file_outside_the_checkpoint_is_not_read(tmp_path):
-    path = make(tmp_path, steps=10).fit(progress=False).path / "manifest.json"
-    manifest = json.loads(path.read_text())
+    path = make(tmp_path, steps=10).fit(progress=False).path
+    manifest = read_manifest(path)
     manifest["files"]["../../log.csv"] = "0"
-    path.write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
     with pytest.raises(CheckpointError, match="outside its folder"):
         make(tmp_path, steps=10)
 
@@ -412,8 +498,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_another_version_is_warned_of(tmp_path):
-    path = make(tmp_path, steps=10).fit(progress=False).path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "versions": "scoresde 0.0.0, torch 1.0"}))
+    path = make(tmp_path, steps=10).fit(progress=False).path
+    write_manifest(path, {**read_manifest(path), "versions": "scoresde 0.0.0, torch 1.0"})
     with pytest.warns(UserWarning, match=r"written with scoresde 0\.0\.0"):
         assert make(tmp_path, steps=10).step == 10

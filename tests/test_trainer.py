@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import generator, normal
+from common import generator, normal, read_manifest, write_manifest
 
 from scoresde import (
     SDE,
@@ -667,9 +667,8 @@ def test_a_run_without_words_says_how_to_load_it(tmp_path):
         load(tmp_path)
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nothing")
-    path = trainer.path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "model": {**WORDS, "options": {"event_shape": 3, "magic": 1}}}))
+    words = {**WORDS, "options": {"event_shape": 3, "magic": 1}}
+    write_manifest(trainer.path, {**read_manifest(trainer.path), "model": words})
     with pytest.raises(CheckpointError, match="this version cannot build: network 'mlp' has no 'magic'"):
         load(tmp_path)
 

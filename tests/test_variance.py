@@ -582,6 +582,23 @@ def test_an_sde_of_ones_own_is_given(tmp_path):
         VarianceTable.load(path)
 
 
+def test_of_a_table_no_bit_may_change_unseen(tmp_path):
+    """Whichever it is: the file is refused, or the same table is read."""
+    path = tmp_path / "gamma.npz"
+    table = table_of(VPSDE(), [0.1, 0.5, 1.0], 0.5)
+    table.save(path)
+    content = path.read_bytes()
+    for k in range(0, len(content) * 8, 41):
+        path.write_bytes(content[: k // 8] + bytes([content[k // 8] ^ 1 << k % 8]) + content[k // 8 + 1 :])
+        try:
+            found = VarianceTable.load(path)
+        except CheckpointError:
+            continue
+        assert (found.sde, found.samples, found.model) == (table.sde, table.samples, table.model)
+        for name in ("t", "eps_square", "stderr"):
+            torch.testing.assert_close(getattr(found, name), getattr(table, name), rtol=0, atol=0, equal_nan=True)
+
+
 def test_damaged_and_foreign_files_are_named(tmp_path):
     path = tmp_path / "gamma.npz"
     table_of(VPSDE(), np.linspace(0.1, 1, 500), 0.5).save(path)

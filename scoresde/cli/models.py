@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -22,9 +21,9 @@ from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData
 from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser, networks
-from scoresde.files import parsed
+from scoresde.files import sealed, unsealed, warn_unsealed, write_whole
 from scoresde.pictures import is_picture
-from scoresde.report import attribute, theirs, write_json
+from scoresde.report import attribute, theirs
 from scoresde.training import CheckpointError
 from scoresde.training.folder import Checkpoint
 from scoresde.training.model import load, opened
@@ -82,7 +81,8 @@ class About:
         found = asdict(self)
         if self.skipped is None:
             del found["skipped"]
-        write_json(folder / ABOUT, found)
+        text = sealed(found, indent=1) + "\n"
+        write_whole(folder / ABOUT, lambda file: file.write(text.encode()))
 
     @classmethod
     def read(cls, folder: Path) -> About | None:
@@ -95,14 +95,18 @@ class About:
         if not path.exists():
             return None
         try:
-            if not isinstance(found := parsed(json.loads, path.read_text()), dict):
-                raise TypeError(f"it holds a {type(found).__name__}, expected names with values")
+            found, whole = unsealed(path.read_text("utf-8"))
             told = tuple(map(str, found.get("conditions", ())))  # which runs of before they were there have not
             skipped = None if found.get("skipped") is None else tuple(map(str, found["skipped"]))
             shape = tuple(int(n) for n in found["shape"])
-            return cls(**{**found, "shape": shape, "conditions": told, "skipped": skipped})
-        except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+            about = cls(**{**found, "shape": shape, "conditions": told, "skipped": skipped})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged: {error} (`scoresde train --out {folder}` writes it anew; without it, say --shape)"
+            ) from error
+        if not whole:
+            warn_unsealed(path)
+        return about
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
     F/checkpoints/00000500/network.safetensors      the weights as they were trained
                            average.safetensors      the averaged ones; average-1, average-2, ... of further averages
                            optimiser.pt             read as data only
-                           manifest.json            what it is, what it was made for, and a hash of each other file
+                           manifest.json            what it is, what it was made for, a hash of each other file and,
+                                                    last, one of itself
     F/log.csv
     F/.lock                                         while a run writes there
 
@@ -19,7 +20,6 @@ Nothing in a file is ever executed.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import warnings
@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from scoresde.errors import CheckpointError
-from scoresde.files import parsed, sync, write_flushed
+from scoresde.files import sealed, sync, unsealed, warn_unsealed, write_flushed
 from scoresde.training import whole_files
 from scoresde.training.whole_files import OPTIMISER, check_safetensors
 
@@ -74,16 +74,18 @@ class Checkpoint:
         """
         where = path / MANIFEST
         try:
-            manifest = parsed(json.loads, where.read_text())
+            manifest, whole = unsealed(where.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise DamagedError(f"{where} cannot be read: missing, truncated or damaged ({error})") from error
         if not isinstance(manifest, dict) or manifest.get("format") not in (WHOLE, SHARDED):
             raise DamagedError(f"{where} is not the manifest of a scoresde checkpoint")
         if set(manifest) != KEYS:
             unknown, lacking = sorted(set(manifest) - KEYS), sorted(KEYS - set(manifest))
-            raise CheckpointError(
+            raise (CheckpointError if whole else DamagedError)(
                 f"{where} has unknown keys {unknown} and lacks {lacking}: it is from another version, or altered"
             )
+        if not whole:
+            warn_unsealed(where)
         files = manifest["files"]
         if not isinstance(files, dict) or not all(isinstance(expected, str) for expected in files.values()):
             raise DamagedError(f"{where} is damaged: its files are not names with a hash each")
@@ -200,7 +202,7 @@ def finish(partial: Path, files: Iterable[str], manifest: Mapping[str, Any], kee
 
 def seal(folder: Path, files: Iterable[str], manifest: Mapping[str, Any]) -> None:
     """Make a checkpoint of a folder whose files are written: the manifest, with their hashes, and the flush."""
-    text = json.dumps({**manifest, "files": {name: _sha256(folder / name) for name in files}}, indent=1) + "\n"
+    text = sealed({**manifest, "files": {name: _sha256(folder / name) for name in files}}, indent=1) + "\n"
     write_flushed(folder / MANIFEST, lambda file: file.write(text.encode()))
     sync(folder)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scoresde.files import write_whole
+from scoresde.files import write_whole, writing
 
 __all__ = ["COLUMNS", "Log", "TensorBoard"]
 
@@ -22,13 +23,13 @@ class Log:
     Args:
         path: the file.
         step: where the run goes on. Later rows, written by a session that was killed before it could save, are dropped,
-            and so is a line that was cut off.
+            and so is a line that was cut off. Of a line that is damaged otherwise, and dropped, a warning tells.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        columns, rows = _read(path)
-        self._columns = list(COLUMNS) + [name for name in columns if name not in COLUMNS]
+        more, rows = _read(path)
+        self._columns = [*COLUMNS, *more]
         self._write([row for row in rows if int(row["step"]) <= step])
 
     def add(self, row: Mapping[str, float]) -> None:
@@ -37,7 +38,7 @@ class Log:
             _, rows = _read(self.path)
             self._columns += new
             self._write(rows)
-        with self.path.open("a", newline="") as file:
+        with writing(self.path), self.path.open("a", newline="") as file:
             file.write(self._lines([row]))
 
     def _write(self, rows: list[dict[str, str]]) -> None:
@@ -51,11 +52,35 @@ class Log:
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and whole rows of a file that may not exist."""
-    text = path.read_text() if path.exists() else ""
-    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    rows = [row for row in reader if None not in row.values() and None not in row and (row["step"] or "").isdigit()]
-    return list(reader.fieldnames or []), rows
+    """The columns beside `COLUMNS`, and the whole rows, of a file that may not exist."""
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    head, *lines = map(_fields, text.split("\n")[:-1] or [""])
+    more = [name or f"column {i}" for i, name in enumerate(head[len(COLUMNS) :], len(COLUMNS) + 1)]
+    columns = [*COLUMNS, *more]  # whose places are known, whatever became of their names
+    rows = {i: dict(zip(columns, line, strict=True)) for i, line in enumerate(lines, 2) if _whole(line, len(columns))}
+    damaged = [str(i) for i in range(2, len(lines) + 2) if i not in rows]
+    if lines and head[: len(COLUMNS)] != list(COLUMNS):
+        damaged.insert(0, "1, the names, which were restored")
+    if damaged:
+        warnings.warn(f"{path} is damaged in line {', '.join(damaged)}: it goes on without", stacklevel=4)
+    return more, list(rows.values())
+
+
+def _fields(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error:
+        return []
+
+
+def _whole(line: list[str], n: int) -> bool:
+    """Whether it is a step and numbers, as many as there are columns."""
+    try:
+        for x in line[1:]:
+            float(x or 0)
+    except ValueError:
+        return False
+    return len(line) == n and line[0].isdecimal()
 
 
 class TensorBoard:

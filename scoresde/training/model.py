@@ -160,8 +160,8 @@ def load(path: str | Path | Checkpoint, average: int | None = 0, device: torch.d
     Raises:
         FileNotFoundError: if there is no checkpoint.
         CheckpointError: if these weights are whole in none (of a checkpoint that is passed over a warning tells; its
-            other files are not looked at), the model's description is missing or from another version, or there is no
-            such average.
+            other files are not looked at), the model's description is missing, from another version or not of what
+            the weights were made for, or there is no such average.
     """
     found = opened(path, name := weights_file(average))
     if found.manifest["model"] is None:
@@ -175,6 +175,7 @@ def load(path: str | Path | Checkpoint, average: int | None = 0, device: torch.d
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{found.path} describes a model that this version cannot build: {error}") from error
     assert isinstance(denoiser.net, nn.Module)
+    found.check(identity(denoiser), whole=False)
     found.weights(name, denoiser.net)
     denoiser.net.to(device).eval().requires_grad_(False)
     return denoiser

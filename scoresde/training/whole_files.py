@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scoresde.checks import check_whole
 from scoresde.errors import CheckpointError
-from scoresde.files import sync, write_flushed
+from scoresde.files import sync, write_flushed, writing
 
 __all__ = [
     "OPTIMISER",
@@ -164,10 +164,15 @@ def _tensors(net: nn.Module, copied: bool) -> dict[str, Tensor]:
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(tensors, path)
-    sync(path)
+    try:
+        with writing(path):
+            save_file(tensors, path)
+            sync(path)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path} was not written: {error}") from error
 
 
 def _on_cpu(content: Any) -> Any:
