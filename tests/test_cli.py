@@ -119,7 +119,7 @@ def test_the_demo_runs_and_goes_on(tmp_path, capsys, monkeypatch):
     assert again["rows"] == first["rows"]
     assert {"device", "dtype", "torch", "commit", "command"} <= set(first["environment"])
     with pytest.raises(SystemExit, match="--fresh forgets that run"):
-        digits.main([*arguments, "--steps", "3"])
+        digits.main([*arguments, "--seed", "3"])
     for name in ("samples.png", "process.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import read_manifest, write_manifest
 
 import scoresde
 from scoresde import VPSDE, Clip, cli, sample, sample_seeds
@@ -379,8 +380,10 @@ def test_a_run_of_other_settings_is_refused_and_kept(here, capsys):
     assert run(*MOONS, "--steps", 2, "--out", "run") == 0
     kept = (here / "run" / "config.toml").read_bytes()
     assert run("train", "--out", "run", "--lr", "0.5") == 2
-    assert "config.lr: 0.001 in the file, 0.5 here" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "run holds a run of another configuration. train.lr: 0.001 in the run, 0.5 here (`scoresde train" in told
     assert run(*MOONS, "--steps", 2, "--data", "rings:200", "--out", "run") == 2
+    assert "data.source: two-moons:200 in the run, rings:200 here" in capsys.readouterr().err
     assert (here / "run" / "config.toml").read_bytes() == kept
 
 
@@ -398,6 +401,97 @@ def test_what_could_not_be_sampled_from_is_not_trained(here, capsys):
         assert not (here / "run").exists()
     ends = ("--set", "model.sde_options.t_max=0.99")
     assert run(*MOONS, "--steps", 2, "--sde", "flow", "--predicts", "eps", *ends, "--out", "run") == 0
+
+
+def test_a_second_run_changes_nothing_of_the_first(here, capsys, monkeypatch):
+    """While one runs, and has no checkpoint yet, another is refused before it writes; the first can be stopped and goes
+    on."""
+    step, files = Trainer._train_step, [here / "run" / name for name in ("config.toml", "data.json")]
+
+    def disturbed(trainer, *batch):
+        if trainer.step == 1 and trainer.config.steps == 4:
+            before = [path.read_bytes() for path in files]
+            assert run(*MOONS, "--data", "rings:500", "--out", "run", "--steps", 2) == 2
+            assert "another run is writing into run, process" in capsys.readouterr().err
+            assert [path.read_bytes() for path in files] == before
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", disturbed)
+        assert run(*MOONS, "--steps", 4, "--out", "run") == 143
+    assert run("train", "--out", "run", "--device", "cpu") == 0
+    assert run(*MOONS, "--steps", 4, "--out", "whole") == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights("run"), weights("whole"), strict=True))
+
+
+def test_a_refused_run_leaves_no_folder(here, capsys):
+    assert run(*MOONS, "--steps", 2, "--set", "train.accumulate=9", "--out", "run") == 2
+    assert run("train", "--data", "nothing.npy", "--out", "run") == 2
+    assert list(here.iterdir()) == []
+
+
+def commands_in(text):
+    """The command lines in a message."""
+    return [shlex.split(line)[1:] for line in re.findall("`(scoresde [^`]+)`", text)]
+
+
+def test_what_a_refused_run_is_advised_works(here, capsys):
+    """Whether it was an option that was refused or config.toml that was edited: each entry is named with both values,
+    and the advice leads on."""
+    assert run(*MOONS, "--steps", 2, "--out", "run") == 0
+    path = here / "run" / "config.toml"
+    kept = path.read_text()
+    path.write_text(kept.replace("lr = 0.001", "lr = 0.003").replace('sde = "vp"', 'sde = "flow"'))
+    assert path.read_text() != kept
+    assert run("train", "--out", "run", "--device", "cpu") == 2
+    told = capsys.readouterr().err
+    assert "model.sde: vp in the run, flow here; train.lr: 0.001 in the run, 0.003 here" in told
+    assert "with run/config.toml removed, `scoresde train --out run` goes on" in told
+    path.unlink()
+    (words,) = commands_in(told)
+    with pytest.warns(UserWarning, match="config.toml is missing: the configuration is that of .*00000002"):
+        assert run(*words) == 0
+    assert path.read_text() == kept
+    assert run("train", "--out", "run", "--sde", "ve") == 2
+    (words,) = commands_in(capsys.readouterr().err)
+    assert run(*words) == 0
+
+
+def test_a_run_goes_on_with_what_may_change_and_without_saying_the_rest(here, capsys):
+    assert run(*MOONS, "--steps", 3, "--lr", 0.002, "--set", "train.schedule=constant", "--out", "run") == 0
+    assert run("train", "--data", "two-moons:200", "--steps", 5, "--out", "run", "--quiet", "--device", "cpu") == 0
+    path = here / "run" / "config.toml"
+    path.write_text(path.read_text().replace("steps = 5", "steps = 6").replace("log_every = 20", "log_every = 2"))
+    assert run("train", "--out", "run", "--set", "evaluate.nfe=3", "--quiet", "--device", "cpu") == 0
+    config = run_config(here / "run")
+    assert (config.train.steps, config.train.log_every, config.train.lr, config.evaluate.nfe) == (6, 2, 0.002, 3)
+    longer = [*MOONS, "--steps", 6, "--lr", 0.002, "--set", "train.schedule=constant", "--out", "whole"]
+    assert run(*longer) == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights("run"), weights("whole"), strict=True))
+
+
+@pytest.mark.parametrize("content", ["", "[data", "\xff"], ids=["empty", "torn", "no text"])
+def test_a_run_goes_on_without_its_config(content, here, capsys):
+    """Its last checkpoint says what it was trained with; a run of an earlier version wants its data named."""
+    assert run(*MOONS, "--steps", 2, "--out", "run") == 0
+    path = here / "run" / "config.toml"
+    kept = path.read_text()
+    path.write_bytes(content.encode("latin1"))
+    with pytest.warns(UserWarning, match=r"config\.toml is .*: the configuration is that of .*00000002"):
+        assert run("train", "--out", "run", "--device", "cpu") == 0
+    assert path.read_text() == kept
+    (last,) = checkpoints(here / "run")
+    manifest = read_manifest(last)
+    del manifest["settings"]
+    write_manifest(last, manifest)
+    path.write_bytes(content.encode("latin1"))
+    with pytest.warns(UserWarning, match="the configuration is that of"):
+        assert run("train", "--out", "run", "--device", "cpu") == 2
+    assert "give --data" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="the configuration is that of"):
+        assert run("train", "--out", "run", "--data", "two-moons:200", "--device", "cpu") == 0
+    assert path.read_text() == kept
 
 
 def test_flags_win_over_set_and_set_over_the_file(here):

@@ -426,7 +426,6 @@ def test_foreign_files_are_refused_and_not_executed(name, content, tmp_path):
         ({"cond": {"shift": torch.zeros(50)}}, "cond: none in the file"),
         ({"lr": 0.5}, "config.lr"),
         ({"seed": 3}, "config.seed"),
-        ({"steps": 20}, "config.steps"),  # the cosine schedule depends on it
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -444,6 +443,25 @@ def test_a_checkpoint_of_another_run_is_refused(change, named, tmp_path):
 def test_what_may_change_between_sessions(change, tmp_path):
     make(tmp_path, steps=10).fit(progress=False)
     assert make(tmp_path, steps=10, **change).step == 10
+
+
+def test_a_run_may_be_given_more_steps_or_fewer(tmp_path):
+    """With a constant learning rate it is then the longer run, to the last bit; the cosine is that of the steps it has
+    now, which a warning says."""
+    make(tmp_path / "constant", steps=10, schedule="constant").fit(progress=False)
+    longer = make(tmp_path / "constant", steps=20, schedule="constant").fit(progress=False)
+    assert_same(longer, make(steps=20, schedule="constant").fit(progress=False))
+    make(tmp_path / "cosine", steps=20).fit(progress=False)
+    with pytest.warns(UserWarning, match="00000020 is of a run of 20 steps, this is one of 30: .*learning rate"):
+        longer = make(tmp_path / "cosine", steps=30)
+    longer.fit(progress=False)
+    assert longer.step == 30
+    rates = [float(row.split(",")[3]) for row in (tmp_path / "cosine" / "log.csv").read_text().splitlines()[1:]]
+    assert rates[-1] == longer.config.lr * longer.config.lr_factor(29)
+    assert max(rates[7:]) < longer.config.lr * longer.config.lr_factor(19)
+    with pytest.warns(UserWarning, match="a run of 30 steps, this is one of 15"):
+        shorter = make(tmp_path / "cosine", steps=15)
+    assert shorter.fit(progress=False).step == 30
 
 
 def test_unknown_keys_are_refused(tmp_path):

@@ -4,6 +4,7 @@ train.py  sample.py  edit.py  restore.py  evaluate.py  variance.py  likelihood.p
 info.py
 config.py      a training run in words: dataclasses, TOML, --set
 defaults.py    what these leave open, chosen for the data
+kept.py        the configuration that a run folder keeps
 models.py      run folders and other models
 drawing.py     samples by number, in any batch and on any number of processes
 inputs.py      given images as items of a model
@@ -19,6 +20,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -99,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finite or a budget ran out, 130 after Ctrl-C, 143 after SIGTERM.
     """
     args = parser().parse_args(argv)
+    before, warnings.formatwarning = warnings.formatwarning, _told
     try:
         with sigterm():
             args.action(args)
@@ -122,4 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(stop.code, int):
             raise
         return stop.code
+    finally:
+        warnings.formatwarning = before
     return 0
+
+
+def _told(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning as the command line says it."""
+    return f"scoresde: {message}\n"

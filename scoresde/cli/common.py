@@ -112,10 +112,10 @@ def sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def going_on(text: str) -> Iterator[None]:
-    """On Ctrl-C and SIGTERM, say how to go on; both go on their way."""
+    """On Ctrl-C, SIGTERM and an error of the system, a full disk say, tell how to go on; they go on their way."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OSError):
         if parallel.rank() == 0:
             print(f"\nscoresde: stopped; {text}", file=sys.stderr)
         raise

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from scoresde.checks import check_count, one_of
 from scoresde.cli.common import SessionOptions
-from scoresde.cli.config import DataConfig, RunConfig, read_toml
+from scoresde.cli.config import DataConfig, RunConfig
+from scoresde.cli.kept import CONFIG, run_settings
 from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData
 from scoresde.data.arrays import digest
@@ -43,7 +44,7 @@ __all__ = [
     "run_config",
 ]
 
-CONFIG, ABOUT = "config.toml", "data.json"
+ABOUT = "data.json"
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _told(own: DataConfig, source: str | None, shape: tuple[int, ...], measured:
 
 def run_config(folder: Path) -> RunConfig:
     """The configuration of a run folder."""
-    return RunConfig.of(read_toml(folder / CONFIG))
+    return RunConfig.of(run_settings(folder))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,9 @@ from scoresde.cli.config import (
 )
 from scoresde.cli.defaults import CHOSEN, completed
 from scoresde.cli.drawing import Recipe, draw, rounded
+from scoresde.cli.kept import CONFIG, mismatch, run_settings
 from scoresde.cli.measuring import features_of, reference_of
-from scoresde.cli.models import CONFIG, About, Model, parameters
+from scoresde.cli.models import About, Model, parameters
 from scoresde.cli.options import Options, option, part
 from scoresde.data import Given, TrainingData
 from scoresde.data.pictures import Mode
@@ -40,7 +41,9 @@ from scoresde.metrics import evaluate
 from scoresde.pictures import grid, write_png
 from scoresde.processes import SDES
 from scoresde.solvers.catalogue import solver_of
-from scoresde.training import CheckpointError, Trainer, parallel
+from scoresde.training import Trainer, parallel
+from scoresde.training.folder import MismatchError, checkpoints
+from scoresde.training.lock import held_by_first
 from scoresde.training.step import check_trainable
 from scoresde.wrappers import Clip
 
@@ -138,16 +141,20 @@ EXAMPLES += f"\n{FILES}\n\n{_keys()}"
 
 
 def settings_of(options: TrainOptions) -> dict[str, Any]:
-    """The configuration that the arguments give: the file's, then --set, then the short flags.
+    """The configuration that the arguments give: that of the run, if there is one in OUT, then the file's, then --set,
+    then the short flags.
 
     Raises:
         ValueError: if something is not known, or there are no data.
     """
-    path = options.config
-    if path is None and options.data is None and (options.out / CONFIG).exists():
-        path = options.out / CONFIG  # the run itself
-    settings: dict[str, Any] = {} if path is None else read_toml(path)
+    settings: dict[str, Any] = {}
+    alone = options.config is None and options.data is None
+    if checkpoints(options.out) or (alone and (options.out / CONFIG).exists()):
+        settings = run_settings(options.out)
     check_sections(settings)
+    if options.config is not None:
+        check_sections(given := read_toml(options.config))
+        settings |= {name: {**settings.get(name, {}), **section} for name, section in given.items()}
     override(settings, options.changes)
     check_sections(settings)
     for name, value in {"data.source": options.data, **options.short.given()}.items():
@@ -175,14 +182,15 @@ def run(options: TrainOptions) -> None:
         data_config = replace(data_config, skip=left_out(data_config, options))
         data = data_config.open(seed=settings.get("train", {}).get("seed", 0))
         config = completed(settings, data)
-        trainer = prepare(config, data, options.out, device)
-        if parallel.rank() == 0:
-            write_toml(options.out / CONFIG, config.to_dict())
-            About.of(data).write(options.out)
-        remarks(options, config, trainer, device)
-        again = f"scoresde train --out {options.out} goes on from the last checkpoint"
-        with going_on(again):
-            trainer.fit(progress=not options.session.quiet)
+        with held_by_first(options.out):  # what another run is at is neither read nor written
+            trainer = prepare(config, data, options.out, device)
+            if parallel.rank() == 0:
+                write_toml(options.out / CONFIG, config.to_dict())
+                About.of(data).write(options.out)
+            remarks(options, config, trainer, device)
+            again = f"scoresde train --out {options.out} goes on from the last checkpoint"
+            with going_on(again):
+                trainer.fit(progress=not options.session.quiet, locked=True)
         if parallel.rank() == 0:
             print(summary(trainer, options.out))
 
@@ -225,10 +233,10 @@ def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.devi
             folder=out,
             evaluate=evaluation,
             model=config.model,
+            settings=config.to_dict(),
         )
-    except CheckpointError as error:
-        hint = f"`scoresde train --out {out}` goes on with the run as it is, another --out begins another"
-        raise CheckpointError(f"{error} ({hint})") from error
+    except MismatchError as error:
+        raise mismatch(error, out, config) from error
 
 
 def remarks(options: TrainOptions, config: RunConfig, trainer: Trainer, device: torch.device) -> None:

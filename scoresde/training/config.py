@@ -29,8 +29,8 @@ class TrainConfig:
         batch_size: items a step, in all processes together; a smaller data set is repeated.
         lr: learning rate of AdamW, reached linearly over `warmup` steps.
         warmup: steps.
-        schedule: after the warm-up, "constant", or "cosine" down to zero at `steps`; only a constant one can be resumed
-            with more steps.
+        schedule: after the warm-up, "constant", or "cosine" down to zero at `steps`. A run may be resumed with other
+            steps; the cosine is then theirs from there on, which a warning says.
         weight_decay: decoupled, as in AdamW.
         grad_clip: largest norm of the gradient; infinity for no limit.
         ema_decay: of the averaged weights, per step; early on min(ema_decay, (1 + n) / (10 + n)) after n steps. Several

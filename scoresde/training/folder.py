@@ -23,7 +23,7 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,19 @@ from scoresde.files import sealed, sync, unsealed, warn_unsealed, write_flushed
 from scoresde.training import whole_files
 from scoresde.training.whole_files import OPTIMISER, check_safetensors
 
-__all__ = ["SHARDED", "WHOLE", "Checkpoint", "begin", "checkpoints", "finish", "newest", "seal"]
+__all__ = ["SHARDED", "WHOLE", "Checkpoint", "MismatchError", "begin", "checkpoints", "finish", "newest", "seal"]
 
 WHOLE, SHARDED = "scoresde-run-1", "scoresde-shards-1"
-KEYS = {"format", "step", "made_for", "config", "model", "progress", "versions", "files"}
+KEYS = {"format", "step", "made_for", "config", "model", "settings", "progress", "versions", "files"}
 MANIFEST = "manifest.json"
 
 
 class DamagedError(CheckpointError):
     """A checkpoint is not whole, or not one: an older one may be."""
+
+
+class MismatchError(CheckpointError):
+    """A checkpoint was made for something else."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Checkpoint:
             raise DamagedError(f"{where} cannot be read: missing, truncated or damaged ({error})") from error
         if not isinstance(manifest, dict) or manifest.get("format") not in (WHOLE, SHARDED):
             raise DamagedError(f"{where} is not the manifest of a scoresde checkpoint")
+        manifest.setdefault("settings", None)  # which earlier versions did not keep
         if set(manifest) != KEYS:
             unknown, lacking = sorted(set(manifest) - KEYS), sorted(KEYS - set(manifest))
             raise (CheckpointError if whole else DamagedError)(
@@ -99,20 +104,20 @@ class Checkpoint:
             found._files(name)
         return found
 
-    def check(self, made_for: Mapping[str, Any], *, whole: bool = True) -> None:
-        """Check that the checkpoint was made for that, and, if whole, for nothing besides.
+    def check(self, made_for: Mapping[str, Any], *, whole: bool = True, free: Collection[str] = ()) -> None:
+        """Check that the checkpoint was made for that, and, if whole, for nothing besides but what is free.
 
         Raises:
-            CheckpointError: naming each difference.
+            MismatchError: naming each difference.
         """
-        theirs = self.manifest["made_for"]
+        theirs = {key: value for key, value in self.manifest["made_for"].items() if key not in free}
         different = [
             f"{key}: {theirs.get(key, 'nothing')} in the file, {made_for.get(key, 'nothing')} here"
             for key in (sorted({*theirs, *made_for}) if whole else made_for)
             if theirs.get(key) != made_for.get(key)
         ]
         if different:
-            raise CheckpointError(f"{self.path} was made for something else. " + "; ".join(different))
+            raise MismatchError(f"{self.path} was made for something else. " + "; ".join(different))
 
     def weights(self, name: str, net: nn.Module) -> None:
         """Load weights, by the name that `weights_file` gives, into a network; both may be whole or sharded.

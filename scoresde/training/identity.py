@@ -15,11 +15,21 @@ from scoresde.training.config import TrainConfig
 from scoresde.training.step import Loss
 from scoresde.training.weights import TimeSampler, Weighting
 
-__all__ = ["identity", "identity_of_run", "network_name", "probe", "values_of", "versions"]
+__all__ = ["FREE", "identity", "identity_of_run", "network_name", "probe", "values_of", "versions"]
 
 # What may differ between two sessions of a run, rounding aside.
 FREE = (
-    *("checkpoint_every", "log_every", "evaluate_every", "keep", "tensorboard", "workers", "accumulate", "compile"),
+    *(
+        "steps",
+        "checkpoint_every",
+        "log_every",
+        "evaluate_every",
+        "keep",
+        "tensorboard",
+        "workers",
+        "accumulate",
+        "compile",
+    ),
     *("shard", "async_save"),
 )
 
@@ -52,10 +62,8 @@ def identity_of_run(
     loss: Loss | None,
 ) -> dict[str, Any]:
     """What a run's checkpoints are made for; `data` says it of its data. How long a run is, and how often it reports,
-    may change between sessions; its length with a constant learning rate only."""
-    settings = config.to_dict()
-    for name in (*FREE, *(["steps"] if config.schedule == "constant" else [])):
-        del settings[name]
+    may change between sessions."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
     sde, u = denoiser.sde, torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
     return {
         **identity(denoiser),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from scoresde.errors import CheckpointError
+from scoresde.training import parallel
 
-__all__ = ["InUseError", "held"]
+__all__ = ["InUseError", "held", "held_by_first"]
 
 LOCK = ".lock"
 
@@ -23,7 +24,8 @@ class InUseError(CheckpointError):
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other runs from writing into a folder, which is made if there is none.
+    """Keep other runs from writing into a folder, which is made if there is none, and gone at the end if nothing was
+    written into it.
 
     The lock is POSIX's, of the process: forked data workers do not inherit it, so that a run that was killed can be
     taken up at once. The file is removed at the end; after a kill it stays, and locks nothing. Where the file system
@@ -34,12 +36,13 @@ def held(folder: Path) -> Iterator[None]:
     """
     import fcntl  # not on every system that can read checkpoints
 
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / LOCK
     if path in _mine:
         raise InUseError(_message(folder, str(os.getpid())))
     while True:
-        file = path.open("a+")
+        file = path.open("a+", errors="replace")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -65,6 +68,22 @@ def held(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         _mine.discard(path)
         file.close()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def held_by_first(folder: Path | None) -> Iterator[None]:
+    """Rank 0 of a group holds it, for all; nothing if there is none.
+
+    Raises:
+        InUseError: as `held`; RuntimeError in the others.
+    """
+    with ExitStack() as stack:
+        if folder is not None:
+            parallel.by_first(lambda: stack.enter_context(held(folder)))
+        yield
 
 
 def _message(folder: Path, holder: str) -> str:

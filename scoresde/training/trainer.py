@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from scoresde.training.average import Average, in_place_of
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource, batches, look_at, source_of, split
 from scoresde.training.folder import Checkpoint, newest
-from scoresde.training.identity import identity_of_run, versions
+from scoresde.training.identity import FREE, identity_of_run, versions
 from scoresde.training.layout import Copies, Layout
-from scoresde.training.lock import held
+from scoresde.training.lock import held_by_first
 from scoresde.training.log import Log, TensorBoard, check_tensorboard
 from scoresde.training.loss import Draws, Part, dsm_loss
 from scoresde.training.model import ModelConfig, check_model, opened
@@ -65,6 +65,7 @@ class Trainer:
             `config.evaluate_every` steps and at the end, by rank 0 alone (with a whole copy, where the run is sharded);
             its numbers go to the log.
         model: what the denoiser is in words, kept in the checkpoints so that `scoresde.training.load` can build it.
+        settings: what else is to be kept in their manifests, of JSON's types, under that name.
 
     Attributes:
         step: steps done so far.
@@ -80,7 +81,7 @@ class Trainer:
         ImportError: if a folder is given without safetensors, config.tensorboard without TensorBoard, or config.shard
             without FSDP2.
         CheckpointError: if `folder` holds a checkpoint of another SDE, parameterisation, configuration or network, or
-            damaged ones only.
+            damaged ones only. Steps, and how often what is said, saved and measured, may change.
 
     If `folder` has a checkpoint, the run continues from it: from the newest of which every file is whole, with a
     warning if there are newer ones. While `fit` runs, no other run can write there.
@@ -106,6 +107,7 @@ class Trainer:
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
         evaluate: Evaluate | None = None,
         model: ModelConfig | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         check_trainable(denoiser)
         if loss is not None and (times is not None or weighting is not simple):
@@ -122,6 +124,7 @@ class Trainer:
             if self.folder is None:
                 raise ValueError("TrainConfig(tensorboard=True) writes into the run's folder: give folder=")
         self.denoiser, self.config, self.loss, self.model = denoiser, config, loss, model
+        self.settings = settings
         self.weighting, self.times, self.augment = weighting, times or UniformTimes(), augment
         self.evaluate = evaluate
         self.net: nn.Module = denoiser.net  # type: ignore[assignment]
@@ -165,8 +168,12 @@ class Trainer:
 
     # ---- the loop ----
 
-    def fit(self, progress: bool = True) -> Trainer:
+    def fit(self, progress: bool = True, *, locked: bool = False) -> Trainer:
         """Train up to config.steps, from wherever the run stands.
+
+        Args:
+            progress: show a bar.
+            locked: the caller holds the folder already, by `scoresde.training.lock.held`.
 
         SIGTERM and Ctrl-C, in the main thread, let the current step end and save: the first then exits with status 143,
         the other raises KeyboardInterrupt (a second Ctrl-C does at once, and saves nothing).
@@ -176,8 +183,8 @@ class Trainer:
             InUseError: if another run is writing into the folder.
             ValueError: if the processes were not given the same.
         """
-        parallel.agreed("runs", {**self._made_for, "step": self.step})
-        with self._held(self.folder if self.step < self.config.steps else None):
+        parallel.agreed("runs", {**self._made_for, "step": self.step, "config.steps": self.config.steps})
+        with held_by_first(None if locked or self.step >= self.config.steps else self.folder):
             self._run(progress)
         return self
 
@@ -323,14 +330,6 @@ class Trainer:
         """What a checkpoint has the weights of, by name."""
         return {weights_file(None): self.net, **{weights_file(i): a.module for i, a in enumerate(self.averages)}}
 
-    @contextmanager
-    def _held(self, folder: Path | None) -> Iterator[None]:
-        """Rank 0 keeps other runs from writing into the folder."""
-        with ExitStack() as stack:
-            if folder is not None:
-                parallel.by_first(lambda: stack.enter_context(held(folder)))
-            yield
-
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint into a run folder: whole, or not at all. Every process calls it, and waits for the end.
 
@@ -341,7 +340,7 @@ class Trainer:
             InUseError: if another run is writing into the folder.
         """
         self._land()
-        with self._held(Path(folder)):
+        with held_by_first(Path(folder)):
             self._start_save(Path(folder), background=False)
             found = self._saver.wait()
         assert found is not None
@@ -364,6 +363,7 @@ class Trainer:
             "made_for": self._made_for,
             "config": self.config.to_dict(),
             "model": None if self.model is None else self.model.to_dict(),
+            "settings": self.settings,
             "progress": progress,
             "versions": versions(),
         }
@@ -380,7 +380,7 @@ class Trainer:
 
     def _continue(self, found: Checkpoint) -> None:
         self._land()
-        found.check(self._made_for)
+        found.check(self._made_for, free=[f"config.{name}" for name in FREE])
         manifest = found.manifest
         expected = {"losses", "evaluations", "seconds", "interval"}
         if set(manifest["progress"]) != expected:
@@ -391,6 +391,12 @@ class Trainer:
             warnings.warn(
                 f"{found.path} was written with {manifest['versions']}, this is {versions()}: the run goes on, but "
                 "its last bits will be others",
+                stacklevel=3,
+            )
+        if self.config.schedule != "constant" and (steps := manifest["config"]["steps"]) != self.config.steps:
+            warnings.warn(
+                f"{found.path} is of a run of {steps} steps, this is one of {self.config.steps}: from here on the "
+                "learning rate goes down to zero at its end",
                 stacklevel=3,
             )
         for name, net in self._networks.items():
