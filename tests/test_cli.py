@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -14,6 +16,7 @@ from common import every_pair
 
 import scoresde
 from scoresde.cli import GRIDS, SDES, SOLVERS, main
+from scoresde.training import Trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +90,8 @@ def test_importing_touches_nothing():
 
 
 def test_the_demo_runs_and_goes_on(tmp_path, capsys, monkeypatch):
-    """The main job in small: its table has every cell, its pictures exist, and a second run does not train again."""
+    """The main job in small: its table has every cell, its pictures exist, and a second run does not train again;
+    stopped by SIGTERM it says how to go on."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     import digits
 
@@ -108,7 +112,21 @@ def test_the_demo_runs_and_goes_on(tmp_path, capsys, monkeypatch):
         "--device",
         "cpu",
     ]
+    step = Trainer._train_step
+
+    def stopped(trainer, *batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Trainer, "_train_step", stopped)
+        digits.main(arguments)
+    assert stop.value.code == 143
+    told = capsys.readouterr().err
+    assert "stopped; step 1 is kept, and the same program goes on" in told
+    assert f"the same command goes on from the last checkpoint in {tmp_path}" in told
     digits.main(arguments)
+    assert "going on from step 1 of 2" in capsys.readouterr().out
     first = json.loads((tmp_path / "results.json").read_text())
     digits.main(arguments)
     assert "going on from step 2 of 2" in capsys.readouterr().out

@@ -8,10 +8,14 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import warnings
+from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,11 +36,13 @@ from scoresde.training import (
     likelihood,
     load,
     load_ema,
+    saver,
 )
 from scoresde.training import folder as run_folder
 from scoresde.training.folder import Checkpoint, checkpoints, newest
 from scoresde.training.log import Log
 from scoresde.training.model import opened
+from scoresde.training.saver import Saver
 
 # Forks, one after the other, a process for each line that it reads: `folder event`. The process trains there, and kills
 # itself at that event: a file or folder opened, made, renamed or removed, or a training step. Its status is printed,
@@ -104,7 +110,7 @@ class Server:
 
 def test_killed_at_random_moments_a_run_loses_an_interval_at_most(tmp_path):
     """SIGKILL at 20 random moments, most of them in a save: the bits at the end are those of the whole run. With saves
-    in the background, every other time, the interval in which one was not finished is lost too."""
+    in the background, every other time, the steps that were done during one are lost, too."""
     server = Server()
     try:
         status, events = server(tmp_path / "whole")
@@ -128,6 +134,68 @@ def test_killed_at_random_moments_a_run_loses_an_interval_at_most(tmp_path):
         assert make(tmp_path / "terminated", steps=12).step in (reached, reached + 1)
     finally:
         server.process.communicate()
+
+
+@contextmanager
+def disk_of(size):
+    """No file of this process may be larger: to who writes, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [(100, r"log\.csv"), (600, r"network\.safetensors"), (2000, r"optimiser\.pt"), (4500, r"optimiser\.pt")],
+)
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_named_and_costs_no_checkpoint(size, name, background, tmp_path):
+    """Whichever file it is that does not fit, and whatever torch and safetensors make of that."""
+    make(tmp_path, steps=10, schedule="constant").fit(progress=False)
+    before = {path: path.read_bytes() for path in checkpoints(tmp_path)[0].iterdir()}
+    longer = make(tmp_path, steps=20, schedule="constant", async_save=background, checkpoint_every=5)
+    with disk_of(size), pytest.raises(OSError, match=name) as caught:
+        longer.fit(progress=False)
+    assert "large" in str(caught.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000010"]
+    assert {path: path.read_bytes() for path in before} == before
+    resumed = make(tmp_path, steps=20, schedule="constant").fit(progress=False)
+    assert_same(resumed, make(steps=20, schedule="constant").fit(progress=False))
+
+
+@pytest.mark.parametrize("during", [0, 1, 2, 3])
+def test_saves_in_the_background_cost_an_interval_and_the_steps_of_one(during, tmp_path, monkeypatch):
+    """Of an interval of 3, a save takes so many steps (a longer one is waited for): after no step is more lost."""
+    gates = defaultdict(threading.Event)
+    gates[12].set()  # the last one is not in the background
+    finish, wait = saver.finish, Saver.wait
+
+    def slow(partial, files, manifest, keep):
+        assert gates[manifest["step"]].wait(60)
+        return finish(partial, files, manifest, keep)
+
+    def waited(found):
+        gates[trainer.step - 3].set()
+        return wait(found)
+
+    def look(batch, generator):
+        begun = trainer.step // 3 * 3
+        if trainer.step >= begun + during and trainer._saver._pending is not None:
+            gates[begun].set()
+            trainer._saver._pending()
+        lost.append(trainer.step - max((int(path.name) for path in checkpoints(tmp_path)), default=0))
+        return batch
+
+    lost = []
+    monkeypatch.setattr(saver, "finish", slow)
+    monkeypatch.setattr(Saver, "wait", waited)
+    trainer = make(tmp_path, steps=12, checkpoint_every=3, async_save=True)
+    trainer.augment = look
+    trainer.fit(progress=False)
+    assert max(lost) + 1 == 3 + during  # the step that follows is lost, too
 
 
 def rows(folder):

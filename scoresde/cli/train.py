@@ -162,7 +162,7 @@ def settings_of(options: TrainOptions) -> dict[str, Any]:
         if value is not None:
             settings.setdefault(place, {})[key] = int(value) if key == "preset" and value.isdecimal() else value
     if "source" not in settings.get("data", {}):
-        raise ValueError(f"give --data, or data.source in --config ({options.out} has no run to go on with)")
+        raise ValueError(f"give --data, or data.source in --config ({options.out} does not say what a run's were)")
     return settings
 
 

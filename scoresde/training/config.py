@@ -51,7 +51,11 @@ class TrainConfig:
             saves its own: for networks that do not fit into one. Without, each holds them whole (DDP). A run may go on
             either way.
         async_save: checkpoints are written in the background, from a copy in main memory, while training goes on; one
-            at a time, and each counts once it is whole, so that a kill may cost two intervals instead of one.
+            at a time, and each counts once it is whole: a kill loses at most an interval and the steps that were done
+            during one save.
+        threads: of a CPU. By default, where the number is torch's own choice and no OMP_NUM_THREADS is set, a few steps
+            are timed with one thread and with all of them, once, and the faster is taken, kept in the run folder
+            (`threads.json`) and used again on resume: last bits may depend on it.
 
     Raises:
         ValueError: on a value out of its range.
@@ -77,12 +81,14 @@ class TrainConfig:
     tensorboard: bool = False
     shard: bool = False
     async_save: bool = False
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "keep", "accumulate"):
             check_count(**{name: getattr(self, name)})
-        if self.evaluate_every is not None:
-            check_count(evaluate_every=self.evaluate_every)
+        for name in ("evaluate_every", "threads"):
+            if getattr(self, name) is not None:
+                check_count(**{name: getattr(self, name)})
         check_whole(warmup=self.warmup, seed=self.seed, workers=self.workers)
         check_nonnegative(lr=self.lr, weight_decay=self.weight_decay)
         check_positive(lr=self.lr)

@@ -19,18 +19,8 @@ __all__ = ["FREE", "identity", "identity_of_run", "network_name", "probe", "valu
 
 # What may differ between two sessions of a run, rounding aside.
 FREE = (
-    *(
-        "steps",
-        "checkpoint_every",
-        "log_every",
-        "evaluate_every",
-        "keep",
-        "tensorboard",
-        "workers",
-        "accumulate",
-        "compile",
-    ),
-    *("shard", "async_save"),
+    *("steps", "checkpoint_every", "log_every", "evaluate_every", "keep", "tensorboard", "workers", "accumulate"),
+    *("compile", "shard", "async_save", "threads"),
 )
 
 

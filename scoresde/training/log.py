@@ -4,16 +4,143 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
+import time
 import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from scoresde.files import write_whole, writing
+from tqdm.auto import tqdm
 
-__all__ = ["COLUMNS", "Log", "TensorBoard"]
+from scoresde.files import write_whole, writing
+from scoresde.training.config import TrainConfig
+
+__all__ = ["COLUMNS", "Log", "Rate", "Reports", "TensorBoard", "check_tensorboard", "duration"]
 
 COLUMNS = ("step", "epoch", "loss", "lr", "gradient_norm", "items_per_second", "seconds")
+
+
+class Reports:
+    """All that a run says while it trains: rows in log.csv and TensorBoard; and on stderr a bar with the rate of the
+    last seconds and, once, how long the rest takes.
+
+    Args:
+        config: of the run.
+        step: where it goes on.
+        folder: of the run, or None for no files.
+        progress: whether there is a bar.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        step: int,
+        folder: Path | None,
+        progress: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._config, self._step, self._progress = config, step, progress
+        self._log = self._board = None
+        if folder is not None and step < config.steps:
+            self._log = Log(folder / "log.csv", step)
+            if config.tensorboard:
+                self._board = TensorBoard(folder / "tensorboard", step)
+        self._rate = Rate(clock)
+        self._bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=not progress)
+        self._loss, self._told = "", False
+
+    def say(self, text: str) -> None:
+        """A remark, above the bar."""
+        if self._progress:
+            tqdm.write(f"train: {text}", file=sys.stderr)
+
+    def step(self) -> None:
+        """One more is done."""
+        self._step += 1
+        self._rate.add()
+        if not self._progress:
+            return
+        seconds, left = self._rate.seconds, self._config.steps - self._step
+        if not self._told and self._rate.settled and left:
+            self._told = True
+            rest = f"about {duration(seconds * left)} for the {left} left, evaluations apart"
+            self.say(f"{seconds:.3g} s a step, {rest}")
+        if seconds:
+            speed = self._config.batch_size / seconds
+            self._bar.set_postfix_str(f"{self._loss}items={speed:.0f}/s", refresh=False)
+        self._bar.update()
+
+    def row(self, row: Mapping[str, float]) -> None:
+        """Numbers of this step."""
+        self._loss = f"loss={row['loss']:.4f}, " if "loss" in row else self._loss
+        for writer in (self._log, self._board):
+            if writer is not None:
+                writer.add({"step": self._step, **row})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        yield
+        self._rate.restart()
+
+    def close(self) -> None:
+        """The end."""
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Rate:
+    """Seconds of a step, over the last seconds.
+
+    Args:
+        clock: seconds.
+        window: that many, or the last step if that took longer.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, window: float = 10.0) -> None:
+        self._clock, self._window = clock, window
+        self.restart()
+
+    def restart(self) -> None:
+        """Steps begin now."""
+        self._times = deque([self._clock()])
+        self._begin, self._steps = self._times[0], 0
+
+    def add(self) -> None:
+        """A step has ended."""
+        self._times.append(now := self._clock())
+        self._steps += 1
+        while len(self._times) > 2 and self._times[1] <= now - self._window:
+            self._times.popleft()
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; 0 before the first."""
+        return (self._times[-1] - self._times[0]) / max(1, len(self._times) - 1)
+
+    @property
+    def settled(self) -> bool:
+        """Whether it says something: three steps and the window are over."""
+        return self._steps >= 3 and self._times[-1] - self._begin >= self._window
+
+
+def duration(seconds: float) -> str:
+    """In words, of two units at most.
+
+    >>> duration(47.2), duration(780), duration(10500), duration(9e5)
+    ('47 s', '13 min', '2 h 55 min', '10 d 10 h')
+    """
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 class Log:

@@ -26,6 +26,7 @@ __all__ = [
     "Worker",
     "check_trainable",
     "seeded_global_generators",
+    "trial",
 ]
 
 Loss = Callable[[NetworkDenoiser, Tensor, Draws, Mapping[str, Any]], Tensor]
@@ -91,6 +92,16 @@ class Autocast(nn.Module):
         with torch.autocast(self._device, torch.bfloat16):
             first, second = self.net.both(x, time, **cond)  # type: ignore[operator]
         return first.float(), second.float()
+
+
+def trial(worker: nn.Module, x0: Tensor, cond: Mapping[str, Any]) -> Callable[[], None]:
+    """What a step costs: forward and backward on the CPU, with draws of its own."""
+
+    def step() -> None:
+        with seeded_global_generators(0, x0.device):
+            worker(x0, torch.Generator(x0.device).manual_seed(0), cond).backward()
+
+    return step
 
 
 class Totals(NamedTuple):

@@ -10,38 +10,38 @@ processes, or a batch taken in parts, have the losses and gradients of one proce
 
 from __future__ import annotations
 
-import warnings
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from scoresde.data.order import Order
 from scoresde.denoiser import NetworkDenoiser
-from scoresde.errors import CheckpointError
 from scoresde.noise import derive_seed
-from scoresde.training import parallel
+from scoresde.training import parallel, threads
 from scoresde.training.average import Average, in_place_of
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource, batches, look_at, source_of, split
 from scoresde.training.folder import Checkpoint, newest
-from scoresde.training.identity import FREE, identity_of_run, versions
-from scoresde.training.layout import Copies, Layout
+from scoresde.training.identity import identity_of_run, versions
+from scoresde.training.layouts import layout_of
 from scoresde.training.lock import held_by_first
-from scoresde.training.log import Log, TensorBoard, check_tensorboard
+from scoresde.training.log import Reports, check_tensorboard
 from scoresde.training.loss import Draws, Part, dsm_loss
 from scoresde.training.model import ModelConfig, check_model, opened
+from scoresde.training.resume import check_resume
 from scoresde.training.saver import Saver
 from scoresde.training.signals import Signals
-from scoresde.training.step import Autocast, Interval, Loss, Worker, check_trainable, seeded_global_generators
+from scoresde.training.step import Autocast, Interval, Loss, Worker, check_trainable, seeded_global_generators, trial
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
 from scoresde.training.whole_files import check_safetensors, weights_file
 
-__all__ = ["Evaluate", "Trainer", "layout_of"]
+__all__ = ["Evaluate", "Trainer"]
 
 Evaluate = Callable[[NetworkDenoiser, int], Mapping[str, float]]
 """evaluate(denoiser, step): numbers by name, of the denoiser with averaged weights."""
@@ -72,6 +72,7 @@ class Trainer:
         losses: mean loss of each interval of log_every steps, with the step that ended it.
         evaluations: what `evaluate` returned, with the step.
         path: the folder of the last checkpoint that stands, or None.
+        threads: of the CPU that `fit` took, or None where it did not look: see `TrainConfig.threads`.
 
     Raises:
         TypeError, ValueError: if data, cond or the network do not fit; by `fit` and at construction. If both a loss and
@@ -143,6 +144,7 @@ class Trainer:
         self.losses: list[tuple[int, float]] = []
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         self.path: Path | None = None
+        self.threads: int | None = None
         self._interval = Interval()
         if folder is not None and (found := parallel.by_first(lambda: newest(Path(folder)))) is not None:
             self._continue(found)
@@ -184,19 +186,17 @@ class Trainer:
             ValueError: if the processes were not given the same.
         """
         parallel.agreed("runs", {**self._made_for, "step": self.step, "config.steps": self.config.steps})
-        with held_by_first(None if locked or self.step >= self.config.steps else self.folder):
+        with (
+            held_by_first(None if locked or self.step >= self.config.steps else self.folder),
+            self._threads(progress),
+        ):
             self._run(progress)
         return self
 
     def _run(self, progress: bool) -> None:
         config, lead = self.config, parallel.rank() == 0
-        voice, worker = parallel.Voice(), self._worker()
-        writers: list[Log | TensorBoard] = []
-        if lead and self.folder is not None and self.step < config.steps:
-            writers.append(Log(self.folder / "log.csv", self.step))
-            if config.tensorboard:
-                writers.append(TensorBoard(self.folder / "tensorboard", self.step))
-        bar = tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not (progress and lead))
+        voice, worker = parallel.Voice(), self._worker(self.net)
+        reports = Reports(config, self.step, self.folder if lead else None, progress and lead)
         self.net.train()
         self._interval.start()
         try:
@@ -204,7 +204,7 @@ class Trainer:
                 while self.step < config.steps:
                     self._interval.add(*self._train_step(worker, *next(feed)))
                     self.step += 1
-                    bar.update()
+                    reports.step()
                     stop, last = voice.largest(signals.received), self.step == config.steps
                     log = last or self.step % config.log_every == 0
                     test = self.evaluate is not None and (
@@ -216,12 +216,11 @@ class Trainer:
                     row: dict[str, float] = {}
                     if log:
                         row = self._report()
-                        bar.set_postfix(loss=f"{row['loss']:.4f}", items=f"{row['items_per_second']:.0f}/s")
                     if test:
-                        row |= self._evaluate()
-                    if row and lead:
-                        for writer in writers:
-                            writer.add({"step": self.step, "epoch": self._epoch, **row})
+                        with reports.paused():
+                            row |= self._evaluate()
+                    if row:
+                        reports.row({"epoch": self._epoch, **row})
                     if save and self.folder is not None:
                         self._land()
                         background = config.async_save and not (last or stop)
@@ -229,25 +228,40 @@ class Trainer:
                         if not background:
                             self._land()
                     if stop:
+                        if self.folder is not None:
+                            reports.say(f"stopped; step {self.step} is kept, and the same program goes on from there")
                         signals.leave(stop)
         finally:
             self._saver.settle()
-            bar.close()
+            reports.close()
             self.net.eval()
-            for writer in writers:
-                if isinstance(writer, TensorBoard):
-                    writer.close()
 
-    def _worker(self) -> nn.Module:
-        """What makes the loss of a part: under torch.distributed, gradients are averaged over the processes."""
-        net: nn.Module = self.net
+    def _worker(self, net: nn.Module, bare: bool = False) -> nn.Module:
+        """What makes the loss of a part: under torch.distributed, gradients are averaged over the processes; bare, they
+        are not, and nothing is compiled."""
         if self.config.precision == "bfloat16":
             net = Autocast(net, self.denoiser.device.type)
-        if self.config.compile:
+        if self.config.compile and not bare:
             backend = self.config.compile if isinstance(self.config.compile, str) else "inductor"
             net = self._layout.compiled(net, backend)
         worker = Worker(net, self.denoiser if net is self.net else self.denoiser.with_net(net), self._loss_of)
-        return self._layout.worker(worker)
+        return worker if bare else self._layout.worker(worker)
+
+    def _trial(self) -> Callable[[], None]:
+        """A step to time, of a copy."""
+        worker = self._worker(self._layout.whole(self.net).train(), bare=True)
+        with closing(batches(self.data, self._order.share(0, 1), self.step, self.step + 1, 0)) as feed:
+            items, cond = next(feed)
+        own = slice(*self._parts[0])
+        return trial(worker, items[own], {name: value[own] for name, value in cond.items()})
+
+    def _threads(self, progress: bool) -> AbstractContextManager[None]:
+        """Training's number of threads, on a CPU."""
+        self.threads = self.config.threads
+        if self.threads is None and self.denoiser.device.type == "cpu" and parallel.world() == 1:
+            trial = self._trial if self.step < self.config.steps else None
+            self.threads = threads.choose(self.folder, trial, partial(print, file=sys.stderr) if progress else None)
+        return nullcontext() if self.threads is None else threads.using(self.threads)
 
     def _batches(self) -> Generator[tuple[Tensor, dict[str, Any]], None, None]:
         """This process's items of each step; the whole batch where it is to be augmented."""
@@ -380,45 +394,12 @@ class Trainer:
 
     def _continue(self, found: Checkpoint) -> None:
         self._land()
-        found.check(self._made_for, free=[f"config.{name}" for name in FREE])
-        manifest = found.manifest
-        expected = {"losses", "evaluations", "seconds", "interval"}
-        if set(manifest["progress"]) != expected:
-            raise CheckpointError(
-                f"{found.path} has the keys {sorted(manifest['progress'])}, expected {sorted(expected)}"
-            )
-        if manifest["versions"] != versions():
-            warnings.warn(
-                f"{found.path} was written with {manifest['versions']}, this is {versions()}: the run goes on, but "
-                "its last bits will be others",
-                stacklevel=3,
-            )
-        if self.config.schedule != "constant" and (steps := manifest["config"]["steps"]) != self.config.steps:
-            warnings.warn(
-                f"{found.path} is of a run of {steps} steps, this is one of {self.config.steps}: from here on the "
-                "learning rate goes down to zero at its end",
-                stacklevel=3,
-            )
+        check_resume(found, self._made_for, self.config)
         for name, net in self._networks.items():
             found.weights(name, net)
         found.optimiser(self._optimiser, self.net)
-        progress = manifest["progress"]
-        self.step, self.path, self.seconds = manifest["step"], found.path, progress["seconds"]
+        progress = found.manifest["progress"]
+        self.step, self.path, self.seconds = found.manifest["step"], found.path, progress["seconds"]
         self.losses = [(step, loss) for step, loss in progress["losses"]]
         self.evaluations = [(step, values) for step, values in progress["evaluations"]]
         self._interval = Interval(progress["interval"])
-
-
-def layout_of(config: TrainConfig) -> Layout:
-    """The layout that a configuration asks for. A single process has nothing to shard.
-
-    Raises:
-        ImportError: if this torch has no FSDP2, or cannot save it in safetensors.
-    """
-    if config.shard and parallel.world() > 1:
-        try:
-            from scoresde.training.sharded import Shards  # torch's FSDP takes a second to import
-        except ImportError as error:
-            raise ImportError(f"TrainConfig(shard=True) needs torch 2.9 or newer ({error})") from error
-        return Shards(config.precision)
-    return Copies()
