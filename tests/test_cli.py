@@ -118,9 +118,10 @@ def test_the_demo_runs_and_goes_on(tmp_path, capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return step(trainer, *batch)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", stopped)
-        digits.main(arguments)
+        with pytest.raises(SystemExit) as stop:
+            digits.main(arguments)
     assert stop.value.code == 143
     told = capsys.readouterr().err
     assert "stopped; step 1 is kept, and the same program goes on" in told

@@ -22,7 +22,7 @@ import scoresde
 from scoresde import VPSDE, Clip, cli, sample, sample_seeds
 from scoresde.cli import compare, main, parser, train
 from scoresde.cli.config import SECTIONS, DataConfig, EvaluateConfig, RunConfig, override, read_toml, write_toml
-from scoresde.cli.defaults import completed
+from scoresde.cli.defaults import chosen, completed
 from scoresde.cli.drawing import Recipe
 from scoresde.cli.models import open_run, run_config
 from scoresde.data import TrainingData, digit_levels, digits, scaled
@@ -136,6 +136,39 @@ def test_what_is_not_said_fits_the_data():
             assert net.eps(data.batch(torch.tensor([0])).x, 0.5 * net.sde.t_max).isfinite().all()
     with pytest.raises(ValueError, match=r"model.options.image_channels = 1, but the data's is 3"):
         completed({"data": {"source": "a"}, "model": {"options": {"image_channels": 1}}}, images(3, 8, 8))
+
+
+def test_what_is_not_said_fits_the_device_and_the_number_of_items():
+    """On a CPU a run of images is one of minutes or an hour: the work of a step, and their number, are bounded."""
+
+    def cost(config):
+        with torch.device("meta"):
+            net = config.model.net()
+        return sum(p.numel() for p in net.parameters()), config.train.steps
+
+    settings = {"data": {"source": "a"}}
+    for shape in [(1, 8, 8), (3, 10, 9), (1, 28, 28), (3, 32, 32), (3, 30, 45), (3, 31, 31), (3, 64, 64), (1, 1000)]:
+        data = images(*shape)
+        large, small = completed(settings, data), completed(settings, data, cpu=True)
+        assert cost(small) <= cost(large)
+        assert cost(small)[0] < 5e6
+        net = small.model.build(0)
+        assert net.eps(data.batch(torch.tensor([0])).x, 0.5).isfinite().all()
+        if len(shape) == 3 and shape[1] == shape[2] != 31:
+            assert shape[1] / small.model.options.get("patch", 1) <= 16
+        assert completed(small.to_dict(), data) == small  # kept, it is the same on another device
+    x = images(3, 32, 32).x
+    counts = [20, 500, 1000, 2000, 60000]
+    steps = {n: [completed(settings, TrainingData(x[:1].expand(n, -1, -1, -1), None, 256), cpu).train.steps
+                 for cpu in (True, False)] for n in counts}  # fmt: skip
+    assert steps == {20: [1000, 2000], 500: [1600, 3900], 1000: [3100, 7800], 2000: [5000, 15600], 60000: [5000, 20000]}
+    points = TrainingData(torch.zeros(5000, 2))
+    assert completed(settings, points, True) == completed(settings, points)
+    given = {**settings, "model": {"preset": 32}, "train": {"steps": 3}}
+    found = completed(given, images(3, 32, 32), cpu=True)
+    assert (found.model.preset, found.model.options, found.train.steps) == (32, {"image_channels": 3}, 3)
+    assert chosen(given, found) == ["model.network=unet", "train.batch_size=128", "train.lr=0.0002"]
+    assert chosen(found.to_dict(), found) == []
 
 
 def read_back(table):

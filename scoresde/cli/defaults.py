@@ -1,4 +1,4 @@
-"""What a configuration leaves open, chosen for its data."""
+"""What a configuration leaves open, chosen for its data and the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scoresde.data import TrainingData
 from scoresde.processes import sde_of
 from scoresde.training.weights import LogNormalTimes
 
-__all__ = ["CHOSEN", "completed"]
+__all__ = ["CHOSEN", "chosen", "completed"]
 
 _WEIGHTING = {"eps": "simple", "score": "simple", "velocity": "velocity", "edm": "edm"}
 CHOSEN = {
@@ -25,23 +25,27 @@ CHOSEN = {
 }
 """Entries that `completed` chooses, whatever the dataclass's own default."""
 
+_COST = ("model.network", "model.preset", "model.options.patch", "train.steps", "train.batch_size", "train.lr")
+
 _LR = {8: 1e-3, 28: 5e-4, 32: 2e-4, 64: 1e-4}
 
 
-def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> RunConfig:
-    """A configuration with what it leaves open chosen for the data:
+def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData, cpu: bool = False) -> RunConfig:
+    """A configuration with what it leaves open chosen for the data and the device:
 
     - the network: a U-Net of the preset nearest in size to images, an MLP for vectors, with the data's channels, axes,
-      classes and conditions;
+      classes and conditions; on a CPU a small preset, in patches that leave 16 positions an axis or few more;
     - what it predicts: what is usual for the SDE (`SDE.customary_prediction`); the time label, and sigma_data from the
       data;
     - the loss that goes with it: min-SNR for v and x0, EDM's with its log-normal times, in the unit of the levels, or
       the plain one;
-    - 20,000 steps of 64 items (128 for the preset of 32 pixels), the learning rate by the network's size.
+    - steps of 64 items (128 for the preset of 32 pixels) that show each item 1000 times, 2000 to 20,000 of them; for
+      images on a CPU 200 times, 1000 to 5000; the learning rate by the network's size.
 
     Args:
         settings: by section; see `RunConfig`.
         data: what `settings["data"]` says.
+        cpu: whether it is to be trained on a CPU.
 
     Raises:
         ValueError: as `RunConfig.of`; if the network's options contradict the data.
@@ -53,8 +57,11 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> 
     if not shape:
         raise ValueError(f"the data are {len(data)} numbers: expected items of one axis or more, of shape (N, 1) say")
     network = model.setdefault("network", "mlp" if len(shape) == 1 else "unet")
+    small = cpu and network != "mlp"
     if network != "mlp":
-        model.setdefault("preset", _preset(max(shape[1:], default=0)))
+        if small and "preset" not in model and (patch := _patch(shape[1:])) > 1:
+            options.setdefault("patch", patch)
+        model.setdefault("preset", _preset(max(shape[1:], default=0), small))
     for key, value in _about(network, shape, data).items():
         if options.setdefault(key, value) != value:
             raise ValueError(f"model.options.{key} = {options[key]!r}, but the data's is {value!r}: leave it out")
@@ -71,14 +78,40 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData) -> 
     if loss["times"] == "log-normal":
         loss.setdefault("mean", LogNormalTimes.mean + math.log(sde.data_scale))
     preset = model.get("preset", 8)
-    train.setdefault("steps", 20_000)
     train.setdefault("batch_size", 128 if preset == 32 else 64)
+    if "steps" not in train:
+        times, fewest, most = (200, 1000, 5000) if small else (1000, 2000, 20_000)
+        batches = len(data) / train["batch_size"] if isinstance(train["batch_size"], int) else 1
+        train["steps"] = 100 * round(min(max(times * batches, fewest), most) / 100)
     train.setdefault("lr", _LR.get(preset, 2e-4))
     train.setdefault("evaluate_every", 1000)
     return RunConfig.of(found)
 
 
-def _preset(size: int) -> int:
+def chosen(settings: Mapping[str, Mapping[str, Any]], config: RunConfig) -> list[str]:
+    """What was left open of that which decides how long a run takes, as --set would say it."""
+    found: Any = config.to_dict()
+    said = []
+    for name in _COST:
+        value, given = found, settings
+        for key in name.split("."):
+            value, given = value.get(key, {}), given.get(key, {}) if isinstance(given, Mapping) else {}
+        if value != {} and given == {}:
+            said.append(f"{name}={value}")
+    return said
+
+
+def _patch(axes: tuple[int, ...]) -> int:
+    size = max(axes, default=0)
+    patch = 1 if size <= 16 else 2 if size <= 48 else 4
+    while any(n % patch for n in axes):
+        patch //= 2
+    return patch
+
+
+def _preset(size: int, small: bool) -> int:
+    if small:
+        return 8 if size <= 48 else 28
     return 8 if size <= 12 else 28 if size <= 28 else 32 if size <= 48 else 64
 
 

@@ -26,7 +26,7 @@ from scoresde.cli.config import (
     section,
     write_toml,
 )
-from scoresde.cli.defaults import CHOSEN, completed
+from scoresde.cli.defaults import CHOSEN, chosen, completed
 from scoresde.cli.drawing import Recipe, draw, rounded
 from scoresde.cli.kept import CONFIG, mismatch, run_settings
 from scoresde.cli.measuring import features_of, reference_of
@@ -93,11 +93,12 @@ class ShortOptions(Options):
     )
     background: str | None = option(f"data.background, {BACKGROUND_HELP}", metavar="COLOUR", dest="data.background")
     skip: bool = option(f"data.skip=true: {SKIP_HELP}", flags=("--skip-unreadable",), dest="data.skip")
-    steps: int | None = option("train.steps (20000)", dest="train.steps")
+    steps: int | None = option("train.steps (by the number of items, and the device)", dest="train.steps")
     batch_size: int | None = option("train.batch_size (64)", metavar="N", dest="train.batch_size")
     lr: float | None = option("train.lr, the largest learning rate (by the network's size)", dest="train.lr")
     preset: str | None = option(
-        "model.preset: 8, 28, 32 or 64, the size of the network (the images' own)", dest="model.preset"
+        "model.preset: 8, 28, 32 or 64, the size of the network (by the images, and the device)",
+        dest="model.preset",
     )
     sde: str | None = option(f"model.sde: {', '.join(SDES)} (vp)", dest="model.sde")
     predicts: str | None = option(
@@ -181,13 +182,13 @@ def run(options: TrainOptions) -> None:
     with options.session.start() as device:
         data_config = replace(data_config, skip=left_out(data_config, options))
         data = data_config.open(seed=settings.get("train", {}).get("seed", 0))
-        config = completed(settings, data)
+        config = completed(settings, data, device.type == "cpu")
         with held_by_first(options.out):  # what another run is at is neither read nor written
             trainer = prepare(config, data, options.out, device)
             if parallel.rank() == 0:
                 write_toml(options.out / CONFIG, config.to_dict())
                 About.of(data).write(options.out)
-            remarks(options, config, trainer, device)
+            remarks(options, config, trainer, device, chosen(settings, config))
             again = f"scoresde train --out {options.out} goes on from the last checkpoint"
             with going_on(again):
                 trainer.fit(progress=not options.session.quiet, locked=True)
@@ -239,8 +240,10 @@ def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.devi
         raise mismatch(error, out, config) from error
 
 
-def remarks(options: TrainOptions, config: RunConfig, trainer: Trainer, device: torch.device) -> None:
-    """What is trained, on what, and from where."""
+def remarks(
+    options: TrainOptions, config: RunConfig, trainer: Trainer, device: torch.device, chosen: list[str]
+) -> None:
+    """What is trained, on what, and from where; and what was chosen for that."""
     if trainer.step:
         what = "done" if trainer.step >= config.train.steps else "going on"
         options.session.say(f"{options.out} is at step {trainer.step} of {config.train.steps}: {what}")
@@ -250,8 +253,12 @@ def remarks(options: TrainOptions, config: RunConfig, trainer: Trainer, device: 
     options.session.say(
         f"{trainer.denoiser}, {size / 1e6:.3g} million parameters, on {len(trainer.data)} items{what}, {device}"
     )
+    if chosen:
+        options.session.say(
+            f"chosen for {len(trainer.data)} items on {device.type}: {' '.join(chosen)} (--set changes it)"
+        )
     if device.type == "cpu" and size > 10e6:
-        options.session.say("this network is large for a CPU: --preset 28 or --preset 8 is smaller")
+        options.session.say("this network is large for a CPU: without --preset, a small one is chosen")
 
 
 def summary(trainer: Trainer, out: Path) -> str:
