@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from scoresde.checks import nearest
-from scoresde.files import parsed, write_whole
+from scoresde.files import sealed, unsealed, write_whole
 
 __all__ = ["Cells", "attribute", "table", "theirs", "without_nan", "write_json"]
 
@@ -115,7 +115,8 @@ def attribute(option: str, text: str) -> tuple[Any, ModuleType]:
 
 
 class Cells:
-    """Finished parts, records by a key, in a file of JSON lines, the first of which says what they are good for.
+    """Finished parts, records by a key, in a file of JSON lines, the first of which says what they are good for. Each
+    has a hash of itself; those that earlier versions wrote have none.
 
     A line that was being written when the run was killed is dropped: it has no end.
 
@@ -148,6 +149,7 @@ class Cells:
         self.program, self.parts, self.key = program, parts, key
         self.format = f"{program.replace(' ', '-')}-1"
         self.done: dict[Hashable, dict[str, Any]] = {}
+        self._sealed = False
         if fresh:
             path.unlink(missing_ok=True)
         if not path.exists():
@@ -167,15 +169,16 @@ class Cells:
         record = json.loads(json.dumps(without_nan(record)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            head = "" if file.tell() else json.dumps({"format": self.format, "made_for": self.made_for}) + "\n"
-            file.write(head + json.dumps(record) + "\n")
+            head = "" if file.tell() else sealed({"format": self.format, "made_for": self.made_for}) + "\n"
+            file.write(head + sealed(record) + "\n")
         self.done[self.key(record)] = record
 
     def _check(self, line: str) -> None:
         made_for = self.made_for
         try:
-            head = parsed(json.loads, line)
-            known, theirs = head["format"] == self.format, dict(head["made_for"])
+            head, self._sealed = unsealed(line)
+            known = head["format"] == self.format and len(head) == 2
+            theirs = dict(head["made_for"])
         except (ValueError, TypeError, KeyError):
             known, theirs = False, {}
         if not known:
@@ -193,7 +196,10 @@ class Cells:
 
     def _parse(self, number: int, line: str) -> dict[str, Any]:
         try:
-            record = dict(parsed(json.loads, line))
+            found, whole = unsealed(line)
+            if self._sealed and not whole:
+                raise ValueError("it has no hash")
+            record = dict(found)
             self.key(record)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(

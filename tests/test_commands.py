@@ -903,6 +903,27 @@ def test_cells_of_anything_go_on(tmp_path):
         Cells(path, "scoresde compare", "cells", {"a": 2}, lambda record: record["key"])
 
 
+def test_of_a_cell_no_bit_may_change(tmp_path):
+    """It is refused by name, or, if it was the last line's end, made anew; lines without a hash are read."""
+    path = tmp_path / "cells.jsonl"
+
+    def read():
+        return Cells(path, "scoresde compare", "cells", {"a": 1}, lambda record: record["key"])
+
+    cells = read()
+    for key in (1, 2):
+        cells.write({"key": key, "value": 0.25 * key})
+    content = path.read_bytes()
+    for k in range(0, len(content) * 8 - 8, 7):
+        path.write_bytes(content[: k // 8] + bytes([content[k // 8] ^ 1 << k % 8]) + content[k // 8 + 1 :])
+        with pytest.raises(ValueError, match=r"cells\.jsonl(: line \d is damaged| is not a file of)"):
+            read()
+    path.write_bytes(content[:-1] + b"\x08")
+    assert read().done == {1: {"key": 1, "value": 0.25}}
+    path.write_text('{"format": "scoresde-compare-1", "made_for": {"a": 1}}\n{"key": 3, "value": 1.0}\n')
+    assert read().done == {3: {"key": 3, "value": 1.0}}
+
+
 # --- info ------------------------------------------------------------------------------------------------------------
 
 
