@@ -51,7 +51,8 @@ TEXT = """train a network on images, vectors or a built-in data set; goes on whe
 
 Everything about a run can be left to its defaults, written in a TOML file (--config), or set one by one (--set); the
 whole configuration is kept in OUT/config.toml. The same command again goes on with the run from its last checkpoint, on
-any number of processes (torchrun); `scoresde train --out OUT` does too."""
+any number of processes (torchrun); `scoresde train --out OUT` does too, and --steps may be more. What is left open is
+chosen for the data and the device, and said."""
 
 EXAMPLES = """
 scoresde train --data my_folder --size 32 --out runs/mine          a folder of images, cropped and resized
@@ -71,6 +72,7 @@ scoresde train --out runs/mine                                     goes on
 FILES = """files in OUT:
   config.toml     the configuration, all of it; sections data, model, loss, train, evaluate
   log.csv         loss, learning rate, speed and metrics
+  threads.json    of a CPU, as they were chosen: train.threads
   checkpoints/    the last few; `scoresde sample OUT` and `scoresde.load(OUT)` read the newest
   samples/        a grid of samples every train.evaluate_every steps (images)"""
 
