@@ -9,7 +9,7 @@ from pathlib import Path
 FLOORS = [
     ("the ground", "checks errors tensors files report info levels pictures"),
     ("forward processes, grids", "sde chain schedules processes grid"),
-    ("what is known of x_0", "views denoiser wrappers noise"),
+    ("what is known of x_0", "views denoiser wrappers continuity noise"),
     ("the table and its loop", "tableau brownian exact diagnose"),
     ("networks and their data", "nn data metrics training"),
     ("solvers, a file a family", "solvers"),

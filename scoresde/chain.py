@@ -75,6 +75,14 @@ class DDPMChain(VariancePreserving):
         cos2 = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
         return cls((1 - cos2[1:] / cos2[:-1]).clamp(max=max_beta))
 
+    def label(self, t: Tensor) -> Tensor:
+        """t - 1, a time label for networks that count the chain's nodes from 0: `EpsDenoiser(net, chain,
+        time=chain.label)`. At the nodes it is the row of a table, between them it is continuous, as adaptive solvers
+        want it. (A network with a table of rows, torch.nn.Embedding say, takes whole numbers alone:
+        `time=lambda t: t.round().long() - 1`.)
+        """
+        return t - 1
+
     def _rates_and_integral(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """beta of each interval, (N,), and B at nodes 0..N, on the device and in the dtype of `like`; kept, so that a
         loop on a GPU copies them once. The last interval counts nothing where beta_N = 1: there alpha is linear.

@@ -155,9 +155,11 @@ class NetworkDenoiser(Denoiser):
         time: what the network is told of t: a function from t, float64 of shape (B,), or (1,) where all samples share
             it, to the label, of that shape or with further dimensions. The default is t itself. A wrong label gives dim
             or noisy samples and no error, so state it (and see `scoresde.diagnose`):
-            `lambda t: 999 * t` (score_sde's VP), `lambda t: t.round().long() - 1` (a table with a row per chain node),
-            `sde.half_log_snr`, `lambda t: sde.sigma(t).log() / 4`, ... A floating-point label reaches the network in
-            float32 (float64 if the network is), never rounded to half precision.
+            `lambda t: 999 * t` (score_sde's VP), `chain.label` (t - 1: a chain's nodes, counted from 0),
+            `lambda t: t.round().long() - 1` (the same where the network looks it up in a table, which takes whole
+            numbers alone, and keeps adaptive solvers from their work: `scoresde.continuity`), `sde.half_log_snr`,
+            `lambda t: sde.sigma(t).log() / 4`, ... A floating-point label reaches the network in float32 (float64 if
+            the network is), never rounded to half precision.
     """
 
     predicts: ClassVar[str]

@@ -87,7 +87,7 @@ def edit(
     Args:
         denoiser: the model that x is of.
         x: data, shape (B, ...).
-        solver: `AdaptiveODE()` by default, or any deterministic solver with a table.
+        solver: `AdaptiveODE(jumps="table")` by default, or any deterministic solver with a table.
         cond_from, cond_to: conditions on the way to noise and on the way back, as `cond` of `sample`.
         to: the model of the way back, if it is another. If it has another SDE, the latent is scaled by the ratio of
             the priors' standard deviations, and each has a grid of its own, from its t_max.

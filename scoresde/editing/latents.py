@@ -84,7 +84,7 @@ def encode(
     Args:
         denoiser: the model.
         x: data, shape (B, ...), taken as it is for the state at the grid's end: x_{t_min} by default.
-        solver: `AdaptiveODE()` by default, or any deterministic solver with a table.
+        solver: `AdaptiveODE(jumps="table")` by default, or any deterministic solver with a table.
         steps: number of steps on the solver's own grid from t_max to t_min (on a `DDPMChain` node 1).
         nfe: instead of steps, a budget of evaluations; for `AdaptiveODE` it is optional, and its max_nfe.
         grid: instead, the decreasing grid itself, which ends at t > 0; of `AdaptiveODE`'s only the ends matter.
@@ -243,7 +243,7 @@ def plan(
     denoiser: Denoiser, solver: Solver | None, steps: int | None, nfe: int | None, grid: Grid | None
 ) -> tuple[Solver, Grid]:
     """The solver, and the decreasing grid to noise that it runs on in both directions; errors as of `encode`."""
-    solver = AdaptiveODE() if solver is None else solver
+    solver = AdaptiveODE(jumps="table") if solver is None else solver
     check_pair(denoiser, solver)
     if isinstance(grid, Grid) and grid.increasing:
         raise ValueError("grid= is the decreasing grid on which decode goes, and encode back: give its reversed()")

@@ -160,7 +160,7 @@ class _Tracing(Motion):
 
     def __init__(self, volume: AdaptiveVolume, dtype: torch.dtype, progress: Progress) -> None:
         super().__init__(volume.denoiser, volume.cond, dtype, volume.times, 0.0, volume.budget)
-        self.volume, self.progress = volume, progress
+        self.volume, self.progress, self.nfe = volume, progress, volume.looked
 
     def products(self, x: Tensor, t: float, probes: Tensor) -> Products:
         """One evaluation at x."""
@@ -171,7 +171,7 @@ class _Tracing(Motion):
         output = lambda y: self.denoiser.output(y, t, **self.cond)  # noqa: E731
         slope = float(volume._slope(torch.tensor(t, dtype=torch.float64, device="cpu")))
         found = volume.trace(output, x, probes, create_graph, slope)
-        if self.nfe == 0:
+        if self.nfe == volume.looked:
             volume.smoothing = volume._smoothing(t, x, found)
         self.nfe += found.calls
         self.progress(found.calls)

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import ArgumentError, check_count, check_option, check_tolerances
+from scoresde.continuity import in_steps
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import narrowed, not_finite
 from scoresde.grid import Grid
@@ -35,9 +36,8 @@ from scoresde.likelihood.volume import TableVolume, Volume, every_other
 from scoresde.noise import NoiseSource, noise_source
 from scoresde.run import choose
 from scoresde.sde import SDE
-from scoresde.solvers.adaptive_ode import TORCHDIFFEQ, AdaptiveODE
+from scoresde.solvers.adaptive_ode import TABLE, TABLE_STEPS, TORCHDIFFEQ, AdaptiveODE, table_grid, warn_of_steps
 from scoresde.solvers.base import Solver
-from scoresde.solvers.exponential import UniPC
 from scoresde.solvers.motion import legs
 from scoresde.tensors import check_batch, told, widen
 
@@ -129,6 +129,10 @@ def log_prob(
     on its neighbours, and whose probes are new at every evaluation: in many dimensions the better choice, with less
     than half the standard error at a quarter of the calls where it was measured.
 
+    Adaptive steps take the network to be continuous in time. One whose time label is rounded, or looked up in a table,
+    is not (`scoresde.continuity`): where nothing of an adaptive solve is asked for, 100 steps of the table are taken
+    then, with a warning.
+
     Args:
         denoiser: the model.
         x: data, shape (B, ...), any rank, in the scale that the model was trained on; not changed.
@@ -178,40 +182,46 @@ def log_prob(
     )
     volume: Volume
     adaptive = {"rtol": rtol, "atol": atol, "method": method, "max_nfe": max_nfe, "first_step": first_step}
+    given = {name: value for name, value in adaptive.items() if value is not None}
+    options: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "method": "dopri5", "max_nfe": 10_000, "first_step": 0.05}
+    options, looked = options | given, 0
     if correct and (t is not None or differentiable == "adjoint"):
         raise ArgumentError(
             "correct=True leads from t_min to 0: not with t=, and not with the adjoint, which has no part in it"
         )
     if steps is not None or grid is not None:
-        if given := [name for name, value in adaptive.items() if value is not None]:
+        if given:
             raise ValueError(f"{' and '.join(given)} are of an adaptive solve, steps and grid of a table: give either")
         if differentiable == "adjoint":
             raise ArgumentError(
                 'differentiable="adjoint" is for an adaptive solve: drop steps= and grid=, or give True'
             )
-        solver = UniPC(4, view="v") if solver is None else solver
+    else:
+        check_option(TORCHDIFFEQ, method=options["method"])
+        check_tolerances(**{name: options[name] for name in ("rtol", "atol", "first_step")})
+        check_count(max_nfe=options["max_nfe"])
+        if solver is not None:
+            raise ValueError("solver= is for a table: give steps= or grid= too; an adaptive solve takes method=")
+        found, looked = in_steps(denoiser, widen(x), start, [start, sde.t_max], cond, options["max_nfe"])
+        if found and not given and differentiable != "adjoint" and (sde.nodes is None or start in sde.nodes):
+            grid = table_grid(Grid(sde, [sde.t_max, start]), TABLE_STEPS)
+        if found:
+            instead = "give steps=" if grid is None else f"log_prob takes {grid.steps} steps of UniPC(4, view='v')"
+            warn_of_steps(found, instead, 2)
+    if steps is not None or grid is not None:
+        solver = TABLE if solver is None else solver
         up = _table_grid(sde, solver, steps, grid, start, t).reversed()
         start = float(up.times[0])
         volume = TableVolume(*run, table=solver.tableau(up), coarse=every_other(solver, up))
     else:
-        method = "dopri5" if method is None else method
-        rtol, atol = (1e-5 if value is None else value for value in (rtol, atol))
-        first_step, max_nfe = 0.05 if first_step is None else first_step, 10_000 if max_nfe is None else max_nfe
-        check_option(TORCHDIFFEQ, method=method)
-        check_tolerances(rtol=rtol, atol=atol, first_step=first_step)
-        check_count(max_nfe=max_nfe)
-        if solver is not None:
-            raise ValueError("solver= is for a table: give steps= or grid= too; an adaptive solve takes method=")
         volume = AdaptiveVolume(
             *run,
             parts=legs(Grid(sde, [sde.t_max, start]).reversed(), free=True),
             adjoint=differentiable == "adjoint",
-            budget=max_nfe,
-            rtol=rtol,
-            atol=atol,
-            method=method,
-            first_step=first_step,
+            budget=options.pop("max_nfe"),
+            **options,
         )
+    volume.looked = looked
     log_alpha = math.log(float(sde.alpha(start))) if t is None else 0.0
     with torch.set_grad_enabled(bool(differentiable)):
         x_t = widen(x) * math.exp(log_alpha)
@@ -262,7 +272,10 @@ def density_run(
             raise ValueError(f"log_prob= is for deterministic solvers, tables and AdaptiveODE, not for {solver!r}")
         return TableVolume(*run, table=solver.tableau(grid))
     check_option(TORCHDIFFEQ, method=solver.method)
-    return AdaptiveVolume(
+    found, looked = in_steps(denoiser, x_T, first, grid.times.tolist(), cond, solver.max_nfe)
+    if found:
+        warn_of_steps(found, "take a table, UniPC(4, view='v') say", 4)
+    volume = AdaptiveVolume(
         *run,
         parts=legs(grid, free=True),
         adjoint=False,
@@ -272,6 +285,8 @@ def density_run(
         method=solver.method,
         first_step=solver.first_step,
     )
+    volume.looked = looked
+    return volume
 
 
 def _time(sde: SDE, t: float) -> float:

@@ -53,10 +53,12 @@ class Volume(ABC):
         t: the time reached.
         status: "complete", or "max_nfe" where the budget ran out.
 
-    And before it `calls`, the evaluations of a table, None where they are not known.
+    And before it `calls`, the evaluations of a table, None where they are not known, and `looked`, those that were made
+    to choose the run, which nfe counts.
     """
 
     calls: int | None = None
+    looked: int = 0
 
     nfe: int
     variance: Tensor
@@ -137,7 +139,7 @@ class TableVolume(Volume):
 
     def solve(self, x: Tensor, progress: Progress = lambda _: None) -> tuple[Tensor, Tensor]:
         self.log_det = x.new_full((len(x),), x[0].numel() * self.log_scale, dtype=torch.float64)
-        self.nfe = 0
+        self.nfe = self.looked
         self._spread = Spread(self.trace.distribution)
         self.x_coarse = None if self.coarse is None else x.detach() * self.coarse[0]
         evaluations = 0

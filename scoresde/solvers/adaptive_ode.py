@@ -14,23 +14,30 @@ Each sample's local error is held to its own tolerance: it is accepted if, for e
 torchdiffeq is given the norm max_b E_b. scipy has the RMS over the whole batch E = sqrt(sum_b E_b^2 / B), so its
 tolerances are divided by sqrt(B): E sqrt(B) = sqrt(sum_b E_b^2) <= 1 implies E_b <= 1. The step size is one for the
 batch, hence a sample depends on its neighbours, within its tolerance.
+
+All of this takes D to be continuous in time, which a network that looks its label up in a table is not
+(`scoresde.continuity`). That is looked at before the first step, at two evaluations or up to four, and `jumps` says
+what is done then.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.checks import ArgumentError, check_count, check_tolerances
+from scoresde.checks import ArgumentError, check_count, check_option, check_tolerances
+from scoresde.continuity import in_steps
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
+from scoresde.solvers.exponential import UniPC
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.motion import Budgeted, Leg, Motion, legs
 from scoresde.tableau import State
@@ -40,6 +47,8 @@ __all__ = ["AdaptiveODE"]
 TORCHDIFFEQ = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _NO_GRADIENTS = "method={!r} of scipy records no gradients, which x or the network wants: use 'dopri5', or no_grad"
+TABLE, TABLE_STEPS = UniPC(4, view="v"), 100  # in place of steps that jumps would make thousands of
+_APART = 0.02  # half log-SNR between times of its own grid and those given, at least
 _DIGITS = 1e-13  # the least rtol at which float64, and scipy, can tell the error from rounding
 
 
@@ -65,6 +74,9 @@ class AdaptiveODE(Budgeted):
         max_nfe: evaluations at most; where they run out the solution's status is "max_nfe", and it holds the last
             accepted state and its time.
         first_step: first step, in half log-SNR.
+        jumps: where the denoiser is found to be in steps, as of integer time labels: "warn", and go on; or "table",
+            warn and take UniPC(4, view="v") instead, on 100 steps (or as many as max_nfe allows) of its own grid and
+            the times of the one given.
 
     Raises:
         ValueError: on an unknown method or options that are not positive; by `iterate`, if scipy's methods are
@@ -89,8 +101,10 @@ class AdaptiveODE(Budgeted):
     atol: float = 1e-5
     max_nfe: int = 10_000
     first_step: float = 0.05
+    jumps: Literal["warn", "table"] = "warn"
 
     def __post_init__(self) -> None:
+        check_option(("warn", "table"), jumps=self.jumps)
         if self.method not in TORCHDIFFEQ + _SCIPY:
             raise ValueError(
                 f"method={self.method!r}: expected one of torchdiffeq's {', '.join(TORCHDIFFEQ)} or scipy's "
@@ -114,6 +128,14 @@ class AdaptiveODE(Budgeted):
                 f"rtol={self.rtol} for {len(x)} samples: float64 does not have the digits, take {_DIGITS * share:.1g}"
             )
         motion, first = Motion(denoiser, cond, x.dtype, times, 0.0, self.max_nfe), self.first_step
+        found, motion.nfe = in_steps(denoiser, x, float(grid.times[0]), times.tolist(), cond, self.max_nfe)
+        if found:
+            steps = min(TABLE_STEPS, self.max_nfe - motion.nfe - grid.steps) if self.jumps == "table" else 0
+            if steps > 0:
+                fine = table_grid(grid, steps)
+                warn_of_steps(found, f"it takes {fine.steps} steps of UniPC(4, view='v')", 5)
+                return _on_table(denoiser, x, grid, fine, motion.nfe, cond)
+            warn_of_steps(found, "take a table, UniPC(3) say, or jumps='table'", 5)
 
         def move(x: Tensor, leg: Leg) -> Tensor:
             nonlocal first
@@ -206,6 +228,40 @@ class _Watched:
         if at + self.step == at:
             raise underflow(self.motion, at, "the step size underflows")
         self.motion.accept(at, w)
+
+
+def table_grid(grid: Grid, steps: int) -> Grid:
+    """The times of a grid, and between them those of `TABLE`'s own: as many steps, or a chain's most."""
+    down = grid.reversed() if grid.increasing else grid
+    sde, end = grid.sde, float(down.times[-1])
+    own = TABLE.grid(sde, int(min(steps, sde.most_steps - math.ceil(end))), end=end).times
+    apart = (sde.half_log_snr(own)[:, None] - sde.half_log_snr(down.times)).abs().gt(_APART).all(1)
+    inside = own[apart & (own < down.times[0]) & (own > end)]
+    fine = Grid(sde, torch.cat([down.times, inside]).sort(descending=True).values)
+    return fine.reversed() if grid.increasing else fine
+
+
+def _on_table(
+    denoiser: Denoiser, x: Tensor, grid: Grid, fine: Grid, calls: int, cond: dict[str, Any]
+) -> Iterator[State]:
+    """The states of the table on a finer grid, told by the steps of the grid itself, after calls made before."""
+    ends = fine.times[1:].tolist()
+    passed = {end: step for step, end in enumerate(grid.times[1:].tolist())}
+    step = 0
+    for state in TABLE.tableau(fine).iterate(denoiser, x, None, cond):
+        end = ends[state.step]
+        done = state.done and end in passed
+        yield state._replace(nfe=state.nfe + calls, step=step, done=done)
+        step += done
+
+
+def warn_of_steps(found: str, then: str, stacklevel: int) -> None:
+    """Warn that a denoiser is in steps where adaptive steps were asked for, and say what is done, or could be."""
+    warnings.warn(
+        f"{found}, and its jumps cost adaptive steps hundreds or thousands of evaluations: {then} (a floating-point "
+        "label, t - 1 of DDPMChain.label say, has the same values at a chain's nodes, and no jumps)",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _worst_sample(error: Tensor) -> Tensor:
