@@ -19,7 +19,7 @@ import overhead
 import peers
 import problems
 import step_counts
-from common import Nonlinear, generator, normal
+from common import SDES, Nonlinear, generator, normal
 
 from scoresde import EDMSDE, VESDE, VPSDE, DDPMChain, EpsDenoiser, FlowSDE, Grid, SubVPSDE, sample
 from scoresde.exact import Gaussian, GaussianMixture
@@ -192,6 +192,45 @@ def test_your_own_denoiser_without_data(own_model):
     assert set(found) == {"title", "endpoint"}
     assert set(found["endpoint"]["scores"]["scoresde"]) == {"DDIM()", "UniPC()"}
     assert found["endpoint"]["scores"]["scoresde"]["UniPC()"]["log-SNR"][1] < 0.05
+
+
+def test_your_own_chain_with_integer_labels(own_model, capsys):
+    """The race's truth is then UniPC on all nodes, which the exact flow of the float label is near."""
+    Path("own_chain.py").write_text(
+        textwrap.dedent(
+            """
+            from scoresde import DDPMChain, EpsDenoiser
+            from scoresde.exact import Gaussian
+
+            chain = DDPMChain.linear(200, 5e-4, 0.1)
+            exact = Gaussian(mean=[1.0, -1.0], std=0.3).denoiser(chain)
+
+            def net(x, n):
+                return exact.eps(x, n.double() + 1)
+
+            whole = EpsDenoiser(net, chain, time=lambda t: t.round().long() - 1)
+            labelled = EpsDenoiser(net, chain, time=chain.label)
+            """
+        )
+    )
+    argv = ["--shape", "2", "--solvers", "DDIM()", "UniPC()"]
+    scores = {}
+    for name in ("whole", "labelled"):
+        step_counts.main(["--denoiser", f"own_chain:{name}", *argv, "--out", name, *QUICK])
+        scores[name] = json.loads(Path(name, "results.json").read_text())["problems"]["user"]["endpoint"]
+        assert f"t = {problems.end_of(DDPMChain.linear(200, 5e-4, 0.1)):g}" in scores[name]["measure"]
+    assert "in steps" in capsys.readouterr().err
+    assert scores["whole"]["floor"] < 1e-4
+    ours = [found["scores"]["scoresde"]["DDIM()"]["log-SNR"][1] for found in scores.values()]
+    assert ours[0] == pytest.approx(ours[1], rel=0.3)
+    with pytest.raises(SystemExit, match=r"took 30 evaluations.*--reference-nfe"):
+        step_counts.main(["--denoiser", "own_chain:labelled", *argv, "--reference-nfe", "30", "--out", "no", *QUICK])
+
+
+def test_the_end_of_the_race_is_the_same_noise_on_every_sde():
+    for sde in SDES.values():
+        lam = float(sde.half_log_snr(problems.end_of(sde)))
+        assert abs(lam - float(VPSDE().half_log_snr(1e-3))) < (1e-6 if sde.nodes is None else 0.5)
 
 
 @pytest.mark.parametrize(
