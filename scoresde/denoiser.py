@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_positive
-from scoresde.errors import not_finite, some
+from scoresde.errors import given_to, items_of, not_finite, some
 from scoresde.sde import SDE
 from scoresde.tensors import Time, as_time, check_batch, expand_like, known_any, precise, told, widen
 from scoresde.views import Affine, check_time, combine, first_where, mean_of_view, tells_nothing, view_of_mean
@@ -258,12 +258,17 @@ class NetworkDenoiser(Denoiser):
         """The network on what it sees of x, checked, in the dtype of x."""
         seen = seen if seen.dtype == dtype else seen.to(dtype)
         version = None if seen.is_inference() else seen._version
-        out = self.net(seen, time, **cond)
+        try:
+            out = self.net(seen, time, **cond)
+        except Exception as error:
+            error.add_note(given_to(self.net, seen, time, cond))
+            raise
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
-                f"the network returned {found} for x of shape {tuple(x.shape)}: expected a tensor of that shape (take "
-                "the mean's channels of a network with learned variance, and the tensor out of an output object)"
+                f"the network returned {found} for x of shape {tuple(x.shape)}, {items_of(x)}: expected a tensor of "
+                "that shape (take the mean's channels of a network with learned variance, and the tensor out of an "
+                "output object; a single item is a batch of one, x[None])"
             )
         if not out.is_floating_point():
             raise ValueError(f"the network returned {out.dtype}: expected floating-point numbers, as x has")
@@ -364,11 +369,12 @@ def dtype_of_label(label: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if label.is_floating_point() else label.dtype
 
 
-def check_denoiser(denoiser: object) -> None:
-    """Raises TypeError unless it is a denoiser."""
+def check_denoiser(denoiser: object, of: str = "") -> None:
+    """Raises TypeError unless it is a denoiser, `of` something."""
     if not isinstance(denoiser, Denoiser):
         raise TypeError(
-            f"expected a Denoiser, not {type(denoiser).__name__}: wrap the network, EpsDenoiser(net, sde, time=...)"
+            f"{of}{': ' * bool(of)}expected a Denoiser, not {type(denoiser).__name__}: wrap the network, "
+            "EpsDenoiser(net, sde, time=...)"
         )
 
 

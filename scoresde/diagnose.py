@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser
+from scoresde.denoiser import Denoiser, check_call
 from scoresde.tensors import check_batch
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -81,6 +81,7 @@ def diagnose(
         seed: of the noise.
 
     Raises:
+        TypeError: if the denoiser is none.
         ValueError: if x0 is not floating point or has no variance.
 
     >>> from scoresde import EpsDenoiser, VPSDE
@@ -93,6 +94,7 @@ def diagnose(
     True
     """
     check_batch(x0, "x0")
+    check_call(denoiser, x0, cond)
     variance = float((x0.double() - x0.double().mean(0)).square().mean())
     if not (math.isfinite(variance) and variance > 0):
         raise ValueError(f"x0 has the variance {variance}: give at least two different, finite samples")

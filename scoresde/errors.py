@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "NonFiniteError", "narrowed", "not_finite", "some"]
+__all__ = ["CheckpointError", "NonFiniteError", "given_to", "items_of", "narrowed", "not_finite", "some"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -57,6 +60,28 @@ def narrowed(x: Tensor, dtype: torch.dtype, what: str, batch: int = 0) -> Tensor
 def some(samples: list[int]) -> str:
     """The first of them, for a message."""
     return ", ".join(map(str, samples[:8])) + (f", ... ({len(samples)} in all)" if len(samples) > 8 else "")
+
+
+def items_of(x: Tensor) -> str:
+    """What a batch is, in words."""
+    return f"{len(x)} item{'s' * (len(x) != 1)} of shape {tuple(x.shape[1:])}"
+
+
+def given_to(net: object, x: Tensor, time: Tensor, cond: Mapping[str, Any]) -> str:
+    """A sentence on what a network was called with, for an error of its own."""
+    try:
+        span = f" from {time.min().item():.6g} to {time.max().item():.6g}"
+    except RuntimeError:  # the device may be lost by now
+        span = ""
+    labels = f"time labels {tuple(time.shape)} {time.dtype}{span}"
+    told = [f"x of shape {tuple(x.shape)}, {items_of(x)}, {x.dtype}", labels]
+    for name, value in cond.items():
+        found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        told.append(f"{name} {found}")
+    layers = net.modules() if isinstance(net, torch.nn.Module) else ()
+    rows = [layer.num_embeddings for layer in layers if isinstance(layer, torch.nn.Embedding)]
+    table = f"; it holds torch.nn.Embedding of {' and '.join(map(str, rows))} rows, which take whole numbers from 0"
+    return f"the network was called with {', '.join(told)}{table if rows else ''}"
 
 
 class CheckpointError(RuntimeError):

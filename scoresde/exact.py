@@ -24,7 +24,7 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.sde import SDE
-from scoresde.tensors import Time, as_time
+from scoresde.tensors import Time, as_time, drawn_from
 from scoresde.views import check_time
 
 __all__ = ["Empirical", "ExactDenoiser", "Gaussian", "GaussianMixture"]
@@ -115,9 +115,7 @@ class GaussianMixture:
     def sample(self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """n draws, shape (n, *event). Without a generator a freshly seeded one is used."""
         device = self._means.device
-        if generator is None:
-            generator = torch.Generator(device)
-            generator.seed()
+        generator = drawn_from(generator, device)
         k = torch.multinomial(self._log_weights.exp(), n, replacement=True, generator=generator)
         z = torch.randn(n, self._means.shape[1], generator=generator, dtype=torch.float64, device=device)
         z = z * self._variances[k].sqrt()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scoresde.checks import ArgumentError
 from scoresde.sde import SDE
+from scoresde.tensors import check_batch, check_device, drawn_from
 
 __all__ = [
     "FunctionNoise",
@@ -225,14 +226,18 @@ def noise_source(
         len(shape_or_x) == 0 or not all(isinstance(n, int | np.integer) and n > 0 for n in shape_or_x)
     ):
         raise ValueError(f"shape {tuple(shape_or_x)}: expected whole numbers > 0, (B, ...)")
-    batch = shape_or_x.shape[0] if isinstance(shape_or_x, Tensor) and shape_or_x.ndim else shape_or_x[0]
+    if isinstance(shape_or_x, Tensor):
+        check_batch(shape_or_x, "x_T")
+    else:
+        check_device(device)
+    batch = shape_or_x.shape[0] if isinstance(shape_or_x, Tensor) else shape_or_x[0]
     device = shape_or_x.device if isinstance(shape_or_x, Tensor) else device
     if noise is not None:
         if not is_tensor:
             raise ValueError("with noise= give x_T itself, not a shape")
         return as_source(noise)
     if generator is not None:
-        if generator.device.type != device.type:
+        if drawn_from(generator, device).device.type != device.type:
             raise ValueError(f"the generator is on {generator.device}, the samples on {device}: make it there")
         return GeneratorNoise(generator)
     return GeneratorNoise.fresh(device) if seed is None else SeededNoise(seeds_of(seed, int(batch)), device)
@@ -247,7 +252,7 @@ def seeds_of(seed: int | Sequence[int] | None, n: int) -> list[int]:
     if seed is None:
         seed = secrets.randbits(63)
     listed = seed.tolist() if isinstance(seed, Tensor | np.ndarray | np.generic) else seed
-    seeds = [listed] if isinstance(listed, int) else list(listed)
+    seeds = [listed] if isinstance(listed, int) else list(listed) if isinstance(listed, Iterable) else [listed]
     if any(not isinstance(n, int | np.integer) or n < 0 for n in seeds):
         raise ArgumentError(f"seed={seed!r}: expected whole numbers >= 0")
     if isinstance(listed, int):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_positive
-from scoresde.tensors import Time, as_time, check_batch, expand_like
+from scoresde.tensors import Time, as_time, check_batch, drawn_from, expand_like
 
 __all__ = ["NOT_NOISE", "SDE"]
 
@@ -230,9 +230,7 @@ class SDE(ABC):
             device: where the result lies; the generator's device by default.
             t: where the run starts, if not at t_max.
         """
-        if generator is None:
-            generator = torch.Generator(device or "cpu")
-            generator.seed()
+        generator = drawn_from(generator, device or "cpu")
         std = self.prior_std if t is None else self.prior_std_at(t)
         x = std * torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
         return x if device is None else x.to(device)

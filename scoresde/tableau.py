@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser
+from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
 from scoresde.pictures import html_table
 from scoresde.tensors import told
@@ -189,10 +189,12 @@ class Tableau:
             cond: keyword arguments for the denoiser.
 
         Raises:
+            TypeError: if the denoiser is none.
             ValueError: if the denoiser has another SDE than the grid, a stochastic table is given no noise, or the
                 denoiser cannot be evaluated at the table's times (an eps network at alpha = 0). All before any
                 evaluation.
         """
+        check_denoiser(denoiser)
         self.grid.check_sde(denoiser.sde)
         if noise is None and bool((self.c > 0).any()):
             raise ValueError(

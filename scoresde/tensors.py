@@ -7,7 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Time", "as_time", "brief", "check_batch", "dot", "expand_like", "known_any", "precise", "told", "widen"]
+__all__ = [
+    "Time",
+    "as_time",
+    "brief",
+    "check_batch",
+    "check_device",
+    "dot",
+    "drawn_from",
+    "expand_like",
+    "known_any",
+    "precise",
+    "told",
+    "widen",
+]
 
 Time = Tensor | float
 """One time for the batch, shape (), or one for each item, shape (B,)."""
@@ -80,6 +93,32 @@ def check_batch(x: Tensor, name: str) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
         found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} is {found}: expected a floating-point tensor (B, ...), images in [-1, 1] say")
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises ValueError if this build of torch, or this machine, has no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device={str(device)!r} is not to be had here, torch {torch.__version__}: {why}") from error
+
+
+def drawn_from(generator: torch.Generator | None, device: torch.device | str) -> torch.Generator:
+    """The generator; a freshly seeded one on `device` if there is none.
+
+    Raises:
+        TypeError: if it is no torch.Generator.
+        ValueError: if there is no such device.
+    """
+    if generator is None:
+        check_device(device)
+        generator = torch.Generator(device)
+        generator.seed()
+    if not isinstance(generator, torch.Generator):
+        kind = f"{type(generator).__module__}.{type(generator).__name__}"
+        raise TypeError(f"generator is {kind}: expected a torch.Generator, torch.Generator().manual_seed(0) say")
+    return generator
 
 
 def known_any(condition: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser, Posterior
+from scoresde.denoiser import Denoiser, Posterior, check_denoiser
 from scoresde.tensors import Time, expand_like
 from scoresde.views import Affine
 
@@ -19,8 +19,7 @@ class Wrapper(Denoiser):
     """A denoiser that changes another's posterior mean. One that leaves the variance alone hands `covariance` on."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(f"{type(self).__name__} wraps a Denoiser, not {type(denoiser).__name__}")
+        check_denoiser(denoiser, type(self).__name__)
         self.denoiser = denoiser
         self.sde = denoiser.sde
 

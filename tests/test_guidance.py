@@ -1193,7 +1193,7 @@ def test_errors_at_construction() -> None:
         return x
 
     for make, kind, message in (
-        (lambda: Classifier(f, f), TypeError, "wraps a Denoiser, not function"),
+        (lambda: Classifier(f, f), TypeError, "Classifier: expected a Denoiser, not function"),
         (lambda: Classifier(plain, 3), TypeError, "expected a callable classifier"),
         (lambda: Classifier(plain, f, math.nan), ValueError, "scale=nan: expected a finite number"),
         (lambda: Classifier(plain, f, True), ValueError, "scale=True"),
@@ -1215,7 +1215,7 @@ def test_errors_at_construction() -> None:
         (lambda: Rule(3.0), TypeError, "a rule's function is float"),
         (lambda: Rule(f, "noise"), ValueError, "view='noise': expected one of None, 'x0'"),
         (lambda: ClassifierFree(plain, null={}), ValueError, "null names no condition"),
-        (lambda: Autoguidance(plain, f), TypeError, "takes Denoisers, not function"),
+        (lambda: Autoguidance(plain, f), TypeError, "Autoguidance: expected a Denoiser, not function"),
         (lambda: Autoguidance(plain, other), ValueError, "must have one SDE"),
         (lambda: Product([]), ValueError, "Product was given no denoiser"),
         (lambda: Product([plain], [1.0, 2.0]), ValueError, "2 weights for 1 denoisers"),

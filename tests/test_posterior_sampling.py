@@ -519,7 +519,7 @@ def test_bad_options_are_refused(method):
     for std in (-1.0, math.nan, torch.tensor([0.1, -0.1]), torch.ones(2, 2)):
         with pytest.raises(ValueError, match="noise_std"):
             method(denoiser, lambda x: x, y, noise_std=std)
-    with pytest.raises(TypeError, match="wraps a Denoiser"):
+    with pytest.raises(TypeError, match="expected a Denoiser"):
         method(lambda x, t: x, lambda x: x, y, noise_std=1.0)
     with pytest.raises(TypeError, match="operator"):
         method(denoiser, torch.eye(3), y, noise_std=1.0)

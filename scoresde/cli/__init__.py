@@ -93,7 +93,8 @@ def said(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{error.filename}: "
         return where + error.strerror[0].lower() + error.strerror[1:]
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "; ".join([text, *getattr(error, "__notes__", ())])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser, Posterior
+from scoresde.denoiser import Denoiser, Posterior, check_denoiser
 from scoresde.guidance.base import check_entries, known_all, ratio
 from scoresde.tensors import Time, precise
 from scoresde.views import VIEWS, Affine, combine, mean_of_view
@@ -102,8 +102,7 @@ class Branching(Wrapper):
             raise ValueError(f"{type(self).__name__} was given no denoiser")
         super().__init__(denoisers[0])
         for other in denoisers[1:]:
-            if not isinstance(other, Denoiser):
-                raise TypeError(f"{type(self).__name__} takes Denoisers, not {type(other).__name__}")
+            check_denoiser(other, type(self).__name__)
             if other.sde != self.sde:
                 raise ValueError(f"denoisers of {self.sde!r} and of {other.sde!r}: they must have one SDE")
         self.denoisers, self.steps_in, self.batched = tuple(denoisers), steps_in, batched

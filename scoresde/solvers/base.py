@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_count
-from scoresde.denoiser import Denoiser
+from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
 from scoresde.noise import Noise, NoiseSource, as_source
 from scoresde.sde import SDE
@@ -112,9 +112,11 @@ class Solver:
             cond: keyword arguments for the denoiser.
 
         Raises:
+            TypeError: if the denoiser is none.
             ValueError: before any evaluation, if the denoiser's SDE is not the grid's, the grid goes a way that the
                 solver cannot, or it draws noise and is given none.
         """
+        check_denoiser(denoiser)
         grid.check_sde(denoiser.sde)
         if not self.has_table:  # of a table `Tableau` says all this
             if grid.increasing and not self.goes_up:

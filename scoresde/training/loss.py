@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser
+from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.sde import SDE
-from scoresde.tensors import as_time, check_batch, expand_like, known_any, told
+from scoresde.tensors import as_time, check_batch, drawn_from, expand_like, known_any, told
 from scoresde.training.weights import OnX0, TimeSampler, UniformTimes, Weighting, simple
 from scoresde.views import check_time, combine, first_where
 
@@ -53,10 +53,7 @@ class Part:
             if not 0 <= draws.start <= draws.size - items:
                 raise ValueError(f"{items} items from {draws.start} on do not lie in a batch of {draws.size}")
             return draws
-        if draws is None:
-            draws = torch.Generator(device)
-            draws.seed()
-        return cls(draws, 0, items)
+        return cls(drawn_from(draws, device), 0, items)
 
     def draw(self, shape: Sequence[int], draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """The part's share, of that shape, of what `draw` makes for the shape of the whole batch."""
@@ -97,10 +94,12 @@ def dsm_loss(
         The loss, at least float32: a scalar, or (B,).
 
     Raises:
+        TypeError: if the denoiser is none, or the generator no torch.Generator.
         ValueError: if x0 is not floating point, shapes do not fit, t and times are both given, or a t is 0 or outside
             the SDE. On the host also where the denoiser cannot be evaluated (an eps network at alpha = 0), or the loss
             has no limit.
     """
+    check_denoiser(denoiser)
     sde = denoiser.sde
     check_batch(x0, "x0")
     if t is not None and times is not None:

@@ -23,6 +23,7 @@ from scoresde.denoiser import (
     VDenoiser,
     VelocityDenoiser,
     X0Denoiser,
+    check_denoiser,
 )
 from scoresde.errors import CheckpointError
 from scoresde.processes import sde_name, sde_of
@@ -193,6 +194,7 @@ def load_ema(path: str | Path | Checkpoint, denoiser: NetworkDenoiser, average: 
         FileNotFoundError: if there is none.
         CheckpointError: as `load` does; if it was made for another SDE, parameterisation, time label or network.
     """
+    check_denoiser(denoiser)
     if not isinstance(denoiser.net, nn.Module):
         raise ValueError(f"load_ema needs an adapter around an nn.Module, not {denoiser!r}")
     found = opened(path, name := weights_file(average))

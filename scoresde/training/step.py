@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scoresde.denoiser import NetworkDenoiser
+from scoresde.denoiser import NetworkDenoiser, check_denoiser
 from scoresde.training import parallel
 from scoresde.training.loss import Draws
 
@@ -38,9 +38,11 @@ def check_trainable(denoiser: object) -> None:
     """What can be said of a denoiser before its first step.
 
     Raises:
+        TypeError: if it is no denoiser.
         ValueError: if it is no adapter around an nn.Module, no parameter takes a gradient, or it could not be sampled
             from afterwards, by the sampler's own rule at t_max (an eps network where alpha is zero).
     """
+    check_denoiser(denoiser, "Trainer")
     if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.net, nn.Module):
         raise ValueError(f"a Trainer needs an adapter around an nn.Module, EpsDenoiser(net, sde) say, not {denoiser!r}")
     if not any(parameter.requires_grad for parameter in denoiser.net.parameters()):

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from scoresde.checks import check_finite, check_option, check_positive
 from scoresde.sde import SDE
+from scoresde.tensors import drawn_from
 from scoresde.views import VIEWS, view_of_mean
 
 __all__ = [
@@ -131,9 +132,7 @@ class TimeSampler(ABC):
         self, sde: SDE, n: int, generator: torch.Generator | None, device: torch.device | str | None = None
     ) -> Tensor:
         """n times, float64, shape (n,), on the generator's device."""
-        if generator is None:
-            generator = torch.Generator(device or "cpu")
-            generator.seed()
+        generator = drawn_from(generator, device or "cpu")
         u = torch.rand(n, dtype=torch.float64, generator=generator, device=generator.device)
         if self.stratified:
             u = (torch.arange(n, device=u.device) + u) / n

@@ -266,8 +266,8 @@ def measure_errors(
     """
     check_batch(data, "data")
     check_count(samples=samples, batch_size=batch_size)
-    sde, t = denoiser.sde, _candidates(denoiser.sde, times)
     check_call(denoiser, data, cond)
+    sde, t = denoiser.sde, _candidates(denoiser.sde, times)
     denoiser.check_times(t)
     generator = torch.Generator("cpu").manual_seed(derive_seed(seed, _PAIRS))
     order = torch.randperm(len(data), generator=generator, device="cpu")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_nonnegative, check_option
-from scoresde.denoiser import Denoiser, NetworkDenoiser
+from scoresde.denoiser import Denoiser, NetworkDenoiser, check_denoiser
 from scoresde.grid import Grid
 from scoresde.likelihood.decoder import Decoder, log_probability
 from scoresde.sde import SDE
@@ -149,6 +149,8 @@ def training_loss(loss: Callable[..., Tensor], denoiser: Denoiser | None = None,
     >>> NPRDenoiser(trainer.fit(progress=False).ema)(data, 0.5).var.shape
     torch.Size([32, 1, 8, 8])
     """
+    if denoiser is not None:
+        check_denoiser(denoiser)
 
     def train(trained: NetworkDenoiser, x0: Tensor, generator: Draws, cond: Mapping[str, Any]) -> Tensor:
         beside, head = (trained, None) if denoiser is None else (denoiser, trained)

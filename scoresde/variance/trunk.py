@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scoresde.denoiser import Denoiser, NetworkDenoiser, X0Denoiser
+from scoresde.denoiser import Denoiser, NetworkDenoiser, X0Denoiser, check_denoiser
 from scoresde.nn.blocks import ResidualBlock, conv, group_norm, shuffle, zero
 from scoresde.nn.unet import UNet
 from scoresde.tensors import Time
@@ -147,8 +147,7 @@ class Pair(NamedTuple):
             TypeError: if denoiser is none, head is no network, or there is no head.
             ValueError: if they are of two SDEs.
         """
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(f"expected a Denoiser, not {type(denoiser).__name__}")
+        check_denoiser(denoiser)
         if head is not None and not callable(head):
             raise TypeError(f"head is {type(head).__name__}: expected a callable head(x, time, **cond)")
         if isinstance(head, Denoiser):
