@@ -55,7 +55,8 @@ def sample(
         nfe: instead of steps, a budget of evaluations; as many steps as fit are taken.
         grid: instead of steps, the grid itself. An increasing one encodes x, by a deterministic solver (see
             `scoresde.editing.latents`).
-        seed: one integer, or one for each sample. Sample i then is the same in any batch. Without seed, generator and
+        seed: one integer, or one for each sample. Sample i then is the same in any batch, to rounding; where the batch
+            has one adaptive step (`AdaptiveODE`, adaptive `ReverseSDE`), to the tolerance. Without seed, generator and
             noise, the run is seeded by the operating system.
         generator: instead of a seed, one generator that draws for the whole batch.
         noise: instead of a seed, a function noise(row, x) that returns z of the shape of x; x_T must then be given.

@@ -6,11 +6,13 @@ import pytest
 import torch
 from common import SDES, generator, network_for
 
-from scoresde import VESDE, VPSDE, EpsDenoiser, ScoreDenoiser, VDenoiser, X0Denoiser, diagnose
-from scoresde.exact import GaussianMixture
+from scoresde import SDES as MAKERS
+from scoresde import VESDE, VPSDE, DDPMChain, EpsDenoiser, ScoreDenoiser, VDenoiser, X0Denoiser, diagnose
+from scoresde.exact import Gaussian, GaussianMixture
 
 TARGET = GaussianMixture(means=[[-1.0, 0.5], [1.0, -0.5]], std=0.3)
 DATA = TARGET.sample(2000, generator(0))
+SDES_OF = {name: make() for name, make in MAKERS.items()}
 
 
 @pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
@@ -54,6 +56,61 @@ def test_mistakes_are_suspicious(mistake):
     found = diagnose(MISTAKES[mistake](TARGET.denoiser(VPSDE())), DATA)
     assert found.suspicious
     assert "worse than linear" in repr(found)
+
+
+WIRED = {
+    "chain": ("cosine-chain", lambda t: t - 1, lambda n: n + 1),
+    "cosine-chain": ("chain", lambda t: t.round().long() - 1, lambda n: n + 1),
+    "vp": ("cosine", lambda t: 999 * t, lambda n: n / 999),
+    "cosine": ("vp", None, lambda n: n),
+    "flow": ("vp", None, lambda n: n),
+    "subvp": ("vp", None, lambda n: n),
+}
+
+
+@pytest.mark.parametrize("name", WIRED)
+def test_a_schedule_of_another_name_is_told_its_own(name):
+    """An exact network of one schedule, wired with another: its own is named; and wired rightly nothing is."""
+    true, label, time = WIRED[name]
+    exact = TARGET.denoiser(SDES_OF[true])
+    net = lambda x, n: exact.eps(x, time(n.double()).clamp(exact.sde.t_min, exact.sde.t_max))  # noqa: E731
+    found = diagnose(EpsDenoiser(net, SDES_OF[name], time=label), DATA)
+    assert found.better.startswith(f"better with the SDE {true!r}")
+    assert found.suspicious
+    assert found.better in repr(found)
+    assert diagnose(EpsDenoiser(net, SDES_OF[true], time=label), DATA).better == ""
+
+
+@pytest.mark.parametrize("integer", [False, True])
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_a_label_off_by_one_is_told(off, integer):
+    """1500 items of 256 numbers, of which the formula expects more than eight standard errors; where the label is right
+    none of 4 draws of the noise says otherwise, which is five standard errors the other way.
+    """
+    target, chain = Gaussian(torch.zeros(256), std=torch.logspace(-1, 0, 256)), DDPMChain()
+    exact, data = target.denoiser(chain), target.sample(1500, generator(1))
+
+    def net(x, n):
+        return exact.eps(x, (n.double() + 1 + off).clamp(1, 1000))
+
+    denoiser = EpsDenoiser(net, chain, time=(lambda t: t.round().long() - 1) if integer else chain.label)
+    if off:
+        word = "larger" if off < 0 else "smaller"
+        assert diagnose(denoiser, data).better.startswith(f"better with time labels {word} by 1")
+    else:
+        assert [diagnose(denoiser, data[:300], seed=seed).better for seed in range(4)] == [""] * 4
+
+
+@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
+def test_a_network_that_is_wired_rightly_is_told_nothing(sde):
+    exact = TARGET.denoiser(sde)
+    for denoiser in (
+        X0Denoiser(network_for(exact, "x0"), sde),
+        X0Denoiser(lambda x, lam: exact(x, sde.time_at(lam.double())).mean, sde, time=sde.half_log_snr),
+        X0Denoiser(lambda x, t: x / 2, sde, time=torch.zeros_like),
+        X0Denoiser(lambda x, t: x / 2, sde, time=lambda t: torch.stack([t, t], -1)),
+    ):
+        assert diagnose(denoiser, DATA).better == ""
 
 
 def test_data_in_another_range_is_suspicious():

@@ -141,7 +141,8 @@ def log_prob(
         rtol, atol: adaptive: tolerance of the local error of w, RMS over a sample's elements, atol + rtol |w|, and of
             the log-density, atol sqrt(dim) + rtol |log_det|. 1e-5 by default.
         steps: of a table instead: N calls with the default solver.
-        seed: one integer, or one for each sample, for the probes; sample i then is the same in any batch.
+        seed: one integer, or one for each sample, for the probes; sample i then is the same in any batch, to rounding
+            or, with adaptive steps, which the batch has in common, the tolerance.
         generator: instead of a seed.
         solver: of steps= and grid=: any deterministic solver with a table, by default UniPC(4, view="v").
         grid: of a table, from t_max down to the time at which the ODE starts; by default steps of `Grid.power`.
