@@ -304,3 +304,14 @@ def test_the_same_samples_however_the_denoiser_is_written():
     for method, start in itertools.product(("dopri5", "RK45"), (1.0, start_of(sde))):
         a, b = (sample(d, x, AdaptiveODE(method), grid=Grid(sde, [start, 0.0])) for d in (exact, as_eps))
         torch.testing.assert_close(a.x, b.x, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-5])
+def test_a_sample_depends_on_its_batch_within_the_tolerance_only(tol):
+    """As the README says; in units of w, whose local errors of some tens of steps add up, on data of narrow modes."""
+    denoiser = GaussianMixture(means=[[-1.0, 0.5], [1.0, -0.5]], std=0.3).denoiser(VPSDE())
+    x_T, solver = normal(8, 2), AdaptiveODE(rtol=tol, atol=tol)
+    together = sample(denoiser, x_T, solver).x
+    alone = torch.cat([sample(denoiser, x[None], solver).x for x in x_T])
+    difference = float((together - alone).abs().max())
+    assert 1e-12 < difference < 30 * tol

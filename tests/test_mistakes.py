@@ -120,7 +120,7 @@ class Embeds(torch.nn.Module):
 
 
 def test_an_error_of_the_network_says_what_it_was_given():
-    chain = DDPMChain.linear(100)
+    chain = DDPMChain.linear(100, 1e-3, 0.2)
     off_by_one = EpsDenoiser(Embeds(100), chain, time=lambda t: t.round().long())
     for run in (
         lambda: sample(off_by_one, (3, 2), DDIM(), steps=4, seed=0),

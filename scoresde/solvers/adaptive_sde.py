@@ -203,7 +203,9 @@ class AdaptiveSDE(_Adaptive):
         memory: an attempt that follows a rejected one sees the same Brownian path, filled in between the points already
             seen (in the manner of Rackauckas and Nie, 2017). False draws afresh, as the paper does; that favours small
             increments, hardly in hundreds of dimensions, but in a few the law is wrong, and more so the smaller the
-            tolerance (2 dimensions on VE, rtol = 0.02 and 0.005: the std 1.6 and 1.9 times too large).
+            tolerance (2 dimensions on VE, rtol = 0.02 and 0.005: the std 1.6 and 1.9 times too large). The path is as
+            rough as Brownian motion is: rounding of a step, as of the network in another batch, becomes its square
+            root, and after some steps another sample of the same law.
         max_nfe: when the next attempt would exceed it, the run ends where it is with status "max_nfe".
 
     Raises:
