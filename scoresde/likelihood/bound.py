@@ -10,7 +10,8 @@ The terms are those of a solver's chain (`scoresde.likelihood.chain`), or of its
 time (`scoresde.likelihood.continuous`). The last is the decoder's (`scoresde.likelihood.decoder`).
 
 Errors of the mean are taken in what the network itself predicts, as in `scoresde.training.loss`: no digit is lost at
-small t.
+small t. Everything but the network is in float64, whatever x is: float32 rounds data of mean 1e5 by 0.004, and the
+noise of small t is as small.
 
 Sources: Sohl-Dickstein et al. (2015); Ho et al. (2020), section 3.
 """
@@ -31,10 +32,10 @@ from scoresde.denoiser import Denoiser, check_call
 from scoresde.grid import Grid
 from scoresde.likelihood.chain import Chain
 from scoresde.likelihood.continuous import Continuous
-from scoresde.likelihood.decoder import Decoder, Draws, gaussian_kl, square_norm
+from scoresde.likelihood.decoder import Decoder, Draws, float64, gaussian_kl, square_norm
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
 from scoresde.solvers.base import Solver
-from scoresde.tensors import check_batch, told, widen
+from scoresde.tensors import check_batch, told
 
 __all__ = ["Elbo", "elbo"]
 
@@ -140,7 +141,7 @@ def elbo(
         progress: show a progress bar.
 
     Returns:
-        The bound and its parts, in the dtype of x (float32 where that is half precision), shape (B,).
+        The bound and its parts, float64, shape (B,): float32 has steps of 0.06 nats at 1e6.
 
     Raises:
         TypeError: if denoiser or solver is none.
@@ -167,7 +168,7 @@ def elbo(
     if draws is not None:
         check_count(draws=draws)
     draw = Draws.of(x, seed)
-    x0, dtype = widen(x), widen(x).dtype
+    x0 = float64(x)
     if solver is None or grid is None:
         if variance != "solver":
             raise ValueError(f"variance={variance!r} is an option of chains: in continuous time it makes no difference")
@@ -183,12 +184,12 @@ def elbo(
         prior = -gaussian_kl(dim, (sigma / std) ** 2, square_norm(x0) * (alpha / std) ** 2)
         value = prior + terms.denoising + terms.reconstruction
     return Elbo(
-        value.to(dtype),
-        terms.variance.sqrt().to(dtype),
-        degrees_of_freedom(terms.variance, terms.doubt).to(dtype),
-        prior.to(dtype),
-        terms.denoising.to(dtype),
-        terms.reconstruction.to(dtype),
+        value,
+        terms.variance.sqrt(),
+        degrees_of_freedom(terms.variance, terms.doubt),
+        prior,
+        terms.denoising,
+        terms.reconstruction,
         run.nfe,
         dim,
     )
