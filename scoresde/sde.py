@@ -18,13 +18,14 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from numbers import Number
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_positive
-from scoresde.tensors import Time, as_time, check_batch, drawn_from, expand_like
+from scoresde.tensors import Time, as_time, check_batch, drawn_from, expand_like, same
 
 __all__ = ["NOT_NOISE", "SDE"]
 
@@ -106,11 +107,18 @@ class SDE(ABC):
         )
         return alpha_dot, sigma_dot
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Before @dataclass, which leaves what is there and would compare arrays as if they were numbers.
+        for name in ("__eq__", "__hash__"):
+            if name not in vars(cls):
+                setattr(cls, name, getattr(cls, name))
+
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
+        return type(self) is type(other) and same(vars(self), vars(other))
 
     def __hash__(self) -> int:
-        return hash(type(self))
+        return hash((type(self), *(v for v in vars(self).values() if isinstance(v, Number | str))))
 
     def __repr__(self) -> str:
         told = vars(self).get("data_std")
@@ -191,7 +199,7 @@ class SDE(ABC):
             return times
         N, K = len(self.nodes), len(times)
         if N < K:
-            raise ArgumentError(f"steps={K}, but the chain has only {N} nodes")
+            raise ArgumentError(f"the chain has {N} nodes, not {K}: at most {N} steps to t = 0, {N - 1} to a noisy end")
         rank = torch.arange(K - 1, -1, -1, dtype=torch.float64, device="cpu")
         # n_i - (K - 1 - i) must not increase: the running maximum from the end, within the chain.
         slack = (times.round() - rank).clamp(min=1.0, max=N - K + 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ __all__ = [
     "expand_like",
     "known_any",
     "precise",
+    "same",
     "told",
     "widen",
 ]
@@ -135,6 +137,19 @@ def precise(t: Time) -> Tensor:
     """Time in float64, so that coefficients are; float32 on a device that has no float64."""
     t = as_time(t)
     return t if t.device.type == "mps" else t.double()
+
+
+def same(a: Any, b: Any) -> bool:
+    """a == b as one answer, where tensors, arrays or containers of them are in it too."""
+    if isinstance(a, Tensor | np.ndarray) or isinstance(b, Tensor | np.ndarray):
+        if type(a) is not type(b) or a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        return bool((torch.as_tensor(a).cpu() == torch.as_tensor(b).cpu()).all())
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list | tuple) and type(a) is type(b):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
 
 
 def widen(x: Tensor) -> Tensor:

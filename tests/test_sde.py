@@ -3,9 +3,10 @@
 Float32 is compared with the reference at the float32-rounded time, so that only the code's own error is seen.
 """
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from inspect import isabstract
 
@@ -17,7 +18,7 @@ from common import EVERY_SDE, descendants, every_pair
 from torch import Tensor
 
 import scoresde
-from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, SubVPSDE, processes
+from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, Grid, SubVPSDE, processes
 from scoresde.tensors import expand_like
 
 mp.mp.dps = 50
@@ -606,3 +607,42 @@ def test_own_sdes_compare_by_their_parameters() -> None:
     assert hash(Own()) == hash(Own())
     assert repr(Own()) == "Own(t_min=1e-05, t_max=1.0)"
     assert Own() != VPSDE()
+
+
+class Tabulated(Own):
+    """With what cannot be compared by one ==: tensors, arrays and lists of them."""
+
+    def __init__(self, last: float = 2.0) -> None:
+        super().__init__()
+        self.table, self.array = torch.tensor([1.0, last]), np.array([[1.0, last]])
+        self.parts = {"a": [torch.tensor([1.0, last])], "b": (1, "x")}
+
+
+@dataclass(frozen=True)
+class Declared(Own):
+    table: Tensor
+    t_min: float = 1e-5
+    t_max: float = 1.0
+
+
+def test_sdes_with_tensors_compare_by_their_numbers() -> None:
+    """Of whatever length; a grid of one compares it at every run."""
+    tables = [torch.tensor(values) for values in ([1.0, 2.0], [1.0, 3.0], [1.0], [1, 2])]
+    distinct = [Tabulated(), Tabulated(3.0), *(Declared(table) for table in tables)]
+    for i, a in enumerate(distinct):
+        for j, b in enumerate(distinct):
+            b = copy.deepcopy(b)
+            assert (a == b) == (i == j)
+            assert i != j or hash(a) == hash(b)
+    Grid.uniform(Tabulated(), 3).check_sde(Tabulated())
+    with pytest.raises(ValueError, match="was made for"):
+        Grid.uniform(Declared(tables[0]), 3).check_sde(Declared(tables[1]))
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_a_chain_says_how_many_steps_it_has(end) -> None:
+    chain = DDPMChain.linear(10, 0.01, 0.3)
+    most = 10 if end == 0 else 9
+    assert Grid.power(chain, most, end=end).steps == most
+    with pytest.raises(ValueError, match="the chain has 10 nodes, not 11: at most 10 steps to t = 0, 9 to a noisy end"):
+        Grid.power(chain, most + 1, end=end)
