@@ -15,6 +15,8 @@ given with the label that belongs there, and with labels one off. With D one's o
 the expected gain is change where D' is the posterior mean, and -change where D is. An alternative is told where the sum
 of gains over the levels, weighted by E change / Var gain as is best for telling the two apart, is above five standard
 errors, and no level's gain is below minus five.
+
+And of the process: sampling begins with noise, so x_T must be noise.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ from torch import Tensor
 from scoresde.chain import DDPMChain
 from scoresde.denoiser import Denoiser, NetworkDenoiser, check_call
 from scoresde.processes import SDES
-from scoresde.sde import SDE
+from scoresde.sde import NOT_NOISE, SDE
 from scoresde.tensors import check_batch
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["Diagnosis", "diagnose", "left_of_data"]
 
 _CLEAR = 5.0  # standard errors from which on a difference is one
 
@@ -50,6 +52,7 @@ class Diagnosis:
         stderr: standard error of error, from the samples, shape (L,).
         better: another wiring of the network with which its error is clearly lower, of several the lowest, in a
             sentence; empty if there is none.
+        remark: what `left_of_data` says of the SDE, or None.
     """
 
     t: Tensor
@@ -57,6 +60,7 @@ class Diagnosis:
     linear: Tensor
     stderr: Tensor
     better: str = ""
+    remark: str | None = None
 
     @property
     def ratio(self) -> Tensor:
@@ -83,7 +87,30 @@ class Diagnosis:
             if self.suspicious
             else "plausible"
         )
-        return "\n".join([*lines, verdict, *[self.better] * bool(self.better)])
+        remarks = [self.better] if self.better else []
+        remarks += [] if self.remark is None else [self.remark]
+        return "\n".join([*lines, verdict, *remarks])
+
+
+def left_of_data(sde: SDE, size: float) -> str | None:
+    """A sentence if t_max is not noise yet, else None.
+
+    Args:
+        size: root of the mean square of the data.
+
+    >>> from scoresde import DDPMChain, VPSDE
+    >>> left_of_data(VPSDE(), 1.0)
+    >>> print(left_of_data(DDPMChain.linear(10), 1.0).partition(" of ")[0])
+    at t_max = 10 data are 3.1 times the noise
+    """
+    signal = size * float(sde.alpha(sde.t_max)) / float(sde.sigma(sde.t_max))
+    if signal <= NOT_NOISE:
+        return None
+    return (
+        f"at t_max = {sde.t_max:.6g} data are {signal:.2g} times the noise of {sde!r}, and sampling begins with noise "
+        f"alone: {NOT_NOISE} at most are hardly seen. Let the schedule go on (a short chain needs larger betas), or "
+        "data be of a smaller scale"
+    )
 
 
 @torch.no_grad()
@@ -115,10 +142,10 @@ def diagnose(
     True
     """
     check_batch(x0, "x0")
-    check_call(denoiser, x0, cond)
     variance = float((x0.double() - x0.double().mean(0)).square().mean())
     if not (math.isfinite(variance) and variance > 0):
         raise ValueError(f"x0 has the variance {variance}: give at least two different, finite samples")
+    check_call(denoiser, x0, cond)
     sde = denoiser.sde
     s = math.sqrt(variance) * torch.logspace(math.log10(4), math.log10(1 / 20), levels, dtype=torch.float64)
     t = sde.time_at(-s.log()).clamp(sde.t_min, sde.t_max)
@@ -146,7 +173,8 @@ def diagnose(
                 changes[name].append(squares(found - mean) / unit)
     told = [_told(name, torch.stack(gains[name]), torch.stack(changes[name])) for name in others if gains[name]]
     error, stderr = torch.stack(own).mean(1), torch.stack(own).std(1) / math.sqrt(len(x0))
-    return Diagnosis(t, error, linear, stderr, max(told, default=(0.0, ""))[1])
+    remark = left_of_data(sde, float(x0.double().square().mean().sqrt()))
+    return Diagnosis(t, error, linear, stderr, max(told, default=(0.0, ""))[1], remark)
 
 
 def _told(name: str, gain: Tensor, change: Tensor) -> tuple[float, str]:

@@ -190,9 +190,9 @@ class Tableau:
 
         Raises:
             TypeError: if the denoiser is none.
-            ValueError: if the denoiser has another SDE than the grid, a stochastic table is given no noise, or the
-                denoiser cannot be evaluated at the table's times (an eps network at alpha = 0). All before any
-                evaluation.
+            ValueError: if the denoiser has another SDE than the grid, a stochastic table is given no noise, the
+                denoiser cannot be evaluated at the table's times (an eps network at alpha = 0), or a step leaves no
+                digit in the dtype of x. All before any evaluation.
         """
         check_denoiser(denoiser)
         self.grid.check_sde(denoiser.sde)
@@ -200,7 +200,21 @@ class Tableau:
             raise ValueError(
                 "this tableau draws noise (c > 0): pass noise=, a function (row, x) such as scoresde.noise.SeededNoise"
             )
-        return self._loop(self._rows(denoiser), denoiser, x, noise, dict(cond or {}))
+        rows = self._rows(denoiser)
+        self._check_digits(rows, x.dtype)
+        return self._loop(rows, denoiser, x, noise, dict(cond or {}))
+
+    def _check_digits(self, rows: list[_Row], dtype: torch.dtype) -> None:
+        """Raises ValueError where the state is multiplied by more than its dtype has digits, and none is left."""
+        info = torch.finfo(dtype)
+        for row in rows:
+            most = max(map(abs, (row.x, row.n or 0.0, row.c, *(row.keep or ()), *(b for _, b in row.past))))
+            if abs(row.x) * info.eps >= 1 or most > info.max:
+                raise ValueError(
+                    f"the step from t = {row.t:.6g} of {self.grid.sde!r} has a factor of {most:.3g}: in {dtype} no "
+                    "digit of its result is left. Start the grid where alpha is larger, end the SDE there (t_max=, "
+                    "beta_max=), or take another solver or network"
+                )
 
     def _loop(
         self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: Noise | None, cond: dict[str, Any]

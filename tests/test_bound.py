@@ -27,7 +27,7 @@ from scoresde import (
 from scoresde.errors import NonFiniteError
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.likelihood import chain
-from scoresde.likelihood.bound import Elbo, elbo
+from scoresde.likelihood.bound import elbo
 from scoresde.solvers import (
     DDIM,
     DDPM,

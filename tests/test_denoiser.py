@@ -349,3 +349,11 @@ def test_scalar_events():
     threshold = DynamicThreshold(X0Denoiser(lambda x, t: 2 * x, VPSDE()), quantile=1.0)
     torch.testing.assert_close(threshold(x, 0.5).mean, (2 * x).clamp(-1, 1))
     assert Nonlinear(VPSDE())(x, torch.full((5,), 0.5)).mean.shape == (5,)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64])
+def test_a_network_that_returns_no_floating_point_is_refused(dtype):
+    model = X0Denoiser(lambda x, t: x.to(dtype), VPSDE())
+    for call in (lambda: model(normal(2, 3), 0.5), lambda: model.eps(normal(2, 3), torch.tensor([0.5, 0.6]))):
+        with pytest.raises(ValueError, match=f"the network returned {dtype}"):
+            call()

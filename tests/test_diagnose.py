@@ -6,8 +6,22 @@ import pytest
 import torch
 from common import SDES, generator, network_for
 
+from scoresde import (
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    CosineVPSDE,
+    DDPMChain,
+    EpsDenoiser,
+    FlowSDE,
+    ScoreDenoiser,
+    SubVPSDE,
+    VDenoiser,
+    X0Denoiser,
+    diagnose,
+)
 from scoresde import SDES as MAKERS
-from scoresde import VESDE, VPSDE, DDPMChain, EpsDenoiser, ScoreDenoiser, VDenoiser, X0Denoiser, diagnose
+from scoresde.diagnose import left_of_data
 from scoresde.exact import Gaussian, GaussianMixture
 
 TARGET = GaussianMixture(means=[[-1.0, 0.5], [1.0, -0.5]], std=0.3)
@@ -129,3 +143,23 @@ def test_it_leaves_the_global_generator_and_reproduces():
 def test_bad_data_is_refused(data):
     with pytest.raises(ValueError, match="x0"):
         diagnose(TARGET.denoiser(VPSDE()), data)
+
+
+def test_a_schedule_that_never_reaches_noise_is_told():
+    """Of whatever kind, by alpha / sigma in the units of the data; building one is silent."""
+    short = {
+        "chain": DDPMChain.linear(10),
+        "vp": VPSDE(beta_max=1.0),
+        "subvp": SubVPSDE(beta_max=1.0),
+        "cosine": CosineVPSDE(t_max=0.5),
+        "flow": FlowSDE(t_max=0.5),
+        "ve": VESDE(sigma_max=2.0),
+        "edm": EDMSDE(t_max=2.0),
+    }
+    for name, sde in short.items():
+        found = diagnose(TARGET.denoiser(sde), DATA, levels=2)
+        assert "sampling begins with noise alone" in repr(found), name
+        assert not found.suspicious, name
+    for sde in SDES.values():
+        assert left_of_data(sde, 1.0) is None
+    assert left_of_data(EDMSDE(), 128.0) is not None

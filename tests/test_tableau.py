@@ -31,6 +31,7 @@ from scoresde import (
     FlowSDE,
     Grid,
     ScoreDenoiser,
+    SubVPSDE,
     Tableau,
     VDenoiser,
     VelocityDenoiser,
@@ -38,7 +39,7 @@ from scoresde import (
     sample,
 )
 from scoresde.exact import Gaussian, GaussianMixture
-from scoresde.solvers import DDIM, DDPM, Euler, Heun
+from scoresde.solvers import DDIM, DDPM, Euler, Heun, UniPC
 
 # Methods that are consistent with the linear part of the SDE only to their order, because they discretise it in t.
 NOT_EXACT_ON_LINEAR_PART = {"euler-maruyama", "euler t", "heun t"}
@@ -356,3 +357,22 @@ def test_bad_options_are_refused(make):
 def test_solvers_are_values():
     assert DDIM(eta=0.5) == DDIM(eta=0.5) != DDIM()
     assert repr(DDIM(eta=0.5)) == "DDIM(eta=0.5)"
+
+
+@pytest.mark.parametrize(
+    "sde", [VPSDE(beta_max=b) for b in (100, 400, 2000, 5000)] + [SubVPSDE(beta_max=400)], ids=repr
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", [DDIM(), DDPM(), UniPC(3)], ids=repr)
+def test_a_start_that_is_all_noise_gives_the_data_or_one_sentence(sde, dtype, solver):
+    """At alpha = 1e-11 and below 1 / alpha has no digit left, or overflows: never a result without a right digit."""
+    exact = Gaussian(mean=torch.full((2,), 0.5, dtype=torch.float64), std=0.7).denoiser(sde)
+    for kind in (EpsDenoiser, X0Denoiser):
+        model = kind(lambda x, t, kind=kind: exact.view(kind.predicts, x.double(), t).to(x), sde)
+        try:
+            x = sample(model, normal(2000, 2, dtype=dtype), solver, steps=20, seed=0).x
+        except ValueError as error:
+            assert "no digit of its result is left" in str(error) or "says nothing of x0" in str(error)  # noqa: PT017
+            continue
+        assert abs(float(x.mean()) - 0.5) < 0.1  # of 4,000 numbers: six standard errors
+        assert 0.5 < float(x.std()) < 0.8

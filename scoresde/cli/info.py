@@ -12,6 +12,7 @@ from scoresde.cli.common import command_parser
 from scoresde.cli.drawing import GRIDS
 from scoresde.cli.models import open_run, parameters
 from scoresde.cli.options import Options, option
+from scoresde.diagnose import left_of_data
 from scoresde.grid import SPACINGS
 from scoresde.info import environment
 from scoresde.processes import SDES, sde_of
@@ -82,7 +83,7 @@ def described(folder: Path) -> str:
     found = model.checkpoint
     assert found is not None
     progress, about = found.manifest["progress"], model.about
-    data = model.data()
+    data, left = model.data(), left_of_data(model.denoiser.sde, 1.0)
     facts = {
         "model": f"{model.denoiser}, {parameters(model.denoiser) / 1e6:.3g} million parameters",
         "data": f"{'' if data is None else data.source + ': '}items {about.shape}",
@@ -90,6 +91,8 @@ def described(folder: Path) -> str:
         "step": f"{found.manifest['step']} of {found.manifest['config']['steps']}, {found.path}",
         "seconds": f"{progress['seconds']:.0f}",
     }
+    if left is not None:
+        facts["remark"] = left
     if progress["losses"]:
         facts["loss"] = f"{progress['losses'][-1][1]:.5g}"
     if progress["evaluations"]:

@@ -35,6 +35,7 @@ from scoresde.cli.options import Options, option, part
 from scoresde.data import Given, TrainingData
 from scoresde.data.pictures import Mode
 from scoresde.denoiser import NetworkDenoiser
+from scoresde.diagnose import left_of_data
 from scoresde.errors import NonFiniteError
 from scoresde.levels import to_levels
 from scoresde.metrics import evaluate
@@ -259,6 +260,8 @@ def remarks(
         options.session.say(
             f"chosen for {len(trainer.data)} items on {device.type}: {' '.join(chosen)} (--set changes it)"
         )
+    if isinstance(trainer.data, TrainingData) and (left := left_of_data(trainer.denoiser.sde, trainer.data.std(64))):
+        options.session.say(left)
     if device.type == "cpu" and size > 10e6:
         options.session.say("this network is large for a CPU: without --preset, a small one is chosen")
 
