@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_positive
+from scoresde.entries import check_cond
 from scoresde.errors import given_to, items_of, not_finite, some
 from scoresde.sde import SDE
 from scoresde.tensors import Time, as_time, check_batch, expand_like, known_any, precise, told, widen
@@ -383,8 +384,8 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
 
     Raises:
         TypeError: if the denoiser is none, or cond is no mapping.
-        ValueError: if a condition is a tensor with neither one entry nor one per sample; if the batch is empty, or not
-            finite.
+        ValueError: if a tensor or list of strings in a condition has neither one entry nor one per sample; if the batch
+            is empty, or not finite.
     """
     check_denoiser(denoiser)
     if x.numel() == 0:
@@ -395,11 +396,7 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
         bad = []
     if bad:
         raise ValueError(f"what is given is not finite in samples {some(bad)}: no evaluation is made")
-    if cond is not None and not isinstance(cond, Mapping):
-        raise TypeError(f"cond is {type(cond).__name__}: expected a mapping, {{'label': labels}} say")
-    for key, value in (cond or {}).items():
-        if isinstance(value, Tensor) and value.ndim and len(value) not in (1, len(x)):
-            raise ValueError(f"cond[{key!r}] has {len(value)} entries for {len(x)} samples: expected 1 or as many")
+    check_cond(cond, len(x))
     _warn_of_training_mode(denoiser)
 
 

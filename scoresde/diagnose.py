@@ -130,7 +130,7 @@ def diagnose(
 
     Raises:
         TypeError: if the denoiser is none.
-        ValueError: if x0 is not floating point or has no variance.
+        ValueError: if x0 is not floating point or has no variance, or as for `sample`.
 
     >>> from scoresde import EpsDenoiser, VPSDE
     >>> from scoresde.exact import Gaussian
@@ -142,6 +142,7 @@ def diagnose(
     True
     """
     check_batch(x0, "x0")
+    check_call(denoiser, x0, cond)
     variance = float((x0.double() - x0.double().mean(0)).square().mean())
     if not (math.isfinite(variance) and variance > 0):
         raise ValueError(f"x0 has the variance {variance}: give at least two different, finite samples")

@@ -60,7 +60,8 @@ def sample(
             noise, the run is seeded by the operating system.
         generator: instead of a seed, one generator that draws for the whole batch.
         noise: instead of a seed, a function noise(row, x) that returns z of the shape of x; x_T must then be given.
-        cond: keyword arguments for the network, one entry per sample where they are tensors.
+        cond: keyword arguments for the network: tensors and lists of strings with an entry per sample, or one for all;
+            dicts, lists and tuples of them, nested as you like; and anything else, for all samples.
         trajectory: keep the state at every time of the grid.
         progress: show a progress bar.
         device: where x_T is drawn; by default where the network's parameters are (give it for a network without).
@@ -75,7 +76,7 @@ def sample(
 
     Raises:
         ValueError: before any evaluation, if arguments contradict each other, the denoiser's SDE is not the grid's, or
-            a condition is a tensor with neither one entry nor one per sample.
+            a tensor or list of strings in a condition has neither one entry nor one per sample.
         NonFiniteError: if the samples are not finite. The run is replayed with the same noise to name the step, the
             time and the samples; until then nothing is checked on the device.
 

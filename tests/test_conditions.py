@@ -508,7 +508,7 @@ def test_what_does_not_go_together_is_refused(arguments, words):
         (lambda: Inpainting()(X, Shown(torch.arange(3), 4)), "x has 4 items, but 3 are shown"),
         (lambda: JPEGRestoration()(X + 2, Shown(torch.arange(4), 4)), "expected images in"),
         (lambda: nothing({"label": torch.arange(3)}), "how many classes there are"),
-        (lambda: dropped({"vector": X}, torch.ones(3, dtype=torch.bool)), "expected 3 entries"),
+        (lambda: dropped({"vector": X}, torch.ones(3, dtype=torch.bool)), "4 entries for 3 samples"),
         (lambda: TrainingData(X).batch(torch.arange(2), torch.arange(3)), "one epoch for each"),
     ],
 )

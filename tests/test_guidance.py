@@ -1247,7 +1247,7 @@ def test_errors_of_calls_come_before_the_network() -> None:
             r"label of shape \(2,\) cannot stand",
         ),
         (Product([net], [torch.ones(2)], base=net), {}, r"weights\[0\] has 2 entries for 3 samples"),
-        (Product([Conditioned(net, label=two)]), {}, "label has 2 entries for 3 samples"),
+        (Product([Conditioned(net, label=two)]), {}, "label'\\] has 2 entries for 3 samples"),
     ):
         with pytest.raises(ValueError, match=message):
             guided(x, 0.5, **cond)

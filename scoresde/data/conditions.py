@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,13 +26,14 @@ from scoresde.checks import ArgumentError
 from scoresde.data.arrays import digest
 from scoresde.data.folder import ImageFolder
 from scoresde.data.shown import Shown, mirrored
+from scoresde.entries import check_cond, counted, mapped, named
 from scoresde.levels import scaled, signed
 
-__all__ = ["Condition", "Given", "dropped", "nothing", "null_of", "same_number"]
+__all__ = ["Condition", "Given", "dropped", "nothing", "nothing_like", "null_of", "same_number"]
 
 
-def nothing(cond: Mapping[str, Tensor], num_classes: int | None = None) -> dict[str, Tensor]:
-    """The same keys, and nothing told: for `label` the null class, `num_classes`; for others zeros.
+def nothing(cond: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
+    """The same keys, and nothing told: for `label` the null class, `num_classes`; for others zeros, and empty strings.
 
     Args:
         cond: of a network, by keyword.
@@ -45,7 +46,18 @@ def nothing(cond: Mapping[str, Tensor], num_classes: int | None = None) -> dict[
     {'label': tensor([10, 10]), 'vector': tensor([[0.],
             [0.]])}
     """
-    return {key: torch.full_like(value, null_of(key, num_classes)) for key, value in cond.items()}
+    return {key: nothing_like(value, null_of(key, num_classes)) for key, value in cond.items()}
+
+
+def nothing_like(value: Any, null: int) -> Any:
+    """A condition of the same structure, which the number `null`, and empty strings, fill."""
+
+    def filled(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return torch.full_like(leaf, null)
+        return null if counted(leaf) is None else [""] * len(leaf)
+
+    return mapped(filled, value)
 
 
 def null_of(key: str, num_classes: int | None = None) -> int:
@@ -57,7 +69,7 @@ def null_of(key: str, num_classes: int | None = None) -> int:
     return num_classes
 
 
-def dropped(cond: Mapping[str, Tensor], which: Tensor, num_classes: int | None = None) -> dict[str, Tensor]:
+def dropped(cond: Mapping[str, Any], which: Tensor, num_classes: int | None = None) -> dict[str, Any]:
     """The conditions, and `nothing` where `which` says so.
 
     Args:
@@ -71,14 +83,19 @@ def dropped(cond: Mapping[str, Tensor], which: Tensor, num_classes: int | None =
     >>> dropped({"label": torch.tensor([3, 1, 4])}, torch.tensor([False, True, False]), num_classes=10)
     {'label': tensor([ 3, 10,  4])}
     """
-    for key, value in cond.items():
-        if value.ndim == 0 or len(value) != len(which):
-            raise ValueError(f"condition {key!r} has the shape {tuple(value.shape)}: expected {len(which)} entries")
+    n = len(which)
+    check_cond(cond, n, exactly=True)
+    for name, leaf in named(cond):
+        if counted(leaf) is None:
+            raise ValueError(f"condition {name} is {type(leaf).__name__}, for all samples: expected {n} entries")
+
+    def chosen(leaf: Any, null: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return torch.where(which.to(leaf.device).reshape(-1, *[1] * (leaf.ndim - 1)), null, leaf)
+        return ["" if drop else text for drop, text in zip(which.tolist(), leaf, strict=True)]
+
     null = nothing(cond, num_classes)
-    return {
-        key: torch.where(which.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), null[key], value)
-        for key, value in cond.items()
-    }
+    return {key: mapped(chosen, value, null[key]) for key, value in cond.items()}
 
 
 class Condition(ABC):

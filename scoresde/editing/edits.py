@@ -26,6 +26,7 @@ from scoresde.checks import ArgumentError, check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.editing.latents import check_pair, interpolate, plan
 from scoresde.editing.sdedit import choose_down, cut, normal, perturbed, start_time, strength_time
+from scoresde.entries import repeated
 from scoresde.errors import narrowed
 from scoresde.grid import Grid
 from scoresde.noise import SeededNoise, derive_seed, seeds_of
@@ -289,7 +290,7 @@ def variations(
         solver, whole = choose_down(denoiser.sde, solver, steps, nfe, grid)
         part = cut(whole, start)
         x_t = perturbed(denoiser.sde, widen(x).repeat(repeats), start, source)
-        found = sample(denoiser, x_t, solver, grid=part, noise=source, cond=_repeated(cond, k, B), **options)
+        found = sample(denoiser, x_t, solver, grid=part, noise=source, cond=repeated(cond, k, B), **options)
         return _made(_complete(found), x_t, 0, (k, B), x.dtype)
 
     def around(latent: Tensor) -> Tensor:
@@ -324,10 +325,10 @@ def _through_latents(
 ) -> Edit:
     """Encode x, change the latents into a batch of shape[0] shape[1], decode that. cond has one entry, or `batch`."""
     solver, grid = plan(denoiser, solver, *how)
-    up = _repeated(cond, len(x) // batch, batch)
+    up = repeated(cond, len(x) // batch, batch)
     code = _complete(sample(denoiser, widen(x), solver, grid=grid.reversed(), cond=up, **options))
     latent = change(code.x)
-    down = _repeated(cond, len(latent) // batch, batch)
+    down = repeated(cond, len(latent) // batch, batch)
     found = sample(denoiser, latent, solver, grid=grid, cond=down, trajectory=trajectory, **options)
     return _made(_complete(found), latent, code.nfe, shape, x.dtype)
 
@@ -351,20 +352,6 @@ def _complete(found: Solution) -> Solution:
             f"{float(found.grid.times[-1]):.6g}: give more, or looser tolerances"
         )
     return found
-
-
-def _repeated(cond: Mapping[str, Any] | None, k: int, batch: int) -> dict[str, Any] | None:
-    """The condition of k batches one after the other, from that of one."""
-    return (
-        None
-        if cond is None
-        else {
-            name: value.repeat(k, *[1] * (value.ndim - 1))
-            if isinstance(value, Tensor) and value.ndim and len(value) == batch > 1
-            else value
-            for name, value in cond.items()
-        }
-    )
 
 
 def _weights(weights: int | Sequence[float] | Tensor, name: str) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser, Posterior, check_denoiser
-from scoresde.guidance.base import check_entries, known_all, ratio
+from scoresde.entries import check_cond, joined, like, mapped
+from scoresde.guidance.base import known_all, ratio
 from scoresde.tensors import Time, precise
 from scoresde.views import VIEWS, Affine, combine, mean_of_view
 from scoresde.wrappers import SameMean, Wrapper
@@ -39,8 +40,8 @@ class Conditioned(SameMean):
     Args:
         denoiser: the denoiser to wrap.
         drop: names of conditions that it is not given.
-        cond: conditions that it is given in place of the call's: a number or a tensor for all samples, or one entry per
-            sample.
+        cond: conditions that it is given in place of the call's, for all samples or with an entry per sample
+            (`scoresde.entries`): a number, a string or a tensor is shaped like what it stands for.
 
     Raises:
         TypeError: if denoiser is none.
@@ -78,7 +79,7 @@ class Conditioned(SameMean):
         return lambda i, x, cond: output(i, x, self.conditions(cond, x))
 
     def __repr__(self) -> str:
-        given = {k: f"tensor of {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v) for k, v in self.cond.items()}
+        given = mapped(lambda v: f"tensor of {tuple(v.shape)}" if isinstance(v, Tensor) else repr(v), self.cond)
         return f"Conditioned({self.denoiser!r}, drop={self.drop!r}{''.join(f', {k}={v}' for k, v in given.items())})"
 
 
@@ -175,7 +176,7 @@ def evaluate(branches: Sequence[Branch], x: Tensor, call: Call, batched: bool) -
         if found[i] is not None:
             continue
         mine = [k for k, (other, _) in enumerate(branches) if other is denoiser]
-        together = _merged([branches[k][1] for k in mine], x) if batched and len(mine) > 1 else None
+        together = joined([branches[k][1] for k in mine], x) if batched and len(mine) > 1 else None
         if together is None:
             found[i] = call(denoiser, x, cond)
         else:
@@ -196,28 +197,18 @@ def translated(N: Tensor, source: Denoiser, target: Denoiser, x: Tensor, t: Time
 
 
 def replaced(cond: Mapping[str, Any], values: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
-    """cond with some of its conditions replaced: each value by itself, or shaped like the tensor that it replaces.
+    """cond with some of its conditions replaced: each by itself, or shaped like what it replaces (`entries.like`).
 
     Raises:
         ValueError: if a value does not fit.
     """
     made = dict(cond)
     for name, value in values.items():
-        before = cond.get(name)
-        shape = (len(x), *before.shape[1:]) if isinstance(before, Tensor) else ()
-        if isinstance(before, Tensor) and isinstance(value, int | float):
-            value = torch.full(shape, value, dtype=before.dtype, device=before.device)
-        elif isinstance(before, Tensor) and isinstance(value, Tensor):
-            try:
-                value = value.to(before).expand(shape)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{name} of shape {tuple(value.shape)} cannot stand for one of shape {shape}: give one entry, or "
-                    "one per sample"
-                ) from error
-        elif isinstance(value, Tensor):
-            check_entries(name, value, len(x))
-        made[name] = value
+        if name in cond:
+            made[name] = like(cond[name], value, len(x), name)
+        else:
+            check_cond({name: value}, len(x))
+            made[name] = value
     return made
 
 
@@ -234,35 +225,3 @@ def _unwrapped(branch: Branch, x: Tensor) -> Branch:
         cond = denoiser.conditions(cond, x)
         denoiser = denoiser.denoiser
     return denoiser, cond
-
-
-def _merged(conds: Sequence[Mapping[str, Any]], x: Tensor) -> dict[str, Any] | None:
-    """The conditions of one call on the batch repeated, or None where they cannot be put together."""
-    if any(cond.keys() != conds[0].keys() for cond in conds):
-        return None
-    merged: dict[str, Any] = {}
-    for name in conds[0]:
-        values = [cond[name] for cond in conds]
-        first = values[0]
-        if not any(isinstance(value, Tensor) for value in values) and all(
-            value is first or (isinstance(value, int | float) and value == first) for value in values
-        ):
-            merged[name] = first
-            continue
-        parts = [_per_sample(value, x) for value in values]
-        if any(part is None or part.shape != parts[0].shape for part in parts):  # type: ignore[union-attr]
-            return None
-        merged[name] = torch.cat([part for part in parts if part is not None])
-    return merged
-
-
-def _per_sample(value: Any, x: Tensor) -> Tensor | None:
-    """A condition with an entry per sample, or None if it is no number and no tensor."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        dtype = torch.int64 if isinstance(value, int) else x.dtype
-        return torch.full((len(x),), value, dtype=dtype, device=x.device)
-    if not isinstance(value, Tensor):
-        return None
-    if value.ndim == 0 or (len(value) == 1 and len(x) > 1):
-        value = value.expand(len(x), *value.shape[1:])
-    return value if len(value) == len(x) else None

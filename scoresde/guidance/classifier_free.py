@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_option
-from scoresde.data.conditions import null_of
+from scoresde.data.conditions import nothing_like, null_of
 from scoresde.denoiser import Denoiser, networks
 from scoresde.guidance.base import Scale, check_scale, known_all, scale_at
 from scoresde.guidance.branches import Branch, Branching, Combined, replaced
@@ -93,8 +93,9 @@ class ClassifierFree(_Extrapolation):
     Args:
         denoiser: a conditional denoiser, that has been trained with the null condition too.
         weight: w of the convention: a number, one per sample (B,), or a function of t.
-        null: what makes the condition null: values of conditions, {"label": 10}, in the shape of one sample's or with a
-            batch; or names, ("text",), of conditions that the network is not given, which takes two calls. By default
+        null: what makes the condition null: values of conditions, {"label": 10} or {"text": ""}, in the shape of one
+            sample's or with a batch, and of the same structure, or one value for all of a structure; or names,
+            ("text",), of conditions that the network is not given, which takes two calls. By default
             nothing is told, as `TrainingData(drop=)` trains the networks of `scoresde.nn`: the null class, zeros for a
             vector and an image, whichever of them are given; to others all conditions are left out, unless they have
             `condition_sizes` too. A network that was always told its image wants null={"label": 10}, which keeps that.
@@ -108,8 +109,8 @@ class ClassifierFree(_Extrapolation):
         rescale: instead, phi, the share of rescaling; 0.7 is theirs.
         parallel, max_norm: and of the projection: the factor of what is parallel to D_c, and the largest norm of the
             difference; 0 and a norm about that of the data's spread are theirs.
-        batched: False makes two calls of B samples instead of one of 2 B, in half the memory. So does a condition that
-            is no tensor and no number.
+        batched: False makes two calls of B samples instead of one of 2 B, in half the memory. So do conditions that
+            cannot be put together, objects that are not the same for both say.
 
     The posterior variance is passed on where one model runs alone, else None.
 
@@ -154,7 +155,7 @@ class ClassifierFree(_Extrapolation):
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
         self._check_conditions(cond)
         if isinstance(self.null, Mapping) and self.by_default:
-            return self.denoiser, {k: _filled(v, self.null[k]) if k in self.null else v for k, v in cond.items()}
+            return self.denoiser, {k: nothing_like(v, self.null[k]) if k in self.null else v for k, v in cond.items()}
         if isinstance(self.null, Mapping):
             return self.denoiser, replaced(cond, self.null, x)
         return self.denoiser, {k: v for k, v in cond.items() if self.null is not None and k not in self.null}
@@ -249,8 +250,3 @@ def _nothing(denoiser: Denoiser) -> dict[str, int]:
         for module in net.modules():
             sizes = {**getattr(module, "condition_sizes", {}), **sizes}
     return {name: null_of(name, sizes.get("label")) for name in sizes}
-
-
-def _filled(value: Any, null: int) -> Any:
-    """The null in the shape of a condition."""
-    return torch.full_like(value, null) if isinstance(value, Tensor) else null

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser
+from scoresde.entries import mapped
 from scoresde.guidance.base import scaled
 from scoresde.guidance.operators import LinearOperator
 from scoresde.tensors import Time, told
@@ -151,7 +152,7 @@ def differentiated(denoiser: Denoiser, x: Tensor, t: Time, cond: Mapping[str, An
     Raises:
         ValueError: if the network cannot be differentiated, or the variance is wanted and not known.
     """
-    x, t, cond = usable(x), usable(t), {name: usable(value) for name, value in cond.items()}
+    x, t, cond = usable(x), usable(t), mapped(usable, dict(cond))
     r, s = denoiser.affine(t)
 
     def posterior(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

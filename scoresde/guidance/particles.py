@@ -35,6 +35,7 @@ from torch import Tensor
 
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call, check_denoiser
+from scoresde.entries import counted, entries_of, named
 from scoresde.errors import NonFiniteError, narrowed, not_finite, some
 from scoresde.grid import Grid
 from scoresde.guidance.base import Guidance, Scale, scale_at, scaled
@@ -45,7 +46,7 @@ from scoresde.solvers.base import Around, SingleStep, check_decreasing
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State
-from scoresde.tensors import Time, expand_like, told
+from scoresde.tensors import Time, expand_like, known_any, told
 from scoresde.views import combine
 
 __all__ = ["Particles", "Potential", "Twist", "Twisted", "TwistedSMC", "systematic", "twisted_smc"]
@@ -195,6 +196,7 @@ class TwistedSMC(Around):
                 f"{len(x)} samples for particles={self.particles}: expected a multiple, groups of that many neighbours"
             )
         denoiser.check_groups(x, self.particles)
+        _check_same(cond, len(x), self.particles)
         rows = self.solver.rows(grid.sde, grid.times[:-1], grid.times[1:])
         if len(rows.move) != grid.steps or rows.b.shape[1] != 1:
             raise ValueError(f"solver={self.solver!r} evaluates more than once a step: take DDPM() or DDIM(eta=1.0)")
@@ -238,6 +240,16 @@ class TwistedSMC(Around):
             # Where the weights of a group are not numbers nothing was chosen: that must not pass for samples.
             x = torch.where(expand_like(weights.valid().double(), x) == 1, x, math.nan)
             yield State(i, i + 1 + int(last and s > 0), i, True, t, x), weights
+
+
+def _check_same(cond: Mapping[str, Any] | None, n: int, particles: int) -> None:
+    """Raises ValueError if a condition, as far as the host knows, differs within a group of particles."""
+    firsts = entries_of(cond, torch.arange(n, device="cpu") // particles * particles, n)
+    for (name, leaf), (_, first) in zip(named(cond or {}), named(firsts), strict=True):
+        if counted(leaf) == n and (known_any(leaf != first) if isinstance(leaf, Tensor) else list(leaf) != first):
+            raise ValueError(
+                f"cond {name} differs within a group of {particles} particles: give that of each group as often"
+            )
 
 
 class _Weights(NamedTuple):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from scoresde.denoiser import networks
+from scoresde.entries import leaves
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.likelihood.divergence import Products
 from scoresde.likelihood.spread import Spread
@@ -129,7 +130,7 @@ class AdaptiveVolume(Volume):
         if self.adjoint:
             solve = torchdiffeq.odeint_adjoint
             wanted: list[Tensor] = [p for net in networks(self.denoiser) for p in net.parameters()]
-            wanted += [c for c in self.cond.values() if isinstance(c, Tensor)]
+            wanted += [c for c in leaves(self.cond) if isinstance(c, Tensor)]
             more = {
                 "adjoint_params": tuple(p for p in wanted if p.requires_grad),
                 "adjoint_rtol": self.rtol,

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from scoresde.checks import ArgumentError, check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
+from scoresde.entries import entries_of
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.levels import check_levels
 from scoresde.likelihood.flow import log_prob
@@ -142,7 +143,7 @@ def bits_per_dim(
         seed: one integer, or one per image; without, from the operating system. Image i is the same alone or among
             others, and whatever the batch_size, up to rounding and, with adaptive steps, the tolerance.
         batch_size: of images times repeats times draws, how many are in a batch at most; all by default.
-        cond: keyword arguments for the network, one entry per image where they are tensors.
+        cond: keyword arguments for the network, as for `sample`, a sample being an image.
         dtype: what x is computed in.
         progress: show a progress bar.
         **options: of `log_prob`: divergence=, probes=, steps=, rtol=, atol=, ...
@@ -239,15 +240,6 @@ def dequantized(
     y, (lo, hi) = _checked(images, levels, data_range), data_range
     seeds = [derive_seed(s, 0, 0, 0) for s in seeds_of(seed, len(y))]
     return _Bins(lo, (hi - lo) / levels, "uniform").draw(y, seeds)[0].to(dtype)
-
-
-def entries_of(cond: Mapping[str, Any] | None, which: Sequence[int], n: int) -> dict[str, Any]:
-    """The conditions of those of n samples."""
-    chosen = torch.tensor(which, device="cpu")
-    return {
-        key: value[chosen.to(value.device)] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
-        for key, value in (cond or {}).items()
-    }
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def elbo(
             infinity. x stands anywhere in its bin, best in the middle. Without levels it is a density.
         data_range: (lo, hi), what the bins fill (`scoresde.levels.outer_edges` makes it from the lowest
             and the highest level).
-        cond: keyword arguments for the network.
+        cond: keyword arguments for the network, as for `sample`.
         progress: show a progress bar.
 
     Returns:

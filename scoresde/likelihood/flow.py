@@ -151,7 +151,7 @@ def log_prob(
         t: the time at which x stands, for the density p_t(x); by default x is data, see the module.
         correct: add the second-order correction from t_min to 0 to `residual`: for densities that are smooth at that
             scale and models that are accurate there, not for images. Its own noise of the probes is not in stderr.
-        cond: keyword arguments for the network, one entry per sample where they are tensors.
+        cond: keyword arguments for the network, as for `sample`.
         differentiable: record gradients of value, its terms and the latent, with respect to x, cond and the network's
             parameters; "adjoint" solves an ODE for them (torchdiffeq's odeint_adjoint), adaptive only: less memory,
             less exact, and of parameters only those of an nn.Module that the denoiser holds.

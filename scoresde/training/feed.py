@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError
 from scoresde.data.arrays import digest
 from scoresde.data.loader import loader
 from scoresde.data.order import Order
+from scoresde.entries import check_cond, entries_of, named
 from scoresde.tensors import check_batch
 from scoresde.training import parallel
 
@@ -41,29 +43,28 @@ class InMemory:
 
     Args:
         data: shape (N, ...), floating point.
-        cond: tensors of N entries.
+        cond: as `scoresde.entries` has it, tensors and lists of strings of N entries.
 
     Raises:
-        ValueError: if data is not floating point, empty or not finite, or cond has not N entries.
+        TypeError, ValueError: if data is not floating point, empty or not finite, or cond has not N entries.
     """
 
-    def __init__(self, data: Tensor, cond: Mapping[str, Tensor]) -> None:
+    def __init__(self, data: Tensor, cond: Mapping[str, Any]) -> None:
         check_batch(data, "data")
         if len(data) == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}: expected (N, ...), N >= 1")
         if not bool(data.isfinite().all()):
             bad = (~data.reshape(len(data), -1).isfinite().all(1)).nonzero().flatten().tolist()
             raise ValueError(f"data items {bad[:8]} are not finite")
-        for key, value in cond.items():
-            if len(value) != len(data):
-                raise ValueError(f"cond[{key!r}] has {len(value)} entries for {len(data)} data items")
+        check_cond(cond, len(data), exactly=True)
+        entries_of(cond, slice(1), len(data))  # says what cannot be taken apart
         self.data, self.cond = data, dict(cond)
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, items: Tensor, epochs: Tensor, /) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.data[items], {key: value[items] for key, value in self.cond.items()}
+    def batch(self, items: Tensor, epochs: Tensor, /) -> tuple[Tensor, dict[str, Any]]:
+        return self.data[items], entries_of(self.cond, items, len(self.data))
 
     @property
     def made_for(self) -> dict[str, str]:
@@ -71,11 +72,16 @@ class InMemory:
         data = self.data
         return {
             "data": f"{tuple(data.shape)} in [{data.min():.4g}, {data.max():.4g}], {digest(data)}",
-            "cond": ", ".join(f"{key} {digest(value)}" for key, value in sorted(self.cond.items())) or "none",
+            "cond": ", ".join(sorted(f"{name} {_digest(leaf)}" for name, leaf in named(self.cond))) or "none",
         }
 
 
-def source_of(data: Tensor | DataSource, cond: Mapping[str, Tensor] | None) -> tuple[DataSource, dict[str, str]]:
+def _digest(leaf: Any) -> str:
+    """What tells a condition from others: of strings and what is for all items, its repr's."""
+    return digest(leaf if isinstance(leaf, Tensor) else torch.tensor(list(repr(leaf).encode())))
+
+
+def source_of(data: Tensor | DataSource, cond: Mapping[str, Any] | None) -> tuple[DataSource, dict[str, str]]:
     """Data as a `DataSource`, and what tells it from other data.
 
     Raises:
@@ -109,14 +115,20 @@ def look_at(source: DataSource) -> None:
 def batches(
     source: DataSource, order: Order, start: int, stop: int, workers: int
 ) -> Generator[tuple[Tensor, dict[str, Any]], None, None]:
-    """The steps' items, and the network's keyword arguments for them, one step after the other."""
+    """The steps' items, and the network's keyword arguments for them, one step after the other.
+
+    Raises:
+        ValueError: if these have neither one entry nor one per item.
+    """
     found: Iterable[tuple[Tensor, Any]]
     if getattr(source, "lazy", False):
         found = loader(source, order, start, stop, workers=workers)  # type: ignore[arg-type]
     else:
         found = (source.batch(order.items(step), order.epochs(step)) for step in range(start, stop))
     for x, about in found:
-        yield x, {} if about is None else {"label": about} if isinstance(about, Tensor) else dict(about)
+        cond = {} if about is None else {"label": about} if isinstance(about, Tensor) else dict(about)
+        check_cond(cond, len(x))
+        yield x, cond
 
 
 def split(size: int, accumulate: int, rank: int, world: int) -> list[tuple[int, int]]:

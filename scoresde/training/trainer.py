@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from scoresde.data.order import Order
 from scoresde.denoiser import NetworkDenoiser
+from scoresde.entries import entries_of, mapped
 from scoresde.noise import derive_seed
 from scoresde.training import parallel, threads
 from scoresde.training.average import Average, in_place_of
@@ -55,7 +56,8 @@ class Trainer:
         data: clean data, shape (N, ...), floating point; or a `DataSource`, an object with a length and
             `batch(items, epochs) -> (x, cond)`: `scoresde.data.training_data(...)` returns one.
         config: see `TrainConfig`.
-        cond: for each keyword of the network, a tensor of N entries, given with the data item.
+        cond: for each keyword of the network, a tensor of N entries, a list of N strings, or a structure of these
+            (`scoresde.entries`), given with the data item.
         weighting, times: of the loss; see `dsm_loss`.
         loss: another loss than `dsm_loss`, a `Loss`; a checkpoint knows it by its name only. It has its own weighting
             and times.
@@ -100,7 +102,7 @@ class Trainer:
         data: Tensor | DataSource,
         config: TrainConfig,
         *,
-        cond: Mapping[str, Tensor] | None = None,
+        cond: Mapping[str, Any] | None = None,
         weighting: Weighting = simple,
         times: TimeSampler | None = None,
         loss: Loss | None = None,
@@ -272,10 +274,11 @@ class Trainer:
         """One optimiser step: this process's share of the loss, and the gradient's norm."""
         config, device, B = self.config, self.denoiser.device, self.config.batch_size
         generator = torch.Generator(device).manual_seed(derive_seed(config.seed, 1, self.step))
-        x0, cond = items.to(device, non_blocking=True), {k: v.to(device, non_blocking=True) for k, v in cond.items()}
+        x0 = items.to(device, non_blocking=True)
+        cond = mapped(lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v, cond)
         if self.augment is not None:  # it sees the whole batch, and draws for it
             mine = slice(self._parts[0][0], self._parts[-1][1])
-            x0, cond = self.augment(x0, generator)[mine], {key: value[mine] for key, value in cond.items()}
+            x0, cond = self.augment(x0, generator)[mine], entries_of(cond, mine, len(x0))
         parted = len(x0) < B or len(self._parts) > 1
         state = generator.get_state() if parted else None
         for group in self._optimiser.param_groups:
@@ -290,7 +293,7 @@ class Trainer:
             key = (2, self.step, start) if parted else (2, self.step)
             quiet = nullcontext() if stop == self._parts[-1][1] else self._layout.quiet(worker)
             with quiet, seeded_global_generators(derive_seed(config.seed, *key), device):
-                loss = worker(x0[own], draws, {name: value[own] for name, value in cond.items()})
+                loss = worker(x0[own], draws, entries_of(cond, own, len(x0)))
                 # The layouts take the mean over the processes where the sum is wanted.
                 (loss * (share * parallel.world()) if parted else loss).backward()
             losses.append(loss.detach() * share if parted else loss.detach())

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from scoresde.checks import check_count, check_option, check_range
 from scoresde.denoiser import Denoiser, check_call
+from scoresde.entries import entries_of
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.likelihood.decoder import Decoder, decoder_std, square_norm
@@ -256,7 +257,7 @@ def measure_errors(
         seed: of the draws.
         levels, data_range: of the decoder, as in `scoresde.likelihood.elbo`, whose decoder this is: from node 1 of a
             chain the posterior standard deviation of 2 -> 1, from elsewhere sigma / alpha.
-        cond: keyword arguments for the network; a tensor of M entries goes with the data.
+        cond: keyword arguments for the network; what has M entries goes with the data.
         progress: show a progress bar.
 
     Raises:
@@ -286,7 +287,7 @@ def measure_errors(
             chosen = index[part].to(data.device)
             x0 = widen(data[chosen]).to(denoiser.device)
             eps = noise[part].to(x0)
-            given = {key: _take(value, chosen, len(data)) for key, value in (cond or {}).items()}
+            given = entries_of(cond, chosen, len(data))
             decode = Decoder.of(x0, 1.0, levels, data_range)
             for i in range(len(t)):
                 N = output(i, float(alpha[i]) * x0 + float(sigma[i]) * eps, given)
@@ -338,10 +339,3 @@ def _candidates(sde: SDE, times: Tensor | Grid | None) -> Tensor:
     if not 0 < float(t[0]) <= float(t[-1]) <= sde.t_max:
         raise ValueError(f"times run from {float(t[0])!r} to {float(t[-1])!r}: expected (0, {sde.t_max}] of {sde!r}")
     return t
-
-
-def _take(value: Any, index: Tensor, n: int) -> Any:
-    """The entries of a condition that go with data items; what has not one for each is passed on."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == n and n > 1:
-        return value[index.to(value.device)]
-    return value

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from scoresde.checks import ArgumentError, check_count
 from scoresde.denoiser import Denoiser, check_call
+from scoresde.entries import entries_of
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.noise import SeededNoise, derive_seed
@@ -65,7 +66,7 @@ def estimate(
         seed: one integer. A draw depends on it, on the sample's number and on the place of its time only: not on
             batch_size, nor on the shard.
         batch_size: samples in one evaluation.
-        cond: keyword arguments for the network. A tensor with N entries belongs to the data, and is drawn with them.
+        cond: keyword arguments for the network. What has N entries belongs to the data, and is drawn with them.
         progress: show a progress bar.
         shard: (rank, world): every world-th sample from rank on, for one of `world` processes. Put their tables
             together with `VarianceTable.merge`: that is the table of a single process, up to rounding.
@@ -153,8 +154,7 @@ def _draws(
         x = sde.perturb(x_0, t, noise(r, x_0))
         if reference is not None:
             x, i = torch.cat([x, reference.centre(sde, t).to(x.dtype)]), torch.cat([i, i.new_zeros(1)])
-        given = {key: _belonging(value, i, len(data)) for key, value in (cond or {}).items()}
-        eps = _float64(denoiser.eps(x, t, **given))
+        eps = _float64(denoiser.eps(x, t, **entries_of(cond, i, len(data))))
         square = eps**2 if reference is None else reference.corrected(sde, x, eps, t)
         yield square.reshape(len(square), -1).mean(1)
 
@@ -184,13 +184,6 @@ class _Gaussian:
         e_0 = eps[-1:]
         e = e_0 + sigma * (_float64(x[:-1]) - self.centre(sde, t)) / S
         return eps[:-1] ** 2 - e**2 + e_0**2 + sigma**2 / S
-
-
-def _belonging(value: Any, index: Tensor, N: int) -> Any:
-    """The entries of a condition that belong to the data drawn."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == N:
-        return value[index.to(value.device)]
-    return value
 
 
 def _finite(values: Tensor, t: Tensor, numbers: range) -> Tensor:
