@@ -110,7 +110,11 @@ class Denoiser(ABC):
     # D and back. A denoiser without a network of its own has N = D.
 
     def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
-        """N, what the network itself predicts, in the dtype of x. x and t are not checked again."""
+        """N, what the network itself predicts, in the dtype of x. x and t are not checked again.
+
+        Its memory may be the network's own, of a replayed CUDA graph or an engine's buffer, which the next call writes
+        again: read it first, or keep a copy. (The mean and the views are new tensors.)
+        """
         return self.posterior(x, t, **cond).mean
 
     def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:

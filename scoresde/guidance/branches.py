@@ -178,9 +178,12 @@ def evaluate(branches: Sequence[Branch], x: Tensor, call: Call, batched: bool) -
         mine = [k for k, (other, _) in enumerate(branches) if other is denoiser]
         together = joined([branches[k][1] for k in mine], x) if batched and len(mine) > 1 else None
         if together is None:
-            found[i] = call(denoiser, x, cond)
+            N = call(denoiser, x, cond)
+            # A further call may be one of the same network, which may reuse the memory of its output.
+            found[i] = N if i == len(branches) - 1 else N.clone()
         else:
             N = call(denoiser, torch.cat([x] * len(mine)), together)
+            N = N if len(mine) == len(branches) else N.clone()
             for k, part in zip(mine, N.split(len(x)), strict=True):
                 found[k] = part
     return [N for N in found if N is not None]

@@ -177,7 +177,13 @@ class Mixture(Branching):
 
     def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
         branches: list[Branch] = [(denoiser, cond) for denoiser in self.denoisers]
-        return branches, lambda *F: averaged(F, self.responsibilities(x, t).T[1:])
+
+        def combined(*F: Tensor) -> Tensor:
+            # log_densities may call a network of these, which may reuse the memory of its output.
+            held = F if self.log_densities is None else [F_i.clone() for F_i in F]
+            return averaged(held, self.responsibilities(x, t).T[1:])
+
+        return branches, combined
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         r, parts = self.responsibilities(x, t).T, [d.posterior(x, t, **cond) for d in self.denoisers]

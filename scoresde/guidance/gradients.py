@@ -77,7 +77,10 @@ def pullback(
 
     def checked(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, rest = function(x)
-        if x.requires_grad and not y.requires_grad and not _equal(y, function(1.1 * x + 0.1)[0]):
+        if not x.requires_grad or y.requires_grad:
+            return y, rest
+        y = y.clone()  # a network may reuse the memory of its output
+        if not _equal(y, function(1.1 * x + 0.1)[0]):
             raise ValueError(
                 f"{name} has no derivative by x: it, or a network in it, runs under no_grad or inference_mode, or "
                 "detaches x; take that away"
@@ -168,6 +171,7 @@ def differentiated(denoiser: Denoiser, x: Tensor, t: Time, cond: Mapping[str, An
         D, (var,), transposed = pullback(posterior, x, "the posterior mean")
         return Mean(D, transposed, combine(1 / s, D, -r / s, x), var)
     N, _, pulled = pullback(lambda x: (denoiser.output(x, t, **cond), ()), x, "the network's output")
+    N = N.clone()  # for functions of D that call the network too, and may overwrite its output
     return Mean(combine(r, x, s, N), lambda v: scaled(v, r) + pulled(scaled(v, s)), N)
 
 
@@ -197,7 +201,8 @@ def guided_by(
     if clean:
         N, _, _, g = gradient_of_mean(denoiser, log_density, x, t, cond)
         return N, g
-    return denoiser.output(x, t, **cond), gradient(log_density, x)[1]
+    g = gradient(log_density, x)[1]  # first: it may call the network too, which may reuse the memory of its output
+    return denoiser.output(x, t, **cond), g
 
 
 def derivative(operator: Forward, x: Tensor) -> tuple[Tensor, Product, Product]:

@@ -116,9 +116,10 @@ class Potential(Twisted):
         self.log_twist, self._log_likelihood = log_twist, log_likelihood
 
     def twist(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Twist:
+        value, g = gradient(lambda x: self.log_twist(x, t), x)  # first, as in `gradients.guided_by`
         N = self.denoiser.output(x, t, **cond)
         r, s = self.denoiser.affine(t)
-        return Twist(N, combine(r, x, s, N), *gradient(lambda x: self.log_twist(x, t), x))
+        return Twist(N, combine(r, x, s, N), value, g)
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         return self.log_twist(x0, 0.0) if self._log_likelihood is None else self._log_likelihood(x0)

@@ -176,11 +176,13 @@ class _Derivative:
                 self.x = self.x.clone() if self.x.is_inference() else self.x
                 self.x = self.x if self.x.requires_grad else self.x.requires_grad_()
                 self._output = self._call(self.x)
-                if not self._output.requires_grad and not torch.equal(self._output, self._call(1.1 * self.x + 0.1)):
-                    raise ValueError(
-                        "the network's output has no derivative by x: it runs under no_grad or inference_mode, or "
-                        "detaches x; take that away, or give mode='jvp'"
-                    )
+                if not self._output.requires_grad:
+                    self._output = self._output.clone()  # a network may reuse the memory of its output
+                    if not torch.equal(self._output, self._call(1.1 * self.x + 0.1)):
+                        raise ValueError(
+                            "the network's output has no derivative by x: it runs under no_grad or inference_mode, or "
+                            "detaches x; take that away, or give mode='jvp'"
+                        )
             self.N = self._output if create_graph else self._output.detach()
 
     def _call(self, x: Tensor) -> Tensor:

@@ -283,12 +283,14 @@ def _check_set(name: str, x: Tensor, reference: Tensor, least: int) -> None:
 
 
 def _embed(features: Features, x: Tensor, batch_size: int, name: str) -> Tensor:
-    parts = [features(part) for part in x.detach().split(batch_size)]
-    for part, given in zip(parts, x.split(batch_size), strict=True):
+    parts = []
+    for given in x.detach().split(batch_size):
+        part = features(given)
         if not isinstance(part, Tensor) or part.ndim != 2 or len(part) != len(given):
             found = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
             raise ValueError(f"the features of {len(given)} {name} are {found}: expected a tensor (B, d)")
-    embedded = torch.cat(parts).double()
+        parts.append(part.to(torch.float64, copy=True))  # a network may reuse the memory of its output
+    embedded = torch.cat(parts)
     if bad := not_finite(embedded):
         raise ValueError(f"the features of {name} {some(bad)} are not finite")
     return embedded

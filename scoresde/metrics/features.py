@@ -170,8 +170,9 @@ class NetworkFeatures:
             _check_event(x, self.event_shape)
         if isinstance(self.net, nn.Module):
             self.net.eval()
-        parts = [self.net(part.to(self.device, self.dtype)) for part in x.detach().split(self.batch_size)]
-        return torch.cat([Pixels()(part) for part in parts])
+        # A copy of each part, since a network may reuse the memory of its output.
+        found = (self.net(part.to(self.device, self.dtype)) for part in x.detach().split(self.batch_size))
+        return torch.cat([part.reshape(len(part), -1).to("cpu", torch.float64, copy=True) for part in found])
 
     def __repr__(self) -> str:
         return f"NetworkFeatures({self.name})"
