@@ -125,6 +125,20 @@ def test_white_pixels_are_kept(digits_run, inputs):
     assert not torch.equal(x[:, :, 4:], inputs[:, :, 4:])
 
 
+def test_a_folder_has_a_mask_for_each_input(digits_run, inputs, capsys):
+    known = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    Path("masks").mkdir()
+    for i, white in enumerate(known):
+        Image.fromarray((255 * white[0].to(torch.uint8)).numpy()).save(f"masks/{i}.png")
+    options = ["--keep", "masks", "--strength", 0.9, "--nfe", 4, "--class", 1, "--batch-size", 4, *CPU]
+    assert run("edit", digits_run, "--input", "six.npz", "--out", "a.npz", *options) == 0
+    x = found("a.npz")
+    assert torch.equal(x[known], inputs[known])
+    assert not torch.equal(x, inputs)
+    assert run("edit", digits_run, "--input", "six.npz", "--limit", 2, "--out", "b.npz", *options) == 2
+    assert "--keep masks has 6 images for 2 inputs" in capsys.readouterr().err
+
+
 def test_encoding_goes_from_class_to_class(digits_run, inputs):
     denoiser = scoresde.load(digits_run)
     options = ["--encode", "--solver", "ddim", "--steps", 4, *CPU]

@@ -296,6 +296,24 @@ def test_what_is_measured_already(plain_run, mask):
     assert run(*common, "--input", "floats.npy", "--operator", "down:2", "--out", "e.npz") == 2
 
 
+def test_a_folder_has_a_mask_for_each(plain_run, here, capsys):
+    """Each image is known where its own mask is white, whatever batch it falls in; as many masks as images."""
+    truth = to_levels(digits()[0][:3])
+    known = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+    Path("masks").mkdir()
+    for i, white in enumerate(known):
+        Image.fromarray((255 * white.to(torch.uint8)).numpy()).save(f"masks/{i}.png")
+    how = ["restore", plain_run, "--input", "digits", "--operator", "mask:masks", "--nfe", 3, "--n", 2]
+    how += ["--batch-size", 4, *CPU]
+    for method in ("ddnm", "replacement"):
+        assert run(*how, "--limit", 3, "--method", method, "--out", "a.npz") == 0
+        images = found("a.npz", "images").unflatten(0, (3, 2))
+        where = known[:, None, None].expand(3, 2, 1, 8, 8)
+        assert torch.equal(images[where], truth[:, None].expand(3, 2, 1, 8, 8)[where])
+    assert run(*how, "--limit", 2, "--out", "b.npz") == 2
+    assert "--operator mask:masks has 3 masks for 2 inputs" in capsys.readouterr().err
+
+
 def test_rounding_is_noise(plain_run, here, capsys):
     """Of whole levels pigdm and mmps do not take less noise than rounding made; of other numbers what they are told."""
     blurred = Blur(0.7)(digits()[0][:2])
@@ -405,7 +423,7 @@ def test_any_denoiser_and_the_exact_posterior(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--operator", "blurr"], "--operator 'blurr': expected blur:1.5, or one of mask:FILE.png, box:TOP"),
+        (["--operator", "blurr"], "--operator 'blurr': expected blur:1.5, or one of mask:FILE.png or mask:FOLDER, box:TOP"),
         (["--operator", "blur"], "--operator 'blur': could not convert string to float: '' (as in blur:1.5)"),
         (["--operator", "blur:-1"], "(as in blur:1.5)"),
         (["--operator", "mask:none.png"], "none.png: there is no such file"),

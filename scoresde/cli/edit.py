@@ -17,10 +17,10 @@ from scoresde.cli.inputs import InputOptions
 from scoresde.cli.models import Model, ModelOptions
 from scoresde.cli.options import Options, option, part
 from scoresde.cli.writing import OutOptions, Writer
-from scoresde.data.folder import read_image
 from scoresde.denoiser import Denoiser
 from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, strength_time, variations
 from scoresde.errors import NonFiniteError
+from scoresde.guidance.operators.words import read_masks
 
 TEXT = """edit images with a trained network: strokes into pictures, one class into another, variations, paths between
 
@@ -61,7 +61,10 @@ class EditOptions(Options):
     )
     to_class: str | None = option("of the results: the same as --class", metavar="K", group="the edit", dest="label")
     keep: Path | None = option(
-        "an image whose white pixels stay as they are in the inputs", metavar="MASK", group="the edit", reads=True
+        "an image whose white pixels stay as they are in the inputs, or a folder with one for each by their names",
+        metavar="MASK",
+        group="the edit",
+        reads=True,
     )
     variations: int | None = option("how many of each input", metavar="K", group="the edit")
     interpolate: list[int] | None = option(
@@ -175,7 +178,7 @@ def _job(options: EditOptions, model: Model) -> _Job:
             raise ValueError("--variations keep the class: --from-class is not another than --to-class")
         return _varying(options, made, x, options.variations)
     if not options.encode:
-        return _perturbing(options, made, x, None if options.keep is None else _mask(options.keep, model))
+        return _perturbing(options, made, x, None if options.keep is None else _mask(options.keep, model, len(x)))
 
     def cond_from(which: range) -> dict[str, Tensor]:
         own = replace(made, label=made.label if source is None else source)
@@ -191,8 +194,9 @@ def _perturbing(options: EditOptions, made: Recipe, x: Tensor, mask: Tensor | No
 
     def apply(which: range) -> Tensor:
         own = x[which.start : which.stop]
+        kept = mask[which.start : which.stop] if mask is not None and mask.ndim == x.ndim else mask
         found = sdedit(made.denoiser, own, made.solver, strength=strength, seed=made.seeds(which),
-                       cond=made.cond(which), mask=mask, **made.options)  # fmt: skip
+                       cond=made.cond(which), mask=kept, **made.options)  # fmt: skip
         if found.status != "complete":
             raise ArithmeticError(f"the budget of {found.nfe} evaluations ran out at t = {found.t:.4g}: raise --nfe")
         return _beside(options, own[:, None], found.x[:, None])
@@ -272,8 +276,11 @@ def _beside(options: EditOptions, own: Tensor, found: Tensor) -> Tensor:
 # --- files in --------------------------------------------------------------------------------------------------------
 
 
-def _mask(path: Path, model: Model) -> Tensor:
-    """Which pixels are kept: white, shape (1, H, W)."""
+def _mask(path: Path, model: Model, n: int) -> Tensor:
+    """Which pixels are kept: white, shape (1, H, W), or (N, 1, H, W) for N inputs."""
     if not model.about.pictures:
         raise ValueError(f"--keep {path}: the model's items {model.about.shape} are no pictures")
-    return read_image(path, (1, *model.about.shape[1:]), "black") > 127
+    white = read_masks(path, model.about.shape)
+    if white.ndim == 4 and len(white) != n:
+        raise ValueError(f"--keep {path} has {len(white)} images for {n} inputs: expected one for each")
+    return white

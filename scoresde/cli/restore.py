@@ -47,7 +47,7 @@ are compared with the truth (PSNR, of images in [-1, 1]). With --measured they a
 (what is there is not looked at), small ones, ...
 
 --operator A
-  mask:FILE.png                 known where the image is white
+  mask:FILE.png                 known where the image is white; mask:FOLDER has one for each input, by their names
   box:TOP,LEFT,HEIGHT,WIDTH     a hole, in pixels
   random:SHARE                  a share of the pixels is known
   grey                          0.299 R + 0.587 G + 0.114 B
@@ -237,7 +237,7 @@ class _Job:
     def around(self, which: Tensor) -> Recipe:
         """What draws a sample for each of these images."""
         y = self.y[which.to(self.y.device)]
-        return self.method.around(self.made, self.operator, y, self.noise_std, self.scale)
+        return self.method.around(self.made, self.operator.of(which), y, self.noise_std, self.scale)
 
     def images(self, items: range) -> Tensor:
         """Of which image each of these samples is."""
@@ -264,7 +264,7 @@ class _Job:
     def scores(self, x: Tensor) -> str:
         """How far all samples are from what is known, in words."""
         which, pictures = self.images(range(len(x))), self.made.model.about.pictures
-        residual = self.operator.residual(x, self.y.cpu()[which]).mean()
+        residual = self.operator.of(which).residual(x, self.y.cpu()[which]).mean()
         text = f"residual of the measurement {float(residual):.3g} rms"
         if self.truth is None:
             return text
@@ -288,6 +288,11 @@ def _write(writer: Writer, job: _Job, x: Tensor) -> None:
     if job.truth is not None:
         more["truth"] = to_levels(job.truth) if job.made.model.about.pictures else job.truth
     writer.finish(job.rows(x) if writer.picture else x, job.made.labels(range(len(x))), more)
+
+
+def _check_number(options: RestoreOptions, A: Operator, n: int) -> None:
+    if A.samples not in (None, n):
+        raise ValueError(f"--operator {options.operator} has {A.samples} masks for {n} inputs: expected one for each")
 
 
 def _job(options: RestoreOptions, model: Model) -> _Job:
@@ -314,10 +319,12 @@ def _job(options: RestoreOptions, model: Model) -> _Job:
             empty = A(torch.zeros(1, *shape))
         about = replace(model.about, shape=tuple(empty.shape[1:]))
         x, y = None, options.inputs.read(about, background=model.background)[0]
+        _check_number(options, A, len(y))
         if model.about.pictures and options.method in ("pigdm", "mmps"):  # whose inverses would make noise of it
             noise_std = max(noise_std, rounding_std(y, options.inputs.levels or 256))
     else:
         x = options.inputs.read(model.about, background=model.background)[0]
+        _check_number(options, A, len(x))
         y = A.measure(x, noise_std)
     y, scale = A.observed(y).to(model.denoiser.device), 1.0 if options.scale is None else options.scale
     job = _Job(method, made, A, y, noise_std, scale, x, options.n)

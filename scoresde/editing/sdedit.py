@@ -74,7 +74,7 @@ def sdedit(
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     cond: Mapping[str, Any] | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | Mask | None = None,
     trajectory: bool = False,
     progress: bool = False,
     differentiable: bool = False,
@@ -93,10 +93,10 @@ def sdedit(
             shortened to begin there: about a fraction `strength` of the evaluations on a grid uniform in t.
         seed, generator: as for `sample`: sample i, its eps too, is the same in any batch.
         cond: as for `sample`.
-        mask: true, or 1, where the reference is kept as it is, of a shape that broadcasts to the event: there D is the
-            reference (`DDNM`), so that the state goes as alpha reference + sigma eps does, and the rest sees it at its
-            own noise level. For other ways, wrap the solver, `Replacement(DDPM(), mask, reference)` or `RePaint`, or
-            the denoiser, and leave mask out.
+        mask: true, or 1, where the reference is kept as it is, of a shape that broadcasts to the event, or one per
+            sample, to the reference; or a `Mask`. There D is the reference (`DDNM`), so that the state goes as alpha
+            reference + sigma eps does, and the rest sees it at its own noise level. For other ways, wrap the solver,
+            `Replacement(DDPM(), mask, reference)` or `RePaint`, or the denoiser, and leave mask out.
         trajectory, progress, differentiable: as for `sample`; the trajectory begins with x_t.
 
     Returns:
@@ -125,7 +125,7 @@ def sdedit(
     grid = cut(whole, start)
     source = noise_source(reference.device, reference, seed, generator, None)
     if mask is not None:
-        known = Mask(mask)
+        known = mask if isinstance(mask, Mask) else Mask.of_batch(mask, reference)
         known(reference)  # checks the shapes
         denoiser = DDNM(denoiser, known, widen(reference))
     check_call(denoiser, reference, cond)

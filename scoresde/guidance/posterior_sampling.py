@@ -104,7 +104,7 @@ class _Measured(Twisted):
             self._tested.add(tuple(x.shape[1:]))
         return cast(Tensor, usable(y))
 
-    def _known(self, y: Tensor) -> int:
+    def _known(self, y: Tensor) -> Tensor | int:
         """Numbers in a measurement that say something."""
         return self.operator.informative(y) if isinstance(self.operator, Operator) else y[0].numel()
 
@@ -118,7 +118,10 @@ class _Measured(Twisted):
         n, y = self._variance(len(x)), self._measurement(x)
         if known_any(n == 0):
             raise ValueError("noise_std is 0, so p(y | x) is no density to weigh particles by: give a number > 0")
-        for name, value in (("y", y), ("noise_std", n)):
+        values = [("y", y), ("noise_std", n)]
+        if isinstance(self.operator, Operator) and self.operator.samples is not None:
+            values.append(("mask", self.operator(x[:1].expand_as(x))))
+        for name, value in values:
             if value.ndim and len(value) == len(x) > 1:
                 group = value.reshape(-1, particles, *value.shape[1:])
                 if known_any(group != group[:, :1]):

@@ -58,7 +58,7 @@ class Replacement(Around):
     Args:
         solver: any solver with a table (single steps, multistep, time travel, Restart, ...), `PredictorCorrector` or
             `OptimalVariance`.
-        operator: A; a tensor is a mask, true where x is known, of a shape that broadcasts to the event.
+        operator: A; a tensor is a mask, true where x is known, of a shape that broadcasts to the event, or to y.
         y: the measurement, (1, *measurement) for all samples, or (B, *measurement).
         noise_std: sigma_y, of each entry of y.
 
@@ -86,7 +86,7 @@ class Replacement(Around):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"Replacement wraps a solver, DDPM() say, not {self.solver!r}")
-        A, _ = _checked(self.operator, self.noise_std, "Replacement")
+        A, _ = _checked(self.operator, self.y, self.noise_std, "Replacement")
         object.__setattr__(self, "operator", A)
         object.__setattr__(self, "_A", A)
 
@@ -98,7 +98,7 @@ class Replacement(Around):
         known = self._A.pseudo_inverse(match_measurement(self._A, self.y, x))
         check_finite(known)
         table = _table(self.solver, grid)
-        draws = _draws(table, _checked(self._A, self.noise_std, "Replacement")[1])
+        draws = _draws(table, _checked(self._A, self.y, self.noise_std, "Replacement")[1])
         first = self._overwritten(x, known, draws[0], noise, len(table))
         states = self.solver.iterate(denoiser, first, grid, noise, cond)
         return self._loop(states, known, draws[1:], noise, len(table) + 1)
@@ -152,17 +152,19 @@ def RePaint(
     >>> sample(denoiser, (100, 2), solver, steps=20, seed=0).nfe
     50
     """
-    _, std = _checked(operator, noise_std, "RePaint")
+    _, std = _checked(operator, y, noise_std, "RePaint")
     return Replacement(TimeTravel(solver, jump, repeats=resamplings, u_min=std), operator, y, noise_std)
 
 
-def _checked(operator: LinearOperator | Tensor, noise_std: float, method: str) -> tuple[LinearOperator, float]:
+def _checked(
+    operator: LinearOperator | Tensor, y: Tensor, noise_std: float, method: str
+) -> tuple[LinearOperator, float]:
     """The operator, and the standard deviation of A^+ y in what A sees.
 
     Raises:
         TypeError, ValueError: as `Replacement` says.
     """
-    A = Mask(operator) if isinstance(operator, Tensor) else operator
+    A = Mask.of_batch(operator, y) if isinstance(operator, Tensor) else operator
     check_linear(A, method)
     check_nonnegative(noise_std=noise_std)
     if noise_std == 0:

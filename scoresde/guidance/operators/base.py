@@ -27,7 +27,21 @@ class Operator(ABC):
     >>> operator = Downsample(2) @ Grey()
     >>> operator(torch.zeros(5, 3, 8, 8)).shape
     torch.Size([5, 1, 4, 4])
+
+    Attributes:
+        samples: how many samples it has a measurement each for; None where that is the same for all, of any batch.
     """
+
+    samples: int | None = None
+
+    def of(self, which: Tensor) -> Operator:
+        """The operator of these samples, by their numbers: itself, where it is the same for all."""
+        return self
+
+    def check_batch(self, x: Tensor) -> None:
+        """Raises ValueError unless it is one for that batch, (B, *event), and all is clear about it."""
+        if self.samples not in (None, len(x)):
+            raise ValueError(f"{self!r} is of {self.samples} samples, and the batch has {len(x)}: expected as many")
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -41,9 +55,12 @@ class Operator(ABC):
         """y with zeros where it says nothing of x, whatever is there: noise, or NaN. (B, *measurement) -> the same."""
         return y
 
-    def informative(self, y: Tensor) -> int:
-        """How many numbers of one measurement say something, for y of shape (B, *measurement)."""
-        return int(self.observed(torch.ones_like(y[:1])).sum())
+    def informative(self, y: Tensor) -> Tensor:
+        """How many numbers of a measurement say something, for y of shape (B, *measurement): whole numbers of shape
+        (1,), or (B,) where samples have one each.
+        """
+        says = self.observed(torch.ones_like(y[:1] if self.samples is None else y))
+        return says.reshape(len(says), -1).sum(1).long()
 
     def measure(self, x: Tensor, noise_std: float = 0.0, seed: int = 0) -> Tensor:
         """y = A(x) + noise_std z, where z of item i is from its own stream: the same alone as among others."""
@@ -54,8 +71,9 @@ class Operator(ABC):
         return y + noise_std * torch.stack([torch.randn(y.shape[1:], generator=z, device="cpu") for z in streams]).to(y)
 
     def residual(self, x: Tensor, y: Tensor) -> Tensor:
-        """The root mean square of A(x) - y over the numbers of y that say something, shape (B,)."""
-        return (self(x) - y).reshape(len(y), -1).square().sum(1).div(self.informative(y)).sqrt()
+        """The root mean square of A(x) - y over the numbers of y that say something, shape (B,); 0 where none does."""
+        e = self(x) - y
+        return e.reshape(len(e), -1).square().sum(1).div(self.informative(y).clamp(min=1)).sqrt()
 
     def shown(self, y: Tensor, shape: Sequence[int]) -> Tensor:
         """Measurements to look at beside items of that shape: y itself where it has it, else as `as_event` makes it."""
@@ -137,6 +155,19 @@ class LinearOperator(Operator):
 class _Composition(Operator):
     def __init__(self, outer: Operator, inner: Operator) -> None:
         self.outer, self.inner = outer, inner
+        counts = [part.samples for part in (outer, inner) if part.samples is not None]
+        if len(set(counts)) > 1:
+            raise ValueError(f"{outer!r} is of {counts[0]} samples, {inner!r} of {counts[1]}: expected as many")
+        self.samples = counts[0] if counts else None
+
+    def of(self, which: Tensor) -> Operator:
+        return self.outer.of(which) @ self.inner.of(which)
+
+    def check_batch(self, x: Tensor) -> None:
+        self.inner.check_batch(x)
+        with torch.no_grad():
+            inner = self.inner(x[:1])
+        self.outer.check_batch(inner.expand(len(x), *inner.shape[1:]))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.outer(self.inner(x))

@@ -34,7 +34,7 @@ def check_adjoint(operator: LinearOperator, event: Tensor | Sequence[int], *, rt
         return torch.from_numpy(rng.standard_normal(tuple(shape))).to(device, wide)
 
     with torch.no_grad():
-        x = probe((1, *shape))
+        x = probe((operator.samples or 1, *shape))
         Ax = operator(x)
         y = probe(Ax.shape)
         back = operator.adjoint(y)
@@ -59,11 +59,16 @@ def check_linear(operator: object, method: object) -> None:
 
 
 def match_measurement(operator: Operator, y: Tensor, x: Tensor) -> Tensor:
-    """y in the dtype and on the device of x, (B, *event): checked to be one measurement, or one per sample.
+    """y in the dtype and on the device of x, (B, *event): checked to be one measurement, or one per sample; one per
+    sample where the operator is.
 
     Raises:
-        ValueError: if y has another shape than measurements of x, or neither one entry nor one per sample.
+        ValueError: if y has another shape than measurements of x, or neither one entry nor one per sample, or the
+            operator is not for that batch.
     """
+    own = isinstance(operator, Operator) and operator.samples is not None
+    if isinstance(operator, Operator):
+        operator.check_batch(x)
     with torch.no_grad():
         expected = operator(x[:1]).shape[1:]
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim == 0 or y.shape[1:] != expected:
@@ -73,4 +78,4 @@ def match_measurement(operator: Operator, y: Tensor, x: Tensor) -> Tensor:
         )
     if len(y) not in (1, len(x)):
         raise ValueError(f"y has {len(y)} entries for {len(x)} samples: expected 1 or as many")
-    return y.to(x)
+    return y.to(x).expand(len(x), *expected) if own else y.to(x)

@@ -17,32 +17,62 @@ class Mask(LinearOperator):
     """y = m x: inpainting. y has the shape of x and is zero where m is; what a measurement says there is not read.
 
     Args:
-        mask: m, true where x is known: bool, or numbers 0 and 1, of a shape that broadcasts to the event, so without a
-            batch dimension: (H, W) or (1, H, W) for images (C, H, W).
+        mask: m, true where x is known: bool, or numbers 0 and 1, of a shape that broadcasts to the event: (H, W) or
+            (1, H, W) for images (C, H, W); one per sample has a batch dimension before.
+        per_sample: whether it has: (B, H, W) or (B, 1, H, W) then. Without a word it has none; but where the first
+            dimension may be the channels and the batch as well, it is to be said.
 
     Raises:
-        ValueError: if mask holds other numbers, or knows nothing.
+        ValueError: if mask holds other numbers, or knows nothing; by the call, if it does not broadcast to the events,
+            is of another number of samples, or if per_sample is to be said.
 
     >>> Mask(torch.tensor([True, False]))(torch.tensor([[3.0, 4.0]]))
     tensor([[3., 0.]])
+    >>> Mask(torch.tensor([[True, False], [False, True]]), per_sample=True)(torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
+    tensor([[3., 0.],
+            [0., 6.]])
     """
 
     singular_value = 1.0
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = _boolean(mask, "mask")
+    def __init__(self, mask: Tensor, *, per_sample: bool | None = None) -> None:
+        self.mask, self.per_sample = _boolean(mask, "mask", per_sample), per_sample
+        self.samples = len(self.mask) if per_sample else None
+        self._rows_differ = mask.ndim > 0 and bool((self.mask != self.mask[:1]).any())
 
-    def __call__(self, x: Tensor) -> Tensor:
-        mask = self.mask.to(x.device)
+    @classmethod
+    def of_batch(cls, mask: Tensor, batch: Tensor) -> Mask:
+        """A tensor as the mask of a batch, (B, *event): one per sample if it has as many dimensions."""
+        alike = isinstance(mask, Tensor) and isinstance(batch, Tensor) and mask.ndim == batch.ndim > 1
+        return cls(mask, per_sample=alike or None)
+
+    def of(self, which: Tensor) -> Mask:
+        return self if self.samples is None else Mask(self.mask[which.to(self.mask.device)], per_sample=True)
+
+    def check_batch(self, x: Tensor) -> None:
+        super().check_batch(x)
+        self._check(x)
+
+    def _check(self, x: Tensor) -> None:
+        shape, event = self.mask.shape[self.samples is not None :], x.shape[1:]
         try:
-            fits = torch.broadcast_shapes(mask.shape, x.shape[1:]) == x.shape[1:]
+            fits = torch.broadcast_shapes(shape, event) == event
         except RuntimeError:
             fits = False
         if not fits:
             raise ValueError(
-                f"a mask of shape {tuple(mask.shape)} does not broadcast to events of shape {tuple(x.shape[1:])}"
+                f"a mask of shape {tuple(shape)} does not broadcast to events of shape {tuple(event)}"
+                + (": one per sample is said by Mask(mask, per_sample=True)" if self.per_sample is None else "")
             )
-        return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        if self._rows_differ:
+            _check_clear(self.mask, self.per_sample, x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) == 1:  # which the masks of several samples measure, each
+            self._check(x)
+        else:
+            self.check_batch(x)
+        return torch.where(_spread(self.mask, self.samples, x), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def observed(self, y: Tensor) -> Tensor:
         return self(y)
@@ -73,7 +103,7 @@ def box_mask(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> M
         raise ValueError(f"box from {tuple(low)} to {tuple(high)}: expected 0 <= low < high <= {tuple(shape)} each")
     mask = torch.ones(tuple(shape), dtype=torch.bool, device="cpu")
     mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = False
-    return Mask(mask)
+    return Mask(mask, per_sample=False)
 
 
 def random_mask(shape: Sequence[int], keep: float, seed: int) -> Mask:
@@ -107,17 +137,20 @@ class FourierSampling(LinearOperator):
     Args:
         mask: m, bool or 0 and 1, of rank d and the size of the last d dimensions, which are transformed. Frequencies
             are in the order of `torch.fft.fftn`, zero first (`torch.fft.ifftshift` of a mask with zero in the middle).
+        per_sample: whether it has a batch dimension before these d; as for `Mask`.
 
     Raises:
-        ValueError: if mask holds other numbers or knows nothing, or by the call, if its size is not that of x.
+        ValueError: if mask holds other numbers or knows nothing, or by the call, if its size is not that of x, or if
+            per_sample is to be said.
     """
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = _boolean(mask, "mask")
-        dims = tuple(range(mask.ndim))
+    def __init__(self, mask: Tensor, *, per_sample: bool | None = None) -> None:
+        self.mask, self.per_sample = _boolean(mask, "mask", per_sample), per_sample
+        self.samples, self._rank = len(mask) if per_sample else None, mask.ndim - bool(per_sample)
+        dims = self._dims
 
         def mirrored(k: Tensor) -> Tensor:
-            return k.flip(dims).roll([1] * mask.ndim, dims)
+            return k.flip(dims).roll([1] * len(dims), dims)
 
         with torch.inference_mode(False):  # autograd may save them
             k = torch.arange(mask.numel(), device=mask.device).reshape(mask.shape)
@@ -129,15 +162,30 @@ class FourierSampling(LinearOperator):
 
     @property
     def _dims(self) -> tuple[int, ...]:
-        return tuple(range(-self.mask.ndim, 0))
+        return tuple(range(-self._rank, 0))
+
+    def of(self, which: Tensor) -> FourierSampling:
+        return self if self.samples is None else FourierSampling(self.mask[which.to(self.mask.device)], per_sample=True)
+
+    def check_batch(self, x: Tensor) -> None:
+        super().check_batch(x)
+        self._check(x)
+
+    def _check(self, x: Tensor) -> None:
+        size = tuple(self.mask.shape[self.samples is not None :])
+        if x.ndim <= len(size) or tuple(x.shape[-len(size) :]) != size:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected trailing dimensions {size}")
+        _check_clear(self.mask, self.per_sample, x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.ndim <= self.mask.ndim or x.shape[-self.mask.ndim :] != self.mask.shape:
-            raise ValueError(f"x has shape {tuple(x.shape)}: expected trailing dimensions {tuple(self.mask.shape)}")
+        if len(x) == 1:
+            self._check(x)
+        else:
+            self.check_batch(x)
         return self.observed(torch.view_as_real(torch.fft.fftn(x, dim=self._dims, norm="ortho")))
 
     def observed(self, y: Tensor) -> Tensor:
-        return torch.where(self._read.to(y.device), y, torch.zeros((), dtype=y.dtype, device=y.device))
+        return torch.where(_spread(self._read, self.samples, y), y, torch.zeros((), dtype=y.dtype, device=y.device))
 
     def adjoint(self, y: Tensor) -> Tensor:
         known = torch.view_as_complex(self.observed(y).contiguous())
@@ -146,14 +194,33 @@ class FourierSampling(LinearOperator):
     def ridge(self, y: Tensor, rho: float | Tensor) -> Tensor:
         if self.singular_value is not None:
             return super().ridge(y, rho)
-        squared = torch.where(self.mask, self._squared, 1.0).to(y)
-        return self.adjoint(y / (squared[..., None] + over(rho, y)))
+        squared = torch.where(self.mask, self._squared, 1.0).to(y)[..., None]
+        return self.adjoint(y / (_spread(squared, self.samples, y) + over(rho, y)))
 
     def __repr__(self) -> str:
         return f"FourierSampling({int(self.mask.sum())} of {self.mask.numel()} known, shape={tuple(self.mask.shape)})"
 
 
-def _boolean(mask: Tensor, name: str) -> Tensor:
+def _spread(mask: Tensor, samples: int | None, x: Tensor) -> Tensor:
+    """A mask on the device of x, one per sample shaped to go with it."""
+    mask = mask.to(x.device)
+    if samples is None:
+        return mask
+    return mask.reshape(samples, *[1] * (x.ndim - mask.ndim), *mask.shape[1:])
+
+
+def _check_clear(mask: Tensor, per_sample: bool | None, x: Tensor) -> None:
+    """Raises ValueError if the first dimension of a mask may be the event's first and the batch's, and nobody said."""
+    if per_sample is None and mask.ndim == x.ndim - 1 >= 2 and len(x) == x.shape[1] == len(mask) > 1:
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} for x of shape {tuple(x.shape)} may be one per sample or one for "
+            "all: say which, Mask(mask, per_sample=True) or False"
+        )
+
+
+def _boolean(mask: Tensor, name: str, per_sample: bool | None = None) -> Tensor:
+    if per_sample and isinstance(mask, Tensor) and mask.ndim < 2:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}: one per sample has a batch dimension and the event's")
     if not isinstance(mask, Tensor) or not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.any()):
         raise ValueError(f"{name} is {described(mask)}: expected true or 1 where x is known, false or 0 elsewhere")
     return own(mask.detach().bool())

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from scoresde.checks import ArgumentError, nearest
-from scoresde.data.folder import read_image
+from scoresde.data.folder import ImageFolder, read_image
 from scoresde.guidance.operators.base import Operator
 from scoresde.guidance.operators.imaging import Blur, Downsample, Grey
 from scoresde.guidance.operators.known import FourierSampling, Mask, box_mask, random_mask
 from scoresde.guidance.operators.nonlinear import Quantise
 
-__all__ = ["OPERATORS", "Shape", "operator_of"]
+__all__ = ["OPERATORS", "Shape", "operator_of", "read_masks"]
 
 Shape = tuple[int, ...]
 
@@ -44,6 +45,19 @@ def operator_of(text: str, shape: Shape) -> Operator:
     return A
 
 
+def read_masks(path: Path, shape: Shape) -> Tensor:
+    """Where an image is white, (1, H, W), for items (C, H, W); of a folder of images, one for each item in the order of
+    their names, (N, 1, H, W).
+
+    Raises:
+        ValueError, OSError, ImportError: if they cannot be read.
+    """
+    if not path.is_dir():
+        return read_image(path, (1, *shape[1:]), "black") > 127
+    folder = ImageFolder(path, size=(shape[1], shape[2]), mode="L", background="black")
+    return folder.batch(range(len(folder))) > 127
+
+
 def _plane(shape: Shape) -> Shape:
     """What a mask of all channels has for its shape."""
     return shape[1:] or shape
@@ -56,7 +70,8 @@ def _dims(shape: Shape) -> int:
 def _mask(argument: str, shape: Shape) -> Operator:
     if len(shape) != 3:
         raise ValueError(f"the model's items {shape} are no pictures")
-    return Mask(read_image(Path(argument), (1, *shape[1:]), "black") > 127)
+    white = read_masks(Path(argument), shape)
+    return Mask(white, per_sample=white.ndim > len(shape))
 
 
 def _box(argument: str, shape: Shape) -> Operator:
@@ -95,7 +110,7 @@ def _fourier(argument: str, shape: Shape) -> Operator:
 
 
 OPERATORS: dict[str, tuple[str, Callable[[str, Shape], Operator]]] = {
-    "mask": ("mask:FILE.png", _mask),
+    "mask": ("mask:FILE.png or mask:FOLDER", _mask),
     "box": ("box:TOP,LEFT,HEIGHT,WIDTH", _box),
     "random": ("random:0.3", lambda argument, shape: random_mask(_plane(shape), float(argument), seed=0)),
     "grey": ("grey", _grey),
