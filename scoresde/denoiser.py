@@ -83,6 +83,11 @@ class Denoiser(ABC):
         """
         return None
 
+    @property
+    def borrowed(self) -> bool:
+        """Whether `posterior` has the variance of another law than that of its mean: to sample with, and no more."""
+        return False
+
     def score(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """grad_x log p_t(x), shape of x."""
         return self.view("score", x, t, **cond)
@@ -402,6 +407,11 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
         raise ValueError(f"what is given is not finite in samples {some(bad)}: no evaluation is made")
     check_cond(cond, len(x))
     _warn_of_training_mode(denoiser)
+
+
+def lacks_variance(denoiser: Denoiser) -> bool:
+    """Whether it is known to have no variance: a network for the mean alone."""
+    return isinstance(denoiser, NetworkDenoiser) and type(denoiser).posterior is NetworkDenoiser.posterior
 
 
 def networks(denoiser: Denoiser) -> Iterator[torch.nn.Module]:

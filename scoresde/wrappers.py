@@ -27,6 +27,10 @@ class Wrapper(Denoiser):
     def device(self) -> torch.device:
         return self.denoiser.device
 
+    @property
+    def borrowed(self) -> bool:
+        return self.denoiser.borrowed
+
 
 class SameMean(Wrapper):
     """A wrapper that leaves the mean alone, and with it all that solvers step in: no digits are lost on the way."""

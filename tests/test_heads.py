@@ -12,6 +12,7 @@ from torch.distributions import Normal, kl_divergence
 from scoresde import VPSDE, Clip, DDPMChain, EpsDenoiser, FlowSDE, Grid, VDenoiser, X0Denoiser, sample
 from scoresde.data import digits
 from scoresde.exact import Gaussian, GaussianMixture
+from scoresde.guidance import Autoguidance, ClassifierFree, Conditioned, Mask, MomentMatching, Rule
 from scoresde.likelihood import elbo
 from scoresde.nn import MLP, UNet
 from scoresde.solvers import DDPM
@@ -632,3 +633,97 @@ def test_a_learned_range_needs_the_steps_that_it_is_of():
     assert (
         LearnedRangeDenoiser(Nonlinear(VPSDE()), head, grid=Grid.uniform(VPSDE(), 4))(normal(2, 2), 0.5).var is not None
     )
+
+
+# --- with guidance ---------------------------------------------------------------------------------------------------
+
+
+class Told(torch.nn.Module):
+    """eps and v of a class, 10 being none, in twice the channels: made of everything, so that no mistake is hidden."""
+
+    def forward(self, x, time, label):
+        shift = (0.3 * time.to(x) + 0.7 * label.to(x))[:, None, None, None]
+        mean, v = torch.sin(x + 0.2 * x.roll(1, 1) + shift), torch.tanh(x.roll(1, -1) - shift)
+        return torch.cat([mean, v], dim=1)
+
+
+def improved_ddpm_guided(net, chain, steps, x, label, w, z, guided):
+    """The sampler of guided diffusion and DiT, with the steps 1 <= n of a chain that are kept: eps guided in its first
+    channels, the rest and the variance those of the conditional half.
+    """
+    alpha_bar = (chain.alpha(chain.nodes) ** 2)[torch.tensor(steps) - 1]
+    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    beta = 1 - alpha_bar / before
+    posterior = beta * (1 - before) / (1 - alpha_bar)
+    for i in reversed(range(len(steps))):
+        time = torch.full((2 * len(x),), steps[i] - 1)
+        out = net(torch.cat([x, x]), time, torch.cat([label, torch.full_like(label, 10)]))
+        eps, v = out[:, :3], out[: len(x), 3:]
+        conditional, unconditional = eps.chunk(2)
+        eps = unconditional + w * (conditional - unconditional)
+        eps = torch.cat([eps[:, :guided], conditional[:, guided:]], dim=1)
+        low, share = (posterior[i] if i else posterior[1]).log(), (v + 1) / 2
+        log_variance = share * beta[i].log() + (1 - share) * low
+        x0 = (x - (1 - alpha_bar[i]).sqrt() * eps) / alpha_bar[i].sqrt()
+        mean = before[i].sqrt() * beta[i] / (1 - alpha_bar[i]) * x0
+        mean = mean + (1 - beta[i]).sqrt() * (1 - before[i]) / (1 - alpha_bar[i]) * x
+        x = mean + (0 if i == 0 else 1) * (log_variance / 2).exp() * z[len(steps) - 1 - i]
+    return x
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize(("steps", "guided"), [(tuple(range(1, 25)), 3), ((1, 5, 9, 16, 24), 3), ((2, 11, 24), 1)])
+def test_the_conditional_variance_is_guided_diffusions_sampler(steps, guided, batched):
+    """Of all steps and of some; of DiT's rule, which guides the first channels alone, too."""
+    x, label, net = normal(2, 3, 4, 4), torch.tensor([3, 7]), Told()
+    z = [normal(2, 3, 4, 4, seed=10 + i) for i in range(len(steps))]
+    grid = Grid(SHORT, [*map(float, reversed(steps)), 0.0])
+    eps = EpsDenoiser(SplitOutput(net), SHORT, time=lambda t: t.round().long() - 1)
+    first = torch.tensor([channel < guided for channel in range(3)])[:, None, None]
+    rule = Rule(lambda F_1, F_0, w: torch.where(first, F_0 + w * (F_1 - F_0), F_1))
+    free = ClassifierFree(LearnedRangeDenoiser(eps, grid=grid), 2.5, null={"label": 10}, rule=rule, batched=batched,
+                          variance="conditional")  # fmt: skip
+    found = sample(free, x, OptimalVariance(DDPM()), grid=grid, noise=lambda row, _: z[row], cond={"label": label}).x
+    expected = improved_ddpm_guided(net, SHORT, steps, x, label, 2.5, z, guided)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 3.0, torch.tensor([1.0, 0.0]), lambda t: 1 + t])
+def test_the_conditional_variance_is_that_at_every_weight(w):
+    """Beside the mean that is guided as without it."""
+    x, label = normal(2, 3, 4, 4), torch.tensor([3, 7])
+    inner = NPRDenoiser(EpsDenoiser(SplitOutput(Told()), VPSDE()), data_range=(-1, 1))
+    options = {"null": {"label": 10}, "interval": (0.1, 50.0)}
+    plain = ClassifierFree(inner, w, **options)
+    borrowed = ClassifierFree(inner, w, variance="conditional", **options)
+    for t in (0.02, 0.5, torch.tensor([0.2, 0.7])):  # the first is outside of the interval
+        mean, var = borrowed(x, t, label=label)
+        torch.testing.assert_close(mean, plain(x, t, label=label).mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(var, inner(x, t, label=label).var)
+
+
+def test_a_conditional_variance_is_for_samples_and_no_bound():
+    x, label = normal(2, 3, 4, 4), torch.tensor([3, 7])
+    calls = []
+
+    class Counted(Told):
+        def forward(self, x, time, label):
+            calls.append(len(x))
+            return super().forward(x, time, label)
+
+    inner = NPRDenoiser(EpsDenoiser(SplitOutput(Counted()), VPSDE()))
+    free = ClassifierFree(inner, 2.0, null={"label": 10}, variance="conditional")
+    mixed = [Clip(free), Conditioned(free, label=3), Autoguidance(inner, free), free]
+    for denoiser in mixed:
+        with pytest.raises(ValueError, match="is another law's than its mean's"):
+            elbo(denoiser, x, DDPM(), Grid.uniform(VPSDE(), 3), variance="posterior", cond={"label": label})
+        with pytest.raises(ValueError, match="is another law's than its mean's"):
+            MomentMatching(denoiser, Mask(torch.ones(4, 4)), x, 0.1, covariance="variance")
+    assert not calls
+    assert bool(elbo(free, x, DDPM(), Grid.uniform(VPSDE(), 3), draws=2, cond={"label": label}).value.isfinite().all())
+    assert set(calls) == {4}
+    with pytest.raises(ValueError, match="knows none: wrap it in a LearnedRangeDenoiser"):
+        ClassifierFree(inner.denoiser, 2.0, null={"label": 10}, variance="conditional")
+    with pytest.raises(ValueError, match="variance='both': expected one of None, 'conditional'"):
+        ClassifierFree(inner, 2.0, null={"label": 10}, variance="both")
+    assert "variance='conditional'" in repr(free)

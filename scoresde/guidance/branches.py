@@ -22,7 +22,7 @@ from scoresde.tensors import Time, precise
 from scoresde.views import VIEWS, Affine, combine, mean_of_view
 from scoresde.wrappers import SameMean, Wrapper
 
-__all__ = ["Branch", "Branching", "Call", "Combined", "Conditioned", "evaluate", "replaced", "translated"]
+__all__ = ["Branch", "Branching", "Call", "Combined", "Conditioned", "evaluate", "replaced", "times_of", "translated"]
 
 Branch = tuple[Denoiser, Mapping[str, Any]]
 """A denoiser and the conditions that it is evaluated under."""
@@ -108,6 +108,10 @@ class Branching(Wrapper):
                 raise ValueError(f"denoisers of {self.sde!r} and of {other.sde!r}: they must have one SDE")
         self.denoisers, self.steps_in, self.batched = tuple(denoisers), steps_in, batched
 
+    @property
+    def borrowed(self) -> bool:
+        return any(denoiser.borrowed for denoiser in self.denoisers)
+
     @abstractmethod
     def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
         """The branches that are evaluated at t, and what is made of their predictions in the view that this steps in;
@@ -129,8 +133,7 @@ class Branching(Wrapper):
 
     def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         def call(denoiser: Denoiser, many: Tensor, cond: Mapping[str, Any]) -> Tensor:
-            repeated = isinstance(t, Tensor) and t.ndim == 1 and len(t) > 1
-            return denoiser.output(many, t.repeat(len(many) // len(x)) if repeated else t, **cond)  # type: ignore[union-attr]
+            return denoiser.output(many, times_of(t, len(many) // len(x)), **cond)
 
         return self._output(x, t, cond, call)
 
@@ -187,6 +190,11 @@ def evaluate(branches: Sequence[Branch], x: Tensor, call: Call, batched: bool) -
             for k, part in zip(mine, N.split(len(x)), strict=True):
                 found[k] = part
     return [N for N in found if N is not None]
+
+
+def times_of(t: Time, k: int) -> Time:
+    """The times of a batch that is repeated k times."""
+    return t.repeat(k) if isinstance(t, Tensor) and t.ndim == 1 and len(t) > 1 else t
 
 
 def translated(N: Tensor, source: Denoiser, target: Denoiser, x: Tensor, t: Time) -> Tensor:

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_option
 from scoresde.data.conditions import nothing_like, null_of
-from scoresde.denoiser import Denoiser, networks
+from scoresde.denoiser import Denoiser, Posterior, lacks_variance, networks
 from scoresde.guidance.base import Scale, check_scale, known_all, scale_at
-from scoresde.guidance.branches import Branch, Branching, Combined, replaced
+from scoresde.guidance.branches import Branch, Branching, Combined, evaluate, replaced, times_of
 from scoresde.guidance.rules import RULES, Rule, projected
 from scoresde.tensors import Time, known_any, precise
+from scoresde.views import combine
 
 __all__ = ["Autoguidance", "ClassifierFree"]
 
@@ -111,13 +112,17 @@ class ClassifierFree(_Extrapolation):
             difference; 0 and a norm about that of the data's spread are theirs.
         batched: False makes two calls of B samples instead of one of 2 B, in half the memory. So do conditions that
             cannot be put together, objects that are not the same for both say.
-
-    The posterior variance is passed on where one model runs alone, else None.
+        variance: "conditional": the posterior variance is the conditional model's, though the mean is guided, as in the
+            samplers of guided diffusion (Dhariwal and Nichol, 2021) and DiT (Peebles and Xie, 2023), whose networks
+            have a learned variance: `OptimalVariance(DDPM())` with a `LearnedRangeDenoiser` inside. It is not that of
+            the guided law, so no bound takes it. By default the variance is passed on where one model runs alone, else
+            None.
 
     Raises:
         TypeError: if denoiser is none.
-        ValueError: on another option; by the call, before the network's, if a condition that null names is missing, the
-            null does not fit it, a label is outside the classes, or a weight has neither one entry nor one per sample.
+        ValueError: on another option, or if the denoiser is known to have no variance to pass on; by the call, before
+            the network's, if a condition that null names is missing, the null does not fit it, a label is outside the
+            classes, or a weight has neither one entry nor one per sample.
 
     >>> from scoresde import EpsDenoiser, VPSDE
     >>> denoiser = EpsDenoiser(lambda x, t, label: x * label[:, None], VPSDE())  # label 0 is null
@@ -139,7 +144,9 @@ class ClassifierFree(_Extrapolation):
         parallel: float = 1.0,
         max_norm: float | None = None,
         batched: bool = True,
+        variance: Literal["conditional"] | None = None,
     ) -> None:
+        check_option((None, "conditional"), variance=variance)
         rule = _rule(rule, rescale, parallel, max_norm)
         super().__init__([denoiser], weight, convention, interval, rule, batched)
         nothing = _nothing(denoiser)
@@ -150,7 +157,39 @@ class ClassifierFree(_Extrapolation):
             null = (null,)
         if null is not None and not len(null):
             raise ValueError("null names no condition: give values, {'label': 10} say, or names")
-        self.null = null
+        self.null, self.variance = null, variance
+        if variance is not None and lacks_variance(denoiser):
+            raise ValueError(
+                f"variance={variance!r}, but {denoiser!r} knows none: wrap it in a LearnedRangeDenoiser, another head "
+                "or an AnalyticDenoiser"
+            )
+
+    @property
+    def borrowed(self) -> bool:
+        return self.variance is not None or super().borrowed
+
+    def covariance(self, t: Time) -> Tensor | None:
+        return None if self.variance is None else self.denoiser.covariance(t)
+
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
+        w = self.weight_at(t, len(x))
+        if self.variance is None or known_all(w == 1):
+            return super().posterior(x, t, **cond)
+        variances: list[Tensor | None] = []
+
+        def call(denoiser: Denoiser, many: Tensor, cond: Mapping[str, Any]) -> Tensor:
+            times = times_of(t, len(many) // len(x))
+            D, var = denoiser.posterior(many, times, **cond)
+            variances.append(var)
+            r, s = denoiser.affine(times)
+            return combine(1 / s, D, -r / s, many)
+
+        found = evaluate([(self.denoiser, cond), self.poor(x, cond)], x, call, self.batched)
+        F_1, F_0 = (self._own(N, self.denoiser, x, t) for N in found)
+        r, s = self.affine(t)
+        var = variances[0]  # of the conditional branch, which comes first
+        var = var[: len(x)] if var is not None and var.ndim == x.ndim else var
+        return Posterior(combine(r, x, s, self.rule(F_1, F_0, w)), var)
 
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
         self._check_conditions(cond)
@@ -179,7 +218,10 @@ class ClassifierFree(_Extrapolation):
                 )
 
     def __repr__(self) -> str:
-        return f"ClassifierFree({self.denoiser!r}, weight={self.weight!r}, null={self.null!r}{self._options()})"
+        variance = "" if self.variance is None else f", variance={self.variance!r}"
+        return (
+            f"ClassifierFree({self.denoiser!r}, weight={self.weight!r}, null={self.null!r}{self._options()}{variance})"
+        )
 
 
 class Autoguidance(_Extrapolation):

@@ -362,6 +362,10 @@ class MomentMatching(_Matched):
         iterations = (2 if covariance == "jacobian" else 100) if iterations is None else iterations
         super().__init__(denoiser, operator, y, noise_std, scale, iterations)
         self.kind, self.wants_variance = covariance, covariance == "variance"
+        if self.wants_variance and denoiser.borrowed:
+            raise ValueError(
+                f"covariance='variance', but that of {denoiser!r} is another law's than its mean's: take 'jacobian'"
+            )
 
     def _covariance(self, found: Mean, x: Tensor, t: Time) -> Product:
         if self.kind == "jacobian":

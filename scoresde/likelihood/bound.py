@@ -163,6 +163,11 @@ def elbo(
     check_batch(x, "x")
     check_call(denoiser, x, cond)
     check_option(("solver", "posterior"), variance=variance)
+    if variance == "posterior" and denoiser.borrowed:
+        raise ValueError(
+            f"variance='posterior', but that of {denoiser!r} is another law's than its mean's (a guided mean with the "
+            "conditional model's variance): the bound is of the model without guidance, or with variance='solver'"
+        )
     if (solver is None) != (grid is None):
         raise ValueError("give solver and grid, for the bound of a chain, or neither, for that of continuous time")
     if draws is not None:

@@ -64,6 +64,10 @@ class AnalyticDenoiser(SameMean):
             )
         self.table, self.data_range = table, data_range
 
+    @property
+    def borrowed(self) -> bool:
+        return False
+
     def covariance(self, t: Time) -> Tensor:
         return self.table.covariance(t, self.data_range)
 

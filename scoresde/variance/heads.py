@@ -56,6 +56,10 @@ class HeadDenoiser(SameMean):
             check_range(data_range)
         self.head, self.data_range, self.average = head, data_range, average
 
+    @property
+    def borrowed(self) -> bool:
+        return False
+
     def covariance(self, t: Time) -> None:
         return None
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_nonnegative
-from scoresde.denoiser import Denoiser, NetworkDenoiser
+from scoresde.denoiser import Denoiser, lacks_variance
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.solvers.base import Around, Solver
@@ -115,7 +115,7 @@ class OptimalVariance(Around):
         if C is not None and self.clamp is None:
             return _with_covariance(self.solver, grid, C, self.last).iterate(denoiser, x, noise, cond)
         rows = self._rows(grid)
-        if isinstance(denoiser, NetworkDenoiser) and type(denoiser).posterior is NetworkDenoiser.posterior:
+        if lacks_variance(denoiser):
             raise ValueError(_no_variance(denoiser))
         denoiser.check_times(grid.times[:-1])
         return self._loop(rows, denoiser, x, noise, cond)
