@@ -64,7 +64,7 @@ class EditOptions(Options):
         "an image whose white pixels stay as they are in the inputs, or a folder with one for each by their names",
         metavar="MASK",
         group="the edit",
-        reads=True,
+        reads="folder",
     )
     variations: int | None = option("how many of each input", metavar="K", group="the edit")
     interpolate: list[int] | None = option(

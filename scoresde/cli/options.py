@@ -76,8 +76,8 @@ class Options:
                 found[own.name] = group if group.given() or not optional else None
             else:
                 found[own.name] = getattr(args, _dest(own))
-                if own.metadata.get("reads") and found[own.name] is not None:
-                    check_readable(_flags(own.name, own.metadata)[0], found[own.name])
+                if (reads := own.metadata.get("reads")) and found[own.name] is not None:
+                    check_readable(_flags(own.name, own.metadata)[0], found[own.name], reads == "folder")
         return cls(**found)
 
     @classmethod
@@ -121,7 +121,7 @@ def option(help: str, default: Any = None, metavar: Any = None, **how: Any) -> A
         flags: its names, if they are not that of the field.
         group: title of its group in the help; "" for none.
         dest: name of what is parsed, if it is not that of the field.
-        reads: it is a file, which must be there.
+        reads: it is a file, which must be there; "folder": or a folder.
     """
     return field(metadata={"help": help, "default": default, "metavar": metavar, **how})
 
@@ -131,9 +131,9 @@ def part(group: str | None = None, **changes: Any) -> Any:
     return field(metadata=changes if group is None else {"group": group, **changes})
 
 
-def check_readable(flag: str, path: Path) -> None:
-    """Raises FileNotFoundError, IsADirectoryError or PermissionError unless a file can be read."""
-    if path.is_dir():
+def check_readable(flag: str, path: Path, folder: bool = False) -> None:
+    """Raises FileNotFoundError, IsADirectoryError or PermissionError unless a file, or a folder, can be read."""
+    if path.is_dir() and not folder:
         raise IsADirectoryError(f"{flag} {path} is a folder: give a file")
     if not path.exists():
         raise FileNotFoundError(f"{flag} {path}: there is no such file")
