@@ -423,7 +423,10 @@ def test_any_denoiser_and_the_exact_posterior(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--operator", "blurr"], "--operator 'blurr': expected blur:1.5, or one of mask:FILE.png or mask:FOLDER, box:TOP"),
+        (
+            ["--operator", "blurr"],
+            "--operator 'blurr': expected blur:1.5, or one of mask:FILE.png or mask:FOLDER, box:TOP",
+        ),
         (["--operator", "blur"], "--operator 'blur': could not convert string to float: '' (as in blur:1.5)"),
         (["--operator", "blur:-1"], "(as in blur:1.5)"),
         (["--operator", "mask:none.png"], "none.png: there is no such file"),
