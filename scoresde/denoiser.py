@@ -20,7 +20,7 @@ from scoresde.checks import check_positive
 from scoresde.entries import check_cond
 from scoresde.errors import given_to, items_of, not_finite, some
 from scoresde.sde import SDE
-from scoresde.tensors import Time, as_time, check_batch, expand_like, known_any, precise, told, widen
+from scoresde.tensors import Time, as_time, check_batch, dtype_of_label, expand_like, known_any, precise, told, widen
 from scoresde.views import Affine, check_time, combine, first_where, mean_of_view, tells_nothing, view_of_mean
 
 __all__ = [
@@ -115,10 +115,8 @@ class Denoiser(ABC):
     # D and back. A denoiser without a network of its own has N = D.
 
     def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
-        """N, what the network itself predicts, in the dtype of x. x and t are not checked again.
-
-        Its memory may be the network's own, of a replayed CUDA graph or an engine's buffer, which the next call writes
-        again: read it first, or keep a copy. (The mean and the views are new tensors.)
+        """N, what the network itself predicts, in the dtype of x; x and t are not checked again. Its memory may be one
+        that the network's next call writes again, as a replayed CUDA graph does: use it before, or keep a copy.
         """
         return self.posterior(x, t, **cond).mean
 
@@ -374,11 +372,6 @@ class EDMDenoiser(NetworkDenoiser):
         return 1 / self._total_std(t)
 
 
-def dtype_of_label(label: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Floating-point labels reach the network in float32 at least."""
-    return torch.promote_types(dtype, torch.float32) if label.is_floating_point() else label.dtype
-
-
 def check_denoiser(denoiser: object, of: str = "") -> None:
     """Raises TypeError unless it is a denoiser, `of` something."""
     if not isinstance(denoiser, Denoiser):
@@ -407,11 +400,6 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
         raise ValueError(f"what is given is not finite in samples {some(bad)}: no evaluation is made")
     check_cond(cond, len(x))
     _warn_of_training_mode(denoiser)
-
-
-def lacks_variance(denoiser: Denoiser) -> bool:
-    """Whether it is known to have no variance: a network for the mean alone."""
-    return isinstance(denoiser, NetworkDenoiser) and type(denoiser).posterior is NetworkDenoiser.posterior
 
 
 def networks(denoiser: Denoiser) -> Iterator[torch.nn.Module]:

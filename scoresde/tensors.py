@@ -157,6 +157,11 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def dtype_of_label(label: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Floating-point labels reach the network in float32 at least."""
+    return torch.promote_types(dtype, torch.float32) if label.is_floating_point() else label.dtype
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """<a, b> of each sample, for a and b of shape (B, ...): shape (B,)."""
     return (a * b).reshape(len(a), -1).sum(1)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser, Posterior, check_denoiser
+from scoresde.denoiser import Denoiser, NetworkDenoiser, Posterior, check_denoiser
 from scoresde.tensors import Time, expand_like
 from scoresde.views import Affine
 
-__all__ = ["Clip", "DynamicThreshold", "SameMean", "Wrapper"]
+__all__ = ["Clip", "DynamicThreshold", "SameMean", "Wrapper", "lacks_variance"]
 
 
 class Wrapper(Denoiser):
@@ -109,3 +109,8 @@ class DynamicThreshold(Wrapper):
 
     def covariance(self, t: Time) -> Tensor | None:
         return self.denoiser.covariance(t)
+
+
+def lacks_variance(denoiser: Denoiser) -> bool:
+    """Whether it is known to have no variance: a network for the mean alone."""
+    return isinstance(denoiser, NetworkDenoiser) and type(denoiser).posterior is NetworkDenoiser.posterior

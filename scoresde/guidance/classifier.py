@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scoresde.denoiser import Denoiser, dtype_of_label
+from scoresde.denoiser import Denoiser
 from scoresde.guidance.base import Guidance, Scale, check_entries
 from scoresde.guidance.gradients import guided_by, usable
 from scoresde.sde import SDE
-from scoresde.tensors import Time, known_any, precise, widen
+from scoresde.tensors import Time, dtype_of_label, known_any, precise, widen
 from scoresde.training.loss import Draws, noisy_batch
 from scoresde.training.weights import TimeSampler
 

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_nonnegative
-from scoresde.denoiser import Denoiser, lacks_variance
+from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.solvers.base import Around, Solver
 from scoresde.solvers.first_order import DDIM
 from scoresde.tableau import State, Tableau
 from scoresde.variance.table import VarianceTable
+from scoresde.wrappers import lacks_variance
 
 __all__ = ["OptimalVariance", "optimal_tableau", "quiet_last"]
 
