@@ -497,7 +497,7 @@ def test_what_does_not_go_together_is_refused(arguments, words):
         (lambda: Given(torch.full((4, 1), math.inf)), "expected finite numbers"),
         (lambda: Given(torch.ones(4, 1, dtype=torch.uint8)), "levels=None"),
         (lambda: Given(torch.full((4, 1), 9), levels=9), "9 to 9, and levels=9"),
-        (lambda: condition_of("superresolution"), "'superresolution': expected super-resolution, inpainting"),
+        (lambda: condition_of("superresolution"), "'superresolution': expected 'super-resolution', or one of"),
         (lambda: condition_of("super-resolution:big"), "expected a factor, super-resolution:4"),
         (lambda: condition_of("jpeg:x"), "jpeg:5-30"),
         (lambda: condition_of("colourisation:3"), "no argument"),

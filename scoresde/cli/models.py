@@ -97,13 +97,15 @@ class About:
             return None
         try:
             found, whole = unsealed(path.read_text("utf-8"))
+            if not isinstance(found, dict):
+                raise TypeError(f"it holds a {type(found).__name__}, expected names with values")
             told = tuple(map(str, found.get("conditions", ())))  # which runs of before they were there have not
             skipped = None if found.get("skipped") is None else tuple(map(str, found["skipped"]))
             shape = tuple(int(n) for n in found["shape"])
             about = cls(**{**found, "shape": shape, "conditions": told, "skipped": skipped})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} is damaged: {error} (`scoresde train --out {folder}` writes it anew; without it, say --shape)"
+                f"{path} is damaged: {error} (`scoresde train --out {folder}` writes it anew; without it, give `--shape`)"
             ) from error
         if not whole:
             warn_unsealed(path)
