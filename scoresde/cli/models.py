@@ -105,7 +105,7 @@ class About:
             about = cls(**{**found, "shape": shape, "conditions": told, "skipped": skipped})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} is damaged: {error} (`scoresde train --out {folder}` writes it anew; without it, give `--shape`)"
+                f"{path} is damaged: {error} (`scoresde train --out {folder}` writes it anew; or else give `--shape`)"
             ) from error
         if not whole:
             warn_unsealed(path)
