@@ -271,7 +271,7 @@ def test_the_same_path_gives_the_same_code_up_to_scale(name):
     """VP and EDM at the same sigma / alpha see the same x / alpha: solvers that know of time only through half log-SNR
     agree to rounding, v too, since its angle is one.
     """
-    vp, edm, solver = VPSDE(), EDMSDE(t_min=1e-3, t_max=200.0), ENTRIES[name].solver
+    vp, edm, solver = VPSDE(), EDMSDE(t_min=1e-3, t_max=200.0).for_data(1.0), ENTRIES[name].solver
     grid = Grid.power(vp, 12, end=1e-5)
     u = (-vp.half_log_snr(grid.times)).exp()
     x = MIXTURE.sample(4, generator=generator(), dtype=torch.float64)

@@ -257,7 +257,7 @@ def test_no_eps_network_at_alpha_zero(adapter, sde):
         (lambda d: d(torch.zeros(2, 3), 1.5), "leaves"),
         (lambda d: d(torch.zeros(2, 3), -0.1), "leaves"),
         (lambda d: d(torch.zeros(2, 3), math.nan), "leaves"),
-        (lambda d: d.view("noise", torch.zeros(2, 3), 0.5), "expected one of x0"),
+        (lambda d: d.view("noise", torch.zeros(2, 3), 0.5), "expected one of 'x0'"),
     ],
 )
 def test_bad_calls_are_refused_before_the_network(call, message):

@@ -54,7 +54,7 @@ def test_the_sweep_is_written_and_a_second_run_trains_nothing(folder, capsys):
         assert torch.equal(p, q)
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(SystemExit, match="--model names another folder"):
-        guidance.trained(folder / "model", steps=7)
+        guidance.trained(folder / "model", steps=2, seed=7)
 
 
 def test_every_problem_is_restored(folder):

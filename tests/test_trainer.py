@@ -679,7 +679,7 @@ def test_a_run_without_words_says_how_to_load_it(tmp_path):
         ({"netwrok": "mlp"}, "ModelConfig has no 'netwrok'"),
         ({"options": {"chanels": 8}}, "network 'unet' has no 'chanels': it knows image_channels"),
         ({"sde_options": {"beta": 1}}, "sde 'vp' has no 'beta': it knows beta_min"),
-        ({"sde": "vpp"}, "sde='vpp': expected one of 'vp'"),
+        ({"sde": "vpp"}, "sde='vpp': expected 'vp', or one of 'subvp'"),
         ({"network": "vit"}, "network='vit'"),
         ({"predicts": "noise"}, "predicts='noise'"),
         ({"network": "mlp", "preset": 32}, "has no presets"),

@@ -274,8 +274,6 @@ def measure_errors(
     order = torch.randperm(len(data), generator=generator, device="cpu")
     index = order.repeat(math.ceil(samples / len(data)))[:samples]
     noise = torch.randn(samples, *data.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
-    if bad := not_finite(data[index.to(data.device)]):
-        raise ValueError(f"data items {index[bad[:8]].tolist()} are not finite")
     r, s = denoiser.affine(t)
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     k, m = (r * alpha - 1).tolist(), (r * sigma).tolist()  # D - x_0 = k x_0 + m eps + s N
