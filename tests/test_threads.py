@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_trainer import assert_same, make
 
-from scoresde.training import TrainConfig, threads
+from scoresde import VPSDE, VDenoiser
+from scoresde.training import TrainConfig, Trainer, threads
 from scoresde.training.log import Rate, Reports, duration
 
 
@@ -100,6 +101,22 @@ def test_timing_changes_no_bit_of_a_run_and_is_done_once(best, two, tmp_path, mo
     with pytest.warns(UserWarning, match=r"threads\.json is damaged .*chosen anew"):
         make(tmp_path / "run", steps=10, schedule="constant").fit(progress=False)
     assert timed == [(1, 2)]
+
+
+def test_a_step_is_timed_with_conditions_of_any_structure(two):
+    def net(x, label, text, scale):
+        assert len(x) == len(text["tokens"]) == len(text["words"]) == 2  # a part of four
+        return x * weight
+
+    weight = torch.nn.Parameter(torch.ones(()))
+    module = torch.nn.Module()
+    module.weight, module.forward = weight, net
+    cond = {"text": {"tokens": torch.zeros(6, 3), "words": ["a"] * 6}, "scale": 0.5}
+    config = TrainConfig(steps=1, batch_size=4, accumulate=2)
+    assert Trainer(VDenoiser(module, VPSDE()), torch.randn(6, 2), config, cond=cond).fit(progress=False).threads in (
+        1,
+        2,
+    )
 
 
 def test_the_rate_is_that_of_the_last_seconds():

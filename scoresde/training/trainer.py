@@ -255,7 +255,7 @@ class Trainer:
         with closing(batches(self.data, self._order.share(0, 1), self.step, self.step + 1, 0)) as feed:
             items, cond = next(feed)
         own = slice(*self._parts[0])
-        return trial(worker, items[own], {name: value[own] for name, value in cond.items()})
+        return trial(worker, items[own], entries_of(cond, own, len(items)))
 
     def _threads(self, progress: bool) -> AbstractContextManager[None]:
         """Training's number of threads, on a CPU."""
