@@ -66,9 +66,10 @@ def match_measurement(operator: Operator, y: Tensor, x: Tensor) -> Tensor:
         ValueError: if y has another shape than measurements of x, or neither one entry nor one per sample, or the
             operator is not for that batch.
     """
-    own = isinstance(operator, Operator) and operator.samples is not None
+    own = False
     if isinstance(operator, Operator):
         operator.check_batch(x)
+        own = operator.samples is not None
     with torch.no_grad():
         expected = operator(x[:1]).shape[1:]
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim == 0 or y.shape[1:] != expected:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,7 +16,71 @@ from scoresde.guidance.operators.base import LinearOperator, described, over, ow
 __all__ = ["FourierSampling", "Mask", "box_mask", "random_mask"]
 
 
-class Mask(LinearOperator):
+class _Masked(LinearOperator):
+    """What a mask chooses, the same for all samples or, per_sample, of each its own."""
+
+    def __init__(self, mask: Tensor, *, per_sample: bool | None = None) -> None:
+        if per_sample and isinstance(mask, Tensor) and mask.ndim < 2:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}: one per sample has a batch dimension and the event's"
+            )
+        if not isinstance(mask, Tensor) or not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.any()):
+            raise ValueError(f"mask is {described(mask)}: expected true or 1 where x is known, false or 0 elsewhere")
+        self.mask, self.per_sample = own(mask.detach().bool()), per_sample
+        self.samples = len(mask) if per_sample else None
+
+    @property
+    def _shape(self) -> torch.Size:
+        """Of the mask of one sample."""
+        return self.mask.shape[1:] if self.per_sample else self.mask.shape
+
+    def of(self, which: Tensor) -> Self:
+        return self if self.samples is None else type(self)(self.mask[which.to(self.mask.device)], per_sample=True)
+
+    def check_batch(self, x: Tensor) -> None:
+        super().check_batch(x)
+        self._check(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) == 1:  # which the masks of several samples measure, each
+            self._check(x)
+        else:
+            self.check_batch(x)
+        return self._measured(x)
+
+    def _check(self, x: Tensor) -> None:
+        self._check_fits(x)
+        m = self.mask
+        alike = self.per_sample is None and m.ndim == x.ndim - 1 >= 2 and len(x) == x.shape[1] == len(m) > 1
+        if alike and self._rows_differ:
+            raise ValueError(
+                f"a mask of shape {tuple(m.shape)} for x of shape {tuple(x.shape)} may be one per sample or one for "
+                "all: say which, Mask(mask, per_sample=True) or False"
+            )
+
+    @abstractmethod
+    def _check_fits(self, x: Tensor) -> None:
+        """Raises ValueError unless the events of x have a shape for the mask."""
+
+    @abstractmethod
+    def _measured(self, x: Tensor) -> Tensor:
+        """A(x), of an x that is checked."""
+
+    @cached_property
+    def _rows_differ(self) -> bool:
+        return bool((self.mask != self.mask[:1]).any())
+
+    def _spread(self, c: Tensor, x: Tensor) -> Tensor:
+        """c, of the shape of the mask and more, on the device of x; one per sample shaped to go with it."""
+        c = c.to(x.device)
+        return c.reshape(len(c), *[1] * (x.ndim - c.ndim), *c.shape[1:]) if self.per_sample else c
+
+    def __repr__(self) -> str:
+        known = f"{int(self.mask.sum())} of {self.mask.numel()} known"
+        return f"{type(self).__name__}({known}, shape={tuple(self.mask.shape)})"
+
+
+class Mask(_Masked):
     """y = m x: inpainting. y has the shape of x and is zero where m is; what a measurement says there is not read.
 
     Args:
@@ -35,26 +102,14 @@ class Mask(LinearOperator):
 
     singular_value = 1.0
 
-    def __init__(self, mask: Tensor, *, per_sample: bool | None = None) -> None:
-        self.mask, self.per_sample = _boolean(mask, "mask", per_sample), per_sample
-        self.samples = len(self.mask) if per_sample else None
-        self._rows_differ = mask.ndim > 0 and bool((self.mask != self.mask[:1]).any())
-
     @classmethod
     def of_batch(cls, mask: Tensor, batch: Tensor) -> Mask:
         """A tensor as the mask of a batch, (B, *event): one per sample if it has as many dimensions."""
         alike = isinstance(mask, Tensor) and isinstance(batch, Tensor) and mask.ndim == batch.ndim > 1
         return cls(mask, per_sample=alike or None)
 
-    def of(self, which: Tensor) -> Mask:
-        return self if self.samples is None else Mask(self.mask[which.to(self.mask.device)], per_sample=True)
-
-    def check_batch(self, x: Tensor) -> None:
-        super().check_batch(x)
-        self._check(x)
-
-    def _check(self, x: Tensor) -> None:
-        shape, event = self.mask.shape[self.samples is not None :], x.shape[1:]
+    def _check_fits(self, x: Tensor) -> None:
+        shape, event = self._shape, x.shape[1:]
         try:
             fits = torch.broadcast_shapes(shape, event) == event
         except RuntimeError:
@@ -64,24 +119,15 @@ class Mask(LinearOperator):
                 f"a mask of shape {tuple(shape)} does not broadcast to events of shape {tuple(event)}"
                 + (": one per sample is said by Mask(mask, per_sample=True)" if self.per_sample is None else "")
             )
-        if self._rows_differ:
-            _check_clear(self.mask, self.per_sample, x)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if len(x) == 1:  # which the masks of several samples measure, each
-            self._check(x)
-        else:
-            self.check_batch(x)
-        return torch.where(_spread(self.mask, self.samples, x), x, torch.zeros((), dtype=x.dtype, device=x.device))
+    def _measured(self, x: Tensor) -> Tensor:
+        return torch.where(self._spread(self.mask, x), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def observed(self, y: Tensor) -> Tensor:
         return self(y)
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self(y)
-
-    def __repr__(self) -> str:
-        return f"Mask({int(self.mask.sum())} of {self.mask.numel()} known, shape={tuple(self.mask.shape)})"
 
 
 def box_mask(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> Mask:
@@ -123,10 +169,10 @@ def random_mask(shape: Sequence[int], keep: float, seed: int) -> Mask:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(n, dtype=torch.bool, device="cpu")
     mask[order[: max(1, round(keep * n))]] = True
-    return Mask(mask.reshape(tuple(shape)))
+    return Mask(mask.reshape(tuple(shape)), per_sample=False)
 
 
-class FourierSampling(LinearOperator):
+class FourierSampling(_Masked):
     """y = m F x, the orthonormal Fourier transform of real x where m is true, as in magnetic resonance imaging: real
     pairs (B, *event, 2), zero where m is; what a measurement says there is not read. Nor is the imaginary part of a
     frequency that is its own mirror image, which is zero for real x.
@@ -145,8 +191,7 @@ class FourierSampling(LinearOperator):
     """
 
     def __init__(self, mask: Tensor, *, per_sample: bool | None = None) -> None:
-        self.mask, self.per_sample = _boolean(mask, "mask", per_sample), per_sample
-        self.samples, self._rank = len(mask) if per_sample else None, mask.ndim - bool(per_sample)
+        super().__init__(mask, per_sample=per_sample)
         dims = self._dims
 
         def mirrored(k: Tensor) -> Tensor:
@@ -162,30 +207,18 @@ class FourierSampling(LinearOperator):
 
     @property
     def _dims(self) -> tuple[int, ...]:
-        return tuple(range(-self._rank, 0))
+        return tuple(range(-len(self._shape), 0))
 
-    def of(self, which: Tensor) -> FourierSampling:
-        return self if self.samples is None else FourierSampling(self.mask[which.to(self.mask.device)], per_sample=True)
+    def _check_fits(self, x: Tensor) -> None:
+        size = self._shape
+        if x.ndim <= len(size) or x.shape[-len(size) :] != size:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected trailing dimensions {tuple(size)}")
 
-    def check_batch(self, x: Tensor) -> None:
-        super().check_batch(x)
-        self._check(x)
-
-    def _check(self, x: Tensor) -> None:
-        size = tuple(self.mask.shape[self.samples is not None :])
-        if x.ndim <= len(size) or tuple(x.shape[-len(size) :]) != size:
-            raise ValueError(f"x has shape {tuple(x.shape)}: expected trailing dimensions {size}")
-        _check_clear(self.mask, self.per_sample, x)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if len(x) == 1:
-            self._check(x)
-        else:
-            self.check_batch(x)
+    def _measured(self, x: Tensor) -> Tensor:
         return self.observed(torch.view_as_real(torch.fft.fftn(x, dim=self._dims, norm="ortho")))
 
     def observed(self, y: Tensor) -> Tensor:
-        return torch.where(_spread(self._read, self.samples, y), y, torch.zeros((), dtype=y.dtype, device=y.device))
+        return torch.where(self._spread(self._read, y), y, torch.zeros((), dtype=y.dtype, device=y.device))
 
     def adjoint(self, y: Tensor) -> Tensor:
         known = torch.view_as_complex(self.observed(y).contiguous())
@@ -195,32 +228,4 @@ class FourierSampling(LinearOperator):
         if self.singular_value is not None:
             return super().ridge(y, rho)
         squared = torch.where(self.mask, self._squared, 1.0).to(y)[..., None]
-        return self.adjoint(y / (_spread(squared, self.samples, y) + over(rho, y)))
-
-    def __repr__(self) -> str:
-        return f"FourierSampling({int(self.mask.sum())} of {self.mask.numel()} known, shape={tuple(self.mask.shape)})"
-
-
-def _spread(mask: Tensor, samples: int | None, x: Tensor) -> Tensor:
-    """A mask on the device of x, one per sample shaped to go with it."""
-    mask = mask.to(x.device)
-    if samples is None:
-        return mask
-    return mask.reshape(samples, *[1] * (x.ndim - mask.ndim), *mask.shape[1:])
-
-
-def _check_clear(mask: Tensor, per_sample: bool | None, x: Tensor) -> None:
-    """Raises ValueError if the first dimension of a mask may be the event's first and the batch's, and nobody said."""
-    if per_sample is None and mask.ndim == x.ndim - 1 >= 2 and len(x) == x.shape[1] == len(mask) > 1:
-        raise ValueError(
-            f"a mask of shape {tuple(mask.shape)} for x of shape {tuple(x.shape)} may be one per sample or one for "
-            "all: say which, Mask(mask, per_sample=True) or False"
-        )
-
-
-def _boolean(mask: Tensor, name: str, per_sample: bool | None = None) -> Tensor:
-    if per_sample and isinstance(mask, Tensor) and mask.ndim < 2:
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}: one per sample has a batch dimension and the event's")
-    if not isinstance(mask, Tensor) or not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.any()):
-        raise ValueError(f"{name} is {described(mask)}: expected true or 1 where x is known, false or 0 elsewhere")
-    return own(mask.detach().bool())
+        return self.adjoint(y / (self._spread(squared, y) + over(rho, y)))
