@@ -6,9 +6,9 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, SupportsFloat
 
 __all__ = [
     "ArgumentError",
@@ -21,7 +21,6 @@ __all__ = [
     "check_ordered",
     "check_positive",
     "check_range",
-    "check_tolerances",
     "check_whole",
     "nearest",
     "one_of",
@@ -101,51 +100,33 @@ def check_option(options: Collection[Any], **values: Any) -> None:
 
 def check_count(**values: int) -> None:
     """Raises ArgumentError unless the named values are whole numbers >= 1, and such as a computer counts to."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ArgumentError(f"{name}={value!r}: expected a whole number >= 1")
-        if value >= 2**63:
-            raise ArgumentError(f"{name}={value!r}: expected a whole number below 2^63")
+    _check(Integral, lambda n: n >= 1, "a whole number >= 1", values)
+    _check(Integral, lambda n: n < 2**63, "a whole number below 2^63", values)
 
 
 def check_whole(**values: int) -> None:
     """Raises ArgumentError unless the named values are whole numbers >= 0."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-            raise ArgumentError(f"{name}={value!r}: expected a whole number >= 0")
+    _check(Integral, lambda n: n >= 0, "a whole number >= 0", values)
 
 
 def check_order(highest: int, **values: int) -> None:
     """Raises ArgumentError unless the named values are whole numbers from 1 to highest."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= highest:
-            raise ArgumentError(f"{name}={value!r}: expected a whole number from 1 to {highest}")
+    _check(Integral, lambda n: 1 <= n <= highest, f"a whole number from 1 to {highest}", values)
 
 
 def check_finite(**values: float) -> None:
     """Raises ArgumentError unless the named values are finite numbers."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise ArgumentError(f"{name}={value!r}: expected a finite number")
+    _check(Real, math.isfinite, "a finite number", values)
 
 
 def check_nonnegative(**values: float) -> None:
     """Raises ArgumentError unless the named values are finite numbers >= 0."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-            raise ArgumentError(f"{name}={value!r}: expected a finite number >= 0")
-
-
-def check_tolerances(**values: float) -> None:
-    """Raises ArgumentError unless the named values are finite and > 0."""
-    check_positive(**values)
+    _check(Real, lambda x: 0 <= x < math.inf, "a finite number >= 0", values)
 
 
 def check_positive(**values: float) -> None:
-    """Raises ArgumentError unless the named numbers are finite and > 0."""
-    for name, value in values.items():
-        if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not 0 < value < math.inf:
-            raise ArgumentError(f"{name}={value!r}: expected a finite number > 0")
+    """Raises ArgumentError unless the named numbers, tensors of one among them, are finite and > 0."""
+    _check(SupportsFloat, lambda x: 0 < x < math.inf, "a finite number > 0", values)
 
 
 def check_ordered(**values: float) -> None:
@@ -172,3 +153,9 @@ def check_keys(name: str, given: Iterable[str], known: Iterable[str]) -> None:
         near = [repr(found) for key in unknown if (found := nearest(key, known)) is not None]
         hint = f" (nearest: {', '.join(dict.fromkeys(near))})" if near else ""
         raise ValueError(f"{name} has no {', '.join(map(repr, unknown))}: it knows {', '.join(known)}{hint}")
+
+
+def _check(kind: type, holds: Callable[[Any], bool], expected: str, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+            raise ArgumentError(f"{name}={value!r}: expected {expected}")

@@ -1,4 +1,4 @@
-"""What a run is stopped by."""
+"""What a run is stopped by, and the words of its message."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NonFiniteError(ArithmeticError):
 
 def not_finite(x: Tensor) -> list[int]:
     """The samples of x, shape (B, ...), that are not finite: a look at the device."""
-    bad: list[int] = (~x.detach().isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
+    bad: list[int] = (~x.detach().isfinite().reshape(len(x), x.shape[1:].numel()).all(1)).nonzero().flatten().tolist()
     return bad
 
 

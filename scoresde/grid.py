@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
-from scoresde.checks import ArgumentError
+from scoresde.checks import ArgumentError, check_count
 from scoresde.pictures import html_table
 from scoresde.schedules import VPSDE
 from scoresde.sde import SDE
@@ -343,6 +342,5 @@ def _last(sde: SDE, end: float, last: float | None) -> float:
 
 
 def _check_steps(steps: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-        raise ArgumentError(f"steps={steps!r}: expected a whole number >= 1")
+    check_count(steps=steps)
     return int(steps)

@@ -5,12 +5,11 @@ the highest at 1. Level k fills the bin of width 2 / (L - 1) around its x.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from scoresde.checks import ArgumentError, check_count
+from scoresde.checks import ArgumentError, check_count, check_range
 
 __all__ = ["check_levels", "outer_edges", "rounding_std", "scaled", "signed", "to_levels"]
 
@@ -62,11 +61,7 @@ def check_levels(levels: int, data_range: tuple[float, float] = (-1.0, 1.0)) -> 
     check_count(levels=levels)
     if levels == 1:
         raise ArgumentError("levels=1: one level says nothing of an item; expected a whole number >= 2")
-    if not isinstance(data_range, Sequence) or len(data_range) != 2:
-        raise ValueError(f"data_range={data_range!r}: expected two numbers (lo, hi)")
-    lo, hi = data_range
-    if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
-        raise ValueError(f"the range is ({lo}, {hi}): expected finite numbers lo < hi")
+    check_range(data_range)
 
 
 _SIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}

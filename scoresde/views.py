@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scoresde.checks import ArgumentError, one_of
+from scoresde.checks import check_option
 from scoresde.sde import SDE
 from scoresde.tensors import Time, as_time, expand_like, known_any, widen
 
@@ -64,8 +64,7 @@ def view_of_mean(view: str, sde: SDE, t: Tensor) -> Affine:
     Raises:
         ValueError: if the view is unknown, or if sigma = 0 at a t on the host, where only x0 is defined.
     """
-    if view not in VIEWS:
-        raise ArgumentError(f"view={view!r}: {one_of(view, VIEWS)}")
+    check_option(VIEWS, view=view)
     m, k, l = VIEWS[view](sde, t)  # noqa: E741
     if known_any(m == 0):
         raise ValueError(f"{view} at t = {first_where(t, m == 0)} of {sde!r}: sigma is zero there and {view} undefined")

@@ -621,7 +621,7 @@ def test_floating_point_data_are_taken_as_they_are():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"x": torch.tensor([[1.0], [math.nan], [math.inf]])}, r"items \[1, 2\] are not finite"),
+        ({"x": torch.tensor([[1.0], [math.nan], [math.inf]])}, r"items 1, 2 are not finite"),
         ({"x": torch.tensor([[1, 2]])}, "say how many levels"),
         ({"x": torch.tensor([[1, 2]]), "levels": 2}, "levels from 1 to 2: expected 0 to 1"),
         ({"x": torch.tensor([[-1, 2]]), "levels": 4}, "levels from -1"),

@@ -41,7 +41,7 @@ def test_an_argument_is_told_by_its_flag(message, told):
     ("check", "value"),
     [
         (checks.check_count, 0), (checks.check_whole, -1), (checks.check_nonnegative, -1.0), (checks.check_positive, 0),
-        (checks.check_tolerances, 0), (checks.check_ordered, -1), (lambda **x: checks.check_order(3, **x), 4),
+        (checks.check_ordered, -1), (lambda **x: checks.check_order(3, **x), 4),
         (lambda **x: checks.check_option(("a", "b"), **x), "c"),
     ],
 )  # fmt: skip

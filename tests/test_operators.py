@@ -444,7 +444,7 @@ def test_a_measurement_is_checked() -> None:
         (lambda: random_mask((4,), 0.0, 0), "keep=0"),
         (lambda: Grey((0.0, 0.0)), "weights="),
         (lambda: Grey()(torch.zeros(2, 4, 5)), "3 weights"),
-        (lambda: Blur(0.0), "standard deviation > 0"),
+        (lambda: Blur(0.0), "std=0.0: expected a finite number > 0"),
         (lambda: Blur(torch.zeros(3)), "kernel is"),
         (lambda: Blur(1.0, boundary="mirror"), "boundary='mirror'"),  # type: ignore[arg-type]
         (lambda: Blur(1.0)(torch.zeros(2, 5)), "beside the batch"),

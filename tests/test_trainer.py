@@ -266,7 +266,7 @@ ONE, TO_NOISE = TrainConfig(steps=1), DDPMChain.cosine(8, max_beta=1.0)
     [
         (lambda: make(data=DATA.to(torch.uint8)), "uint8"),
         (lambda: make(data=DATA[:0]), "N >= 1"),
-        (lambda: make(data=torch.cat([DATA, DATA[:1] * float("nan")])), r"items \[50\] are not finite"),
+        (lambda: make(data=torch.cat([DATA, DATA[:1] * float("nan")])), r"items 50 are not finite"),
         (lambda: Trainer(EpsDenoiser(torch.sin, VPSDE()), DATA, TrainConfig(steps=1)), "nn.Module"),
         (lambda: Trainer(EpsDenoiser(Net(), VPSDE()), DATA, TrainConfig(steps=1), cond={"y": DATA[:3]}), "3 entries"),
         (lambda: TrainConfig(steps=0), "steps=0"),

@@ -185,6 +185,7 @@ def features_of(
         found = attribute("--features", name)[0]
         with theirs(f"--features {name}, given two items"):
             found(reference[:2])
+        return found
     else:
         near = nearest(name, (*WEIGHTS, "random", "pixels", "inception"))
         raise ValueError(f"--features {name!r}: expected {'' if near is None else f'{near!r}, or '}{FEATURES_HELP}")

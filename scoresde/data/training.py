@@ -19,6 +19,7 @@ from scoresde.data.pictures import Mode
 from scoresde.data.shown import Shown, drops, flips, mirrored
 from scoresde.data.sources import find_data
 from scoresde.data.tasks import condition_of
+from scoresde.errors import not_finite, some
 from scoresde.levels import outer_edges, scaled, signed
 from scoresde.tensors import told
 
@@ -310,9 +311,8 @@ def _check(x: Tensor, levels: int | None) -> None:
     if x.is_floating_point():
         if levels is not None:
             raise ArgumentError(f"levels={levels}: floating-point data have none")
-        if not bool(x.isfinite().all()):
-            bad = (~x.reshape(len(x), -1).isfinite().all(1)).nonzero().flatten().tolist()
-            raise ValueError(f"data items {bad[:8]} are not finite")
+        if bad := not_finite(x):
+            raise ValueError(f"data items {some(bad)} are not finite")
         return
     if levels is None:
         raise ArgumentError(f"x is whole, {int(x.min())} to {int(x.max())}: say how many levels there are, levels=")

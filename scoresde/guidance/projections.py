@@ -14,13 +14,12 @@ given x_t is N(D, r_t^2 I), as for data N(m, s^2 I).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scoresde.checks import ArgumentError
+from scoresde.checks import check_nonnegative, check_positive
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.guidance.operators import LinearOperator
 from scoresde.guidance.operators.checks import check_adjoint, check_finite, check_linear, match_measurement
@@ -76,8 +75,8 @@ class DDNM(Wrapper):
         super().__init__(denoiser)
         check_linear(operator, self)
         data_std = self.sde.data_scale if data_std is None else data_std
-        if not (0 <= noise_std < math.inf and 0 < data_std < math.inf):
-            raise ArgumentError(f"noise_std={noise_std}, data_std={data_std}: expected finite numbers, >= 0 and > 0")
+        check_nonnegative(noise_std=noise_std)
+        check_positive(data_std=data_std)
         self.operator, self.y, self.noise_std, self.data_std = operator, y, float(noise_std), float(data_std)
         self._checked = False
 

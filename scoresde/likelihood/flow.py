@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.checks import ArgumentError, check_count, check_option, check_tolerances
+from scoresde.checks import ArgumentError, check_count, check_option, check_positive
 from scoresde.continuity import in_steps
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import narrowed, not_finite
@@ -199,7 +199,7 @@ def log_prob(
             )
     else:
         check_option(TORCHDIFFEQ, method=options["method"])
-        check_tolerances(**{name: options[name] for name in ("rtol", "atol", "first_step")})
+        check_positive(**{name: options[name] for name in ("rtol", "atol", "first_step")})
         check_count(max_nfe=options["max_nfe"])
         if solver is not None:
             raise ValueError("solver= is for a table: give steps= or grid= too; an adaptive solve takes method=")

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.checks import ArgumentError, check_count, check_option, check_tolerances
+from scoresde.checks import ArgumentError, check_count, check_option, check_positive
 from scoresde.continuity import in_steps
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
@@ -110,7 +110,7 @@ class AdaptiveODE(Budgeted):
                 f"method={self.method!r}: expected one of torchdiffeq's {', '.join(TORCHDIFFEQ)} or scipy's "
                 f"{', '.join(_SCIPY)}"
             )
-        check_tolerances(rtol=self.rtol, atol=self.atol, first_step=self.first_step)
+        check_positive(rtol=self.rtol, atol=self.atol, first_step=self.first_step)
         check_count(max_nfe=self.max_nfe)
 
     def loop(

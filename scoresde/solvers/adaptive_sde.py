@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from scoresde.brownian import BridgeNoise, FreshNoise, where_sample
-from scoresde.checks import check_count, check_tolerances
+from scoresde.checks import check_count, check_positive
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
@@ -91,7 +91,7 @@ class _Adaptive(Budgeted):
         """(x_low, x_high) at clock + h, each of shape (B,); dw is the Brownian increment, if the solver draws."""
 
     def __post_init__(self) -> None:
-        check_tolerances(rtol=self.rtol, atol=self.atol, h_init=self.h_init)
+        check_positive(rtol=self.rtol, atol=self.atol, h_init=self.h_init)
         if not 0 < self.safety < 1:
             raise ValueError(f"safety={self.safety}: expected a number between 0 and 1")
         if not self.growth > 1:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scoresde.brownian import BrownianPath
-from scoresde.checks import check_count, check_option, check_tolerances
+from scoresde.checks import check_count, check_option, check_positive
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
@@ -78,7 +78,7 @@ class ReverseSDE(Budgeted):
 
     def __post_init__(self) -> None:
         check_option(_EVALUATIONS, method=self.method)
-        check_tolerances(rtol=self.rtol, atol=self.atol, first_step=self.first_step)
+        check_positive(rtol=self.rtol, atol=self.atol, first_step=self.first_step)
         check_count(max_nfe=self.max_nfe)
 
     @property

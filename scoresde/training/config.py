@@ -84,13 +84,11 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "keep", "accumulate"):
-            check_count(**{name: getattr(self, name)})
-        for name in ("evaluate_every", "threads"):
-            if getattr(self, name) is not None:
-                check_count(**{name: getattr(self, name)})
+        counts = ("steps", "batch_size", "checkpoint_every", "log_every", "keep", "accumulate")
+        own = {name: getattr(self, name) for name in (*counts, "evaluate_every", "threads")}
+        check_count(**{name: n for name, n in own.items() if n is not None or name in counts})
         check_whole(warmup=self.warmup, seed=self.seed, workers=self.workers)
-        check_nonnegative(lr=self.lr, weight_decay=self.weight_decay)
+        check_nonnegative(weight_decay=self.weight_decay)
         check_positive(lr=self.lr)
         if not self.grad_clip > 0:
             raise ArgumentError(f"grad_clip={self.grad_clip!r}: expected a number > 0, inf for no limit")

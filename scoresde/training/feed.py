@@ -15,6 +15,7 @@ from scoresde.data.arrays import digest
 from scoresde.data.loader import loader
 from scoresde.data.order import Order
 from scoresde.entries import check_cond, entries_of, named
+from scoresde.errors import not_finite, some
 from scoresde.tensors import check_batch
 from scoresde.training import parallel
 
@@ -53,9 +54,8 @@ class InMemory:
         check_batch(data, "data")
         if len(data) == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}: expected (N, ...), N >= 1")
-        if not bool(data.isfinite().all()):
-            bad = (~data.reshape(len(data), -1).isfinite().all(1)).nonzero().flatten().tolist()
-            raise ValueError(f"data items {bad[:8]} are not finite")
+        if bad := not_finite(data):
+            raise ValueError(f"data items {some(bad)} are not finite")
         check_cond(cond, len(data), exactly=True)
         entries_of(cond, slice(1), len(data))  # says what cannot be taken apart
         self.data, self.cond = data, dict(cond)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.checks import ArgumentError, check_count
+from scoresde.checks import check_count, check_whole
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.entries import entries_of
 from scoresde.errors import NonFiniteError, not_finite, some
@@ -95,8 +95,7 @@ def estimate(
     check_count(world=world)
     if not 0 <= rank < world or rank >= samples:
         raise ValueError(f"shard={shard!r} of {samples} samples: expected (rank, world), rank < world <= samples")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ArgumentError(f"seed={seed!r}: expected one whole number >= 0")
+    check_whole(seed=seed)
     t = _times(denoiser.sde, times)
     check_nodes(denoiser.sde, t)
     denoiser.check_times(t)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count, check_option, check_positive
 from scoresde.guidance.operators.base import LinearOperator, described, over, own
 
 __all__ = ["Blur", "Downsample", "Grey"]
@@ -179,11 +179,8 @@ class Downsample(LinearOperator):
     """
 
     def __init__(self, factor: int, method: Literal["area", "bicubic"] = "area", *, dims: int = 2) -> None:
-        for name, value in (("factor", factor), ("dims", dims)):
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
-        if method not in ("area", "bicubic"):
-            raise ValueError(f"method={method!r}: expected 'area' or 'bicubic'")
+        check_count(factor=factor, dims=dims)
+        check_option(("area", "bicubic"), method=method)
         self.factor, self.method, self.dims = int(factor), method, int(dims)
         if method == "area":
             self.singular_value = self.factor ** (-self.dims / 2)
@@ -236,10 +233,8 @@ class Downsample(LinearOperator):
 
 
 def _gaussian(std: float, dims: int) -> Tensor:
-    if not 0 < std < math.inf or isinstance(dims, bool) or not isinstance(dims, Integral) or dims < 1:
-        raise ValueError(
-            f"Blur({std}, dims={dims}): expected a standard deviation > 0, in a whole number of dimensions"
-        )
+    check_positive(std=std)
+    check_count(dims=dims)
     r = math.ceil(4 * std)
     line = (-((torch.arange(-r, r + 1, dtype=torch.float64, device="cpu") / std) ** 2) / 2).exp()
     kernel = torch.ones((), dtype=torch.float64, device="cpu")

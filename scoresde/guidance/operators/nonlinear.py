@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_count
 from scoresde.guidance.operators.base import Operator
 
 __all__ = ["PhaseMagnitude", "Quantise"]
@@ -64,9 +64,7 @@ class PhaseMagnitude(Operator):
     """
 
     def __init__(self, dims: int = 2, *, oversample: int = 2) -> None:
-        for name, value in (("dims", dims), ("oversample", oversample)):
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
+        check_count(dims=dims, oversample=oversample)
         self.dims, self.oversample = dims, oversample
 
     def __call__(self, x: Tensor) -> Tensor:
