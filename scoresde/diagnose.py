@@ -187,9 +187,8 @@ def _told(name: str, gain: Tensor, change: Tensor) -> tuple[float, str]:
     z = float((c * mean / noise**2).sum() / (c / noise).norm()) if len(c) else 0.0
     if not (z > _CLEAR and bool((mean > -_CLEAR * noise).all())):
         return 0.0, ""
-    return float(
-        mean.sum()
-    ), f"better with {name}: its error is lower, by {z:.0f} standard errors; is that what it was trained with?"
+    lower = f"its error is lower, by {z:.0f} standard errors; is that what it was trained with?"
+    return float(mean.sum()), f"better with {name}: {lower}"
 
 
 def _alternatives(denoiser: NetworkDenoiser) -> Iterator[tuple[str, NetworkDenoiser]]:

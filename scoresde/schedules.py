@@ -25,7 +25,7 @@ from scoresde.tensors import Time, as_time
 __all__ = ["EDMSDE", "VESDE", "VPSDE", "CosineVPSDE", "FlowSDE", "SubVPSDE"]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class _LinearBeta(VariancePreserving):
     """beta(t) = beta_min + (beta_max - beta_min) t on [0, 1]."""
 
@@ -53,7 +53,7 @@ class _LinearBeta(VariancePreserving):
         return 2 * integrated_beta / (self.beta_min + (self.beta_min**2 + 2 * slope * integrated_beta).sqrt())
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class VPSDE(_LinearBeta):
     """Variance-preserving SDE with linear beta (Song et al., 2021, eq. 11): the limit of DDPM.
 
@@ -69,7 +69,7 @@ class VPSDE(_LinearBeta):
     """
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class SubVPSDE(_LinearBeta):
     """Sub-VP SDE (Song et al., 2021, eq. 12): sigma = 1 - e^{-B}, below that of VP at every time.
 
@@ -99,7 +99,7 @@ class SubVPSDE(_LinearBeta):
         return alpha_dot, -2 * alpha * alpha_dot  # finite at t = 0
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class CosineVPSDE(VariancePreserving):
     """VP SDE with alpha(t) = cos(th_t) / cos(th_0), th_t = (pi / 2) (t + s) / (1 + s) (Nichol and Dhariwal, 2021).
 
@@ -194,7 +194,7 @@ class _VarianceExploding(SDE):
         return torch.zeros_like(as_time(t))
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class VESDE(_VarianceExploding):
     """Variance-exploding SDE (Song et al., 2021, eq. 9): alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
 
@@ -246,7 +246,7 @@ class VESDE(_VarianceExploding):
         return torch.zeros_like(t), self.sigma_min * self._log_ratio * (self._log_ratio * t).exp()
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class EDMSDE(_VarianceExploding):
     """alpha = 1, sigma = t: time is the noise level (Karras et al., 2022, section 4).
 
@@ -286,7 +286,7 @@ class EDMSDE(_VarianceExploding):
         return torch.zeros_like(t), torch.ones_like(t)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class FlowSDE(SDE):
     """alpha = 1 - t, sigma = t: the straight path of rectified flow and flow matching (Liu et al., 2023; Lipman et al.,
     2023), with noise at t = 1. There alpha is zero, f and g are infinite and eps and score networks are undefined;

@@ -109,8 +109,8 @@ class SDE(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # Before @dataclass, which leaves what is there and would compare arrays as if they were numbers.
-        for name in ("__eq__", "__hash__"):
+        # Before @dataclass, which leaves what is there, would compare arrays as numbers, and knows no `for_data`.
+        for name in ("__eq__", "__hash__", "__repr__"):
             if name not in vars(cls):
                 setattr(cls, name, getattr(cls, name))
 

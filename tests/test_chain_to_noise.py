@@ -71,7 +71,7 @@ def test_the_samples_tend_to_the_data_from_pure_noise(solver):
 def test_networks_sample_that_law(view):
     """The standard error of the mean of 20,000 is STD / 141, that of the standard deviation STD / 200: five of them."""
     m, v = textbook_law(CHAIN.betas, 1.0)
-    x = sample(model(view), (10_000, 2), DDPM(), steps=40, seed=0).x.double().flatten()
+    x = sample(model(view), (10_000, 2), DDPM(), steps=40, generator=generator(0)).x.double().flatten()
     assert abs(float(x.mean()) - m) < 5 * math.sqrt(v / 20_000)
     assert abs(float(x.std()) - math.sqrt(v)) < 5 * math.sqrt(v / 40_000)
 

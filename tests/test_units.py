@@ -119,8 +119,8 @@ def test_an_sde_of_ones_own_has_the_right_likelihood_bound_and_code(sde: SDE) ->
     told = sde.for_data(0.5)
     denoiser, exact = target.denoiser(told), target.log_prob(x)
     # What is left of the mean at t_max is not in the prior: a shift of alpha m / sigma in x_T, 2 % at most.
-    adaptive = log_prob(denoiser, x, divergence="exact", rtol=1e-8, atol=1e-8)
-    table = log_prob(denoiser, x, divergence="exact", steps=200)
+    adaptive = log_prob(denoiser, x, divergence="exact", rtol=1e-5, atol=1e-5)
+    table = log_prob(denoiser, x, divergence="exact", steps=100)
     assert float((adaptive.value - exact).abs().max()) < 0.05
     assert float((table.value - exact).abs().max()) < 0.05
     bound = elbo(denoiser, x, seed=0)
@@ -135,12 +135,12 @@ def test_an_sde_of_ones_own_has_the_right_likelihood_bound_and_code(sde: SDE) ->
 def test_a_run_that_starts_below_t_max_has_the_width_of_the_data(sde: SDE, start: float) -> None:
     """Unit Gaussian data: the exact width of x_t at every start, so that the std of what comes out is 1."""
     denoiser = Gaussian(mean=[0.0], std=1.0).denoiser(sde)
-    grid = Grid.uniform(sde, 400, start=start)
+    grid = Grid.uniform(sde, 60, start=start)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        drawn = sample(denoiser, (2000, 1), DDIM(), grid=grid, seed=0).x
+        drawn = sample(denoiser, (2000, 1), UniPC(2), grid=grid, generator=torch.Generator().manual_seed(0)).x
     x_T = torch.full((1, 1), sde.prior_std_at(start), dtype=torch.float64)
-    assert float(sample(denoiser, x_T, DDIM(), grid=grid).x) == pytest.approx(1.0, rel=0.01)
+    assert float(sample(denoiser, x_T, UniPC(2), grid=grid).x) == pytest.approx(1.0, rel=0.01)
     assert float(drawn.std()) == pytest.approx(1.0, rel=0.01 + 5.5 / math.sqrt(2 * 2000))  # p < 4e-8
     guess = float(sde.alpha(start) / sde.sigma(start)) > 0.1
     assert [str(w.message).startswith("x_T is a guess") for w in told] == [True] * guess
@@ -176,7 +176,7 @@ def test_samples_are_in_the_unit_of_the_data(kind: str, name: str) -> None:
     """Every solver on its own grid, or by its own steps, from its own prior: times s, to rounding."""
     solver = SOLVERS[name].solver
     if isinstance(solver, AdaptiveSDE):
-        solver = replace(solver, memory=False)  # with memory rounding grows along its bridges
+        solver = replace(solver, memory=False, rtol=0.1)  # with memory rounding grows along its bridges
     found = {}
     for s in (1.0, *UNITS):
         sde = in_unit(kind, s)

@@ -162,8 +162,8 @@ def read_data(
 
             Or a file .npy; a file .npz or .safetensors with one array, or with one named "images"; or a folder of
             images, with all that is in its folders (`ImageFolder`). Files are taken as they are: integers are raw
-            levels, (N, C, H, W) say, and floating-point data are data, and finite. (Integers of
-            16 and 32 bits without a sign get one, and twice the bits: torch hardly computes with them.)
+            levels, (N, C, H, W) say, and floating-point data are data, and finite. (Integers of 16 and 32 bits
+            without a sign get one, and twice the bits: torch hardly computes with them.)
         labels: from files too: the array "labels", or the names of a folder's folders.
         size, mode, background, skip: of a folder's images; see `ImageFolder`.
         download: a data set that is not at its FOLDER, into it.

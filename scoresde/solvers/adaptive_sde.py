@@ -275,9 +275,8 @@ class DPMSolverAdaptive(_Adaptive):
 
     Errors are those of x / r, r = sqrt(alpha^2 c^2 + sigma^2) with the SDE's `data_scale` c, which is x on VP, where
     the paper has it; in x itself a long step on VE or EDM might be wrong by a share of the noise that it starts from.
-    Deterministic. `order` evaluations an
-    attempt, and one more for x_0 = D at the end of a grid to t = 0. Its times are its own: a grid says where to start,
-    where to end and at which times between to report.
+    Deterministic. `order` evaluations an attempt, and one more for x_0 = D at the end of a grid to t = 0. Its times are
+    its own: a grid says where to start, where to end and at which times between to report.
 
     Args:
         order: 2 (r_1 = 1/2) or 3 (r_1 = 1/3, r_2 = 2/3), of the solution that is kept.
