@@ -36,7 +36,7 @@ from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
 from scoresde.solvers.runge_kutta import RungeKutta
 from scoresde.tableau import Tableau, responses
-from scoresde.tensors import Time, as_time, told
+from scoresde.tensors import Time, as_time, shown
 
 __all__ = [
     "Law",
@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 
+@shown
 class Law(NamedTuple):
     """A Gaussian with independent directions: those of the target's eigenbasis.
 
@@ -61,9 +62,6 @@ class Law(NamedTuple):
 
     mean: Tensor
     variances: Tensor
-
-    def __repr__(self) -> str:
-        return told(self)
 
 
 Numbers = Tensor | Sequence[float] | float

@@ -17,13 +17,13 @@ first two are equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser, NetworkDenoiser
+from scoresde.denoiser import Denoiser, NetworkDenoiser, contents
 
 __all__ = ["Steps", "in_steps"]
 
@@ -56,7 +56,7 @@ def in_steps(
     """
     noisy = [time for time in times if time > 0]
     low, high = min(noisy), max(noisy)
-    for part in _parts(denoiser):
+    for part in (denoiser, *contents(denoiser)):
         if isinstance(part, NetworkDenoiser) and _label_in_steps(part, low, high):
             return Steps(f"the time label of {part!r} is in steps, as of a table", 0)
     if low * _FAR * (1 + _NEAR) > high or budget < _LEAST:
@@ -77,15 +77,6 @@ def in_steps(
         found = same(0, t_1 * (1 + _NEAR)) and not same(0, t_2) and same(2, t_2 * (1 + _NEAR))
     where = f"the same at t = {t_1:.6g} and {t_1 * (1 + _NEAR):.6g}, another at {t_2:.6g}"
     return Steps(f"the output of {denoiser!r} is in steps, {where}" if found else "", len(outputs))
-
-
-def _parts(denoiser: Denoiser) -> Iterator[Denoiser]:
-    """The denoiser and those that it wraps."""
-    yield denoiser
-    for attribute in vars(denoiser).values():
-        for value in attribute if isinstance(attribute, list | tuple) else [attribute]:
-            if isinstance(value, Denoiser):
-                yield from _parts(value)
 
 
 def _label_in_steps(denoiser: NetworkDenoiser, low: float, high: float) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -164,10 +165,9 @@ class NetworkDenoiser(Denoiser):
             it, to the label, of that shape or with further dimensions. The default is t itself. A wrong label gives dim
             or noisy samples and no error, so state it (and see `scoresde.diagnose`):
             `lambda t: 999 * t` (score_sde's VP), `chain.label` (t - 1: a chain's nodes, counted from 0),
-            `lambda t: t.round().long() - 1` (the same where the network looks it up in a table, which takes whole
-            numbers alone, and keeps adaptive solvers from their work: `scoresde.continuity`), `sde.half_log_snr`,
-            `lambda t: sde.sigma(t).log() / 4`, ... A floating-point label reaches the network in float32 (float64 if
-            the network is), never rounded to half precision.
+            `lambda t: t.round().long() - 1` (the same for a table, which takes whole numbers alone, and keeps adaptive
+            solvers from their work: `scoresde.continuity`), `sde.half_log_snr`, `lambda t: sde.sigma(t).log() / 4`, ...
+            A floating-point label reaches the network in float32 (float64 if the network is), never in half precision.
     """
 
     predicts: ClassVar[str]
@@ -375,10 +375,8 @@ class EDMDenoiser(NetworkDenoiser):
 def check_denoiser(denoiser: object, of: str = "") -> None:
     """Raises TypeError unless it is a denoiser, `of` something."""
     if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"{of}{': ' * bool(of)}expected a Denoiser, not {type(denoiser).__name__}: wrap the network, "
-            "EpsDenoiser(net, sde, time=...)"
-        )
+        what = f"{of}{': ' * bool(of)}expected a Denoiser, not {type(denoiser).__name__}"
+        raise TypeError(f"{what}: wrap the network, EpsDenoiser(net, sde, time=...)")
 
 
 def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) -> None:
@@ -392,24 +390,26 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
     check_denoiser(denoiser)
     if x.numel() == 0:
         raise ValueError(f"the batch has shape {tuple(x.shape)}: it is empty")
-    try:
-        bad = not_finite(x)
-    except RuntimeError:  # nothing can be looked at, under vmap say
-        bad = []
-    if bad:
-        raise ValueError(f"what is given is not finite in samples {some(bad)}: no evaluation is made")
+    with suppress(RuntimeError):  # nothing can be looked at, under vmap say
+        if bad := not_finite(x):
+            raise ValueError(f"what is given is not finite in samples {some(bad)}: no evaluation is made")
     check_cond(cond, len(x))
     _warn_of_training_mode(denoiser)
 
 
-def networks(denoiser: Denoiser) -> Iterator[torch.nn.Module]:
-    """The modules that a denoiser holds, itself or in the denoisers that it wraps."""
+def contents(denoiser: Denoiser) -> Iterator[Denoiser | torch.nn.Module]:
+    """The modules and denoisers that a denoiser holds, itself or in the denoisers that it wraps."""
     for attribute in vars(denoiser).values():
         for value in attribute if isinstance(attribute, list | tuple) else [attribute]:
-            if isinstance(value, torch.nn.Module):
+            if isinstance(value, Denoiser | torch.nn.Module):
                 yield value
-            elif isinstance(value, Denoiser):
-                yield from networks(value)
+            if isinstance(value, Denoiser):
+                yield from contents(value)
+
+
+def networks(denoiser: Denoiser) -> Iterator[torch.nn.Module]:
+    """Of these the modules."""
+    return (value for value in contents(denoiser) if isinstance(value, torch.nn.Module))
 
 
 def _warn_of_training_mode(denoiser: Denoiser) -> None:

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree  # private by its name alone: torch's own interfaces are made of it
 
-__all__ = ["check_cond", "counted", "entries_of", "joined", "leaves", "like", "mapped", "named", "repeated"]
+__all__ = [
+    "check_cond",
+    "check_entries",
+    "counted",
+    "entries_of",
+    "joined",
+    "leaves",
+    "like",
+    "mapped",
+    "named",
+    "repeated",
+]
 
 
 def mapped(function: Callable[..., Any], value: Any, *others: Any) -> Any:
@@ -53,13 +64,20 @@ def counted(leaf: Any) -> int | None:
     return len(leaf) if _strings(leaf) else None
 
 
-def check_cond(cond: Mapping[str, Any] | None, n: int, name: str = "cond", exactly: bool = False) -> None:
+def check_entries(name: str, leaf: Any, n: int, exactly: bool = False) -> None:
+    """Raises ValueError if a tensor, or a list of strings, has neither n entries nor, unless exactly, one for all."""
+    count = counted(leaf)
+    if count not in (None, n) and (exactly or count != 1):
+        expected = f"expected {n}" if exactly else "expected 1 or as many"
+        raise ValueError(f"{name} has {count} entries for {n} samples: {expected}")
+
+
+def check_cond(cond: Mapping[str, Any] | None, n: int, exactly: bool = False) -> None:
     """What can be known before the first call.
 
     Args:
         cond: by keyword.
         n: samples.
-        name: what it is to a reader of the error.
         exactly: one entry for all does not do.
 
     Raises:
@@ -67,12 +85,9 @@ def check_cond(cond: Mapping[str, Any] | None, n: int, name: str = "cond", exact
         ValueError: if a tensor, or a list of strings, has neither one entry nor one per sample.
     """
     if cond is not None and not isinstance(cond, Mapping):
-        raise TypeError(f"{name} is {type(cond).__name__}: expected a mapping, {{'label': labels}} say")
+        raise TypeError(f"cond is {type(cond).__name__}: expected a mapping, {{'label': labels}} say")
     for path, leaf in pytree.tree_leaves_with_path(dict(cond or {}), is_leaf=_whole):
-        count = counted(leaf)
-        if count not in (None, n) and (exactly or count != 1):
-            expected = f"expected {n}" if exactly else "expected 1 or as many"
-            raise ValueError(f"{name}{pytree.keystr(path)} has {count} entries for {n} samples: {expected}")
+        check_entries(f"cond{pytree.keystr(path)}", leaf, n, exactly)
 
 
 def entries_of(cond: Mapping[str, Any] | None, which: Tensor | Sequence[int] | slice, n: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from scoresde.checks import nearest
 from scoresde.files import sealed, unsealed, write_whole
 
-__all__ = ["Cells", "attribute", "table", "theirs", "without_nan", "write_json"]
+__all__ = ["Cells", "attribute", "log_ticks", "table", "theirs", "without_nan", "write_json"]
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> list[str]:

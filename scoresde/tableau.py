@@ -23,7 +23,7 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
 from scoresde.pictures import html_table
-from scoresde.tensors import told
+from scoresde.tensors import shown
 from scoresde.views import view_of_mean
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = ["State", "Tableau", "responses"]
 Column = Tensor | float
 
 
+@shown
 class State(NamedTuple):
     """Where the loop stands after a row.
 
@@ -52,9 +53,6 @@ class State(NamedTuple):
     done: bool
     t: float
     x: Tensor
-
-    def __repr__(self) -> str:
-        return told(self)
 
 
 class _Row(NamedTuple):

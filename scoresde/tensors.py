@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,13 +16,17 @@ __all__ = [
     "check_device",
     "dot",
     "drawn_from",
+    "dtype_of_label",
     "expand_like",
     "known_any",
     "precise",
     "same",
+    "shown",
     "told",
     "widen",
 ]
+
+T = TypeVar("T")
 
 Time = Tensor | float
 """One time for the batch, shape (), or one for each item, shape (B,)."""
@@ -88,6 +92,12 @@ def told(self: Any) -> str:
     values = {name: getattr(self, name) for name in names}
     given = (f"{name}={brief(value)}" for name, value in values.items() if value is not None)
     return f"{type(self).__name__}({', '.join(given)})"
+
+
+def shown(kind: type[T]) -> type[T]:
+    """A named tuple with `told` for its `__repr__`, which the class itself may not name."""
+    kind.__repr__ = told  # type: ignore[method-assign]
+    return kind
 
 
 def check_batch(x: Tensor, name: str) -> None:

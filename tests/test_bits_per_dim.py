@@ -310,7 +310,7 @@ class Forbidden(Denoiser):
         (torch.tensor(3), {}, ValueError, r"shape \(\)"),
         (ALL, {"levels": 0}, ValueError, "levels=0"),
         (ALL, {"data_range": (1.0, -1.0)}, ValueError, "lo < hi"),
-        (ALL, {"data_range": (0.0, 1.0, 2.0)}, ValueError, "two numbers"),
+        (ALL, {"data_range": (0.0, 1.0, 2.0)}, ValueError, "two finite numbers"),
         (ALL, {"dequantize": "flow"}, ValueError, "dequantize='flow'"),
         (ALL, {"repeats": 0}, ValueError, "repeats=0"),
         (ALL, {"batch_size": 0}, ValueError, "batch_size=0"),

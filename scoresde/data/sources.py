@@ -17,11 +17,12 @@ from scoresde.data.idx import Split, fashion_mnist_levels, mnist_levels
 from scoresde.data.pictures import Mode
 from scoresde.data.toys import TOYS
 from scoresde.levels import outer_edges, scaled
-from scoresde.tensors import told
+from scoresde.tensors import shown
 
 __all__ = ["BUILT_IN", "Data", "digit_levels", "digits", "find_data", "read_data"]
 
 
+@shown
 class Data(NamedTuple):
     """What `read_data` returns.
 
@@ -40,9 +41,6 @@ class Data(NamedTuple):
     data_range: tuple[float, float] | None = None
     labels: Tensor | None = None
     classes: list[str] | None = None
-
-    def __repr__(self) -> str:
-        return told(self)
 
 
 def digits() -> tuple[Tensor, Tensor]:

@@ -21,11 +21,12 @@ from scoresde.data.sources import find_data
 from scoresde.data.tasks import condition_of
 from scoresde.errors import not_finite, some
 from scoresde.levels import outer_edges, scaled, signed
-from scoresde.tensors import told
+from scoresde.tensors import shown, told
 
 __all__ = ["Batch", "TrainingData", "training_data"]
 
 
+@shown
 class Batch(NamedTuple):
     """Some items.
 
@@ -36,9 +37,6 @@ class Batch(NamedTuple):
 
     x: Tensor
     cond: dict[str, Tensor]
-
-    def __repr__(self) -> str:
-        return told(self)
 
     @property
     def labels(self) -> Tensor | None:

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser, Posterior
+from scoresde.entries import check_entries
 from scoresde.sde import SDE
 from scoresde.tensors import Time, expand_like, known_any, precise
 from scoresde.views import Affine, combine
 from scoresde.wrappers import Wrapper
 
-__all__ = ["Guidance", "Scale", "check_entries", "check_scale", "known_all", "ratio", "scale_at", "scaled", "shifted"]
+__all__ = ["Guidance", "Scale", "check_scale", "known_all", "ratio", "scale_at", "scaled", "shifted"]
 
 
 def shifted(mean: Tensor, gradient: Tensor, sde: SDE, t: Time) -> Tensor:
@@ -81,12 +82,6 @@ def scale_at(name: str, scale: Scale, t: Time, batch: int | None = None) -> Tens
     if batch is not None:
         check_entries(name, value, batch)
     return value
-
-
-def check_entries(name: str, value: Tensor, batch: int) -> None:
-    """Raises ValueError unless a tensor has one entry, or one per sample."""
-    if value.ndim and len(value) not in (1, batch):
-        raise ValueError(f"{name} has {len(value)} entries for {batch} samples: expected 1 or as many")
 
 
 def known_all(condition: Tensor) -> bool:

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scoresde.denoiser import Denoiser
-from scoresde.guidance.base import Guidance, Scale, check_entries
+from scoresde.entries import check_entries
+from scoresde.guidance.base import Guidance, Scale
 from scoresde.guidance.gradients import guided_by, usable
 from scoresde.sde import SDE
 from scoresde.tensors import Time, dtype_of_label, known_any, precise, widen

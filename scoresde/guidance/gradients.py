@@ -19,7 +19,7 @@ from scoresde.denoiser import Denoiser
 from scoresde.entries import mapped
 from scoresde.guidance.base import scaled
 from scoresde.guidance.operators import LinearOperator
-from scoresde.tensors import Time, told
+from scoresde.tensors import Time, shown
 from scoresde.views import combine
 
 __all__ = [
@@ -130,6 +130,7 @@ def gradient(log_density: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor
     return values, transposed(torch.ones_like(values))
 
 
+@shown
 class Mean(NamedTuple):
     """The denoiser at x.
 
@@ -144,9 +145,6 @@ class Mean(NamedTuple):
     transposed: Product
     output: Tensor
     var: Tensor | None = None
-
-    def __repr__(self) -> str:
-        return told(self)
 
 
 def differentiated(denoiser: Denoiser, x: Tensor, t: Time, cond: Mapping[str, Any], variance: bool = False) -> Mean:

@@ -46,12 +46,13 @@ from scoresde.solvers.base import Around, SingleStep, check_decreasing
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State
-from scoresde.tensors import Time, expand_like, known_any, told
+from scoresde.tensors import Time, expand_like, known_any, shown, told
 from scoresde.views import combine
 
 __all__ = ["Particles", "Potential", "Twist", "Twisted", "TwistedSMC", "systematic", "twisted_smc"]
 
 
+@shown
 class Twist(NamedTuple):
     """What a twist says of x_t.
 
@@ -66,9 +67,6 @@ class Twist(NamedTuple):
     mean: Tensor
     log_prob: Tensor
     gradient: Tensor
-
-    def __repr__(self) -> str:
-        return told(self)
 
 
 class Twisted(Guidance):

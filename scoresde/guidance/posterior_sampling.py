@@ -31,7 +31,8 @@ from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_count, check_option, check_positive
 from scoresde.denoiser import Denoiser
-from scoresde.guidance.base import Scale, check_entries, known_all, ratio, scaled, shifted
+from scoresde.entries import check_entries
+from scoresde.guidance.base import Scale, known_all, ratio, scaled, shifted
 from scoresde.guidance.gradients import (
     Forward,
     Mean,

@@ -38,11 +38,12 @@ from scoresde.run import check_solver
 from scoresde.solvers.base import Solver
 from scoresde.solvers.rows import forgotten
 from scoresde.tableau import Tableau
-from scoresde.tensors import told
+from scoresde.tensors import shown
 
 __all__ = ["Chain"]
 
 
+@shown
 class Chain(NamedTuple):
     """The bound of a one-step table.
 
@@ -62,9 +63,6 @@ class Chain(NamedTuple):
     draws: int
     draw: Draws
     variance: str
-
-    def __repr__(self) -> str:
-        return told(self)
 
     @classmethod
     def of(

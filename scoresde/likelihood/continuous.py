@@ -24,11 +24,12 @@ from scoresde.grid import Grid
 from scoresde.likelihood.decoder import Decoder, Draws, Terms, Tick, check_finite, relative_noise, square_norm
 from scoresde.sde import SDE
 from scoresde.solvers.motion import legs
-from scoresde.tensors import expand_like, told
+from scoresde.tensors import expand_like, shown
 
 __all__ = ["Continuous"]
 
 
+@shown
 class Continuous(NamedTuple):
     """The bound in continuous time.
 
@@ -49,9 +50,6 @@ class Continuous(NamedTuple):
     width: float
     draw: Draws
     decodings: int
-
-    def __repr__(self) -> str:
-        return told(self)
 
     @classmethod
     def of(cls, sde: SDE, strata: int, draw: Draws) -> Continuous:

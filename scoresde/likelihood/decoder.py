@@ -19,7 +19,7 @@ from scoresde.errors import NonFiniteError, some
 from scoresde.noise import SeededNoise, derive_seed, seeds_of
 from scoresde.sde import SDE
 from scoresde.solvers.rows import forgotten
-from scoresde.tensors import told
+from scoresde.tensors import shown, told
 
 __all__ = [
     "Decoder",
@@ -40,6 +40,7 @@ Tick = Callable[[], object]
 _NOISE, _TIMES = 3, 4  # streams of a seed; `sample` has 0 to 2, and x may have been drawn with the same seed
 
 
+@shown
 class Terms(NamedTuple):
     """The two random parts, the variance of their sum, and the variance of that, float64, each of shape (B,)."""
 
@@ -47,9 +48,6 @@ class Terms(NamedTuple):
     reconstruction: Tensor
     variance: Tensor
     doubt: Tensor
-
-    def __repr__(self) -> str:
-        return told(self)
 
 
 @dataclass(frozen=True)

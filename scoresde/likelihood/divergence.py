@@ -35,7 +35,7 @@ from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_count, check_option
 from scoresde.noise import Noise, as_source
-from scoresde.tensors import told
+from scoresde.tensors import shown
 
 __all__ = ["Divergence", "Products"]
 
@@ -44,6 +44,7 @@ Function = Callable[[Tensor], Tensor]
 _MOST = 2**24  # elements of the basis vectors that an exact trace passes at a time
 
 
+@shown
 class Products(NamedTuple):
     """What one evaluation gives: the value N, shape (B, ...); `base` + mean_k <v_k, u_k>, the estimates of the trace,
     with base of shape (B,) and v, u of shape (K, B, n), K = 0 where the trace is exact; and the calls that it took.
@@ -54,9 +55,6 @@ class Products(NamedTuple):
     v: Tensor
     u: Tensor
     calls: int
-
-    def __repr__(self) -> str:
-        return told(self)
 
     @property
     def trace(self) -> Tensor:

@@ -16,11 +16,12 @@ from torch import Tensor
 from scoresde.grid import Grid
 from scoresde.sde import SDE
 from scoresde.tableau import Tableau
-from scoresde.tensors import told
+from scoresde.tensors import shown
 
 __all__ = ["Rows", "forgotten", "forward_rows", "one_evaluation", "stage_rows"]
 
 
+@shown
 class Rows(NamedTuple):
     """Columns of a `Tableau`, with the number of the move that each row belongs to.
 
@@ -37,9 +38,6 @@ class Rows(NamedTuple):
     a: Tensor
     b: Tensor
     c: Tensor
-
-    def __repr__(self) -> str:
-        return told(self)
 
     def take(self, chosen: Tensor) -> Rows:
         """The rows of an index or a mask over rows."""

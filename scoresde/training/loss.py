@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.sde import SDE
-from scoresde.tensors import as_time, check_batch, drawn_from, expand_like, known_any, told
+from scoresde.tensors import as_time, check_batch, drawn_from, expand_like, known_any, shown
 from scoresde.training.weights import OnX0, TimeSampler, UniformTimes, Weighting, simple
 from scoresde.views import check_time, combine, first_where
 
@@ -135,6 +135,7 @@ def error_of(denoiser: Denoiser, N: Tensor, t: Tensor, x0: Tensor, noise: Tensor
     return N - combine((1 - r * alpha) / s, x0, -r * sigma / s, noise)
 
 
+@shown
 class NoisyBatch(NamedTuple):
     """Noisy data x_t = alpha x_0 + sigma noise at t (B,), float64, the weights `ratio` (B,) of the times that were
     drawn, and what they were drawn from.
@@ -145,9 +146,6 @@ class NoisyBatch(NamedTuple):
     noise: Tensor
     x_t: Tensor
     part: Part
-
-    def __repr__(self) -> str:
-        return told(self)
 
 
 def noisy_batch(

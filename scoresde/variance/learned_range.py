@@ -26,7 +26,7 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.tensors import expand_like, told
+from scoresde.tensors import expand_like, shown
 from scoresde.variance.heads import HeadDenoiser
 from scoresde.variance.trunk import Head
 
@@ -70,6 +70,7 @@ class LearnedRangeDenoiser(HeadDenoiser):
 # ---- steps of a chain ----
 
 
+@shown
 class Step(NamedTuple):
     """What the steps t -> s of a grid make of v, each float64, of the shape of t.
 
@@ -84,9 +85,6 @@ class Step(NamedTuple):
     log_high: Tensor
     log_b2: Tensor
     last: Tensor
-
-    def __repr__(self) -> str:
-        return told(self)
 
     @classmethod
     def of(cls, grid: Grid, t: Tensor) -> Step:

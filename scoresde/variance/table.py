@@ -39,13 +39,14 @@ from scoresde.errors import CheckpointError
 from scoresde.files import write_whole
 from scoresde.processes import sde_from
 from scoresde.sde import SDE
-from scoresde.tensors import Time, precise, told
+from scoresde.tensors import Time, precise, shown
 
 __all__ = ["Moments", "VarianceTable", "check_nodes", "fingerprint"]
 
 FORMAT = "scoresde-variance-table-1"
 
 
+@shown
 class Moments(NamedTuple):
     """Means of random numbers at R times, and what their errors are made of; parts of a whole are pooled exactly.
 
@@ -58,9 +59,6 @@ class Moments(NamedTuple):
     n: int
     mean: Tensor
     squares: Tensor
-
-    def __repr__(self) -> str:
-        return told(self)
 
     @classmethod
     def of(cls, values: Tensor) -> Moments:
