@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,7 +110,7 @@ class Server:
 
 
 def test_killed_at_random_moments_a_run_loses_an_interval_at_most(tmp_path):
-    """SIGKILL at 20 random moments, most of them in a save: the bits at the end are those of the whole run. With saves
+    """SIGKILL at 14 random moments, most of them in a save: the bits at the end are those of the whole run. With saves
     in the background, every other time, the steps that were done during one are lost, too."""
     server = Server()
     try:
@@ -117,7 +118,7 @@ def test_killed_at_random_moments_a_run_loses_an_interval_at_most(tmp_path):
         assert status == 0
         assert events > 90
         whole = make(tmp_path / "whole", steps=12)
-        for seed in range(20):
+        for seed in range(14):
             background = seed % 2 == 1
             folder = tmp_path / ("background" if background else "waiting") / str(seed)
             status, reached = server(folder, random.Random(seed).randint(1, events))
@@ -255,12 +256,18 @@ def test_tied_weights_and_other_layouts_are_saved(tmp_path):
     assert loaded.twin is loaded.body[0]
 
 
+@pytest.fixture(scope="module")
+def thirty(tmp_path_factory):
+    """A run of 30 steps."""
+    return make(tmp_path_factory.mktemp("thirty"), steps=30).fit(progress=False)
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", ["truncated", "empty", "missing", "flipped"])
-def test_a_damaged_checkpoint_is_passed_over_by_name(name, harm, tmp_path):
-    whole = make(tmp_path / "whole", steps=30).fit(progress=False)
-    trainer = make(tmp_path, steps=30).fit(progress=False)
-    path = trainer.path / name
+def test_a_damaged_checkpoint_is_passed_over_by_name(name, harm, thirty, tmp_path):
+    tmp_path = shutil.copytree(thirty.folder, tmp_path / "run")
+    last = checkpoints(tmp_path)[0]
+    path = last / name
     content = path.read_bytes()
     middle = len(content) // 2
     if harm == "missing":
@@ -271,14 +278,14 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(name, harm, tmp_path):
     with pytest.warns(UserWarning, match=rf"30/{name} .*older checkpoint .*00000020 is used"):
         resumed = make(tmp_path, steps=30, net=Net(seed=3))
     assert resumed.step == 20
-    assert_same(resumed.fit(progress=False), whole)
+    assert_same(resumed.fit(progress=False), thirty)
     assert [p.name for p in checkpoints(tmp_path)] == ["00000030", "00000020", "00000010"]
     assert make(tmp_path, steps=30).step == 30  # the damaged one has been replaced
-    (trainer.path / "manifest.json").write_text("{")  # which sampling needs, too
+    (last / "manifest.json").write_text("{")  # which sampling needs, too
     with pytest.warns(UserWarning, match="older checkpoint"):
         load_ema(tmp_path, EpsDenoiser(Net(), VPSDE()))
     with pytest.raises(CheckpointError, match="00000030"):
-        load_ema(trainer.path, EpsDenoiser(Net(), VPSDE()))
+        load_ema(last, EpsDenoiser(Net(), VPSDE()))
     for other in checkpoints(tmp_path):
         (other / name).write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .*30.*20.*10"):
