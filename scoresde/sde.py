@@ -17,7 +17,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from numbers import Number
 from typing import Any, ClassVar, Self
 
@@ -33,18 +34,31 @@ NOT_NOISE = 0.1
 """`SDE.signal_at` beyond which x_t is told from noise: a mean as large as the data's width is then seen in x_t."""
 
 
+def _of_times(scale: Callable[[Any, Tensor], Tensor | float]) -> Callable[[Any, Time], Tensor]:
+    """A scale as every caller may ask for it: of floats and integers too, and a constant in the shape of t."""
+
+    @wraps(scale)
+    def of(sde: Any, t: Time) -> Tensor:
+        t = as_time(t)
+        value = scale(sde, t)
+        return value.to(t).expand_as(t) if isinstance(value, Tensor) else torch.full_like(t, value)
+
+    return of
+
+
 class SDE(ABC):
     """A linear forward SDE. A subclass gives alpha, sigma, t_min and t_max; everything else follows from them, and what
-    it knows in closed form it may give too.
+    it knows in closed form it may give too. Its alpha and sigma are given t as a floating tensor, and may return a
+    number for all times.
 
     >>> class Cosine(SDE):
     ...     t_min, t_max = 1e-3, 0.99
     ...
     ...     def alpha(self, t):
-    ...         return torch.cos(torch.pi / 2 * as_time(t))
+    ...         return torch.cos(torch.pi / 2 * t)
     ...
     ...     def sigma(self, t):
-    ...         return torch.sin(torch.pi / 2 * as_time(t))
+    ...         return torch.sin(torch.pi / 2 * t)
     >>> print(f"{Cosine().diffusion(0.5):.4f} {Cosine().time_at(0.0):.4f}")
     1.7725 0.5000
 
@@ -113,6 +127,9 @@ class SDE(ABC):
         for name in ("__eq__", "__hash__", "__repr__"):
             if name not in vars(cls):
                 setattr(cls, name, getattr(cls, name))
+        for name in ("alpha", "sigma"):
+            if name in vars(cls):
+                setattr(cls, name, _of_times(vars(cls)[name]))
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and same(vars(self), vars(other))

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,6 @@ from scoresde.guidance.operators import Mask
 from scoresde.processes import sde_from
 from scoresde.solvers import DDIM, DDPM, AdaptiveSDE, DPMSolverPP, Heun, UniPC
 from scoresde.solvers.catalogue import SOLVERS
-from scoresde.tensors import as_time
 
 UNITS = [1000.0, 0.01]
 
@@ -48,21 +48,21 @@ class Exploding(SDE):
 
     t_min, t_max = 1e-5, 1.0
 
-    def alpha(self, t: Tensor | float) -> Tensor:
-        return torch.ones_like(as_time(t))
+    def alpha(self, t: Any) -> Any:
+        return 1
 
-    def sigma(self, t: Tensor | float) -> Tensor:
-        return 50 * as_time(t)
+    def sigma(self, t: Any) -> Any:
+        return 50 * t
 
 
 class Shrinking(Exploding):
     """Neither variance preserving nor exploding: alpha = e^{-3 t}, sigma = 4 t."""
 
-    def alpha(self, t: Tensor | float) -> Tensor:
-        return (-3 * as_time(t)).exp()
+    def alpha(self, t: Any) -> Any:
+        return (-3 * t).exp()
 
-    def sigma(self, t: Tensor | float) -> Tensor:
-        return 4 * as_time(t)
+    def sigma(self, t: Any) -> Any:
+        return 4 * t
 
 
 OWN = [Exploding(), Shrinking()]
@@ -82,6 +82,16 @@ def modes(s: float, sde: SDE) -> Denoiser:
 
 
 # --- the width that a run starts with --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sde", OWN, ids=repr)
+def test_the_scales_of_ones_own_are_asked_for_with_any_time(sde: SDE) -> None:
+    """As the class of one's own writes them, whose t is a floating tensor and whose constant may be a number."""
+    for t in (1, 0.5, torch.tensor(1), torch.rand(3), torch.rand(2, 3).half()):
+        dtype = torch.float32 if isinstance(t, torch.Tensor) and t.is_floating_point() else torch.float64
+        for asked in (sde.alpha, sde.sigma, sde.half_log_snr, sde.drift, sde.diffusion, sde.radius):
+            assert asked(t).dtype == dtype
+            assert asked(t).shape == torch.as_tensor(t).shape
 
 
 @pytest.mark.parametrize("sde", [*OWN, *SDES.values()], ids=repr)
@@ -268,7 +278,7 @@ def test_for_data_is_a_unit_for_any_sde(solver: object) -> None:
     """An SDE of one's own, sigma and data_std both times s."""
 
     class Wider(Exploding):
-        def sigma(self, t: Tensor | float) -> Tensor:
+        def sigma(self, t: Any) -> Any:
             return 1000 * super().sigma(t)
 
     one, other = (
