@@ -103,12 +103,11 @@ def entries_of(cond: Mapping[str, Any] | None, which: Tensor | Sequence[int] | s
 
     def of(path: pytree.KeyPath, leaf: Any) -> Any:
         if n > 1 and counted(leaf) is None and _unclear(leaf, n):
-            told = (
-                "give a dict" if isinstance(leaf, Mapping) else "give a tensor, of an entry for each or of one for all"
-            )
+            array = hasattr(leaf, "__len__") and not isinstance(leaf, Mapping) and len(leaf) == n
+            told = "a tensor, of an entry for each or of one for all" if array else "a dict"
             raise ValueError(
-                f"cond{pytree.keystr(path)} is {type(leaf).__name__} of {len(leaf)} for {n} samples, and cannot be "
-                f"taken apart: {told}"
+                f"cond{pytree.keystr(path)} is {type(leaf).__name__} with entries for {n} samples, and cannot be taken "
+                f"apart: give {told}"
             )
         if counted(leaf) != n:
             return leaf
@@ -202,8 +201,12 @@ def _strings(value: Any) -> bool:
 
 def _unclear(leaf: Any, n: int) -> bool:
     """Whether something that is neither a tensor nor strings, a list of numbers or an array say, may have n entries."""
-    if isinstance(leaf, Tensor | str | bytes) or _strings(leaf) or not hasattr(leaf, "__len__"):
+    if isinstance(leaf, Tensor | str | bytes) or _strings(leaf):
         return False
+    if not hasattr(leaf, "__len__"):  # an object, which may hold some
+        return any(counted(held) == n for held in leaves(getattr(leaf, "__dict__", {})))
+    if isinstance(leaf, list | tuple) and any(_unclear(item, n) for item in leaf):
+        return True
     try:
         return isinstance(leaf, Mapping) or len(leaf) == n
     except TypeError:  # an array of no dimension

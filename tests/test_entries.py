@@ -2,6 +2,7 @@
 is told the same in one tensor."""
 
 from collections import UserDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,9 +179,10 @@ def test_what_may_be_one_for_each_or_one_for_all_is_not_put_together() -> None:
 WRONG = {
     "too few": ({"a": SHIFT, "b": [SHIFT[:2], 1.0]}, r"cond\['told'\]\['b'\]\[0\] has 2 entries for 4 samples"),
     "strings": ((SHIFT, ["a", "b", "c"]), r"cond\['told'\]\[1\] has 3 entries for 4 samples"),
-    "numbers": ({"a": SHIFT, "b": [1, 2, 3, 4]}, r"cond\['told'\]\['b'\] is list of 4 .* give a tensor"),
-    "an array": (SHIFT.numpy(), r"cond\['told'\] is ndarray of 4 .* give a tensor"),
-    "a mapping": (UserDict(a=SHIFT), r"cond\['told'\] is UserDict of 1 .* give a dict"),
+    "numbers": ({"a": SHIFT, "b": [1, 2, 3, 4]}, r"cond\['told'\]\['b'\] is list with entries for 4 .* give a tensor"),
+    "an array": (SHIFT.numpy(), r"cond\['told'\] is ndarray with entries for 4 .* give a tensor"),
+    "a mapping": (UserDict(a=SHIFT), r"cond\['told'\] is UserDict with entries for 4 .* give a dict"),
+    "an object": ([SimpleNamespace(tokens=SHIFT)], r"cond\['told'\] is list with .* give a dict"),
 }
 WHOLE = ("guided", "bound", "diagnosis")  # which take no batch apart
 APART = ("estimate", "errors", "bits", "variations", "interpolation", "trainer")
@@ -233,6 +235,13 @@ def test_a_checkpoint_of_other_strings_is_another_runs(tmp_path) -> None:
     run("0", "1", "2", "3")
     with pytest.raises(Exception, match="cond"):
         run("0", "1", "2", "4")
+
+
+def test_a_loss_checks_its_condition() -> None:
+    net = Net()
+    with pytest.raises(ValueError, match=r"cond\['told'\]\['a'\] has 2 entries for 4 samples"):
+        dsm_loss(EpsDenoiser(net, SDE), X, cond={"told": {"a": SHIFT[:2]}})
+    assert net.batches == []
 
 
 def test_a_condition_is_a_mapping() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser, check_denoiser
+from scoresde.entries import check_cond
 from scoresde.sde import SDE
 from scoresde.tensors import as_time, check_batch, drawn_from, expand_like, known_any, shown
 from scoresde.training.weights import OnX0, TimeSampler, UniformTimes, Weighting, simple
@@ -106,6 +107,7 @@ def dsm_loss(
         raise ValueError("give t= or times=, not both")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
+    check_cond(cond, len(x0))
     t, ratio, noise, x_t, _ = noisy_batch(sde, x0, times, t, noise, generator)
     denoiser.check_times(t)
     scale = ratio * _weight(weighting, denoiser, t)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scoresde.checks import check_nonnegative, check_option
 from scoresde.denoiser import Denoiser, NetworkDenoiser, check_denoiser
+from scoresde.entries import check_cond
 from scoresde.grid import Grid
 from scoresde.likelihood.decoder import Decoder, log_probability
 from scoresde.sde import SDE
@@ -179,6 +180,7 @@ class Regression:
         check_option(("mean", "none"), reduction=reduction)
         if t is not None and times is not None:
             raise ValueError("give t= or times=, not both")
+        check_cond(cond, len(x0))
         batch = noisy_batch(pair.denoiser.sde, x0, times, t, noise, generator)
         return cls(pair, batch._replace(t=batch.t.to(x0.device)), cond or {}, reduction)
 
