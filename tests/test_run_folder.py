@@ -445,6 +445,10 @@ def test_a_damaged_log_costs_the_lines_that_are_damaged(tmp_path):
         assert {*left} <= {*lines} or not told
         if len(left) < len(lines) - 1:  # of one, the step may have become a later one
             assert "log.csv is damaged in line" in str(told[0].message)
+    path.write_bytes(content.replace(b"loss", b",oss", 1))  # a bit of the names, which is a name more
+    with pytest.warns(UserWarning, match=r"log\.csv is damaged in line 1, the names, which were restored: it goes on"):
+        Log(path, 20)
+    assert path.read_bytes() == content
     path.write_bytes(content.replace(b"\n4,", b"\n4\xff,"))
     with pytest.warns(UserWarning, match=r"log\.csv is damaged in line 3: it goes on without"):
         Log(path, 20)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -182,11 +183,13 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns beside `COLUMNS`, and the whole rows, of a file that may not exist."""
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     head, *lines = map(_fields, text.split("\n")[:-1] or [""])
-    more = [name or f"column {i}" for i, name in enumerate(head[len(COLUMNS) :], len(COLUMNS) + 1)]
+    n = mode(len(line) for line in lines or [head])  # the names may be what is damaged
+    names = (head + [""] * n)[:n]
+    more = [name or f"column {i}" for i, name in enumerate(names[len(COLUMNS) :], len(COLUMNS) + 1)]
     columns = [*COLUMNS, *more]  # whose places are known, whatever became of their names
     rows = {i: dict(zip(columns, line, strict=True)) for i, line in enumerate(lines, 2) if _whole(line, len(columns))}
     damaged = [str(i) for i in range(2, len(lines) + 2) if i not in rows]
-    if lines and head[: len(COLUMNS)] != list(COLUMNS):
+    if lines and (len(head) != n or head[: len(COLUMNS)] != list(COLUMNS)):
         damaged.insert(0, "1, the names, which were restored")
     if damaged:
         warnings.warn(f"{path} is damaged in line {', '.join(damaged)}: it goes on without", stacklevel=4)
