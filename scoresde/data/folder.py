@@ -87,7 +87,10 @@ class ImageFolder:
         if self.decoder.made is not None:  # whatever they are, they become that
             self.shape = self.decoder.made
         else:
-            shapes = _whole(self._each(self.decoder.shape, self.names))
+            found = self._each(self.decoder.shape, self.names)
+            if any(isinstance(one, ValueError) for one in found):  # then all that is wrong is told, not the heads alone
+                unreadable(self.look())
+            shapes = _whole(found)
             self.shape = shapes[0]
             self._check(shapes)
 
