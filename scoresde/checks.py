@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TypeVar
 
 __all__ = [
     "ArgumentError",
@@ -22,9 +22,13 @@ __all__ = [
     "check_positive",
     "check_range",
     "check_whole",
+    "made_of",
     "nearest",
     "one_of",
 ]
+
+
+T = TypeVar("T")
 
 
 class ArgumentError(ValueError):
@@ -153,6 +157,21 @@ def check_keys(name: str, given: Iterable[str], known: Iterable[str]) -> None:
         near = [repr(found) for key in unknown if (found := nearest(key, known)) is not None]
         hint = f" (nearest: {', '.join(dict.fromkeys(near))})" if near else ""
         raise ValueError(f"{name} has no {', '.join(map(repr, unknown))}: it knows {', '.join(known)}{hint}")
+
+
+def made_of(name: str, make: Callable[..., T], options: Mapping[str, Any]) -> T:
+    """What a constructor makes of options that stand in a file or on a command line; where one is of a kind that Python
+    itself refuses, a ValueError that names them.
+
+    >>> made_of("range", lambda stop: range(stop), {"stop": "ten"})
+    Traceback (most recent call last):
+    ValueError: range with stop='ten': 'str' object cannot be interpreted as an integer
+    """
+    try:
+        return make(**options)
+    except TypeError as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise ValueError(f"{name} with {given}: {error}") from error
 
 
 def _check(kind: type, holds: Callable[[Any], bool], expected: str, values: Mapping[str, Any]) -> None:

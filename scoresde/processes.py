@@ -11,7 +11,7 @@ import torch
 
 from scoresde import schedules
 from scoresde.chain import DDPMChain
-from scoresde.checks import check_keys, check_option
+from scoresde.checks import check_keys, check_option, made_of
 from scoresde.files import parsed
 from scoresde.sde import SDE
 
@@ -54,7 +54,7 @@ def sde_of(name: str, options: Mapping[str, Any] | None = None) -> SDE:
     """
     name, options = sde_name(name), dict(options or {})
     check_keys(f"sde {name!r}", options, signature(SDES[name]).parameters)
-    return SDES[name](**options)
+    return made_of(f"sde {name!r}", SDES[name], options)
 
 
 def sde_from(text: str, arrays: Mapping[str, Any]) -> SDE | None:

@@ -136,6 +136,17 @@ def test_what_is_not_said_fits_the_data():
             assert net.eps(data.batch(torch.tensor([0])).x, 0.5 * net.sde.t_max).isfinite().all()
     with pytest.raises(ValueError, match=r"model.options.image_channels = 1, but the data's is 3"):
         completed({"data": {"source": "a"}, "model": {"options": {"image_channels": 1}}}, images(3, 8, 8))
+    for wrong, said in {
+        "options.multipliers=3": "network 'unet' with multipliers=3, image_channels=1: ",
+        "options.attention=1": "network 'unet' with attention=1, image_channels=1: ",
+        "options=3": "model.options = 3: expected ",
+        "sde_options=3": "model.sde_options = 3: expected ",
+        "sde_options.beta_max=foo": "sde 'vp' with beta_max='foo': ",
+    }.items():  # what Python itself refuses says where it was
+        settings = {"data": {"source": "a"}}
+        override(settings, [f"model.{wrong}"])
+        with pytest.raises(ValueError, match=re.escape(said)):
+            completed(settings, images(1, 8, 8)).model.net()
 
 
 def test_what_is_not_said_fits_the_device_and_the_number_of_items():
@@ -147,7 +158,7 @@ def test_what_is_not_said_fits_the_device_and_the_number_of_items():
         return sum(p.numel() for p in net.parameters()), config.train.steps
 
     settings = {"data": {"source": "a"}}
-    for shape in [(1, 8, 8), (3, 10, 9), (1, 28, 28), (3, 32, 32), (3, 30, 45), (3, 31, 31), (3, 64, 64), (1, 1000)]:
+    for shape in [(1, 8, 8), (3, 10, 9), (1, 28, 28), (3, 32, 32), (3, 30, 45), (3, 31, 31), (3, 49, 49), (1, 1000)]:
         data = images(*shape)
         large, small = completed(settings, data), completed(settings, data, cpu=True)
         assert cost(small) <= cost(large)

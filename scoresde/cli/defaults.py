@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from scoresde.cli.config import SECTIONS, RunConfig, check_sections
+from scoresde.cli.config import SECTIONS, RunConfig, check_sections, section
 from scoresde.data import TrainingData
 from scoresde.processes import sde_of
+from scoresde.training.model import ModelConfig
 from scoresde.training.weights import LogNormalTimes
 
 __all__ = ["CHOSEN", "chosen", "completed"]
@@ -53,6 +54,7 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData, cpu
     check_sections(settings)
     found = {name: dict(settings.get(name, {})) for name in SECTIONS}
     model, train, loss = found["model"], found["train"], found["loss"]
+    section(ModelConfig, "model", model)  # each value of its kind, before it is looked at
     shape, options = data.shape, dict(model.get("options", {}))
     if not shape:
         raise ValueError(f"the data are {len(data)} numbers: expected items of one axis or more, of shape (N, 1) say")
@@ -66,8 +68,7 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData, cpu
         if options.setdefault(key, value) != value:
             raise ValueError(f"model.options.{key} = {options[key]!r}, but the data's is {value!r}: leave it out")
     model["options"] = options
-    given = model.get("sde_options")
-    sde = sde_of(model.setdefault("sde", "vp"), given if isinstance(given, Mapping) else None)
+    sde = sde_of(model.setdefault("sde", "vp"), model.get("sde_options"))
     predicts = model.setdefault("predicts", sde.customary_prediction)
     if predicts == "edm":
         model.setdefault("sigma_data", float(f"{data.std():.3g}"))
@@ -102,11 +103,11 @@ def chosen(settings: Mapping[str, Mapping[str, Any]], config: RunConfig) -> list
 
 
 def _patch(axes: tuple[int, ...]) -> int:
+    """The patch that divides every axis, and of these the nearest to what the size wants."""
     size = max(axes, default=0)
-    patch = 1 if size <= 16 else 2 if size <= 48 else 4
-    while any(n % patch for n in axes):
-        patch //= 2
-    return patch
+    wanted = 1 if size <= 16 else 2 if size <= 48 else 4
+    dividing = [patch for patch in range(1, 2 * wanted) if not any(n % patch for n in axes)]
+    return min(dividing, key=lambda patch: abs(math.log(patch / wanted)))
 
 
 def _preset(size: int, small: bool) -> int:

@@ -258,8 +258,8 @@ def _on_table(
 def warn_of_steps(found: str, then: str, stacklevel: int) -> None:
     """Warn that a denoiser is in steps where adaptive steps were asked for, and say what is done, or could be."""
     warnings.warn(
-        f"{found}, and its jumps can cost adaptive steps hundreds or thousands of evaluations: {then} (a floating-point "
-        "label, t - 1 of DDPMChain.label say, has the same values at a chain's nodes, and no jumps)",
+        f"{found}, and its jumps can cost adaptive steps hundreds or thousands of evaluations: {then} (a "
+        "floating-point label, t - 1 of DDPMChain.label say, has the same values at a chain's nodes, and no jumps)",
         stacklevel=stacklevel + 1,
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import scoresde.nn as networks
-from scoresde.checks import ArgumentError, check_keys, check_option
+from scoresde.checks import ArgumentError, check_keys, check_option, made_of
 from scoresde.denoiser import (
     EDMDenoiser,
     EpsDenoiser,
@@ -125,11 +126,15 @@ class ModelConfig:
             return self.around(self.net())
 
     def net(self) -> nn.Module:
-        """The network, with weights drawn from the global generator."""
+        """The network, with weights drawn from the global generator.
+
+        Raises:
+            ValueError: if it cannot be made of the options.
+        """
+        make: Callable[..., nn.Module] = self._class
         if self.preset is not None:
-            made: nn.Module = getattr(self._class, "preset")(self.preset, **self.options)  # noqa: B009
-            return made
-        return self._class(**self.options)
+            make = partial(getattr(self._class, "preset"), self.preset)  # noqa: B009
+        return made_of(f"network {self.network!r}", make, self.options)
 
     def around(self, net: nn.Module) -> NetworkDenoiser:
         """The denoiser around a network."""
