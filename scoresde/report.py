@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -37,23 +38,27 @@ def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> list[str]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers in [low, high], low > 0, to label a logarithmic axis with: three at least, however short it is.
+    """Round numbers in [low, high], low > 0, to label a logarithmic axis with: three at least, however short it is, and
+    no more than half of it without one.
 
     >>> log_ticks(0.5, 2000), log_ticks(1.5, 12), log_ticks(41, 57)
     ([1.0, 10.0, 100.0, 1000.0], [2.0, 5.0, 10.0], [45.0, 50.0, 55.0])
     """
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
-        found = [float(f"{digit}e{k}") for k in decades for digit in digits]
-        if len(found := [tick for tick in found if low <= tick <= high]) >= 3:
-            return found
-    whole = 10.0 ** math.ceil(math.log10(high - low))
-    steps = (whole * part for part in (1, 0.5, 0.2, 0.1, 0.05, 0.02))
-    return next(
-        [float(f"{n * step:.12g}") for n in range(first, last + 1)]
-        for step in steps
-        if (last := math.floor(high / step)) - (first := math.ceil(low / step)) >= 2
-    )
+
+    def candidates() -> Iterator[list[float]]:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for digits in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+            yield [float(f"{digit}e{k}") for k in decades for digit in digits]
+        whole = 10.0 ** math.ceil(math.log10(high - low))
+        for step in (whole * part for part in (1, 0.5, 0.2, 0.1, 0.05, 0.02)):
+            yield [float(f"{n * step:.12g}") for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+    half = math.sqrt(high / low)
+    for found in candidates():
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) >= 3 and all(b / a <= half for a, b in itertools.pairwise([low, *found, high])):
+            break
+    return found
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -445,6 +446,17 @@ def test_what_could_not_be_sampled_from_is_not_trained(here, capsys):
         assert not (here / "run").exists()
     ends = ("--set", "model.sde_options.t_max=0.99")
     assert run(*MOONS, "--steps", 2, "--sde", "flow", "--predicts", "eps", *ends, "--out", "run") == 0
+
+
+def test_a_run_whose_end_is_not_noise_says_so(here, capsys):
+    """Before its first step, and afterwards."""
+    small = ["--data", "two-moons:50", "--steps", "1", "--batch-size", "4", "--device", "cpu",
+             "--set", "model.options.width=8", "--set", "model.options.depth=1"]  # fmt: skip
+    for out, options, times in [("whole", [], 0), ("short", ["--set", "model.sde_options.beta_max=1.0"], 1)]:
+        assert main(["train", *small, *options, "--out", out]) == 0
+        assert capsys.readouterr().err.count("at t_max = 1 data are") == times
+        assert main(["info", out]) == 0
+        assert capsys.readouterr().out.count("remark    at t_max = 1 data are ") == times
 
 
 def test_a_second_run_changes_nothing_of_the_first(here, capsys, monkeypatch):
@@ -892,13 +904,15 @@ def test_a_comparison_without_matplotlib_says_that_it_draws_nothing(moons_run, h
 
 
 @pytest.mark.parametrize("low", [1e-3, 0.97, 2.2, 9.5])
-@pytest.mark.parametrize("ratio", [1.02, 1.3, 3.0, 9.0, 50.0, 1e6])
+@pytest.mark.parametrize("ratio", [1.02, 1.3, 2.0, 3.3, 9.0, 50.0, 1e6])
 def test_a_logarithmic_axis_has_three_labels_however_short_it_is(low, ratio):
     found = log_ticks(low, low * ratio)
     assert 3 <= len(found) <= 12
     assert found == sorted(set(found))
     assert low <= found[0]
     assert found[-1] <= low * ratio
+    gaps = [b / a for a, b in itertools.pairwise([low, *found, low * ratio])]
+    assert max(gaps) <= ratio**0.5 * 1.0001  # nor is more than half of it without one
     assert len({f"{tick:.3g}" for tick in found}) == len(found) or ratio < 1.1
 
 

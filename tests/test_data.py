@@ -530,7 +530,7 @@ def test_names_and_their_arguments(tmp_path, monkeypatch):
             read_data(source)
     for source in ("nothing", "nothing:/data", "digits2"):
         with pytest.raises(FileNotFoundError, match="no such file or folder, nor a built-in"):
-            read_data(source)
+            read_data(source, size=4)  # whatever is to be made of it
     with pytest.raises(ValueError, match="size=, mode=, background= and skip= are for a folder"):
         read_data("digits", size=4)
     monkeypatch.chdir(tmp_path)

@@ -54,12 +54,12 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData, cpu
     check_sections(settings)
     found = {name: dict(settings.get(name, {})) for name in SECTIONS}
     model, train, loss = found["model"], found["train"], found["loss"]
-    section(ModelConfig, "model", model)  # each value of its kind, before it is looked at
-    shape, options = data.shape, dict(model.get("options", {}))
+    shape = data.shape
     if not shape:
         raise ValueError(f"the data are {len(data)} numbers: expected items of one axis or more, of shape (N, 1) say")
     network = model.setdefault("network", "mlp" if len(shape) == 1 else "unet")
-    small = cpu and network != "mlp"
+    section(ModelConfig, "model", model)  # each value of its kind, before it is looked at
+    small, options = cpu and network != "mlp", dict(model.get("options", {}))
     if network != "mlp":
         if small and "preset" not in model and (patch := _patch(shape[1:])) > 1:
             options.setdefault("patch", patch)

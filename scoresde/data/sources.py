@@ -196,16 +196,16 @@ def find_data(
     known = source in BUILT_IN or (name in BUILT_IN and bool(argument) and not path.exists())
     if not known and path.is_dir():
         return ImageFolder(path, size=size, mode=mode, background=background, skip=skip, labels=labels)
-    if size is not None or mode is not None or background is not None or skip:
-        raise ArgumentError(f"{source}: size=, mode=, background= and skip= are for a folder of images")
-    if known:
-        return BUILT_IN[name](argument, download)
-    if not path.exists():
+    if not known and not path.exists():
         near = nearest(name, BUILT_IN)
         hint = "" if near is None else f"{near}, say; "
         raise FileNotFoundError(
             f"{source}: no such file or folder, nor a built-in data set ({hint}these are {', '.join(BUILT_IN)})"
         )
+    if size is not None or mode is not None or background is not None or skip:
+        raise ArgumentError(f"{source}: size=, mode=, background= and skip= are for a folder of images")
+    if known:
+        return BUILT_IN[name](argument, download)
     if path.suffix not in ARRAYS:
         raise ValueError(f"{path}: expected a .npy or .npz file, a .safetensors file, or a folder of images")
     x, y = read_arrays(path, labels)
