@@ -56,6 +56,7 @@ class DDPMChain(VariancePreserving):
         _check_meaning(betas)
         self.betas = betas.detach().clone()
         self.steps = len(betas)
+        self._ends_in_noise = bool(betas[-1] == 1)
         self.t_min, self.t_max = 1.0, float(self.steps)
         self.nodes = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu")
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -99,30 +100,36 @@ class DDPMChain(VariancePreserving):
         return t.ceil().clamp(1, self.steps).long()
 
     def _to_noise(self, t: Tensor) -> Tensor:
-        """Where alpha is linear in t, down to zero."""
-        return (self._interval(t) == self.steps) & bool(self.betas[-1] == 1)
+        """Where alpha is linear in t, down to zero, if the chain ends in noise."""
+        return self._interval(t) == self.steps
 
     def beta(self, t: Time) -> Tensor:
         t = as_time(t)
         rates = self._rates_and_integral(t)[0][self._interval(t) - 1]
-        return torch.where(self._to_noise(t), 2 / (self.steps - t), rates)
+        return torch.where(self._to_noise(t), 2 / (self.steps - t), rates) if self._ends_in_noise else rates
 
     def alpha_dot(self, t: Time) -> Tensor:
+        if not self._ends_in_noise:
+            return super().alpha_dot(t)
         t = as_time(t)
-        before = (-self._rates_and_integral(t)[1][-1] / 2).exp()  # alpha_{N-1}, where it is asked for
+        before = (-self._rates_and_integral(t)[1][-1] / 2).exp()  # alpha_{N-1}
         return torch.where(self._to_noise(t), -before, super().alpha_dot(t))
 
     def integrated_beta(self, t: Time) -> Tensor:
         t = as_time(t)
         (_, B), n = self._rates_and_integral(t), self._interval(t)
+        found = torch.lerp(B[n - 1], B[n], t - (n - 1))
+        if not self._ends_in_noise:
+            return found
         # alpha = alpha_{N-1} (N - t); elsewhere the argument is harmless, to the gradient too
-        left = torch.where(self._to_noise(t), self.steps - t, torch.ones_like(t))
-        return torch.lerp(B[n - 1], B[n], t - (n - 1)) - 2 * left.log()
+        return found - 2 * torch.where(self._to_noise(t), self.steps - t, torch.ones_like(t)).log()
 
     def time_at_integrated_beta(self, integrated_beta: Tensor) -> Tensor:
         rates, B = self._rates_and_integral(integrated_beta)
         n = torch.searchsorted(B, integrated_beta.contiguous()).clamp(1, self.steps)
         excess, rate = integrated_beta - B[n - 1], rates[n - 1]
+        if not self._ends_in_noise:
+            return (n - 1) + excess / rate
         return (n - 1) + torch.where(rate == 0, -torch.expm1(-excess / 2), excess / rate)
 
     def arrays(self) -> dict[str, Tensor]:
