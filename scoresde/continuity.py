@@ -64,7 +64,7 @@ def in_steps(
     sde, outputs = denoiser.sde, list[Tensor]()
     t_1 = min(max(float(sde.time_at(0.0)), low * _FAR), high / (1 + _NEAR))
     t_2 = t_1 / _FAR
-    radius, own = (float(torch.hypot(sde.alpha(s), sde.sigma(s))) for s in (t_1, t))
+    radius, own = float(sde.radius(t_1)), float(sde.radius(t))
     x = x.detach() * (radius / own)
 
     def same(i: int, time: float) -> bool:

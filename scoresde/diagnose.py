@@ -103,7 +103,7 @@ def left_of_data(sde: SDE, size: float) -> str | None:
     >>> print(left_of_data(DDPMChain.linear(10), 1.0).partition(" of ")[0])
     at t_max = 10 data are 3.1 times the noise
     """
-    signal = size * float(sde.alpha(sde.t_max)) / float(sde.sigma(sde.t_max))
+    signal = size * sde.for_data(1.0).signal_at(sde.t_max)
     if signal <= NOT_NOISE:
         return None
     return (
