@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_count
+from scoresde.checks import check_count, check_range
 from scoresde.errors import NonFiniteError, some
 from scoresde.noise import SeededNoise, derive_seed, seeds_of
 from scoresde.sde import SDE
@@ -90,9 +90,8 @@ class Decoder:
         if levels is None:
             return cls(std)
         check_count(levels=levels)
+        check_range(data_range)
         lo, hi = data_range
-        if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
-            raise ValueError(f"data_range={data_range!r}: expected (lo, hi), two finite numbers, lo < hi")
         x, width = float64(x0), (hi - lo) / levels
         if bool(((x - lo < -1e-6 * (hi - lo)) | (x - hi > 1e-6 * (hi - lo))).any()):
             raise ValueError(
