@@ -30,12 +30,13 @@ from unittest import mock
 
 import torch
 from kept import synchronise
-from peers import PACKAGES, installed, k_diffusion_sampling
+from peers import PACKAGES, installed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from scoresde import VPSDE, EpsDenoiser, Grid, NetworkDenoiser, Tableau, X0Denoiser
+from scoresde.auditing.forms import k_diffusion_sampling
 from scoresde.info import environment
 from scoresde.noise import GeneratorNoise
 from scoresde.report import table, write_json

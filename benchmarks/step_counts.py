@@ -374,7 +374,8 @@ def fingerprints(args: argparse.Namespace) -> dict[str, str]:
     problem = (here / "problems.py").read_text() + repr(
         [torch.__version__, args.denoiser, args.shape, args.data, args.features, args.samples, args.batch, args.end]
     )
-    driver = (here / "peers.py").read_text()
+    forms = [package / "auditing" / f"{name}.py" for name in ("forms", "schedulers", "model")]
+    driver = "".join(path.read_text() for path in (here / "peers.py", *forms))
     return {name: sha(problem, driver, installed(name) or "") for name in PACKAGES} | {
         HERE: sha(problem, *(path.read_text() for path in sorted(sources)))
     }

@@ -1,7 +1,7 @@
 """The command `scoresde`, also `python -m scoresde`: a module for each of its commands.
 
 train.py  sample.py  edit.py  restore.py  evaluate.py  variance.py  likelihood.py  compare.py  export.py
-info.py
+audit.py  info.py
 config.py      a training run in words: dataclasses, TOML, --set
 defaults.py    what these leave open, chosen for the data
 kept.py        the configuration that a run folder keeps
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from scoresde.checks import ArgumentError
-from scoresde.cli import compare, edit, evaluate, export, info, likelihood, restore, sample, train, variance
+from scoresde.cli import audit, compare, edit, evaluate, export, info, likelihood, restore, sample, train, variance
 from scoresde.cli.common import command_parser, sigterm
 from scoresde.cli.drawing import GRIDS
 from scoresde.cli.options import Options, Parser
@@ -48,6 +48,7 @@ EXAMPLES = """examples:
   scoresde variance runs/mine --out table.npz
   scoresde compare runs/mine --solvers ddim unipc3 --nfe 5 10 20 --out runs/compare
   scoresde export runs/mine --out mine --dtype float16
+  scoresde audit my_sampler:heun --takes sigmas --out page.md
   scoresde COMMAND --help          all of a command's options, and more examples
 
 exit status: 0; 1 where numbers are not finite or a budget ran out; 2 where an argument or a file is wrong; 130 after
@@ -64,6 +65,7 @@ COMMANDS: list[tuple[Any, type[Options]]] = [
     (variance, variance.VarianceOptions),
     (compare, compare.CompareOptions),
     (export, export.ExportOptions),
+    (audit, audit.AuditOptions),
 ]
 """Modules, each with TEXT, EXAMPLES and run(options), and their options."""
 

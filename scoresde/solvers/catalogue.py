@@ -23,7 +23,7 @@ from scoresde.solvers import (
 )
 from scoresde.solvers.base import Solver
 
-__all__ = ["ALIASES", "SOLVERS", "Entry", "available", "solver_of"]
+__all__ = ["ALIASES", "SOLVERS", "Entry", "available", "call_of", "solver_of"]
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,26 @@ class Entry:
     @property
     def call(self) -> str:
         """How to make the solver, with the options that are not the defaults."""
-        assert is_dataclass(self.solver)
-        given = [(f.name, getattr(self.solver, f.name)) for f in fields(self.solver) if f.init]
-        defaults = {f.name: f.default for f in fields(self.solver)}
-        text = ", ".join(f"{name}={value!r}" for name, value in given if value != defaults[name])
-        return f"{type(self.solver).__name__}({text})"
+        return call_of(self.solver)
 
     def line(self) -> tuple[str, ...]:
         """The entry as text, under `HEADER`."""
         order = "" if self.order is None else str(self.order)
         noise = "no" if self.deterministic else "yes"
         return self.name, self.call, self.family, order, self.evaluations, noise, self.view, self.source
+
+
+def call_of(solver: Solver) -> str:
+    """How to make a solver, with the options that are not the defaults.
+
+    >>> call_of(exponential.DPMSolverPP(2)), call_of(first_order.DDIM(0.5))
+    ('DPMSolverPP()', 'DDIM(eta=0.5)')
+    """
+    if not is_dataclass(solver):
+        return repr(solver)
+    given = [(f, getattr(solver, f.name)) for f in fields(solver) if f.init]
+    text = ", ".join(f"{f.name}={value!r}" for f, value in given if value != f.default)
+    return f"{type(solver).__name__}({text})"
 
 
 HEADER = ("name", "solver", "family", "order", "evaluations", "stochastic", "view", "source")

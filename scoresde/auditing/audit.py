@@ -1,0 +1,161 @@
+"""`audit`: anyone's sampler against the truth."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from scoresde.auditing import conduct, convergence, edges, laws
+from scoresde.auditing.bench import END, LAST, NEAR, Bench
+from scoresde.auditing.figure import NOT_DECIDED, RIGHT, WRONG, Audit, Figure
+from scoresde.auditing.forms import form_of
+from scoresde.auditing.model import Form
+from scoresde.auditing.rates import Signature, rates
+from scoresde.auditing.slips import UNNAMED, named
+from scoresde.auditing.table import Responses
+from scoresde.grid import Grid
+from scoresde.sde import SDE
+
+__all__ = ["audit", "audited"]
+
+
+def audited(form: Form, sde: SDE | None, quick: bool, tick: Callable[[str], None]) -> Audit:
+    """The audit of a form."""
+    began = time.monotonic()
+    bench = Bench(form, sde, quick, tick)
+    figures: list[Figure] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tick("its table")
+        figures += _table(bench)
+        rooms = (convergence, conduct, laws, edges)
+        for figure in chain.from_iterable(room.figures(bench) for room in rooms):
+            figures.append(figure)
+            if bench.late:
+                text = f"no time was left for more: {bench.limit:.0f} s are for all of it"
+                figures.append(Figure("left out", "time", NOT_DECIDED, text))
+                break
+        tick("names")
+        figures = [*_named(bench, figures)]
+    takes = f"takes {form.takes} of {bench.sde()!r}"
+    claims = "claims no order" if form.order is None else f"claims order {form.order}"
+    about = ", ".join(filter(None, [form.about, takes, claims, f"its model predicts {form.predicts[0]}"]))
+    return Audit(form.name, about, tuple(figures), time.monotonic() - began)
+
+
+def _small(bench: Bench, to_zero: bool = False) -> Grid:
+    """A short, uneven grid, on which tables are compared."""
+    sde = bench.sde()
+    ends = {"last": float(sde.time_at(LAST - 2))} if to_zero else {"end": float(sde.time_at(END))}
+    return Grid.karras(sde, 16, rho=5.0, start=float(sde.time_at(NEAR + 1)), **ends)
+
+
+def _table(bench: Bench) -> Iterator[Figure]:
+    """Whether it has a table, and whose it is."""
+    group, name = "its table", "coefficients"
+    if why := bench.why_no_table:
+        yield Figure(group, name, NOT_DECIDED, f"it has none: {why}; what follows is from samples alone")
+        return
+    grid = _small(bench)
+    found = bench.table(grid)
+    if isinstance(found, str):
+        yield Figure(group, name, NOT_DECIDED, found)
+        return
+    near, _ = named(found, grid, bench.form.order)
+    if near is not None and near.equal:
+        yield Figure(group, name, RIGHT, f"affine in x_T, in the model's answers and in its noise; it is {near.name}")
+        return
+    like = (
+        ""
+        if near is None
+        else f"; nearest to {near.name}, from which {int(near.wrong.sum())} of {len(near.wrong)} rows differ"
+    )
+    yield Figure(group, name, RIGHT, f"affine in x_T, in the model's answers and in its noise{like}")
+
+
+def _named(bench: Bench, figures: list[Figure]) -> Iterator[Figure]:
+    """The figures, and where one is wrong what it is known by."""
+    yield from figures
+    wrong = [f for f in figures if f.verdict == WRONG and f.group in ("limit", "order of convergence", "law",
+                                                                        "where it stops", "edges")]  # fmt: skip
+    if not wrong or bench.why_no_table:
+        return
+    found: list[Signature] = []
+    limit = any(f.group in ("limit", "law") for f in wrong)
+    table = bench.table(bench.grid(640))
+    if limit and isinstance(table, Responses) and (signature := rates(table).signature()):
+        found.append(signature)
+    for grid in (_small(bench), _small(bench, to_zero=True)):
+        small = bench.table(grid)
+        if isinstance(small, Responses):
+            near, slipped = named(small, grid, bench.form.order)
+            found += [slip for slip in slipped if slip.name not in UNNAMED][:3]
+            if slipped:
+                break
+            claimed = bench.form.order
+            if near is not None and claimed is not None and (near.order or claimed) < claimed:
+                found.append(Signature("another method", f"it is {near.name}, of order {near.order}", 1.0))
+                break
+    for signature in found:
+        yield Figure(
+            "what it is known by", signature.name, NOT_DECIDED, signature.text, signature.effect,
+            signature=signature.name,
+        )  # fmt: skip
+
+
+def audit(
+    sampler: Any,
+    takes: str | None = None,
+    *,
+    order: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    sde: SDE | None = None,
+    quick: bool = False,
+    progress: bool = False,
+) -> Audit:
+    """Run a sampler on problems whose truth is known, and say what is right, wrong and not decided.
+
+    A sampler is seen from the outside. The problems are a Gaussian of six widths, mixtures in 2 and in 3072 dimensions,
+    the Gaussian in another unit, in float64 and in float32. If it is affine in what it is given, as all samplers with
+    fixed coefficients are, its table is found and its law on the Gaussian computed from it: what then is called exact
+    has no noise of sampling. See `docs/auditing.md`.
+
+    Args:
+        sampler: a function (denoise, x_T, times, nfe) that returns x, or (x, evaluations that it claims to have made);
+            denoise(x, t) is the mean of x_0, of the shape of x, the times decrease, x_T stands at the first and x is to
+            stand at the last, and nfe is their number less one. Or a solver of this library, or its name; a scheduler
+            of diffusers, a function of k-diffusion's form (model, x, sigmas, ...), a sampler class of azula, a
+            torch.nn.Module (`scoresde.auditing.form_of` says how each is driven).
+        takes: "sigmas", x = x_0 + sigma eps, or "times" of an SDE, which denoise.sde is. By default what its form says;
+            a plain function must be told.
+        order: the order of convergence that it claims; by default what its name and options say.
+        options: arguments that it is given beside.
+        name: what the page calls it.
+        sde: for samplers in times; by default a VP SDE.
+        quick: fewer numbers of steps and samples: some ten seconds instead of a minute.
+        progress: show what is being done.
+
+    Returns:
+        The figures; print it, or write its `page()`. `audit(...).verdict` is "wrong" if any figure is.
+
+    Raises:
+        ValueError, TypeError: if the sampler is none, or its form cannot take that. What a sampler raises while it is
+            audited is a figure, but for its first run.
+
+    >>> def euler(denoise, x, sigmas, nfe):
+    ...     for sigma, following in zip(sigmas, sigmas[1:]):
+    ...         x = x + (x - denoise(x, sigma)) / sigma * (following - sigma)
+    ...     return x
+    >>> found = audit(euler, "sigmas", order=1, quick=True)
+    >>> found.verdict, round(found["order on the Gaussian"].value, 1)
+    ('right', 1.0)
+    """
+    form = form_of(sampler, takes, options, order, name)
+    with tqdm(desc=form.name, bar_format="{desc}: {postfix} [{elapsed}]", disable=not progress, leave=False) as bar:
+        return audited(form, sde, quick, lambda what: bar.set_postfix_str(what))

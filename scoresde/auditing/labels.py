@@ -1,0 +1,52 @@
+"""The times at which a sampler asks its model: rounded, of another evaluation, in another order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scoresde.auditing.nearest import Nearest, differ
+from scoresde.auditing.rates import Signature
+from scoresde.auditing.table import responses_of
+
+__all__ = ["of_times", "quantised"]
+
+
+def quantised(t: Tensor, t_max: float) -> str:
+    """What all of the times are whole multiples of, or the format that they are numbers of; "" if of nothing coarse.
+
+    >>> quantised(torch.tensor([0.25, 0.5], dtype=torch.float64), 1.0)
+    '0.01'
+    >>> quantised(torch.tensor([1 / 3, 0.5], dtype=torch.float64).bfloat16().double(), 1.0)
+    'bfloat16'
+    """
+    for scale in (1.0, 1.0 / t_max):
+        for digits in range(5):
+            x = t * scale * 10.0**digits
+            if bool(torch.isclose(x, x.round(), rtol=3e-7, atol=1e-9).all()):
+                return f"{10.0**-digits / scale:g}"
+    for kind, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
+        if torch.equal(t.to(kind).double(), t):
+            return name
+    return ""
+
+
+def of_times(near: Nearest) -> Signature:
+    """Where it asks its model, beside where the nearest solver does."""
+    own, right = near.found.t, responses_of(near.table).t
+    effect = float(((own - right).abs() / right).max())
+    if (unit := quantised(own, near.table.grid.sde.t_max)) and not quantised(right, near.table.grid.sde.t_max):
+        return Signature("rounded labels", f"its times are those of {near.name}, rounded to {unit}", effect)
+    off = differ(own, right, right, 1e-5)
+    for by, word in ((1, "next"), (-1, "previous")):
+        if int(off.sum()) > 2 and torch.allclose(own[1:-1], right.roll(-by)[1:-1], rtol=1e-6):
+            return Signature(
+                "an index", f"it asks its model at the time of the {word} evaluation of {near.name}", effect
+            )
+    step = near.table.step[near.table.evaluates]
+    if all(
+        torch.allclose(own[step == i].sort().values, right[step == i].sort().values, rtol=1e-6) for i in step.tolist()
+    ):
+        return Signature("swapped rows", f"stages of {near.name} are in each other's place", effect)
+    text = f"{int(off.sum())} of its {len(own)} times are not those of {near.name}, by up to {effect:.2g} of them"
+    return Signature("other times", text, effect)
