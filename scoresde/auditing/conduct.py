@@ -130,6 +130,8 @@ def _dependence(bench: Bench) -> Iterator[Figure]:
     yield _Same(
         "batch size", "a sample is the same alone and in a batch of 4", "a sample alone is not that in a batch of 4"
     ).figure(rms(run(x[:1], 0) - whole[:1]) / size, tol)
+    between = bench.grid(7, start=NEAR)  # of another number of steps, and a batch of two
+    bench.run(bench.target.denoiser(between.sde), bench.start(between, 2), between.times)
     yield _Same(
         "the call before", "the same call gives the same", "after other calls the same call gives something else"
     ).figure(rms(run(x, 0, 1, 2, 3) - whole) / size, 1e-12)

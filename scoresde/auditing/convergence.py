@@ -126,7 +126,7 @@ def _on_mixtures(bench: Bench) -> Iterator[Figure]:
     """Of deterministic samplers: a Gaussian's model is linear, and can flatter."""
     bench.tick("order on the mixture in 2 dimensions")
     problem = "mixture in 2 dimensions"
-    curve = curve_of(*bench.within(bench.ladder(40), lambda n: bench.mixed(2, n, 16)), 1e-10)
+    curve = curve_of(*bench.within(bench.ladder(40), lambda n: bench.mixed(2, n, 16)), 1e-9)
     yield _limit(bench, curve, problem)
     yield _order(bench, curve, problem)
     bench.tick("limit on the mixture in 3072 dimensions")

@@ -30,7 +30,7 @@ def figures(bench: Bench) -> Iterator[Figure]:
     to_zero = {n: bench.grid(n, start=NEAR, to_zero=True) for n in (1, 40)}
     one, half = bench.grid(1, start=NEAR, end=END), bench.grid(20, start=NEAR)
     yield _attempt("sigma = 0", lambda: _run(bench, to_zero[40]), _near_data(bench, 0.5))
-    yield _attempt("one step to sigma = 0", lambda: _run(bench, to_zero[1]), _is_mean(bench))
+    yield _one_to_zero(bench, to_zero[1])
     yield _attempt("one step", lambda: _run(bench, one), lambda x: None)
     yield _attempt("steps = N of a chain", lambda: _run(bench, _chain(bench)), _near_data(bench, 0.25))
     yield _no_signal(bench)
@@ -60,19 +60,25 @@ def _near_data(bench: Bench, most: float) -> Check:
     return check
 
 
-def _is_mean(bench: Bench) -> Check:
+def _one_to_zero(bench: Bench, grid: Grid) -> Figure:
     """One step to sigma = 0 is the model's mean given x_T, which is noise: next to the mean of all data. (What takes
-    steps of its own may get to the data themselves.)
+    steps of its own gets to the data themselves.)
     """
+    denoiser, asked = bench.target.denoiser(grid.sde), []
     near_data = _near_data(bench, 0.5)
 
-    def check(x: Tensor) -> str | None:
-        off = float((x.double() - bench.data.mean.reshape(EVENT)).abs().max()) / bench.size
-        if off < 0.3 or near_data(x) is None:
-            return None
-        return f"one step from noise to sigma = 0 is {number(off)} of the data off the model's mean"
+    def run() -> Tensor:
+        x, model, _ = bench.run(denoiser, bench.start(grid, 64), grid.times)
+        asked.append(model.nfe)
+        return x
 
-    return check
+    def check(x: Tensor) -> str | None:
+        if asked[0] > 4:
+            return near_data(x)
+        off = float((x.double() - bench.data.mean.reshape(EVENT)).abs().max()) / bench.size
+        return None if off < 0.3 else f"one step from noise to 0 is {number(off)} of the data off the model's mean"
+
+    return _attempt("one step to sigma = 0", run, check)
 
 
 def _attempt(name: str, run: Callable[[], Tensor], check: Check, hard: bool = True) -> Figure:

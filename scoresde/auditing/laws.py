@@ -23,7 +23,7 @@ CLEAR = 6.0
 
 def output_law(found: Responses, grid: Grid, data: Law) -> Law:
     """The law of the output from x_T of the exact marginal."""
-    of_x_T, of_m, noise = law_of(found, data, float(grid.times[-1]))
+    of_x_T, of_m, noise = law_of(found, data)
     start = marginal(data, found.sde, grid.times[0])
     return Law(of_x_T * start.mean + of_m * data.mean, of_x_T**2 * start.variances + noise)
 
@@ -35,6 +35,7 @@ def figures(bench: Bench) -> Iterator[Figure]:
         yield from _exact(bench)
         if bench.noisy:
             yield from _point(bench)
+            yield from _landing(bench)
     yield from _sampled(bench)
     if bench.noisy:
         yield from _plane(bench)
@@ -95,6 +96,22 @@ def _point(bench: Bench) -> Iterator[Figure]:
             signature = "variance beta for beta-tilde"
             text += ": its noise has the variance beta, of the forward step, for beta-tilde, of the posterior"
     yield Figure("law", "point data", RIGHT if exact else NOT_DECIDED, text, ratio, signature=signature)
+
+
+def _landing(bench: Bench) -> Iterator[Figure]:
+    """On data that are a point, at sigma = 0: no noise may be left, least of all from the step that lands there."""
+    grid = bench.grid(20, start=NEAR, to_zero=True)
+    found = bench.table(grid)
+    if isinstance(found, str):
+        return
+    data = Law(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    left = float(output_law(found, grid, data).variances.sqrt()) / float(grid.sde.sigma(grid.times[-2]))
+    much = left > 0.3
+    text = f"data that are one point: at sigma = 0 noise of {number(left)} times the last level is left"
+    yield Figure(
+        "law", "point data at sigma = 0", RIGHT if left < 1e-4 else WRONG if much else NOT_DECIDED, text, left,
+        signature="noise once too much" if much else "",
+    )  # fmt: skip
 
 
 def _scores(x: Tensor, law: Law) -> tuple[float, float]:

@@ -147,7 +147,7 @@ def _variables(near: Nearest) -> dict[str, Tensor]:
 
 def _weights(near: Nearest, own: Tensor, right: Tensor, mask: Tensor, where: str) -> list[Signature]:
     """What differs in the weights of these rows, in the fewest words."""
-    size = torch.maximum(own.abs(), right.abs()).amax(1).clamp(min=1e-300)
+    size = torch.maximum(torch.maximum(own.abs(), right.abs()).amax(1), 0.1 * near.right.b.abs().amax(1))
     wrong = mask & differ(own, right, size[:, None], 10 * near.found.tol).any(1)
     if not bool(wrong.any()):
         return []

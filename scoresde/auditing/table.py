@@ -68,6 +68,8 @@ def probe(form: Form, sde: SDE, times: Tensor, dtype: torch.dtype = torch.float6
     except TooMany:
         return f"it makes more than {model.most} evaluations"
     R, K = model.nfe, len(draws.shapes)
+    if R == 0:
+        return "it never asks its model"
     if any(shape != tuple(x_T.shape) for shape in draws.shapes):
         return f"it draws noise of the shape {next(s for s in draws.shapes if s != tuple(x_T.shape))}"
     if any(math.isnan(t) for t in model.asked):
@@ -138,7 +140,7 @@ def responses_of(table: Tableau) -> Responses:
     )
 
 
-def law_of(found: Responses, data: Law, t: float) -> tuple[Tensor, Tensor, Tensor]:
+def law_of(found: Responses, data: Law) -> tuple[Tensor, Tensor, Tensor]:
     """Factors of x_T and of m in the output on Gaussian data, and its variance from the noise, each (D,)."""
     alpha, sigma, R = found.sde.alpha(found.t), found.sde.sigma(found.t), len(found.t)
     out = []
@@ -158,7 +160,7 @@ def own_error(found: Responses, data: Law, start: float, end: float) -> float:
     """The error of the solver alone, from x_T of the exact marginal: of its samples against the probability flow where
     it draws no noise, else the W2 distance of its law, rms per dimension.
     """
-    of_x_T, of_m, noise = law_of(found, data, end)
+    of_x_T, of_m, noise = law_of(found, data)
     first, last = marginal(data, found.sde, start), marginal(data, found.sde, end)
     mean = of_x_T * first.mean + of_m * data.mean
     if found.noisy:
