@@ -88,7 +88,7 @@ RIGHT = [
 
 NAMES: dict[str, str] = {
     "sign": "a sign",
-    "factor": "a factor|half |double |halved",
+    "factor": "a factor|half |double |.*halved",
     "index": "an index|off by one",
     "square": "a missing square",
     "swapped": "swapped",

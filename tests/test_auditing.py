@@ -165,7 +165,14 @@ def test_global_generators_are_seen_and_set_back():
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
-UNNAMED = {"edm: step from t", "restart: u_max z", "unipc: goes on from the prediction"}
+UNNAMED = {
+    "edm: step from t",
+    "restart: alpha_t / alpha_s",
+    "restart: u_max z",
+    "reverse diffusion's ODE: A for A^2",
+    "time travel: no alpha_s",
+    "unipc: goes on from the prediction",
+}
 """Found, as the page of benchmarks/results/audits says, and not named."""
 
 

@@ -48,5 +48,31 @@ def of_times(near: Nearest) -> Signature:
         torch.allclose(own[step == i].sort().values, right[step == i].sort().values, rtol=1e-6) for i in step.tolist()
     ):
         return Signature("swapped rows", f"stages of {near.name} are in each other's place", effect)
+    if share := _share(near, own, right):
+        return Signature("a factor", share, effect)
     text = f"{int(off.sum())} of its {len(own)} times are not those of {near.name}, by up to {effect:.2g} of them"
     return Signature("other times", text, effect)
+
+
+def _share(near: Nearest, own: Tensor, right: Tensor) -> str:
+    """One stage of every step at another share of it, in some variable."""
+    sde, times = near.found.sde, near.table.grid.times
+    step = near.table.step[near.table.evaluates]
+    off = (own / right - 1).abs() > 1e-5
+    stages = near.stage[off].unique()
+    if len(stages) != 1:
+        return ""
+    rows = off & (near.stage == stages[0])
+    for name, chi in (
+        ("lambda", sde.half_log_snr),
+        ("sigma / alpha", lambda t: sde.sigma(t) / sde.alpha(t)),
+        ("t", lambda t: t),
+    ):
+        first, last = chi(times[step])[rows], chi(times[step + 1])[rows]
+        mine, theirs = ((chi(t)[rows] - first) / (last - first) for t in (own, right))
+        if bool(torch.allclose(mine, mine[:1], rtol=1e-6)) and bool(torch.allclose(theirs, theirs[:1], rtol=1e-6)):
+            return (
+                f"stage {int(stages[0]) + 1} of {near.name} is asked {float(mine[0]):.3g} of the step on in {name}, "
+                f"for {float(theirs[0]):.3g}"
+            )
+    return ""

@@ -123,14 +123,15 @@ def known() -> tuple[tuple[str, Solver], ...]:
         *_each(DPMSolverPP, order=(2, 3), rule=("midpoint", "exact"), stochastic=either, lower_final=either),
         *_each(DPMSolverPP, order=(2, 3), view=("eps",), lower_final=either),
         *_each(UniPC, order=(1, 2, 3, 4), view=("x0", "eps"), rule=("B1", "B2"), corrector=either),
+        *_each(UniPC, order=(1, 2, 3, 4), view=("v", "flow"), corrector=(True,)),
         *_each(
             ExponentialAB, order=(2, 3, 4), view=("x0", "eps", "v", "flow"), variable=("half_log_snr", "sigma", "t")
         ),
         *_each(DEIS, order=(2, 3, 4), variable=("sigma",)),
         *_each(ERSDE, order=(2, 3), noise_scale=("ode",)),
-        *_each(SASolver, tau=(0.0, 0.5)),
-        *_each(DDIM, eta=(0.2, 0.8, 1.0)),
-        *_each(ExponentialSDE, tau=(0.5, 2.0)),
+        *_each(SASolver, tau=(0.0, 0.2, 0.5, 0.8)),
+        *_each(DDIM, eta=(0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)),
+        *_each(ExponentialSDE, tau=(0.25, 0.5, 0.75, 1.5, 2.0)),
     ]
     ours = set(map(repr, found.values()))
     return (*found.items(), *((call_of(s), s) for s in dict.fromkeys(more) if repr(s) not in ours))

@@ -44,6 +44,8 @@ def factor(what: str, ratio: float) -> str:
     for value, word in ((0.5, "half"), (2.0, "double"), (-1.0, "a sign in the"), (0.0, "no")):
         if abs(ratio - value) < _TOL:
             return f"{word} {what}"
+    if ratio < 0:
+        return f"a sign in the {what}"
     return f"a factor {ratio:.3g} in the {what}"
 
 
@@ -77,6 +79,9 @@ class Rates(NamedTuple):
             m = 1 - (state - answers) / growth
             name = "a sign in the drift" if abs(m + 1) < 0.1 else factor("forward drift", m)
             return Signature(name, f"the forward drift f x enters {m:.2g} times", abs(m - 1))
+        if nu > 0.02 and is_(state, needed) and is_(2 - answers, needed):
+            text = f"the model's answers enter with 1 - tau^2, tau = {math.sqrt(nu / 2):.2g}, for 1 + tau^2"
+            return Signature("a sign in the drift", text, abs(answers / needed - 1))
         if nu > 0.02 and is_(state, needed) and is_((answers - 1) ** 2, needed - 1):
             return Signature(
                 "a missing square",
