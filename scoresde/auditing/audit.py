@@ -100,7 +100,7 @@ def _named(bench: Bench, figures: list[Figure]) -> Iterator[Figure]:
         return
     found: list[Signature] = []
     limit = any(f.group in ("limit", "law") for f in wrong)
-    table = bench.table(bench.grid(640))
+    table = bench.table(bench.grid(320))
     if limit and isinstance(table, Responses) and (signature := rates(table).signature()):
         found.append(signature)
     for grid in (_small(bench), _small(bench, to_zero=True)):
