@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PAGES := $(VENV)/.pages
 
-.PHONY: demo test docs tables lint types doctest format clean
+.PHONY: demo test docs tables audits lint types doctest format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ docs: $(PAGES)  ## the pages and the reference, in build/site; a warning is an e
 
 tables: $(READY)  ## the tables of the pages that the package itself knows: solvers, SDEs, names
 	$(BIN)/python docs/tables.py
+
+audits: $(READY)  ## the auditor on diffusers, k-diffusion, azula, our solvers and mutants of them (half an hour); installs them
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench,plots]"
+	$(BIN)/python -W ignore benchmarks/audits.py
 
 doctest: $(READY)  ## the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules scoresde
