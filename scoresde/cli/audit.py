@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scoresde.auditing import audit, load
 from scoresde.auditing.picture import draw
 from scoresde.checks import check_count
 from scoresde.cli.common import SessionOptions, check_file
 from scoresde.cli.options import Options, option
 from scoresde.files import write_whole
+from scoresde.info import environment
 from scoresde.processes import SDES, sde_of
 from scoresde.report import write_json
 
@@ -71,9 +74,15 @@ def run(options: AuditOptions) -> None:
         return
     picture = options.out.with_suffix(".png")
     drawn = draw(found, picture)
-    page = found.page(picture.name if drawn else None)
+    facts = environment(dtype=torch.float64)
+    where = (
+        ", ".join(facts[name] for name in ("device", "dtype"))
+        + ", "
+        + ", ".join(f"{name} {facts[name]}" for name in ("torch", "python", "scoresde", "commit"))
+    )
+    page = f"{found.page(picture.name if drawn else None)}\n{found.seconds:.0f} s; {where}; `{facts['command']}`\n"
     write_whole(options.out, lambda file: file.write(page.encode()))
-    write_json(options.out.with_suffix(".json"), found.json())
+    write_json(options.out.with_suffix(".json"), {**found.json(), "environment": facts})
     print(found.summary())
     session.say(f"wrote {options.out}" + (f" and {picture.name}" if drawn else "") + f", in {found.seconds:.0f} s")
 
