@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Where torchvision's operators do not load beside torch, its Python parts are enough.
-with mock.patch.object(torch.library, "register_fake", lambda *args, **options: lambda function: function):
+with mock.patch.object(torch.library, "register_fake", return_value=lambda function: function):
     import torchvision  # noqa: F401
 from deepinv.sampling.diffusion_sde import VariancePreservingDiffusion
 from deepinv.sampling.sde_solver import EulerSolver
