@@ -290,6 +290,22 @@ class Leaking:
         return out
 
 
+class Changed:
+    """Its first call changes it for good."""
+
+    calls = 0
+
+    def __call__(self, model, x, sigmas, nfe):
+        self.calls += 1
+        return euler(model, x, sigmas, nfe) * (1 + 1e-3 * (self.calls > 1))
+
+
+def test_what_the_first_call_changes_is_seen():
+    tested = bench(Changed())
+    tested.first = conduct.first_sample(tested)
+    assert by_name(conduct.figures(tested))["the call before"].verdict == WRONG
+
+
 def test_euler_has_no_fault_of_conduct():
     found = by_name(conduct.figures(bench(euler)))
     assert {figure.verdict for figure in found.values()} <= {RIGHT, NOT_DECIDED}

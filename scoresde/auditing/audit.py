@@ -33,6 +33,7 @@ def audited(form: Form, sde: SDE | None, quick: bool, tick: Callable[[str], None
     figures: list[Figure] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        bench.first = conduct.first_sample(bench)
         tick("its table")
         figures += _table(bench)
         rooms = (convergence, conduct, laws, edges)

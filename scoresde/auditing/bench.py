@@ -90,6 +90,7 @@ class Bench:
     Attributes:
         data, target: the Gaussian, as a law and as a target, of events (1, 2, 3).
         size: root mean square of the data.
+        first: samples of the sampler's first call, to see whether later ones are others.
     """
 
     data = spectrum()
@@ -101,6 +102,7 @@ class Bench:
     ) -> None:
         self.form, self.given, self.quick, self.tick = form, sde, quick, tick
         self.limit, self._began = 17.0 if quick else 150.0, time.monotonic()
+        self.first: Tensor | None = None
         self._tables: dict[Any, Responses | str] = {}
 
     @property
