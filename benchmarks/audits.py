@@ -5,8 +5,7 @@ of our solvers it finds and names.
 
 DEFECTS: samplers of diffusers, k-diffusion, azula and, where it is installed, deepinv, in which something is known to
 be wrong; the auditor is told nothing of it but the sampler's own name and options. RIGHT: samplers, theirs and ours,
-in which nothing is. MUTANTS and SECOND: wrong versions of our solvers (mutants.py, mutants_second.py), each with the
-kind of its slip; one is named if a signature of the audit is of that kind.
+in which nothing is. MUTANTS, SECOND and THIRD: wrong versions of our solvers (mutants*.py), each with the kind of its slip; one is named if a signature of the audit is of that kind.
 
 Finished audits are kept in OUT/audits.jsonl, so the same command goes on where it was killed. Written into --out:
 README.md (the tables), results.json, and of each defect a page and its picture.
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from mutants import MUTANTS, Mutant
 from mutants_second import SECOND
+from mutants_third import THIRD
 from peers import PACKAGES, installed
 from tqdm import tqdm
 
@@ -123,7 +123,7 @@ def tasks(args: argparse.Namespace) -> Iterator[Task]:
             if case.installed:
                 make = partial(audit_of, case, quick)
                 yield Task(name, case.name, make)
-    for name, mutants in (("mutants", MUTANTS), ("second mutants", SECOND)):
+    for name, mutants in (("mutants", MUTANTS), ("second mutants", SECOND), ("third mutants", THIRD)):
         for mutant in mutants:
             yield Task(name, mutant.name, partial(audit_of_mutant, mutant))
 
@@ -194,7 +194,8 @@ def report(done: dict[tuple[str, str], dict[str, Any]], args: argparse.Namespace
           f"{row['seconds']:.0f}"] for row in rows],
     )  # fmt: skip
     for name, mutants, title in (("mutants", MUTANTS, "Mutants of our own solvers"),
-                                 ("second mutants", SECOND, "A second set")):  # fmt: skip
+                                 ("second mutants", SECOND, "A second set"),
+        ("third mutants", THIRD, "A third set, on which nothing was tuned")):  # fmt: skip
         rows = [done[name, m.name] for m in mutants if (name, m.name) in done]
         kinds = {m.name: m for m in mutants}
         found = sum(row["verdict"] == "wrong" for row in rows)
@@ -230,7 +231,7 @@ def _count(row: dict[str, Any], verdict: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    lists = ["defects", "right", "mutants", "second mutants"]
+    lists = ["defects", "right", "mutants", "second mutants", "third mutants"]
     parser.add_argument("--lists", nargs="+", choices=lists, default=lists)
     parser.add_argument("--only", default="", help="part of a name")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/audits"), help="folder of results")
