@@ -65,6 +65,7 @@ def rows_of(full: Tensor, base: Tensor) -> Rows:
     return Rows(a, by_lag(step[:, 1 : R + 1]), step[:, R + 1 :].norm(dim=1))
 
 
+@shown
 @dataclass(frozen=True)
 class Nearest:
     """A known solver beside a sampler.
