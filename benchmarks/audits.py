@@ -5,8 +5,8 @@ of our solvers it finds and names.
 
 DEFECTS: samplers of diffusers, k-diffusion, azula and, where it is installed, deepinv, in which something is known to
 be wrong; the auditor is told nothing of it but the sampler's own name and options. RIGHT: samplers, theirs and ours,
-in which nothing is. MUTANTS, SECOND and THIRD: wrong versions of our solvers (mutants*.py), each with the kind of its slip;
-one is named if a signature of the audit is of that kind.
+in which nothing is. MUTANTS, SECOND and THIRD: wrong versions of our solvers (mutants*.py), each with the kind of its
+slip; one is named if a signature of the audit is of that kind.
 
 Finished audits are kept in OUT/audits.jsonl, so the same command goes on where it was killed. Written into --out:
 README.md (the tables), results.json, and of each defect a page and its picture.
