@@ -3,10 +3,10 @@ of our solvers it finds and names.
 
     python benchmarks/audits.py
 
-DEFECTS: samplers of diffusers, k-diffusion, azula and, where it is installed, deepinv, in which something is known to
-be wrong; the auditor is told nothing of it but the sampler's own name and options. RIGHT: samplers, theirs and ours,
-in which nothing is. MUTANTS, SECOND and THIRD: wrong versions of our solvers (mutants*.py), each with the kind of its
-slip; one is named if a signature of the audit is of that kind.
+DEFECTS: samplers of diffusers, k-diffusion and azula in which something is known to be wrong; the auditor is told
+nothing of it but the sampler's own name and options. RIGHT: samplers, theirs and ours, in which nothing is. MUTANTS,
+SECOND and THIRD: wrong versions of our solvers (mutants*.py), each with the kind of its slip; one is named if a
+signature of the audit is of that kind.
 
 Finished audits are kept in OUT/audits.jsonl, so the same command goes on where it was killed. Written into --out:
 README.md (the tables), results.json, and of each defect a page and its picture.
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     @property
     def installed(self) -> bool:
         package = self.sampler.partition(":")[0].partition(".")[0].replace("k_diffusion", "k-diffusion")
-        return ":" not in self.sampler or package not in (*PACKAGES, "deepinv") or installed(package) is not None
+        return ":" not in self.sampler or package not in PACKAGES or installed(package) is not None
 
 
 K, A, D = "k_diffusion.sampling:sample_", "azula.sample:", "diffusers:"
@@ -106,7 +106,7 @@ NAMES: dict[str, str] = {
 
 def is_named(kind: str, signatures: Sequence[str]) -> bool:
     """Whether a signature is of that kind."""
-    return any(re.match(NAMES[kind], name) or (kind == "sign" and name.startswith("a sign")) for name in signatures)
+    return any(re.match(NAMES[kind], name) for name in signatures)
 
 
 class Task(NamedTuple):
@@ -139,7 +139,7 @@ def audit_of_mutant(mutant: Mutant) -> Audit:
 
 def run(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
     """The finished audits, by list and name."""
-    versions = {package: installed(package) or "-" for package in (*PACKAGES, "deepinv")}
+    versions = {package: installed(package) or "-" for package in PACKAGES}
     made_for = {"torch": torch.__version__, **versions, "quick": args.quick}
     kept = Cells(args.out / "audits.jsonl", "benchmarks/audits.py", "audits", made_for,
                  lambda row: (row["list"], row["name"]), args.fresh)  # fmt: skip
@@ -171,13 +171,13 @@ def _write(page: str, file: Any) -> None:
 def report(done: dict[tuple[str, str], dict[str, Any]], args: argparse.Namespace) -> str:
     """The page of all, also written, with the numbers."""
     facts = environment(dtype=torch.float64)
-    peers = ", ".join(f"{package} {installed(package)}" for package in (*PACKAGES, "deepinv") if installed(package))
+    peers = ", ".join(f"{package} {installed(package)}" for package in PACKAGES if installed(package))
     where = f"{facts['device']}, {facts['threads']} thread(s), float64 and float32, torch {facts['torch']}"
     lines = ["# Samplers before the auditor", ""]
     lines += [f"`python benchmarks/audits.py`; {where}, commit {facts['commit']}, {peers or 'no peer installed'}.", ""]
     known = {case.name: case.known for case in DEFECTS}
     lines += ["## Defects that are known", ""]
-    lines += ["Each is found from the sampler's name and options alone; its page has all figures. One line repeats it:"]
+    lines += ["The auditor knows the sampler's name and options alone; the page has all figures. One line repeats it:"]
     lines += ["`scoresde audit SAMPLER --set OPTION=VALUE --out page.md`.", ""]
     rows = [row for (name, _), row in done.items() if name == "defects"]
     lines += table(

@@ -92,8 +92,16 @@ class Wrong(Solver):
 MUTANTS: list[Mutant] = []
 
 
-def mutant(name: str, original: Solver, order: int, kind: str, fault: str, make: Make) -> None:
-    MUTANTS.append(Mutant(name, Wrong(original, make), original, kind, fault, order))
+def adding_to(mutants: list[Mutant]) -> Callable[[str, Solver, int, str, str, Make], None]:
+    """A function (name, original, order, kind, fault, make) that adds a mutant."""
+
+    def mutant(name: str, original: Solver, order: int, kind: str, fault: str, make: Make) -> None:
+        mutants.append(Mutant(name, Wrong(original, make), original, kind, fault, order))
+
+    return mutant
+
+
+mutant = adding_to(MUTANTS)
 
 
 # How a mistake is made.

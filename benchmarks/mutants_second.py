@@ -6,7 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from mutants import METHODS, VARIABLES, Make, Mutant, Wrong, entry, evaluation, instead, stages, variance, weights
+from mutants import (
+    METHODS,
+    VARIABLES,
+    Make,
+    Mutant,
+    adding_to,
+    entry,
+    evaluation,
+    instead,
+    stages,
+    variance,
+    weights,
+)
 from torch import Tensor
 
 from scoresde import SDE, Grid
@@ -37,10 +49,7 @@ from scoresde.views import Affine, view_of_mean
 __all__ = ["SECOND"]
 
 SECOND: list[Mutant] = []
-
-
-def mutant(name: str, original: Solver, order: int, kind: str, fault: str, make: Make) -> None:
-    SECOND.append(Mutant(name, Wrong(original, make), original, kind, fault, order))
+mutant = adding_to(SECOND)
 
 
 # Of one evaluation a step.

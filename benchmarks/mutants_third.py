@@ -8,7 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from mutants import METHODS, VARIABLES, Make, Mutant, Wrong, difference, entry, evaluation, instead, stages, weights
+from mutants import (
+    METHODS,
+    VARIABLES,
+    Mutant,
+    adding_to,
+    difference,
+    entry,
+    evaluation,
+    instead,
+    stages,
+    weights,
+)
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -26,7 +37,6 @@ from scoresde.solvers import (
     ExponentialSDE,
     Heun,
     RungeKutta,
-    Solver,
     UniPC,
     exponential,
     runge_kutta,
@@ -39,10 +49,7 @@ from scoresde.views import Affine
 __all__ = ["THIRD"]
 
 THIRD: list[Mutant] = []
-
-
-def mutant(name: str, original: Solver, order: int, kind: str, fault: str, make: Make) -> None:
-    THIRD.append(Mutant(name, Wrong(original, make), original, kind, fault, order))
+mutant = adding_to(THIRD)
 
 
 # Of one evaluation a step.

@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scoresde import SDE, VPSDE, Denoiser, Grid, Posterior, sample
+from scoresde.auditing.bench import smooth_images
 from scoresde.continuity import in_steps
 from scoresde.data.arrays import ARRAYS, read_arrays
 from scoresde.exact import Gaussian, GaussianMixture
@@ -499,10 +500,7 @@ def images() -> Problem:
     """64 components of std 0.1 around smooth images: white noise with the spectrum of photographs, amplitude
     ~ 1 / frequency, scaled to pixel std 0.5.
     """
-    noise = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    f = torch.hypot(torch.fft.fftfreq(32, 1 / 32)[:, None], torch.fft.rfftfreq(32, 1 / 32)[None, :])
-    smooth = torch.fft.irfft2(torch.fft.rfft2(noise) / f.clamp(min=1).double(), s=(32, 32))
-    means = 0.5 * smooth / smooth.std(dim=(1, 2, 3), keepdim=True)
+    means = smooth_images(64, seed=0, power=1.0)
     title = "64 Gaussians around smooth images, d = 3072, std 0.1"
     return MixtureProblem("images", title, means, 0.1, 32, 64)
 

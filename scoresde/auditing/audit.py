@@ -44,7 +44,7 @@ def audited(form: Form, sde: SDE | None, quick: bool, tick: Callable[[str], None
                 figures.append(Figure("left out", "time", NOT_DECIDED, text))
                 break
         tick("names")
-        figures = [*_named(bench, figures)]
+        figures += _named(bench, figures)
     takes = f"takes {form.takes} of {bench.sde()!r}"
     claims = "claims no order" if form.order is None else f"claims order {form.order}"
     about = ", ".join(filter(None, [form.about, takes, claims, f"its model predicts {form.predicts[0]}"]))
@@ -93,8 +93,7 @@ def _table(bench: Bench) -> Iterator[Figure]:
 
 
 def _named(bench: Bench, figures: list[Figure]) -> Iterator[Figure]:
-    """The figures, and where one is wrong what it is known by."""
-    yield from figures
+    """Where a figure is wrong, what the sampler is known by."""
     wrong = [f for f in figures if f.verdict == WRONG and f.group in ("limit", "order of convergence", "law",
                                                                         "where it stops", "edges")]  # fmt: skip
     if not wrong or bench.why_no_table:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scoresde.analysis import Law, marginal
+from scoresde.analysis import Law, marginal, w2
 from scoresde.auditing.model import Draws, Form, Model, run_form
 from scoresde.auditing.table import Responses, own_error, probe
 from scoresde.denoiser import Denoiser
@@ -26,7 +27,7 @@ from scoresde.schedules import EDMSDE, VPSDE
 from scoresde.sde import SDE
 from scoresde.solvers.runge_kutta import RungeKutta
 
-__all__ = ["Bench", "images", "mixture", "spectrum"]
+__all__ = ["Bench", "images", "law_of_samples", "marginal_of_mixture", "mixture", "rms", "smooth_images", "spectrum"]
 
 FAR, NEAR, END, LAST = -8.0, -5.0, 1.5, math.log(1 / 0.002)
 """Half log-SNR: where runs start, for the order and as in use; where they stop with noise left; the last before 0."""
@@ -41,14 +42,19 @@ def spectrum(unit: float = 1.0) -> Law:
     return Law(_MEAN * unit, (_STD * unit) ** 2)
 
 
+def smooth_images(n: int, seed: int, power: float) -> Tensor:
+    """White noise with amplitudes ~ 1 / frequency^power, scaled to pixel std 0.5, shape (n, 3, 32, 32)."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(n, 3, 32, 32, generator=generator, dtype=torch.float64, device="cpu")
+    f = torch.hypot(torch.fft.fftfreq(32, 1 / 32)[:, None], torch.fft.rfftfreq(32, 1 / 32)[None, :]).clamp(min=1)
+    smooth = torch.fft.irfft2(torch.fft.rfft2(noise) / f.double() ** power, s=(32, 32))
+    return 0.5 * smooth / smooth.std(dim=(1, 2, 3), keepdim=True)
+
+
 @cache
 def images() -> tuple[Tensor, Tensor]:
     """Eight smooth images, (8, 3, 32, 32), and the width of the mode about each, (8,)."""
-    generator = torch.Generator("cpu").manual_seed(1)
-    noise = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64, device="cpu")
-    f = torch.hypot(torch.fft.fftfreq(32, 1 / 32)[:, None], torch.fft.rfftfreq(32, 1 / 32)[None, :]).clamp(min=1)
-    smooth = torch.fft.irfft2(torch.fft.rfft2(noise) / f.double() ** 1.5, s=(32, 32))
-    return 0.5 * smooth / smooth.std(dim=(1, 2, 3), keepdim=True), torch.linspace(0.2, 0.4, 8, dtype=torch.float64)
+    return smooth_images(8, seed=1, power=1.5), torch.linspace(0.2, 0.4, 8, dtype=torch.float64)
 
 
 @cache
@@ -63,18 +69,22 @@ def mixture(dimensions: int) -> GaussianMixture:
     return GaussianMixture(means, weights=[1.0, 2.0, 1.0, 1.0, 3.0], std=[0.3, 0.4, 0.35, 0.3, 0.45])
 
 
+def marginal_of_mixture(dimensions: int, sde: SDE, t: float, samples: int, seed: int) -> Tensor:
+    """Samples of a mixture's exact marginal at t, float64."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x_0 = mixture(dimensions).sample(samples, generator, torch.float64)
+    return sde.perturb(x_0, t, torch.randn(x_0.shape, generator=generator, dtype=torch.float64, device="cpu"))
+
+
 @cache
 def _flow(sde: SDE, dimensions: int, start: float, end: float, samples: int) -> tuple[Tensor, Tensor]:
     """x_T of the exact marginal, and where the probability flow takes it: Runge-Kutta of order 4, float64."""
-    target = mixture(dimensions)
-    steps = 1024 if dimensions == 2 else 320
-    generator = torch.Generator("cpu").manual_seed(2)
-    x_0 = target.sample(samples, generator, torch.float64)
-    noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64, device="cpu")
-    x = sde.perturb(x_0, start, noise)
+    x, steps = marginal_of_mixture(dimensions, sde, start, samples, seed=2), 1024 if dimensions == 2 else 320
     solver = RungeKutta("rk4", "half_log_snr")
     with torch.no_grad():
-        *_, last = solver.tableau(Grid.log_snr(sde, steps, start=start, end=end)).iterate(target.denoiser(sde), x)
+        *_, last = solver.tableau(Grid.log_snr(sde, steps, start=start, end=end)).iterate(
+            mixture(dimensions).denoiser(sde), x
+        )
     return x, last.x
 
 
@@ -129,11 +139,11 @@ class Bench:
             return Grid.log_snr(sde, steps, start=high, last=max(float(sde.time_at(LAST - shift)), sde.t_min))
         return Grid.log_snr(sde, steps, start=high, end=float(sde.time_at(end - shift)))
 
-    def table(self, grid: Grid, dtype: torch.dtype = torch.float64) -> Responses | str:
+    def table(self, grid: Grid) -> Responses | str:
         """Its table on a grid, or why it has none."""
-        key = (repr(grid.sde), tuple(grid.times[[0, 1, -2, -1]].tolist()), grid.steps, dtype)
+        key = grid.sde, tuple(grid.times.tolist())
         if key not in self._tables:
-            self._tables[key] = probe(self.form, grid.sde, grid.times, dtype)
+            self._tables[key] = probe(self.form, grid.sde, grid.times)
         return self._tables[key]
 
     @cached_property
@@ -154,7 +164,7 @@ class Bench:
 
     def ladder(self, least: int = 10) -> list[int]:
         """Numbers of steps, doubled as long as tables stay small; fewer where there is none."""
-        found, most = self.table(self.grid(12)), 2600
+        found = self.table(self.grid(12))
         if not isinstance(found, Responses):
             return [n for n in (10, 20, 40, 80, 160, 320) if least <= n <= (160 if self.quick or self.noisy else 320)]
         evaluations = max(1.0, len(found.t) / 12)
@@ -211,12 +221,9 @@ class Bench:
     ) -> tuple[Tensor, Model, int | None]:
         """One run on times of the dtype of x_T: the samples, the model as it was asked, the evaluations claimed."""
         model = Model(denoiser, predicts or self.form.predicts[0], most=most)
-        times = times if times.dtype == x_T.dtype else times.to(x_T.dtype)
-        if draws is None:
+        times = times.to(x_T.dtype)
+        with draws or nullcontext():
             x, claimed = run_form(self.form, model, x_T, times, seed)
-        else:
-            with draws:
-                x, claimed = run_form(self.form, model, x_T, times, seed)
         return x, model, claimed
 
     def gaussian(
@@ -241,9 +248,7 @@ class Bench:
         n = 4000
         x, _ = self.gaussian(grid, n, unit=unit)
         law = marginal(spectrum(unit), grid.sde, grid.times[-1])
-        flat = x.double().reshape(n, -1)
-        spread = flat.std(0) - law.variances.sqrt()
-        return float(((flat.mean(0) - law.mean) ** 2 + spread**2).mean().sqrt()) / size
+        return w2(law_of_samples(x), law) / size
 
     def mixed(self, dimensions: int, steps: int, samples: int) -> float:
         """The rms distance of its samples of the mixture, x / alpha, from where the probability flow takes x_T."""
@@ -252,6 +257,12 @@ class Bench:
         x_T, truth = _flow(grid.sde, dimensions, t_0, t_N, samples)
         x, *_ = self.run(mixture(dimensions).denoiser(grid.sde), x_T.clone(), grid.times)
         return rms(x - truth) / float(grid.sde.alpha(t_N))
+
+
+def law_of_samples(x: Tensor) -> Law:
+    """Mean and variances of each number of a batch."""
+    flat = x.double().reshape(len(x), -1)
+    return Law(flat.mean(0), flat.var(0))
 
 
 def rms(difference: Tensor) -> float:

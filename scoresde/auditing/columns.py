@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scoresde.auditing.nearest import Nearest, differ
 from scoresde.auditing.rates import Signature
+from scoresde.solvers.rows import forgotten
 
 __all__ = ["close", "column"]
 
@@ -92,19 +93,18 @@ def _power(near: Nearest, mine: Tensor, theirs: Tensor, wrong: Tensor) -> tuple[
     ):
         if float(value.std(correction=0)) <= 1e-3 * float(value.mean()):
             return name, how
-    sde, times = near.found.sde, near.table.grid.times
-    level = sde.sigma(times[near.table.step[near.table.evaluates][wrong] + 1])
+    sde, (t, s) = near.found.sde, (ends[wrong] for ends in near.ends)
+    level = sde.sigma(s)
     kept = (1 - (theirs / level) ** 2).clamp(min=0).sqrt()
     if bool(torch.allclose(mine, level * (1 - kept).sqrt(), rtol=1e-4)):
         return "a missing square", "has the variance sigma_s^2 (1 - q) for sigma_s^2 (1 - q^2)"
-    asked = torch.cat([near.found.t, times[-1:]])[1:][wrong]  # where a churn ends, that another evaluation follows
+    asked = torch.cat([near.found.t, near.table.grid.times[-1:]])[1:][
+        wrong
+    ]  # where a churn ends, that another evaluation follows
     left = sde.sigma(asked) - (sde.sigma(asked) ** 2 - theirs**2).clamp(min=0).sqrt()
     if bool(torch.allclose(mine, left, rtol=1e-4, atol=1e-9)):
         return "a missing square", "is a difference of levels, not the root of that of their squares"
-    step = near.table.step[near.table.evaluates][wrong]
-    t, s = times[step], times[step + 1]
-    beta = (sde.sigma(t) ** 2 - (sde.alpha(t) / sde.alpha(s)) ** 2 * sde.sigma(s) ** 2).clamp(min=0).sqrt()
-    if bool(torch.allclose(mine, beta, rtol=1e-4)):
+    if bool(torch.allclose(mine, sde.sigma(t) * forgotten(sde, t, s).sqrt(), rtol=1e-4)):
         return "variance beta for beta-tilde", "has the variance beta, not beta-tilde"
     return None
 
@@ -113,9 +113,7 @@ def _letter(near: Nearest, log_ratio: Tensor, wrong: Tensor) -> str:
     """The ratio as a power of sigma, alpha, u = sigma / alpha, m = alpha + sigma or r at t over that at s, of the last
     step over this, or one of them left out or once too much.
     """
-    sde, times = near.found.sde, near.table.grid.times
-    step = near.table.step[near.table.evaluates]
-    first, last = times[step], times[step + 1]
+    sde, (first, last) = near.found.sde, near.ends
     h = sde.half_log_snr(last) - sde.half_log_snr(first)
     bases = {
         "sigma": (sde.sigma(first) / sde.sigma(last)).log(),

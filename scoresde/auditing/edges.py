@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from scoresde.auditing.bench import END, EVENT, NEAR, Bench, rms
+from scoresde.analysis import w2
+from scoresde.auditing.bench import END, EVENT, NEAR, Bench, law_of_samples, rms
 from scoresde.auditing.conduct import ByName
 from scoresde.auditing.figure import NOT_DECIDED, RIGHT, WRONG, Figure, line, number
 from scoresde.auditing.model import Model
@@ -49,12 +50,9 @@ def _run(bench: Bench, grid: Grid, dtype: torch.dtype = torch.float64) -> Tensor
 
 def _near_data(bench: Bench, most: float) -> Check:
     """Whether mean and deviation are the data's to this part of its size, beside the noise of 64 samples."""
-    data = bench.data
 
     def check(x: Tensor) -> str | None:
-        flat = x.double().reshape(len(x), -1)
-        off = torch.cat([flat.mean(0) - data.mean, flat.std(0) - data.variances.sqrt()]).square().mean().mul(2).sqrt()
-        share = float(off) / bench.size
+        share = w2(law_of_samples(x), bench.data) / bench.size
         return None if share < most else f"its samples are {number(share)} of the size of the data off"
 
     return check

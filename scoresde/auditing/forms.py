@@ -97,7 +97,7 @@ def _form(sampler: Any, takes: str | None, options: dict[str, Any]) -> Form:
             f"sampler={given}: expected a solver of scoresde, a scheduler with set_timesteps and step, a class of "
             "azula.sample, a torch.nn.Module, or a function (denoise, x_T, times or sigmas, nfe)"
         )
-    return replace(form, options=options, about=_about(sampler))
+    return replace(form, about=_about(sampler))
 
 
 def _about(sampler: Any) -> str:

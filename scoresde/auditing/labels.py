@@ -7,7 +7,6 @@ from torch import Tensor
 
 from scoresde.auditing.nearest import Nearest, differ
 from scoresde.auditing.rates import Signature
-from scoresde.auditing.table import responses_of
 
 __all__ = ["of_times", "quantised"]
 
@@ -33,7 +32,7 @@ def quantised(t: Tensor, t_max: float) -> str:
 
 def of_times(near: Nearest) -> Signature:
     """Where it asks its model, beside where the nearest solver does."""
-    own, right = near.found.t, responses_of(near.table).t
+    own, right = near.found.t, near.answers.t
     effect = float(((own - right).abs() / right).max())
     if (unit := quantised(own, near.table.grid.sde.t_max)) and not quantised(right, near.table.grid.sde.t_max):
         return Signature("rounded labels", f"its times are those of {near.name}, rounded to {unit}", effect)
@@ -56,8 +55,7 @@ def of_times(near: Nearest) -> Signature:
 
 def _share(near: Nearest, own: Tensor, right: Tensor) -> str:
     """One stage of every step at another share of it, in some variable."""
-    sde, times = near.found.sde, near.table.grid.times
-    step = near.table.step[near.table.evaluates]
+    sde, (t, s) = near.found.sde, near.ends
     off = (own / right - 1).abs() > 1e-5
     stages = near.stage[off].unique()
     if len(stages) != 1:
@@ -68,8 +66,8 @@ def _share(near: Nearest, own: Tensor, right: Tensor) -> str:
         ("sigma / alpha", lambda t: sde.sigma(t) / sde.alpha(t)),
         ("t", lambda t: t),
     ):
-        first, last = chi(times[step])[rows], chi(times[step + 1])[rows]
-        mine, theirs = ((chi(t)[rows] - first) / (last - first) for t in (own, right))
+        first, last = chi(t)[rows], chi(s)[rows]
+        mine, theirs = ((chi(at)[rows] - first) / (last - first) for at in (own, right))
         if bool(torch.allclose(mine, mine[:1], rtol=1e-6)) and bool(torch.allclose(theirs, theirs[:1], rtol=1e-6)):
             return (
                 f"stage {int(stages[0]) + 1} of {near.name} is asked {float(mine[0]):.3g} of the step on in {name}, "

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from scoresde.analysis import Law, marginal, w2
-from scoresde.auditing.bench import NEAR, Bench, images, mixture, spectrum
+from scoresde.auditing.bench import NEAR, Bench, images, marginal_of_mixture, mixture
 from scoresde.auditing.convergence import curve_of
 from scoresde.auditing.figure import NOT_DECIDED, RIGHT, WRONG, Figure, number
-from scoresde.auditing.table import Responses, law_of
+from scoresde.auditing.table import Responses, output_law
 from scoresde.grid import Grid
+from scoresde.solvers.rows import forgotten
 
 __all__ = ["figures"]
 
@@ -21,11 +22,7 @@ CLEAR = 6.0
 """Standard errors from which on a difference is one: of some hundred tests, once in 10^6 audits."""
 
 
-def output_law(found: Responses, grid: Grid, data: Law) -> Law:
-    """The law of the output from x_T of the exact marginal."""
-    of_x_T, of_m, noise = law_of(found, data)
-    start = marginal(data, found.sde, grid.times[0])
-    return Law(of_x_T * start.mean + of_m * data.mean, of_x_T**2 * start.variances + noise)
+_POINT = Law(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
 
 
 def figures(bench: Bench) -> Iterator[Figure]:
@@ -44,14 +41,14 @@ def figures(bench: Bench) -> Iterator[Figure]:
 
 def _exact(bench: Bench) -> Iterator[Figure]:
     """Bias and covariance at several step counts, without the noise of finite samples."""
-    data, told = spectrum(), []
+    data, told = bench.data, []
 
     def measure(n: int) -> float | None:
         grid = bench.grid(n, start=NEAR)
         found = bench.table(grid)
         if isinstance(found, str):
             return None
-        law, truth = output_law(found, grid, data), marginal(data, grid.sde, grid.times[-1])
+        law, truth = output_law(found, data, float(grid.times[0])), marginal(data, grid.sde, grid.times[-1])
         bias = float(((law.mean - truth.mean) / truth.variances.sqrt()).square().mean().sqrt())
         ratio = law.variances / truth.variances
         told.append((n, bias, float(ratio.min()), float(ratio.max())))
@@ -81,8 +78,7 @@ def _point(bench: Bench) -> Iterator[Figure]:
     found = bench.table(grid)
     if isinstance(found, str):
         return
-    data = Law(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-    law, truth = output_law(found, grid, data), marginal(data, grid.sde, grid.times[-1])
+    law, truth = output_law(found, _POINT, float(grid.times[0])), marginal(_POINT, grid.sde, grid.times[-1])
     ratio = float(law.variances / truth.variances)
     bias = float((law.mean - truth.mean).abs())
     sde, (t, s) = grid.sde, (grid.times[:-1], grid.times[1:])
@@ -91,8 +87,7 @@ def _point(bench: Bench) -> Iterator[Figure]:
     signature = ""
     if not exact and len(found.t) == grid.steps:
         c = (found.C[1:] - (found.A[1:] / found.A[:-1])[:, None] * found.C[:-1]).norm(dim=1)
-        beta = (sde.sigma(t) ** 2 - (sde.alpha(t) / sde.alpha(s)) ** 2 * sde.sigma(s) ** 2).sqrt()
-        if torch.allclose(c, beta, rtol=1e-4):
+        if torch.allclose(c, sde.sigma(t) * forgotten(sde, t, s).sqrt(), rtol=1e-4):
             signature = "variance beta for beta-tilde"
             text += ": its noise has the variance beta, of the forward step, for beta-tilde, of the posterior"
     yield Figure("law", "point data", RIGHT if exact else NOT_DECIDED, text, ratio, signature=signature)
@@ -104,8 +99,9 @@ def _landing(bench: Bench) -> Iterator[Figure]:
     found = bench.table(grid)
     if isinstance(found, str):
         return
-    data = Law(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-    left = float(output_law(found, grid, data).variances.sqrt()) / float(grid.sde.sigma(grid.times[-2]))
+    left = float(output_law(found, _POINT, float(grid.times[0])).variances.sqrt()) / float(
+        grid.sde.sigma(grid.times[-2])
+    )
     much = left > 0.3
     text = f"data that are one point: at sigma = 0 noise of {number(left)} times the last level is left"
     yield Figure(
@@ -126,12 +122,16 @@ def _sampled(bench: Bench) -> Iterator[Figure]:
     """With the noise of finite samples: as the table says, or else as the data is."""
     n, steps = (2000 if bench.quick else 8000), 50
     grid = bench.grid(steps, start=NEAR)
-    data = spectrum()
+    data = bench.data
     x, _ = bench.gaussian(grid, n, seed=11)
     flat = x.double().reshape(n, -1)
     found = bench.table(grid)
     known = isinstance(found, Responses)
-    law = output_law(found, grid, data) if isinstance(found, Responses) else marginal(data, grid.sde, grid.times[-1])
+    law = (
+        output_law(found, data, float(grid.times[0]))
+        if isinstance(found, Responses)
+        else marginal(data, grid.sde, grid.times[-1])
+    )
     mean, variance = _scores(flat, law)
     z = (flat - flat.mean(0)) / flat.std(0)
     between = float((z.T @ z / n - torch.eye(z.shape[1], dtype=z.dtype)).abs().max()) * math.sqrt(n)
@@ -176,11 +176,8 @@ def _plane(bench: Bench) -> Iterator[Figure]:
 
 def _mixed(bench: Bench, dimensions: int, n: int, grid: Grid) -> Tensor:
     """Samples of a mixture from x_T of the exact marginal."""
-    target, generator = mixture(dimensions), torch.Generator("cpu").manual_seed(7)
-    x_0 = target.sample(n, generator, torch.float64)
-    noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64, device="cpu")
-    x_T = grid.sde.perturb(x_0, grid.times[0], noise)
-    return bench.run(target.denoiser(grid.sde), x_T, grid.times, seed=12)[0].double()
+    x_T = marginal_of_mixture(dimensions, grid.sde, float(grid.times[0]), n, seed=7)
+    return bench.run(mixture(dimensions).denoiser(grid.sde), x_T, grid.times, seed=12)[0].double()
 
 
 def _images(bench: Bench) -> Iterator[Figure]:

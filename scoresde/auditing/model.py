@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,6 @@ class Form:
     predicts: tuple[str, ...] = ("x0",)
     as_used: Callable[..., Any] | None = None
     about: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Given(Denoiser):

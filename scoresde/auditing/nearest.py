@@ -72,7 +72,7 @@ class Nearest:
 
     Attributes:
         name, solver, table: the solver, and its table on the same grid.
-        found: the sampler's.
+        found, answers: how the sampler answers, and how the solver.
         own, right: the rows of the sampler, and of the solver.
         stage: of each row, its place in its step.
         same_times: whether the two ask their model at the same times.
@@ -84,12 +84,19 @@ class Nearest:
     solver: Solver
     table: Tableau
     found: Responses
+    answers: Responses
     own: Rows
     right: Rows
     stage: Tensor
     same_times: bool
     wrong: Tensor
     score: tuple[float, float]
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The times t and s of the step that each row belongs to."""
+        step, times = self.table.step[self.table.evaluates], self.table.grid.times
+        return times[step], times[step + 1]
 
     @property
     def equal(self) -> bool:
@@ -202,7 +209,9 @@ def candidates(found: Responses, grid: Grid, most: int = 40) -> list[Nearest]:
         if math.isfinite(off):
             score = float(parts.sum()) / len(found.t) + 0.5 * float(parts.any(0).sum())
             stage = torch.arange(len(base)) - base
-            out.append(Nearest(name, solver, table, found, own, right, stage, same_times, parts.any(1), (score, off)))
+            out.append(
+                Nearest(name, solver, table, found, answers, own, right, stage, same_times, parts.any(1), (score, off))
+            )
     if any(near.same_times for near in out):
         out = [near for near in out if near.same_times]
     out.sort(key=lambda near: near.score)

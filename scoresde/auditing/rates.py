@@ -41,7 +41,7 @@ def factor(what: str, ratio: float) -> str:
     >>> factor("drift", 0.501), factor("drift", -0.999), factor("noise", 1.3)
     ('half drift', 'a sign in the drift', 'a factor 1.3 in the noise')
     """
-    for value, word in ((0.5, "half"), (2.0, "double"), (-1.0, "a sign in the"), (0.0, "no")):
+    for value, word in ((0.5, "half"), (2.0, "double"), (0.0, "no")):
         if abs(ratio - value) < _TOL:
             return f"{word} {what}"
     if ratio < 0:

@@ -120,7 +120,7 @@ def _corrected(near: Nearest) -> Iterator[list[Signature]]:
     R, on = len(near.found.t), near.table.evaluates
     base, p, q = torch.arange(R), near.table.p[on], near.table.q[on]
     predictor = rows_of(in_view(responses_of(alone), p, q), base).b
-    own, right = (in_view(it, p, q) for it in (near.found, responses_of(near.table)))
+    own, right = (in_view(it, p, q) for it in (near.found, near.answers))
     # The corrected states do not know the predictor but by what the model was asked: what the states differ by is its.
     off = by_lag(own[1:, 1 : R + 1] - right[1:, 1 : R + 1])
     every = torch.ones(R, dtype=torch.bool)

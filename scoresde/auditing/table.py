@@ -26,7 +26,7 @@ from scoresde.sde import SDE
 from scoresde.tableau import Tableau
 from scoresde.tensors import shown
 
-__all__ = ["Responses", "law_of", "own_error", "probe", "responses_of"]
+__all__ = ["Responses", "law_of", "output_law", "own_error", "probe", "responses_of"]
 
 MOST = 3000  # evaluations whose table is looked for: its square is kept
 
@@ -55,12 +55,11 @@ class Responses(NamedTuple):
         return bool((self.C != 0).any())
 
 
-def probe(form: Form, sde: SDE, times: Tensor, dtype: torch.dtype = torch.float64) -> Responses | str:
-    """The coefficients of a sampler on these times, computed in dtype; or, in words, why it has none."""
-    times = times.to(dtype)
+def probe(form: Form, sde: SDE, times: Tensor) -> Responses | str:
+    """The coefficients of a sampler on these times, in float64; or, in words, why it has none."""
     most, generator = min(MOST, 60 * len(times) + 600), torch.Generator("cpu").manual_seed(0)
-    x_T, *answers = torch.randn(2 + most, 1, 1, 2, 4, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
-    x_T = x_T * float(sde.sigma(times[0].double()))
+    x_T, *answers = torch.randn(2 + most, 1, 1, 2, 4, generator=generator, dtype=torch.float64, device="cpu")
+    x_T = x_T * float(sde.sigma(times[0]))
     model = Model(Given(sde, lambda j, _: answers[j]), most=most)
     try:
         with Draws() as draws:
@@ -80,7 +79,7 @@ def probe(form: Form, sde: SDE, times: Tensor, dtype: torch.dtype = torch.float6
         return f"it makes {R} evaluations and {K} draws"
 
     def unit(k: int) -> Tensor:
-        e = torch.zeros(1, 1, 1, d, dtype=dtype, device="cpu")
+        e = torch.zeros(1, 1, 1, d, dtype=torch.float64, device="cpu")
         if k < d:
             e[..., k] = 1
         return e
@@ -105,7 +104,7 @@ def probe(form: Form, sde: SDE, times: Tensor, dtype: torch.dtype = torch.float6
     size = float(torch.stack([term.abs().amax() for term in terms]).sum())
     off = float((sum(terms[1:], terms[0]) - x.double()).abs().amax())
     # Those that round their state to float32 in a float64 run have a table too, of float32's digits.
-    if not off <= 3e-6 * size * max(1.0, torch.finfo(dtype).eps / 1e-7):
+    if not off <= 3e-6 * size:
         others = f", and it draws by {', '.join(sorted(draws.other))}" if draws.other else ""
         return f"it is not linear in what it meets: off by {off / size:.1e}{others}"
     return found._replace(off=off / size)
@@ -156,14 +155,21 @@ def law_of(found: Responses, data: Law) -> tuple[Tensor, Tensor, Tensor]:
     return of_x_T, of_m, variance
 
 
+def output_law(found: Responses, data: Law, start: float) -> Law:
+    """The law of the output, from x_T of the exact marginal at the start."""
+    of_x_T, of_m, noise = law_of(found, data)
+    first = marginal(data, found.sde, start)
+    return Law(of_x_T * first.mean + of_m * data.mean, of_x_T**2 * first.variances + noise)
+
+
 def own_error(found: Responses, data: Law, start: float, end: float) -> float:
     """The error of the solver alone, from x_T of the exact marginal: of its samples against the probability flow where
     it draws no noise, else the W2 distance of its law, rms per dimension.
     """
-    of_x_T, of_m, noise = law_of(found, data)
     first, last = marginal(data, found.sde, start), marginal(data, found.sde, end)
-    mean = of_x_T * first.mean + of_m * data.mean
     if found.noisy:
-        return w2(Law(mean, of_x_T**2 * first.variances + noise), last)
+        return w2(output_law(found, data, start), last)
+    of_x_T, of_m, _ = law_of(found, data)
+    mean = of_x_T * first.mean + of_m * data.mean
     ratio = (last.variances / first.variances).sqrt()
     return float(((of_x_T - ratio) ** 2 * first.variances + (mean - last.mean) ** 2).mean().sqrt())
