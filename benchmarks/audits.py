@@ -4,9 +4,9 @@ of our solvers it finds and names.
     python benchmarks/audits.py
 
 DEFECTS: samplers of diffusers, k-diffusion and azula in which something is known to be wrong; the auditor is told
-nothing of it but the sampler's own name and options. RIGHT: samplers, theirs and ours, in which nothing is. MUTANTS,
-SECOND and THIRD: wrong versions of our solvers (mutants*.py), each with the kind of its slip; one is named if a
-signature of the audit is of that kind.
+nothing of it but the sampler's own name and options. RIGHT: samplers, theirs and ours, in which nothing is. SETS:
+wrong versions of our solvers (mutants*.py), each with the kind of its slip; one is named if a signature of its quick
+audit, or where that has none, of its whole one, is of that kind.
 
 Finished audits are kept in OUT/audits.jsonl, so the same command goes on where it was killed. Written into --out:
 README.md (the tables), results.json, and of each defect a page and its picture.
@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 from mutants import MUTANTS, Mutant
+from mutants_fifth import FIFTH
+from mutants_fourth import FOURTH
 from mutants_second import SECOND
 from mutants_third import THIRD
 from peers import PACKAGES, installed
@@ -87,6 +89,14 @@ RIGHT = [
     Case(D + "EulerAncestralDiscreteScheduler"), Case(D + "LMSDiscreteScheduler"),
 ]  # fmt: skip
 
+SETS: dict[str, tuple[list[Mutant], str]] = {
+    "mutants": (MUTANTS, "Mutants of our own solvers"),
+    "second mutants": (SECOND, "A second set"),
+    "third mutants": (THIRD, "A third set"),
+    "fourth mutants": (FOURTH, "A fourth set"),
+    "fifth mutants": (FIFTH, "A fifth set, on which nothing was tuned"),
+}
+
 NAMES: dict[str, str] = {
     "sign": "a sign",
     "factor": "a factor|half |double |.*halved",
@@ -124,7 +134,7 @@ def tasks(args: argparse.Namespace) -> Iterator[Task]:
             if case.installed:
                 make = partial(audit_of, case, quick)
                 yield Task(name, case.name, make)
-    for name, mutants in (("mutants", MUTANTS), ("second mutants", SECOND), ("third mutants", THIRD)):
+    for name, (mutants, _) in SETS.items():
         for mutant in mutants:
             yield Task(name, mutant.name, partial(audit_of_mutant, mutant))
 
@@ -134,7 +144,10 @@ def audit_of(case: Case, quick: bool) -> Audit:
 
 
 def audit_of_mutant(mutant: Mutant) -> Audit:
-    return audit(mutant.solver, "times", order=mutant.order, name=mutant.name, quick=True)
+    found = audit(mutant.solver, "times", order=mutant.order, name=mutant.name, quick=True)
+    if found.signatures:
+        return found
+    return audit(mutant.solver, "times", order=mutant.order, name=mutant.name)
 
 
 def run(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
@@ -194,9 +207,7 @@ def report(done: dict[tuple[str, str], dict[str, Any]], args: argparse.Namespace
         [[row["name"], row["verdict"], _order(row), _count(row, "right"), _count(row, "not decided"), _wrong(row),
           f"{row['seconds']:.0f}"] for row in rows],
     )  # fmt: skip
-    for name, mutants, title in (("mutants", MUTANTS, "Mutants of our own solvers"),
-                                 ("second mutants", SECOND, "A second set"),
-        ("third mutants", THIRD, "A third set, on which nothing was tuned")):  # fmt: skip
+    for name, (mutants, title) in SETS.items():
         rows = [done[name, m.name] for m in mutants if (name, m.name) in done]
         kinds = {m.name: m for m in mutants}
         found = sum(row["verdict"] == "wrong" for row in rows)
@@ -232,7 +243,7 @@ def _count(row: dict[str, Any], verdict: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    lists = ["defects", "right", "mutants", "second mutants", "third mutants"]
+    lists = ["defects", "right", *SETS]
     parser.add_argument("--lists", nargs="+", choices=lists, default=lists)
     parser.add_argument("--only", default="", help="part of a name")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/audits"), help="folder of results")

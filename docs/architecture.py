@@ -15,7 +15,7 @@ FLOORS = [
     ("solvers, a file a family", "solvers"),
     ("runs, exact laws, log p", "run analysis likelihood"),
     ("samples and edits", "sampling variance guidance editing"),
-    ("judges of samplers", "auditing"),
+    ("judges of samplers", "textbook auditing"),
     ("the command line", "cli"),
 ]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from scoresde.auditing import conduct, convergence, edges, laws
 from scoresde.auditing.audit import _named
 from scoresde.auditing.bench import Bench, spectrum
 from scoresde.auditing.convergence import curve_of
+from scoresde.auditing.copies import copied
+from scoresde.auditing.edits import edits_to
 from scoresde.auditing.figure import NOT_DECIDED, RIGHT, WRONG, Audit, Figure
 from scoresde.auditing.forms import form_of
 from scoresde.auditing.labels import quantised
@@ -27,14 +30,17 @@ from scoresde.auditing.model import Draws, Given, Model, generators, run_form
 from scoresde.auditing.nearest import in_view, rows_of
 from scoresde.auditing.rates import Rates, rates
 from scoresde.auditing.slips import named
-from scoresde.auditing.table import law_of, own_error, probe, responses_of
+from scoresde.auditing.table import law_of, own_error, probe, responses_of, responses_of_textbook
 from scoresde.cli import main
-from scoresde.solvers import available
+from scoresde.solvers import DDIM, DPMSolver, available
+from scoresde.textbook import textbook_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from audits import is_named
 from mutants import MUTANTS
+from mutants_fourth import FOURTH
 from mutants_second import SECOND
+from mutants_third import THIRD
 
 TABLES = {entry.name: entry for entry in available() if entry.solver.has_table}
 SDES = {"vp": VPSDE(), "edm": EDMSDE()}
@@ -177,10 +183,11 @@ UNNAMED = {
 
 
 def names_of(mutant) -> set[str]:
-    """The names that its tables lead to, without the figures."""
+    """The names that its tables lead to, without the figures and without edits of source."""
     tested = Bench(form_of(mutant.solver, "times", order=mutant.order, name=mutant.name), quick=True)
     wrong = Figure("limit", "limit on the Gaussian", WRONG, "")
-    return {figure.signature for figure in _named(tested, [wrong])} - {""}
+    with patch("scoresde.auditing.audit.edits_to", lambda *_: []):
+        return {figure.signature for figure in _named(tested, [wrong])} - {""}
 
 
 @pytest.mark.parametrize("mutant", [*MUTANTS, *SECOND][::2], ids=lambda mutant: mutant.name)
@@ -190,6 +197,41 @@ def test_mutants_are_named(mutant):
     """
     named_so = is_named(mutant.kind, names_of(mutant))
     assert named_so is (mutant.name not in UNNAMED)
+
+
+MISTYPED = {
+    "ddim: sigma_s^2 + c^2": "a sign",
+    "euler-maruyama: h for sqrt(h)": "a missing square",
+    "dpm-solver-2: sigma of the midpoint": "an index",
+    "ddpm: weights of x_t and D": "swapped letters",
+    "sa-solver: no e^{-tau^2 h}": "a factor",
+}
+
+
+@pytest.mark.parametrize("name", MISTYPED)
+def test_an_edit_of_the_source_names_what_no_column_does(name):
+    """And the solvers that everybody uses stay as they are, and so does the copy."""
+    (mutant,) = (m for m in [*THIRD, *FOURTH] if m.name == name)
+    sde = VPSDE()
+    grid = Grid.karras(sde, 5, rho=5.0, end=float(sde.time_at(1.5)))
+    found, right = responses_of(mutant.solver.tableau(grid)), responses_of(mutant.original.tableau(grid))
+    signatures = edits_to(found, mutant.original, "it", grid)
+    assert MISTYPED[name] in [signature.name for signature in signatures]
+    copy = copied(mutant.original)
+    assert type(copy) is not type(mutant.original)
+    for solver in (mutant.original, copy):
+        again = responses_of(solver.tableau(grid))
+        assert torch.equal(again.A, right.A)
+        assert torch.equal(again.B, right.B)
+    book = textbook_of(mutant.original)
+    theirs = book._replace(function=copied(book.function))
+    for one in (book, theirs):
+        torch.testing.assert_close(responses_of_textbook(one, grid, len(right.t)).B, right.B, rtol=0, atol=1e-9)
+
+
+def test_no_edit_is_found_where_nothing_is_mistyped():
+    grid = Grid.karras(VPSDE(), 4, end=0.1)
+    assert edits_to(responses_of(DPMSolver(2).tableau(grid)), DDIM(), "ddim", grid) == []
 
 
 @pytest.mark.parametrize(

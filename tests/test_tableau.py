@@ -10,10 +10,8 @@ import torch
 from common import (
     SDES,
     SOLVERS,
-    STOCHASTIC,
     Nonlinear,
     end_of,
-    every_pair,
     generator,
     network_for,
     normal,
@@ -21,7 +19,6 @@ from common import (
     start_of,
 )
 from test_single_step import output_law
-from textbook import ddim, ddpm, ddpm_chain, euler_maruyama, euler_t, heun_edm, heun_t
 
 from scoresde import (
     EDMSDE,
@@ -40,6 +37,7 @@ from scoresde import (
 )
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.solvers import DDIM, DDPM, Euler, Heun, UniPC
+from scoresde.textbook.first_order import ddpm_chain
 
 # Methods that are consistent with the linear part of the SDE only to their order, because they discretise it in t.
 NOT_EXACT_ON_LINEAR_PART = {"euler-maruyama", "euler t", "heun t"}
@@ -90,37 +88,6 @@ def test_inexact_methods_meet_i1_to_first_order(name):
         *_, last = table.iterate(constant, sde.alpha(1.0) * x0, noise=lambda row, x: torch.zeros_like(x))
         error.append(float((last.x - sde.alpha(0.2) * x0).abs()))
     assert 1.7 < error[0] / error[1] < 4.6
-
-
-# Textbook agreement: a non-linear denoiser, float64, rank 1 and image rank, ending at t_min and on the data.
-
-SHAPES = {"rank 1": (3, 5), "images": (2, 3, 4, 4)}
-
-
-def textbook(name, denoiser, x, times, z):
-    return {
-        "ddpm": lambda: ddpm(denoiser, x, times, z, "posterior"),
-        "ddpm beta": lambda: ddpm(denoiser, x, times, z, "beta"),
-        "ddim": lambda: ddim(denoiser, x, times, z, 0.0),
-        "ddim 0.5": lambda: ddim(denoiser, x, times, z, 0.5),
-        "ddim 1": lambda: ddim(denoiser, x, times, z, 1.0),
-        "euler-maruyama": lambda: euler_maruyama(denoiser, x, times, z),
-        "euler sigma": lambda: heun_edm(denoiser, x, times, order=1),
-        "euler t": lambda: euler_t(denoiser, x, times),
-        "heun sigma": lambda: heun_edm(denoiser, x, times),
-        "heun t": lambda: heun_t(denoiser, x, times),
-    }[name]()
-
-
-@every_pair(name=list(SOLVERS), sde=SDES, shape=SHAPES)
-def test_tableau_equals_textbook(name, sde, shape):
-    denoiser = Nonlinear(sde)
-    for end in (0.0, end_of(sde)):
-        grid = Grid.uniform(sde, 6, start=start_of(sde), end=end)
-        x = normal(*shape) * float(sde.sigma(grid.times[0]))
-        z = [normal(*shape, seed=1 + i) for i in range(grid.steps)]
-        ours = solve(denoiser, x, SOLVERS[name], grid, z if name in STOCHASTIC else None)
-        torch.testing.assert_close(ours, textbook(name, denoiser, x, grid.times, z), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("chain", [DDPMChain(), DDPMChain.cosine(), DDPMChain([0.3, 0.01, 0.5, 0.2])], ids=str)

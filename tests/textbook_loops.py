@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
-from textbook import ddpm, euler_maruyama
 from torch import Tensor
 
 from scoresde import Denoiser
+from scoresde.textbook.first_order import ddpm, euler_maruyama, reverse_diffusion
 
 
 def predict(denoiser: Denoiser, predictor: str, x: Tensor, t: Tensor, s: Tensor, z: Tensor) -> Tensor:
@@ -24,9 +24,7 @@ def predict(denoiser: Denoiser, predictor: str, x: Tensor, t: Tensor, s: Tensor,
         return euler_maruyama(denoiser, x, times, [z])
     if predictor == "ancestral":
         return ddpm(denoiser, x, times, [z], "posterior" if sde.alpha(t) == sde.alpha(s) else "beta")
-    A = sde.alpha(t) / sde.alpha(s)
-    G2 = sde.sigma(t) ** 2 - A**2 * sde.sigma(s) ** 2
-    return (2 - A) * x + G2 * denoiser.score(x, t) + G2.sqrt() * z
+    return reverse_diffusion(denoiser, x, times, [z])
 
 
 def correct(denoiser: Denoiser, rule: str, snr: float, a: Tensor, x: Tensor, t: Tensor, z: Tensor) -> Tensor:

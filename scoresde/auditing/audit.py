@@ -13,12 +13,13 @@ from tqdm.auto import tqdm
 
 from scoresde.auditing import conduct, convergence, edges, laws
 from scoresde.auditing.bench import END, LAST, NEAR, Bench
+from scoresde.auditing.edits import edits_to
 from scoresde.auditing.figure import NOT_DECIDED, RIGHT, WRONG, Audit, Figure, line, number
 from scoresde.auditing.forms import form_of
 from scoresde.auditing.model import Form, run_form
-from scoresde.auditing.nearest import Nearest
+from scoresde.auditing.nearest import Nearest, candidates
 from scoresde.auditing.rates import Signature, rates
-from scoresde.auditing.slips import UNNAMED, named
+from scoresde.auditing.slips import UNNAMED, is_plain, named, nearest_first
 from scoresde.auditing.table import Responses, responses_of
 from scoresde.grid import Grid
 from scoresde.sde import SDE
@@ -61,11 +62,11 @@ def _guarded(figures: Iterator[Figure]) -> Iterator[Figure]:
         yield Figure("left out", "an error", WRONG, f"it fails: {line(error)}")
 
 
-def _small(bench: Bench, to_zero: bool = False) -> Grid:
+def _small(bench: Bench, to_zero: bool = False, steps: int = 16) -> Grid:
     """A short, uneven grid, on which tables are compared."""
     sde = bench.sde()
     ends = {"last": float(sde.time_at(LAST - 2))} if to_zero else {"end": float(sde.time_at(END))}
-    return Grid.karras(sde, 16, rho=5.0, start=float(sde.time_at(NEAR + 1)), **ends)
+    return Grid.karras(sde, steps, rho=5.0, start=float(sde.time_at(NEAR + 1)), **ends)
 
 
 def _table(bench: Bench) -> Iterator[Figure]:
@@ -103,22 +104,44 @@ def _named(bench: Bench, figures: list[Figure]) -> Iterator[Figure]:
     table = bench.table(bench.grid(320))
     if limit and isinstance(table, Responses) and (signature := rates(table).signature()):
         found.append(signature)
+    seen: list[tuple[Nearest | None, list[Signature]]] = []
     for grid in (_small(bench), _small(bench, to_zero=True)):
         small = bench.table(grid)
-        if isinstance(small, str):
-            continue
-        near, slipped = named(small, grid, bench.form.order)
-        if known := [slip for slip in slipped if slip.name not in UNNAMED][:3]:
-            found += known
-            break
-        if near is not None and near.equal and (other := _otherwise(bench, near)):
-            found.append(other)
-            break
+        if not isinstance(small, str):
+            seen.append(named(small, grid, bench.form.order))
+    found += _slipped(bench, seen)
     for signature in found:
         yield Figure(
             "what it is known by", signature.name, NOT_DECIDED, signature.text, signature.effect,
             signature=signature.name,
         )  # fmt: skip
+
+
+def _slipped(bench: Bench, seen: list[tuple[Nearest | None, list[Signature]]]) -> list[Signature]:
+    """The plainest slip on one of the grids; else an edit of a formula; else what little explains it."""
+    if any(near is not None and near.equal for near, _ in seen[:1]):
+        near = seen[0][0]
+        return [] if near is None or (other := _otherwise(bench, near)) is None else [other]
+    told = [[slip for slip in slips if slip.name not in UNNAMED][:3] for _, slips in seen]
+    for (_, slips), known in zip(seen, told, strict=True):
+        if known and is_plain(slips):
+            return known
+    return _mistyped(bench) or next(filter(None, told), [])
+
+
+def _mistyped(bench: Bench, most: int = 4) -> list[Signature]:
+    """What is wrong in the formula of one of the nearest solvers, on as few steps as tell them apart."""
+    grid = _small(bench, steps=5)
+    found = bench.table(grid)
+    if isinstance(found, str):
+        return []
+    near = [it for it, _ in nearest_first(candidates(found, grid), bench.form.order)]
+    near.sort(key=lambda it: (it.answers.noisy != found.noisy, -it.columns_alike))
+    end = time.process_time() + (10.0 if bench.quick else 60.0)  # the same edits on a busy machine
+    for it in near[:most]:
+        if typed := edits_to(found, it.solver, it.name, grid, lambda: time.process_time() > end):
+            return typed[:3]
+    return []
 
 
 def _otherwise(bench: Bench, near: Nearest) -> Signature | None:

@@ -111,7 +111,7 @@ class Bench:
         self, form: Form, sde: SDE | None = None, quick: bool = False, tick: Callable[[str], None] = lambda _: None
     ) -> None:
         self.form, self.given, self.quick, self.tick = form, sde, quick, tick
-        self.limit, self._began = 17.0 if quick else 150.0, time.monotonic()
+        self.limit, self._began = 15.0 if quick else 120.0, time.monotonic()
         self.first: Tensor | None = None
         self._tables: dict[Any, Responses | str] = {}
 

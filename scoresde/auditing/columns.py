@@ -72,6 +72,8 @@ def _slip(near: Nearest, what: str, own: Tensor, right: Tensor, wrong: Tensor, w
             return said("a factor", f"is {r:.4g} times what it should be")
     if many and noise and (name := _power(near, mine, theirs, wrong)):
         return said(*name)
+    if many and (decay := _decay(near, mine, theirs, wrong)):
+        return said(*decay)
     if many and bool((ratio > 0).all()) and (letter := _letter(near, ratio.log(), wrong)):
         if noise and letter.startswith("sigma_t for sigma_s"):
             return said("variance beta for beta-tilde", "has sigma_t for sigma_s: the variance beta, not beta-tilde")
@@ -83,6 +85,23 @@ def _slip(near: Nearest, what: str, own: Tensor, right: Tensor, wrong: Tensor, w
     if not many:
         return said("a row", f"is {float(ratio[0]):.4g} times what it should be")
     return said("another formula", f"is {float(ratio.min()):.3g} to {float(ratio.max()):.3g} times what it should be")
+
+
+def _decay(near: Nearest, mine: Tensor, theirs: Tensor, wrong: Tensor) -> tuple[str, str] | None:
+    """A known factor of levels times another power of the same exponential."""
+    sde, (t, s) = near.found.sde, (ends[wrong] for ends in near.ends)
+    for base in (sde.sigma(s) / sde.sigma(t), sde.alpha(s) / sde.alpha(t)):
+        log = (theirs / base).abs().log()
+        if float(log.abs().max()) < 1e-6 or not bool(log.isfinite().all()):
+            continue
+        for power, name, how in (
+            (-1.0, "a sign", "has the other sign in its exponential"),
+            (2.0, "a factor", "has twice the exponent in its exponential"),
+            (0.5, "a factor", "has half the exponent in its exponential"),
+        ):
+            if bool(torch.allclose(mine, base * (power * log).exp(), rtol=1e-5)):
+                return name, how
+    return None
 
 
 def _power(near: Nearest, mine: Tensor, theirs: Tensor, wrong: Tensor) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from scoresde.solvers.base import Solver
 from scoresde.solvers.catalogue import SOLVERS, call_of
 from scoresde.solvers.exponential import DEIS, ERSDE, DPMSolverPP, ExponentialAB, SASolver, UniPC
 from scoresde.solvers.first_order import DDIM, ExponentialSDE
+from scoresde.solvers.runge_kutta import VARIABLES, Heun, RungeKutta
+from scoresde.solvers.single_step import ExponentialHeun
 from scoresde.tableau import Tableau
 from scoresde.tensors import shown
 
@@ -99,6 +101,19 @@ class Nearest:
         return times[step], times[step + 1]
 
     @property
+    def columns_alike(self) -> int:
+        """How many of a, b_0, b_1, ... and c are the same in all rows."""
+        size = torch.maximum(self.right.b.abs(), self.own.b.abs()).amax(1, keepdim=True).clamp(min=1e-300)
+        noise = torch.maximum(self.own.c, self.right.c) + 1e-12
+        tol = self.found.tol
+        wrong = [
+            differ(self.own.a, self.right.a, self.right.a.abs().clamp(min=1e-9), tol)[:, None],
+            differ(self.own.b, self.right.b, size, tol),
+            differ(self.own.c, self.right.c, noise, tol)[:, None],
+        ]
+        return int((~torch.cat(wrong, 1).any(0)).sum())
+
+    @property
     def equal(self) -> bool:
         """Whether the sampler is that solver, to rounding."""
         return self.same_times and not bool(self.wrong.any())
@@ -112,7 +127,7 @@ class Nearest:
         return None if order is None else int(order)
 
 
-def _each(make: Callable[..., Solver], **options: Sequence[Any]) -> Iterator[Solver]:
+def _each(make: Callable[..., Solver], **options: Collection[Any]) -> Iterator[Solver]:
     """The solver with every combination of options."""
     for values in itertools.product(*options.values()):
         yield make(**dict(zip(options, values, strict=True)))
@@ -130,6 +145,9 @@ def known() -> tuple[tuple[str, Solver], ...]:
     more = [
         *_each(DPMSolverPP, order=(2, 3), rule=("midpoint", "exact"), stochastic=either, lower_final=either),
         *_each(DPMSolverPP, order=(2, 3), view=("eps",), lower_final=either),
+        *_each(RungeKutta, method=("midpoint", "ralston", "kutta3", "rk4"), variable=VARIABLES),
+        *_each(Heun, variable=("half_log_snr", "flow")),
+        *_each(ExponentialHeun, view=("eps",)),
         *_each(UniPC, order=(1, 2, 3, 4), view=("x0", "eps"), rule=("B1", "B2"), corrector=either),
         *_each(UniPC, order=(1, 2, 3, 4), view=("v", "flow"), corrector=(True,)),
         *_each(

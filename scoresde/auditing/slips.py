@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from scoresde.auditing.columns import close, column
-from scoresde.auditing.labels import of_times
+from scoresde.auditing.labels import of_times, way_up
 from scoresde.auditing.nearest import Nearest, by_lag, candidates, differ, in_view, known_on, rows_of
 from scoresde.auditing.rates import Signature
 from scoresde.auditing.table import Responses, responses_of
 from scoresde.grid import Grid
 
-__all__ = ["UNNAMED", "named"]
+__all__ = ["UNNAMED", "is_plain", "named", "nearest_first"]
 
 _COST = {"another formula": 6.0, "a term too much": 4.0, "a row": 3.0, "a missing term": 1.5, "another start": 2.0,
          "other times": 3.0, "a factor": 1.2}  # fmt: skip
@@ -50,14 +50,23 @@ def named(found: Responses, grid: Grid, order: int | None = None) -> tuple[Neare
         return None, []
     if near[0].equal:
         return near[0], []
-    explained = [(it, slips(it)) for it in near]
+    return nearest_first(near, order)[0]
+
+
+def nearest_first(near: list[Nearest], order: int | None) -> list[tuple[Nearest, list[Signature]]]:
+    """Known solvers with the slips that lead from each to the sampler, those with the plainest first."""
 
     def plain(pair: tuple[Nearest, list[Signature]]) -> float:
         it, found_slips = pair
         other = order is not None and it.order is not None and it.order != order
         return _cost(found_slips) + 0.7 * other + 0.02 * it.score[0]
 
-    return min(explained, key=plain)
+    return sorted(((it, slips(it)) for it in near), key=plain)
+
+
+def is_plain(found: list[Signature]) -> bool:
+    """Whether one slip, with a name, explains all (or one that has two readings, of one text)."""
+    return _cost(list({slip.text: slip for slip in found}.values())) <= max(_COST["a factor"], _COST["a missing term"])
 
 
 def _cost(found: list[Signature]) -> float:
@@ -66,7 +75,7 @@ def _cost(found: list[Signature]) -> float:
 
 
 def _special(found: Responses, grid: Grid) -> Signature | None:
-    """A last step that is not taken."""
+    """A last step that is not taken, or a way up whose noise is not that of its times."""
     noisy = float(grid.sde.sigma(grid.times[-1])) > 0
     last = found.B[-1]
     if noisy and abs(float(found.A[-1])) < 1e-12 and int((last.abs() > 1e-9).sum()) == 1 and abs(last[-1] - 1) < 1e-9:
@@ -77,7 +86,7 @@ def _special(found: Responses, grid: Grid) -> Signature | None:
         shorter = Grid(grid.sde, grid.times[:-1])
         if any(near.equal for near in candidates(found, shorter, 1)):
             return Signature("the last step skipped", "it stops one step before the end of the grid", 1.0)
-    return None
+    return way_up(found, grid)
 
 
 def _fewer(found: Responses, grid: Grid) -> Signature | None:
@@ -95,7 +104,7 @@ def _fewer(found: Responses, grid: Grid) -> Signature | None:
 def slips(near: Nearest) -> list[Signature]:
     """What differs from a known solver, by name where it has one."""
     if not near.same_times:
-        return [of_times(near)]
+        return of_times(near)
     if swapped := _swapped_rows(near):
         return [swapped]
     out: list[Signature] = []
@@ -162,6 +171,8 @@ def _weights(near: Nearest, own: Tensor, right: Tensor, mask: Tensor, where: str
     stage = int(near.stage[mask].max())
     if stage < int(near.stage.max()) and bool((own[wrong].abs() <= 1e-9 * size[wrong, None]).all()):
         return [Signature("an index", f"stage {stage + 2} of {near.name} is asked at the state before the step", 1.0)]
+    if late := _of_other_step(near, own, right, wrong, where):
+        return [late]
     found = _moved(near, own, right, wrong, where) or _exchanged(near, own, right, wrong, where)
     choices: list[list[Signature]] = [[found]] if found else []
     raw: list[Signature] = []
@@ -235,6 +246,19 @@ def _early(near: Nearest, own: Tensor, right: Tensor, mask: Tensor, wrong: Tenso
         text = f"the weights of {near.name} in the first {first}{where} do not add up: they read values from before it"
         return Signature("an index", text, float(off.abs().max()))
     return Signature("another start", f"only the start{where} is not that of {near.name}", 0.0)
+
+
+def _of_other_step(near: Nearest, own: Tensor, right: Tensor, wrong: Tensor, where: str) -> Signature | None:
+    """The shares of the values are those of the step before, or after."""
+    if own.shape[1] < 2 or int(near.stage.max()):
+        return None
+    mine, theirs = (b / b.sum(1, keepdim=True) for b in (own, right))
+    for by, word in ((-1, "before"), (1, "after")):
+        rows = wrong.nonzero().flatten()
+        rows = rows[(rows + by >= own.shape[1]) & (rows + by < len(own)) & (rows >= own.shape[1])]
+        if len(rows) > 2 and bool(torch.allclose(mine[rows], theirs[rows + by], rtol=1e-5, atol=1e-9)):
+            return Signature("an index", f"the weights{where} of {near.name} are those of the step {word}", 1.0)
+    return None
 
 
 def _exchanged(near: Nearest, own: Tensor, right: Tensor, wrong: Tensor, where: str) -> Signature | None:

@@ -15,18 +15,21 @@ output on Gaussian data, without sampling: with D_j = k_j x_j + e_j m, k = alpha
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scoresde.analysis import Law, marginal, w2
 from scoresde.auditing.model import Draws, Form, Given, Model, TooMany, run_form
+from scoresde.denoiser import Denoiser, Posterior
+from scoresde.grid import Grid
 from scoresde.sde import SDE
 from scoresde.tableau import Tableau
-from scoresde.tensors import shown
+from scoresde.tensors import Time, shown
+from scoresde.textbook import Textbook
 
-__all__ = ["Responses", "law_of", "output_law", "own_error", "probe", "responses_of"]
+__all__ = ["Responses", "law_of", "output_law", "own_error", "probe", "responses_of", "responses_of_textbook"]
 
 MOST = 3000  # evaluations whose table is looked for: its square is kept
 
@@ -137,6 +140,34 @@ def responses_of(table: Tableau) -> Responses:
     return Responses(
         torch.tensor(t, dtype=torch.float64), full[:, 0], full[:, 1 : R + 1], C[:, C.abs().sum(0) > 0], table.grid.sde
     )
+
+
+class _Units(Denoiser):
+    """Answers the j-th question with the (1 + j)-th unit vector; the same question as before, with the same."""
+
+    def __init__(self, sde: SDE, d: int) -> None:
+        self.sde, self.d = sde, d
+        self.states: list[Tensor] = []
+        self.asked: list[float] = []
+
+    def unit(self, k: int) -> Tensor:
+        return torch.zeros(1, self.d, dtype=torch.float64).index_fill_(1, torch.tensor(k), 1.0)
+
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
+        if not (self.asked and float(t) == self.asked[-1] and torch.equal(x, self.states[-1])):
+            self.states.append(x)
+            self.asked.append(float(t))
+        return Posterior(self.unit(len(self.asked)))
+
+
+def responses_of_textbook(book: Textbook, grid: Grid, nfe: int) -> Responses:
+    """The same of a transcription of a paper's algorithm, which makes that many evaluations."""
+    most = 3 * (nfe + grid.steps)  # of its draws
+    given = _Units(grid.sde, 1 + nfe + most)
+    x = book(given, given.unit(0), grid.times, lambda k: given.unit(1 + nfe + k))
+    full = torch.cat([*given.states, x])
+    t = torch.tensor(given.asked, dtype=torch.float64)
+    return Responses(t, full[:, 0], full[:, 1 : nfe + 1], full[:, nfe + 1 :], grid.sde)
 
 
 def law_of(found: Responses, data: Law) -> tuple[Tensor, Tensor, Tensor]:

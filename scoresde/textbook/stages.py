@@ -1,7 +1,7 @@
 """Single-step, composite and Langevin algorithms of the papers, transcribed literally: what their tables must equal.
 
-Like `textbook`, they know nothing of tables, views or rows. `draw()` gives the next noise, called in the order of the
-algorithm; on a step to t = 0, where sigma = 0, the result is the denoiser's mean.
+Like `first_order`, they know nothing of tables, views or rows. `draw()` gives the next noise, called in the order
+of the algorithm; on a step to t = 0, where sigma = 0, the result is the denoiser's mean.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from scoresde import SDE, Denoiser
+from scoresde.denoiser import Denoiser
+from scoresde.sde import SDE
+
+__all__ = ["annealed_langevin", "ddim_step", "dpm_solver", "dpm_solver_pp_single", "edm_stochastic",
+           "euler_maruyama_sigma", "exponential_heun", "repaint", "restart", "rk_step", "runge_kutta"]  # fmt: skip
 
 Draw = Callable[[], Tensor]
 Scale = Callable[[Tensor], Tensor]

@@ -12,7 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from scoresde import DDPMChain, Denoiser
+from scoresde.chain import DDPMChain
+from scoresde.denoiser import Denoiser
+
+__all__ = ["ddim", "ddpm", "ddpm_chain", "euler_maruyama", "euler_t", "heun_edm", "heun_t", "probability_flow",
+           "reverse_diffusion", "steps_in"]  # fmt: skip
 
 
 def steps_in(times: Tensor, z: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -62,8 +66,7 @@ def ddim(denoiser: Denoiser, x: Tensor, times: Tensor, z: Sequence[Tensor], eta:
             return predicted_x0
         var_ts = sde.sigma(t) ** 2 - (sde.alpha(t) / sde.alpha(s)) ** 2 * sde.sigma(s) ** 2
         std = eta * (sde.sigma(s) / sde.sigma(t)) * var_ts.sqrt()
-        direction = (sde.sigma(s) ** 2 - std**2).sqrt() * eps
-        x = sde.alpha(s) * predicted_x0 + direction + std * noise
+        x = sde.alpha(s) * predicted_x0 + (sde.sigma(s) ** 2 - std**2).sqrt() * eps + std * noise
     return x
 
 
@@ -75,6 +78,18 @@ def euler_maruyama(denoiser: Denoiser, x: Tensor, times: Tensor, z: Sequence[Ten
             return denoiser(x, t).mean
         drift = sde.drift(t) * x - sde.diffusion(t) ** 2 * denoiser.score(x, t)
         x = x + drift * (s - t) + sde.diffusion(t) * (t - s).sqrt() * noise
+    return x
+
+
+def reverse_diffusion(denoiser: Denoiser, x: Tensor, times: Tensor, z: Sequence[Tensor]) -> Tensor:
+    """Song et al. (2021), appendix E, eq. 46: x_t = A x_s + G z turned round."""
+    sde = denoiser.sde
+    for t, s, noise in steps_in(times, z):
+        if s == 0:
+            return denoiser(x, t).mean
+        A = sde.alpha(t) / sde.alpha(s)
+        G2 = sde.sigma(t) ** 2 - A**2 * sde.sigma(s) ** 2
+        x = (2 - A) * x + G2 * denoiser.score(x, t) + G2.sqrt() * noise
     return x
 
 
