@@ -150,6 +150,8 @@ def _dependence(bench: Bench) -> Iterator[Figure]:
     changed = [name for name, a, b in (("x_T", given, x), ("the times", times, grid.times)) if not torch.equal(a, b)]
     text = f"it changes {' and '.join(changed)} in place" if changed else "x_T and the times are left as they were"
     yield Figure(_DEPENDS, "inputs in place", WRONG if changed else RIGHT, text)
+    if bench.form.leaves:
+        yield Figure(_DEPENDS, "its own options", WRONG, f"its use changes them for good: {bench.form.leaves}")
 
 
 def _generators(bench: Bench, grid: Grid, x: Tensor) -> Figure:

@@ -95,6 +95,7 @@ class Form:
         predicts: what its model may predict.
         as_used: for those that make their own grid: (model, x_T or None, steps) to (x, labels, sigmas), see `forms`.
         about: the package and its version.
+        leaves: what its use changes of its own options for good.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Form:
     predicts: tuple[str, ...] = ("x0",)
     as_used: Callable[..., Any] | None = None
     about: str = ""
+    leaves: str = ""
 
 
 class Given(Denoiser):

@@ -133,7 +133,17 @@ def scheduler_form(
         order,
         predicts,
         partial(_as_used, objects()(trained), trained, step) if hasattr(given, "alphas_cumprod") else None,
+        leaves=_left(cls.from_config(config)),
     )
+
+
+def _left(scheduler: Any) -> str:
+    """What set_timesteps changes in the configuration of an object that was never used."""
+    before = dict(scheduler.config)
+    scheduler.set_timesteps(10)
+    after = dict(scheduler.config)
+    changed = sorted(key for key in {*before, *after} if repr(before.get(key)) != repr(after.get(key)))
+    return ", ".join(f"{key} from {before.get(key)} to {after.get(key)}" for key in changed)
 
 
 def _kind_of(config: Mapping[str, Any]) -> str | None:
