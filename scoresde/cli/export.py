@@ -21,6 +21,7 @@ data.json, which say what it was trained on."""
 EXAMPLES = """
 scoresde export runs/fm --out fashion-mnist
 scoresde export runs/fm --out fashion-mnist-small --dtype float16          half the size; it is computed in float32
+scoresde export runs/fm --out fashion-mnist-long --length 0.15             an average of another length (train.power)
 """
 
 
@@ -31,6 +32,9 @@ class ExportOptions(Options):
     run: Path = option("a run folder of `scoresde train`, or one of its checkpoints", flags=("run",))
     out: Path = option("which must not exist", metavar="FOLDER", required=True)
     average: int = option("which averaged weights (0)", 0, "I")
+    length: float | None = option(
+        "the power average of that length instead, of a run with train.power: its snapshots give any", None, "S"
+    )
     dtype: str = option("of the file (float32)", "float32", choices=DTYPES)
 
 
@@ -44,7 +48,7 @@ def run(options: ExportOptions) -> None:
         raise FileNotFoundError(f"{options.run}: there is no such run folder")
     found = opened(options.run, weights_file(options.average))
     folder = folder_of(found)
-    out = export(found, options.out, average=options.average, dtype=options.dtype)
+    out = export(found, options.out, average=options.average, dtype=options.dtype, length=options.length)
     for name in (CONFIG, ABOUT):
         if (folder / name).exists():
             shutil.copy(folder / name, out / name)

@@ -1,12 +1,12 @@
 """Averaged weights, from those after the first step on: after n more steps
 
-average <- d_n average + (1 - d_n) weights,    d_n = min(decay, (1 + n) / (10 + n))
+average <- d_n average + (1 - d_n) weights,    d_n = min(decay, (1 + n) / (10 + n)),    or as `power` has it
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scoresde.training.parallel import local
 
-__all__ = ["Average", "in_place_of", "local_tensors", "tensors"]
+__all__ = ["Average", "exponential", "in_place_of", "local_tensors", "tensors"]
 
 
 class Average:
@@ -25,14 +25,14 @@ class Average:
 
     Args:
         module: a copy of the network, for the averages.
-        decay: the largest d_n.
+        kept: the share of the average that stays, d_n, by n, the number of updates before.
 
     Attributes:
         module: the averaged network.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module, self.decay = module, decay
+    def __init__(self, module: nn.Module, kept: Callable[[int], float]) -> None:
+        self.module, self.kept = module, kept
 
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
@@ -45,7 +45,12 @@ class Average:
             else:
                 mine.copy_(theirs)
         if floats[0]:
-            torch._foreach_lerp_(*floats, 1 - min(self.decay, (1 + n) / (10 + n)))
+            torch._foreach_lerp_(*floats, 1 - self.kept(n))
+
+
+def exponential(decay: float, n: int) -> float:
+    """min(decay, (1 + n) / (10 + n))."""
+    return min(decay, (1 + n) / (10 + n))
 
 
 @contextmanager

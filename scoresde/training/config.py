@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 from scoresde.checks import (
@@ -16,6 +17,8 @@ from scoresde.checks import (
     check_positive,
     check_whole,
 )
+from scoresde.training.average import exponential
+from scoresde.training.power import exponent, kept
 
 __all__ = ["TrainConfig"]
 
@@ -35,6 +38,10 @@ class TrainConfig:
         grad_clip: largest norm of the gradient; infinity for no limit.
         ema_decay: of the averaged weights, per step; early on min(ema_decay, (1 + n) / (10 + n)) after n steps. Several
             numbers for several averages.
+        power: lengths of power averages (`scoresde.training.power`), in (0, 12^(-1/2)], as shares of training: with
+            two, (0.05, 0.1) say, every other length can be had afterwards. They come after those of ema_decay.
+        snapshot_every: steps between the snapshots of these that the run folder keeps for that, checkpoint_every by
+            default; one is always written at the end. Each is written whole, before training goes on.
         seed: of everything random.
         checkpoint_every: steps between checkpoints; one is always written at the end.
         log_every: steps between readings of the loss.
@@ -82,10 +89,12 @@ class TrainConfig:
     shard: bool = False
     async_save: bool = False
     threads: int | None = None
+    power: tuple[float, ...] = ()
+    snapshot_every: int | None = None
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "checkpoint_every", "log_every", "keep", "accumulate")
-        own = {name: getattr(self, name) for name in (*counts, "evaluate_every", "threads")}
+        own = {name: getattr(self, name) for name in (*counts, "evaluate_every", "threads", "snapshot_every")}
         check_count(**{name: n for name, n in own.items() if n is not None or name in counts})
         check_whole(warmup=self.warmup, seed=self.seed, workers=self.workers)
         check_nonnegative(weight_decay=self.weight_decay)
@@ -96,6 +105,9 @@ class TrainConfig:
             object.__setattr__(self, "ema_decay", tuple(self.ema_decay))
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
             raise ValueError(f"ema_decay={self.ema_decay}: expected a number in [0, 1), or several")
+        object.__setattr__(self, "power", tuple(self.power))
+        for length in self.power:
+            exponent(length)  # raises
         check_option(("constant", "cosine"), schedule=self.schedule)
         check_option(("float32", "bfloat16"), precision=self.precision)
         if self.accumulate > self.batch_size:
@@ -119,14 +131,18 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """What `of` takes, of JSON's types."""
         found = asdict(self)
-        if isinstance(self.ema_decay, tuple):
-            found["ema_decay"] = list(self.ema_decay)
-        return found
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
         """The decay of each average."""
         return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+
+    @property
+    def averages(self) -> list[Callable[[int], float]]:
+        """For each average that is kept, the share of it that stays in the update after n others."""
+        lengths = [partial(kept, exponent(length)) for length in self.power]
+        return [*(partial(exponential, decay) for decay in self.ema_decays), *lengths]
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of that step (from 0), as a share of lr."""

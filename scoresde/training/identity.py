@@ -20,7 +20,7 @@ __all__ = ["FREE", "identity", "identity_of_run", "network_name", "probe", "valu
 # What may differ between two sessions of a run, rounding aside.
 FREE = (
     *("steps", "checkpoint_every", "log_every", "evaluate_every", "keep", "tensorboard", "workers", "accumulate"),
-    *("compile", "shard", "async_save", "threads"),
+    *("compile", "shard", "async_save", "threads", "snapshot_every"),
 )
 
 
@@ -54,6 +54,8 @@ def identity_of_run(
     """What a run's checkpoints are made for; `data` says it of its data. How long a run is, and how often it reports,
     may change between sessions."""
     settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    if not config.power:
+        del settings["power"]  # which earlier versions did not have
     sde, u = denoiser.sde, torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
     return {
         **identity(denoiser),

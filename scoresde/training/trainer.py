@@ -24,7 +24,7 @@ from scoresde.data.order import Order
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.entries import entries_of, mapped
 from scoresde.noise import derive_seed
-from scoresde.training import parallel, threads
+from scoresde.training import parallel, snapshots, threads
 from scoresde.training.average import Average, in_place_of
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource, batches, look_at, source_of, split
@@ -136,7 +136,7 @@ class Trainer:
         self._layout = layout_of(config)
         self._layout.place(self.net)
         self._saver = Saver(self._layout)
-        self.averages = [Average(self._layout.twin(self.net), decay) for decay in config.ema_decays]
+        self.averages = [Average(self._layout.twin(self.net), kept) for kept in config.averages]
         fused = denoiser.device.type in ("cpu", "cuda", "mps", "xpu")  # where torch has it
         self._optimiser = torch.optim.AdamW(
             self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused
@@ -213,6 +213,9 @@ class Trainer:
                         last or (config.evaluate_every is not None and self.step % config.evaluate_every == 0)
                     )
                     save = last or stop or self.step % config.checkpoint_every == 0
+                    if self.folder is not None and snapshots.due(config, self.step):
+                        self._interval.read(self.step)  # nothing is kept after a loss that is not finite
+                        snapshots.write(self.folder, self.step, self._powers, self._layout, self._manifest({}))
                     if log or save:
                         self._interval.read(self.step)
                     row: dict[str, float] = {}
@@ -347,6 +350,11 @@ class Trainer:
         """What a checkpoint has the weights of, by name."""
         return {weights_file(None): self.net, **{weights_file(i): a.module for i, a in enumerate(self.averages)}}
 
+    @property
+    def _powers(self) -> dict[str, nn.Module]:
+        """The power averages, by the same names."""
+        return dict(list(self._networks.items())[1 + len(self.config.ema_decays) :])
+
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint into a run folder: whole, or not at all. Every process calls it, and waits for the end.
 
@@ -376,7 +384,12 @@ class Trainer:
             "seconds": self.seconds + self._interval.seconds,
             "interval": list(self._interval.values),
         }
-        manifest = {
+        keep, manifest = self.config.keep, self._manifest(progress)
+        self._saver.start(folder, self.step, self._networks, self._optimiser, manifest, keep, background)
+
+    def _manifest(self, progress: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint says of the run, its progress among it."""
+        return {
             "made_for": self._made_for,
             "config": self.config.to_dict(),
             "model": None if self.model is None else self.model.to_dict(),
@@ -384,7 +397,6 @@ class Trainer:
             "progress": progress,
             "versions": versions(),
         }
-        self._saver.start(folder, self.step, self._networks, self._optimiser, manifest, self.config.keep, background)
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint: a run folder's newest, or the one that has this folder. Every process calls it.
