@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import analytic_variance
 import likelihood
+import networks
 import overhead
 import peers
 import problems
@@ -25,6 +27,7 @@ from scoresde import EDMSDE, VESDE, VPSDE, DDPMChain, EpsDenoiser, FlowSDE, Grid
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.likelihood.interval import student_interval
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP, Heun, UniPC, available
+from scoresde.training import averaged, load
 
 QUICK = ["--jobs", "1", "--nfe", "5", "8", "--grids", "log-SNR", "uniform"]
 
@@ -473,3 +476,27 @@ def test_what_an_ordering_says():
     assert verdicts == ["yes", "no", "tie"]
     ordering = analytic_variance.Ordering("a", "b", [10, 25], {5: "no", 10: "yes", 25: "no", 50: "no", 100: "tie"})
     assert ordering.reproduced == ("in part", "as published at 10, 50; tie at 100; reversed at 25")
+
+
+def test_networks_are_trained_chosen_and_written(tmp_path, monkeypatch):
+    """A few steps of each; the same command goes on, and what is written is what was chosen."""
+    levels = torch.randint(0, 256, (40, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    monkeypatch.setattr(networks, "fashion_mnist_levels", lambda split: (levels, None))
+    small = {name: replace(n, train=replace(n.train, compile=False, batch_size=2, snapshot_every=2))
+             for name, n in networks.NETWORKS.items()}  # fmt: skip
+    monkeypatch.setattr(networks, "NETWORKS", small)
+    words = ["--runs", str(tmp_path)]
+    networks.main(["train", "EDM", *words, "--steps", "3"])
+    with pytest.warns(UserWarning, match="learning rate"):
+        networks.main(["train", "EDM", *words, "--steps", "4"])
+    out = tmp_path / "out"
+    networks.main(["choose", "EDM", *words, "--out", str(out), "--few", "4", "--many", "6", "--nfe", "2",
+                   "--lengths", "0.05", "0.07"])  # fmt: skip
+    found = json.loads((out / "results.json").read_text())["networks"]["EDM"]
+    assert found["step"] == 4
+    scores = dict(found["by length"])
+    assert scores[found["length"]] == min(scores.values())
+    expected = averaged(tmp_path / "EDM", found["length"]).net.state_dict()
+    for name, value in load(out / "EDM").net.state_dict().items():
+        torch.testing.assert_close(value, expected[name].half().float(), rtol=0, atol=0)
+    assert 0 < found["moved by float16"] < 1e-2

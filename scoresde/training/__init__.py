@@ -7,10 +7,11 @@ from scoresde.training.feed import DataSource
 from scoresde.training.loss import Part, dsm_loss
 from scoresde.training.model import ModelConfig, load, load_ema
 from scoresde.training.parallel import start
+from scoresde.training.snapshots import averaged
 from scoresde.training.step import NonFiniteLossError
 from scoresde.training.trainer import Trainer
 from scoresde.training.weights import *
 
 __all__ = ["CheckpointError", "DataSource", "ModelConfig", "NonFiniteLossError", "Part", "TrainConfig", "Trainer"]
-__all__ += ["dsm_loss", "load", "load_ema", "start"]
+__all__ += ["averaged", "dsm_loss", "load", "load_ema", "start"]
 __all__ += weights.__all__
