@@ -1,32 +1,34 @@
-"""Score networks on Fashion-MNIST: what the literature's step-count tables look like on a model trained in minutes.
+"""Samplers on trained networks: what the literature's step-count tables look like on Fashion-MNIST.
 
     python benchmarks/fashion_mnist.py --out benchmarks/results/fashion_mnist
 
-Three networks of one architecture, trained alike but for the SDE (VP, sub-VP, VE), and
+The networks are those of benchmarks/networks.py, VP (predicts eps) and EDM.
 
-    (a) DDIM's table 1      eta = 0, 0.2, 0.5, 1 and the larger variance sigma-hat at S = 10, 20, 50, 100, 1000
-    (b) the race            the library's solvers at 5, 8, 10, 15, 20, 50 evaluations of the VP network, and two of them
-                            by the spacing of their steps
-    (c) Score-SDE's table   VP, sub-VP and VE: the reverse-diffusion predictor with and without the Langevin corrector
-                            at equal numbers of evaluations
-    (d) code length         bits/dim of held-out images through the probability-flow ODE
+    etas     DDIM's table 1: eta = 0, 0.2, 0.5, 1 and the larger variance sigma-hat at S = 10, 20, 50, 100 (and 1000,
+             with --long), VP
+    race     solvers at 5, 8, 10, 20 and 50 evaluations on their default grids, of both networks, with means clipped to
+             the data's range and without
+    grids    DPM-Solver++(2M) and UniPC-3 on their default grid, on that of version 0.1 and on evenly spaced times
+    bits     bits/dim of held-out images through the probability-flow ODE
 
 Samples are judged by their Frechet distance to the 10,000 held-out images, in the features of the classifier that comes
 with the library, in sets of 200: mean and standard error over the sets. It is biased by the number of samples, so that
-only numbers from sets of one size compare; what sets of real images score stands beside them.
+only numbers from sets of one size compare; what sets of real images score stands beside them. Where means are not
+clipped, samples are not either.
 
-Written into --out: README.md, results.json, race.png, grids of samples, and runs/ with the networks and every finished
-number: a run that is killed goes on where it stopped. `scoresde sample OUT/runs/VP` draws from them.
+Written into --out: README.md, results.json, race.png, grids of samples, and runs/ with every finished number: a run
+that is killed goes on where it stopped, and more --sets go on from fewer. --only VP takes what that network needs and
+writes no page, so that the networks can share the processors.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import torch
@@ -34,8 +36,7 @@ from kept import Clock, Numbers, Score, Scores, floor, made_on, published_table,
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scoresde import Denoiser, Grid, bits_per_dim, sample
-from scoresde.cli.models import About
+from scoresde import VPSDE, Grid, NetworkDenoiser, bits_per_dim, sample
 from scoresde.data import fashion_mnist_levels, scaled
 from scoresde.info import environment
 from scoresde.levels import to_levels
@@ -46,20 +47,15 @@ from scoresde.pictures import grid as side_by_side
 from scoresde.pictures import write_png
 from scoresde.report import log_ticks, table, write_json
 from scoresde.sde import SDE
-from scoresde.solvers import DDIM, DDPM, DEIS, DPMSolverPP, Heun, PredictorCorrector, Solver, UniPC
-from scoresde.training import ModelConfig, TrainConfig, Trainer
-from scoresde.training.weights import edm, simple
+from scoresde.solvers import DDIM, DDPM, ERSDE, DPMSolverPP, Solver, UniPC
+from scoresde.training import load
+from scoresde.training.model import opened
 from scoresde.wrappers import Clip
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NETWORK = {"image_channels": 1, "channels": 32, "multipliers": [1, 2], "blocks": 1, "patch": 2}
-MODELS = {
-    "VP": ModelConfig(sde="vp", options=NETWORK, predicts="eps", time_scale=999.0),
-    "sub-VP": ModelConfig(sde="subvp", options=NETWORK, predicts="eps", time_scale=999.0),
-    "VE": ModelConfig(sde="ve", options=NETWORK, predicts="edm", sigma_data=0.7),
-}
+NETWORKS = ("VP", "EDM")
 
 ETAS: dict[str, Solver] = {
     "eta = 0 (DDIM)": DDIM(),
@@ -79,200 +75,18 @@ PUBLISHED_ETAS = {
 S = (10, 20, 50, 100, 1000)
 
 SOLVERS: dict[str, Solver] = {
-    "DDPM": DDPM(),
     "DDIM": DDIM(),
-    "Heun": Heun(),
-    "DEIS-3": DEIS(),
     "DPM-Solver++(2M)": DPMSolverPP(),
-    "DPM-Solver++(2M) SDE": DPMSolverPP(stochastic=True),
     "UniPC-3": UniPC(),
+    "DPM-Solver++(2M) SDE": DPMSolverPP(stochastic=True),
+    "ER-SDE-3": ERSDE(),
 }
-NFE = (5, 8, 10, 15, 20, 50)
+NFE = (5, 8, 10, 20, 50)
+GRIDDED = ("DPM-Solver++(2M)", "UniPC-3")  # of one evaluation a step
+CLIPS = {"means as they are": False, "clipped means": True}
 
-SPACED = ("DPM-Solver++(2M)", "DPM-Solver++(2M) SDE")
-SPACINGS: dict[str, Callable[[SDE, int], Grid]] = {
-    "power 4": Grid.power,
-    "log-SNR": Grid.log_snr,
-    "Karras 7": Grid.karras,
-    "uniform": Grid.uniform,
-}
-SPACED_NFE = (5, 10, 20)
-
-RATIOS = (0.01, 0.05, 0.1, 0.16)  # of signal to noise in the corrector, of which the best is taken
-PC_NFE = (20, 50, 100, 200)
-# FID on CIFAR-10 of Song et al. (2021), table 1: reverse diffusion, 1000 and 2000 predictor steps and 1000 with both.
-PUBLISHED_PC = {"VE": (4.79, 4.74, 3.60), "VP": (3.21, 3.19, 3.18)}
-# NLL in bits/dim on CIFAR-10 through the ODE, DDPM++ continuous (table 2).
-PUBLISHED_BITS = {"VP": 3.16, "sub-VP": 3.02}
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much is trained and measured.
-
-    Attributes:
-        train: of every network.
-        set_size: samples in a set.
-        sets: for a number of evaluations below 1000; one set above.
-        pc_sets: of the predictors and correctors.
-        images: held-out images of the code length.
-        bits_steps: of its ODE's table.
-        grid: samples of the pictures.
-    """
-
-    train: TrainConfig = TrainConfig(steps=3000, batch_size=64, lr=4e-3, ema_decay=0.998)  # noqa: RUF009 (frozen)
-    set_size: int = 200
-    sets: int = 3
-    pc_sets: int = 2
-    images: int = 200
-    bits_steps: int = 60
-    grid: int = 64
-
-
-class Data(NamedTuple):
-    training: Tensor
-    held_out: Tensor
-    levels: Tensor
-
-
-def fashion_mnist() -> Data:
-    """In [-1, 1], and the held-out images' levels."""
-    training, held_out = (fashion_mnist_levels(split=split)[0] for split in ("train", "test"))
-    return Data(scaled(training), scaled(held_out), held_out)
-
-
-class Experiment:
-    """The networks, each trained when it is first asked for, and their measures, each kept once it is taken."""
-
-    def __init__(self, size: Size, folder: Path, device: str) -> None:
-        self.size, self.folder, self.device = size, folder, device
-        folder.mkdir(parents=True, exist_ok=True)
-        self.clock = Clock(folder / "seconds.json")
-        self.data = fashion_mnist()
-        self.features = classifier_features("fashion-mnist")
-        self.cells = Numbers(folder / "cells.jsonl", f"{size} {MODELS}", "fashion-mnist")
-        self._trained: dict[str, Denoiser] = {}
-
-    @cached_property
-    def reference(self) -> Tensor:
-        return self.features(self.data.held_out)
-
-    def model(self, name: str) -> Denoiser:
-        """The denoiser with averaged weights."""
-        if name not in self._trained:
-            words = MODELS[name]
-            denoiser = words.build(seed=0)
-            assert isinstance(denoiser.net, nn.Module)
-            denoiser.net.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            weighting = simple if words.sigma_data is None else edm(words.sigma_data)
-            with self.clock(f"training of {name}"):
-                trainer = Trainer(
-                    denoiser,
-                    self.data.training,
-                    self.size.train,
-                    weighting=weighting,
-                    folder=self.folder / name,
-                    model=words,
-                ).fit()
-            About(tuple(self.data.training.shape[1:]), levels=256).write(self.folder / name)
-            self._trained[name] = trainer.ema
-        return self._trained[name]
-
-    def draw(self, name: str, solver: Solver, nfe: int, number: int, n: int, grid: Grid | None = None) -> Tensor:
-        """One set of samples in the data's range, with clipped means; the same x_T and noise for every solver."""
-        made = Clip(self.model(name))
-        how = {"nfe": nfe} if grid is None else {"grid": grid}
-        shape, seed = (n, *self.data.training.shape[1:]), derive_seed(number, n)
-        return sample(made, shape, solver, **how, seed=seed).x.cpu().clamp(-1, 1)
-
-    def frechet(
-        self, kind: str, row: str, nfe: int, name: str, solver: Solver, sets: int, grid: Grid | None = None
-    ) -> Score:
-        """The distances of some sets of samples."""
-        found = self.cells.get(kind, row, nfe)
-        if found is None:
-            with self.clock(kind):
-                x = [self.draw(name, solver, nfe, s, self.size.set_size, grid) for s in range(sets)]
-            found = [frechet_distance(self.features(part), self.reference) for part in x]
-            self.cells.put(kind, row, nfe, found)
-        return Score.of(found)
-
-    # ---- the four parts ----
-
-    def etas(self) -> Scores:
-        todo = [(row, steps) for steps in S for row in ETAS]
-        sde = self.model("VP").sde
-        return {
-            (row, steps): self.frechet(
-                "a", row, steps, "VP", ETAS[row], self.size.sets if steps < 1000 else 1, ddim_grid(sde, steps)
-            )
-            for row, steps in tqdm(todo, desc="(a) eta", unit="cell")
-        }
-
-    def race(self) -> Scores:
-        todo = [(row, nfe) for nfe in NFE for row in SOLVERS]
-        return {
-            (row, nfe): self.frechet("b", row, nfe, "VP", SOLVERS[row], self.size.sets)
-            for row, nfe in tqdm(todo, desc="(b) race", unit="cell")
-        }
-
-    def spacings(self) -> Scores:
-        """Of solvers of one evaluation a step; their own grid as in `race`."""
-        sde, found = self.model("VP").sde, {}
-        todo = [(row, spacing, nfe) for row in SPACED for spacing in ("own", *SPACINGS) for nfe in SPACED_NFE]
-        for row, spacing, nfe in tqdm(todo, desc="(b) spacings", unit="cell"):
-            name = f"{row}, {spacing}"
-            if spacing == "own":
-                found[name, nfe] = self.frechet("b", row, nfe, "VP", SOLVERS[row], self.size.sets)
-            else:
-                grid = SPACINGS[spacing](sde, nfe)
-                found[name, nfe] = self.frechet("b", name, nfe, "VP", SOLVERS[row], self.size.sets, grid)
-        return found
-
-    def correctors(self) -> tuple[Scores, dict[str, float]]:
-        """Scores, and the corrector's ratio that was best with another seed for each SDE."""
-        scores, ratios = {}, {}
-        for name in MODELS:
-            sweep = {r: self._swept(name, r) for r in tqdm(RATIOS, desc=f"(c) ratio for {name}", unit="cell")}
-            ratios[name] = min(sweep, key=sweep.__getitem__)
-            kinds = {"predictor": None, "predictor, corrector": "langevin"}
-            for label, corrector in kinds.items():
-                solver = PredictorCorrector(corrector=corrector, snr=ratios[name])  # type: ignore[arg-type]
-                for nfe in tqdm(PC_NFE, desc=f"(c) {name}, {label}", unit="cell"):
-                    row = f"{name}, {label}"
-                    scores[row, nfe] = self.frechet("c", row, nfe, name, solver, self.size.pc_sets)
-        return scores, ratios
-
-    def _swept(self, name: str, ratio: float) -> float:
-        """The distance at 50 evaluations, of a set of samples that is not used again."""
-        row, solver = f"{name}, r = {ratio}", PredictorCorrector(snr=ratio)
-        found = self.cells.get("c sweep", row, 50)
-        if found is None:
-            with self.clock("c"):
-                x = self.draw(name, solver, 50, 100, self.size.set_size)
-            found = [frechet_distance(self.features(x), self.reference)]
-            self.cells.put("c sweep", row, 50, found)
-        return found[0]
-
-    def bits(self) -> dict[tuple[str, str], tuple[Score, float]]:
-        """(SDE, dequantisation) to bits/dim with the mean number of network calls for a batch."""
-        found = {}
-        for name in tqdm(MODELS, desc="(d) bits/dim", unit="SDE"):
-            for kind in ("uniform", "truncated-normal"):
-                values = self.cells.get("bits", f"{name}, {kind}", self.size.images)
-                if values is None:
-                    with self.clock("d"):
-                        values = self._bits(name, kind)
-                    self.cells.put("bits", f"{name}, {kind}", self.size.images, values)
-                found[name, kind] = Score.of(values[:-1]), values[-1]
-        return found
-
-    def _bits(self, name: str, kind: str) -> list[float]:
-        """Of each image, and the number of network calls."""
-        images = self.data.levels[: self.size.images].to(self.device)
-        options = {"steps": self.size.bits_steps, "data_range": outer_edges(-1.0, 1.0, 256), "batch_size": len(images)}
-        found = bits_per_dim(self.model(name), images, dequantize=kind, seed=0, **options)  # type: ignore[arg-type]
-        return [*found.per_image.tolist(), float(found.nfe)]
+# NLL in bits/dim on CIFAR-10 through the ODE, DDPM++ continuous (Song et al., 2021, table 2).
+PUBLISHED_BITS = 3.16
 
 
 def ddim_grid(sde: SDE, steps: int) -> Grid:
@@ -280,30 +94,183 @@ def ddim_grid(sde: SDE, steps: int) -> Grid:
     return Grid.quadratic(sde, steps) if steps < 1000 else Grid.uniform(sde, steps)
 
 
+def before(sde: SDE, steps: int, solver: Solver) -> Grid:
+    """The default grid of version 0.1: tau^(1 / p) uniform up to `last`, tau being VP's time of the same noise level; p
+    from 2 with 10 steps or fewer to the solver's own with 50, as `last` from steps^-2 to 0.01 / steps.
+    """
+    share = min(max(math.log(steps / 10) / math.log(5), 0.0), 1.0)
+    tau = VPSDE().half_log_snr(steps ** (-2 * (1 - share)) * (0.01 / steps) ** share)
+    last = max(sde.t_min, float(sde.time_at(tau - math.log(sde.data_scale))))
+    return Grid.power(sde, steps, power=2 ** (1 - share) * getattr(solver, "power", 4.0) ** share, last=last)
+
+
+GRIDS: dict[str, Callable[[SDE, int, Solver], Grid]] = {
+    "default": lambda sde, steps, solver: solver.grid(sde, steps),
+    "default of 0.1": before,
+    "uniform": lambda sde, steps, solver: Grid.uniform(sde, steps),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        set_size: samples in a set.
+        sets: for a number of evaluations below 1000; one set above.
+        images: held-out images of the code length.
+        bits_steps: of its ODE's table.
+        grid: samples of the pictures.
+        long: S = 1000 too.
+    """
+
+    set_size: int = 200
+    sets: int = 3
+    images: int = 200
+    bits_steps: int = 60
+    grid: int = 64
+    long: bool = False
+
+
+class Experiment:
+    """The networks and their measures, each kept once it is taken.
+
+    Args:
+        size: how much.
+        networks: folder of the networks.
+        folder: of the finished numbers, a file for each part.
+        device: of the networks.
+    """
+
+    def __init__(self, size: Size, networks: Path, folder: Path, device: str) -> None:
+        self.size, self.networks, self.folder, self.device = size, networks, folder, device
+        folder.mkdir(parents=True, exist_ok=True)
+        self.features = classifier_features("fashion-mnist")
+        self.held_out = fashion_mnist_levels(split="test")[0]
+        self._loaded: dict[str, NetworkDenoiser] = {}
+        self._numbers: dict[tuple[str, str], Numbers] = {}
+        self.clocks: dict[str, Clock] = {}
+
+    @cached_property
+    def reference(self) -> Tensor:
+        return self.features(scaled(self.held_out))
+
+    def real(self) -> tuple[float, float]:
+        """Of sets of real training images: mean and standard deviation."""
+        return floor(scaled(fashion_mnist_levels(split="train")[0]), self.reference, self.features, self.size.set_size)
+
+    def model(self, name: str) -> NetworkDenoiser:
+        if name not in self._loaded:
+            denoiser = load(self.networks / name, device=self.device)
+            assert isinstance(denoiser.net, nn.Module)
+            denoiser.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._loaded[name] = denoiser
+        return self._loaded[name]
+
+    def numbers(self, part: str, name: str) -> Numbers:
+        """Finished ones of these very weights, and of sets of this size."""
+        if (part, name) not in self._numbers:
+            weights = opened(self.networks / name).manifest["files"]["average.safetensors"][:16]
+            about = f"{name} {weights}, sets of {self.size.set_size}"
+            self._numbers[part, name] = Numbers(self.folder / f"{part}-{name}.jsonl", about, "fashion-mnist")
+        return self._numbers[part, name]
+
+    def clock(self, name: str) -> Clock:
+        return self.clocks.setdefault(name, Clock(self.folder / f"seconds-{name}.json"))
+
+    def draw(self, name: str, solver: Solver, grid: Grid | int, clip: bool, number: int, n: int) -> Tensor:
+        """One set of samples, clipped or as they come; the same x_T and noise for every solver."""
+        made = Clip(self.model(name)) if clip else self.model(name)
+        how = {"nfe": grid} if isinstance(grid, int) else {"grid": grid}
+        x = sample(made, (n, *self.held_out.shape[1:]), solver, **how, seed=derive_seed(number, n)).x.cpu()
+        return x.clamp(-1, 1) if clip else x
+
+    def frechet(
+        self, part: str, name: str, row: str, nfe: int, solver: Solver, grid: Grid | int, clip: bool = True
+    ) -> Score:
+        """The distances of some sets of samples; sets that are kept are not drawn again."""
+        numbers, key = self.numbers(part, name), f"{row}, {'clipped' if clip else 'as it is'}"
+        found = list(numbers.get(part, key, nfe) or [])
+        sets = self.size.sets if nfe < 1000 else 1
+        for number in range(len(found), sets):
+            with self.clock(name)(part):
+                x = self.draw(name, solver, grid, clip, number, self.size.set_size)
+                found.append(frechet_distance(self.features(x), self.reference))
+            numbers.put(part, key, nfe, found)
+        return Score.of(found[:sets])
+
+    # ---- the parts ----
+
+    def etas(self) -> Scores:
+        sde = self.model("VP").sde
+        todo = [(row, steps) for steps in S if steps < 1000 or self.size.long for row in ETAS]
+        return {
+            (row, steps): self.frechet("etas", "VP", row, steps, ETAS[row], ddim_grid(sde, steps))
+            for row, steps in tqdm(todo, desc="etas", unit="cell")
+        }
+
+    def race(self, names: Sequence[str] = NETWORKS) -> dict[tuple[str, str], Scores]:
+        """(network, clipping) to scores."""
+        todo = [(row, nfe) for nfe in NFE for row in SOLVERS]
+        return {
+            (name, how): {
+                (row, nfe): self.frechet("race", name, row, nfe, SOLVERS[row], nfe, clip)
+                for row, nfe in tqdm(todo, desc=f"race, {name}, {how}", unit="cell")
+            }
+            for name in names
+            for how, clip in CLIPS.items()
+        }
+
+    def grids(self, names: Sequence[str] = NETWORKS) -> dict[tuple[str, str], Scores]:
+        """As `race`; a grid that is the default one has its numbers."""
+        return {
+            (name, how): {
+                (f"{row}, {spacing}", nfe): self._gridded(name, row, spacing, nfe, clip)
+                for nfe in tqdm(NFE, desc=f"grids, {name}, {how}", unit="column")
+                for row in GRIDDED
+                for spacing in GRIDS
+            }
+            for name in names
+            for how, clip in CLIPS.items()
+        }
+
+    def _gridded(self, name: str, row: str, spacing: str, nfe: int, clip: bool) -> Score:
+        sde, solver = self.model(name).sde, SOLVERS[row]
+        grid, default = (GRIDS[key](sde, nfe, solver).times for key in (spacing, "default"))
+        if torch.allclose(grid, default, rtol=1e-6, atol=0):
+            return self.frechet("race", name, row, nfe, solver, nfe, clip)
+        return self.frechet("grids", name, f"{row}, {spacing}", nfe, solver, GRIDS[spacing](sde, nfe, solver), clip)
+
+    def bits(self, names: Sequence[str] = NETWORKS) -> dict[str, tuple[Score, float]]:
+        """For each network bits/dim, and the number of network calls for a batch."""
+        images = self.held_out[: self.size.images].to(self.device)
+        options = {"steps": self.size.bits_steps, "data_range": outer_edges(-1.0, 1.0, 256), "batch_size": 100}
+        result = {}
+        for name in tqdm(names, desc="bits/dim", unit="network"):
+            key = f"uniform, {self.size.bits_steps} steps"
+            values = self.numbers("bits", name).get("bits", key, len(images))
+            if values is None:
+                with self.clock(name)("bits"):
+                    found = bits_per_dim(self.model(name), images, seed=0, **options)  # type: ignore[arg-type]
+                values = [*found.per_image.tolist(), found.nfe / math.ceil(len(images) / 100)]
+                self.numbers("bits", name).put("bits", key, len(images), values)
+            result[name] = Score.of(values[:-1]), values[-1]
+        return result
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def draw_race(
-    etas: Scores,
-    race: Scores,
-    correctors: Scores,
-    real: float,
-    path: Path,
-) -> None:
-    """The three tables of distances, against the number of evaluations."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    titles = ("(a) noise, VP", "(b) solvers, VP", "(c) SDEs, with and without corrector")
-    for axis, scores, title in zip(axes, (etas, race, correctors), titles, strict=True):
+def draw_race(etas: Scores, race: Mapping[tuple[str, str], Scores], real: float, path: Path) -> None:
+    """Distances against the number of evaluations."""
+    titles = {"noise, VP": etas, **{f"{name}, {how}": scores for (name, how), scores in race.items()}}
+    figure, axes = plt.subplots(1, len(titles), figsize=(4.2 * len(titles), 4.4), layout="constrained")
+    for axis, (title, scores) in zip(axes, titles.items(), strict=True):
         rows, columns = (list(dict.fromkeys(key[i] for key in scores)) for i in (0, 1))
         for row in rows:
             mean, error = ([getattr(scores[row, c], key) for c in columns] for key in ("mean", "stderr"))  # type: ignore[index]
-            style = "--" if row.endswith(", predictor") else "-"  # type: ignore[union-attr]
-            colour = None
-            if axis is axes[2]:
-                colour = {"VP": "tab:blue", "sub-VP": "tab:green", "VE": "tab:red"}[row.split(",")[0]]  # type: ignore[union-attr]
             error = [0.0 if value != value else value for value in error]
-            look = {"marker": "o", "markersize": 4, "markerfacecolor": "white" if style == "--" else None}
-            axis.errorbar(columns, mean, error, label=row, linestyle=style, color=colour, **look)
+            axis.errorbar(columns, mean, error, label=row, marker="o", markersize=4)
         axis.axhline(real, color="black", linewidth=0.8, linestyle="-.", label="real images")
         axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", title=title)
         axis.set_xticks(columns, [str(c) for c in columns])
@@ -311,54 +278,43 @@ def draw_race(
         heights = log_ticks(*axis.get_ylim())
         axis.set_yticks(heights, [f"{tick:.3g}" for tick in heights])
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, handlelength=4)  # long enough to show the dashes
+        axis.legend(fontsize=7)
     axes[0].set_ylabel("Frechet distance to held-out images")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def pictures(experiment: Experiment, ratios: Mapping[str, float]) -> dict[str, Callable[[], Tensor]]:
+def pictures(experiment: Experiment) -> dict[str, Callable[[], Tensor]]:
     """File names of the grids of samples, and how they are drawn."""
     n = experiment.size.grid
 
-    def drawn(name: str, solver: Solver, nfe: int) -> Callable[[], Tensor]:
-        return lambda: experiment.draw(name, solver, nfe, 0, n)
+    def drawn(name: str, nfe: int) -> Callable[[], Tensor]:
+        return lambda: experiment.draw(name, SOLVERS["UniPC-3"], nfe, True, 0, n)
 
-    found = {f"{row}-{nfe}": drawn("VP", SOLVERS[row], nfe) for row in ("DDIM", "UniPC-3") for nfe in (10, 50)}
-    for name in MODELS:
-        found[f"{name}-pc-100"] = drawn(name, PredictorCorrector(snr=ratios[name]), 100)
-    found["real"] = lambda: experiment.data.held_out[:n]
-    return found
+    found = {f"{name}-{nfe}": drawn(name, nfe) for name in NETWORKS for nfe in (10, 50)}
+    return found | {"real": lambda: scaled(experiment.held_out[:n])}
 
 
 def report(experiment: Experiment, out: Path) -> str:
     """Do what is not done yet, and write everything."""
-    etas, race, spacings = experiment.etas(), experiment.race(), experiment.spacings()
-    correctors, ratios = experiment.correctors()
-    bits = experiment.bits()
-    size, about = experiment.size, environment(experiment.device)
-    real, real_std = floor(experiment.data.training, experiment.reference, experiment.features, size.set_size)
-    with experiment.clock("pictures"):
-        for name, picture in pictures(experiment, ratios).items():
-            write_png(out / f"samples-{name}.png", side_by_side(to_levels(picture())))
-    train, words = size.train, MODELS["VP"].to_dict()
+    etas, race, grids, bits = experiment.etas(), experiment.race(), experiment.grids(), experiment.bits()
+    size, about, (real, real_std) = experiment.size, environment(experiment.device), experiment.real()
+    for name, picture in pictures(experiment).items():
+        write_png(out / f"samples-{name}.png", side_by_side(to_levels(picture())))
+    minutes = sum(spent for name in NETWORKS for _, spent in experiment.clock(name).seconds.values()) / 60
     page = [
-        "# Score networks on Fashion-MNIST",
+        "# Samplers on two networks trained on Fashion-MNIST",
         "",
-        f"{made_on(about)} {experiment.clock}",
+        f"{made_on(about)} {minutes:.0f} minutes of processor time.",
         "",
-        f"Networks: U-Net, {words['options']}; {train.steps} steps of {train.batch_size} images, AdamW at {train.lr:g}"
-        f", average of decay {train.ema_decays[0]}, seed {train.seed}. VP and sub-VP predict eps, VE is preconditioned "
-        "as EDM is. Means are clipped to [-1, 1].",
-        "",
-        f"Frechet distance to the 10,000 held-out images in the features of the library's classifier, in sets of "
-        f"{size.set_size} samples: mean and, in brackets, standard error over the sets ({size.sets} in (a) and (b), "
-        f"{size.pc_sets} in (c), one at 1000 evaluations). Seeds are the same for all entries. Sets of {size.set_size} "
-        f"real training images score {real:.2f} (standard deviation {real_std:.2g}).",
+        "The networks, VP and EDM, are those of [networks](../networks). Frechet distance to the 10,000 held-out "
+        f"images in the features of the library's classifier, in sets of {size.set_size} samples: mean and, in "
+        f"brackets, standard error over the sets ({size.sets}; one at 1000 evaluations). Seeds are the same for all "
+        f"entries. Sets of {size.set_size} real training images score {real:.2f} (standard deviation {real_std:.2g}).",
         "",
         "![Frechet distance against evaluations](race.png)",
         "",
-        "## (a) The noise of the reverse process, by number of steps S",
+        "## The noise of the reverse process, by number of steps S",
         "",
         *score_table(etas, "S"),
         "",
@@ -366,71 +322,60 @@ def report(experiment: Experiment, out: Path) -> str:
         "",
         *published_table(PUBLISHED_ETAS, "S", S),
         "",
-        "Sub-sequences are quadratic in t, as the paper's for CIFAR-10; all 1000 steps are evenly spaced.",
+        "VP, clipped means. Sub-sequences are quadratic in t, as the paper's for CIFAR-10; all 1000 steps are evenly "
+        "spaced.",
         "",
-        "## (b) Solvers at few evaluations",
+        "## Solvers at few evaluations",
         "",
-        *score_table(race, "evaluations"),
+        "Each on its default grid, with as many steps as fit.",
+        *[
+            line
+            for key, scores in race.items()
+            for line in ("", f"{', '.join(key)}:", "", *score_table(scores, "evaluations"))
+        ],
         "",
-        "Each on its own default grid, with as many steps as fit.",
+        "## Grids",
         "",
-        *score_table(spacings, "evaluations"),
+        "The default one, that of version 0.1 (quadratic in t up to 10 steps, closer to the data with more), and times "
+        "evenly spaced in t.",
+        *[
+            line
+            for key, scores in grids.items()
+            for line in ("", f"{', '.join(key)}:", "", *score_table(scores, "evaluations"))
+        ],
         "",
-        "Their own grid, `Grid.sampling`, is quadratic in t up to 10 steps and goes closer to the data with more.",
+        "## Code length of held-out images",
         "",
-        "## (c) VP, sub-VP and VE, with predictor and corrector",
+        *table(
+            ["network", "bits/dim", "network calls"],
+            ([name, f"{score.mean:.3f} ({score.stderr:.1g})", f"{nfe:.0f}"] for name, (score, nfe) in bits.items()),
+        ),
         "",
-        *score_table(correctors, "evaluations"),
-        "",
-        "Reverse-diffusion predictor, Langevin corrector of one step, so with half as many predictor steps; ratio of "
-        "signal to noise "
-        + ", ".join(f"{r:g} for {name}" for name, r in ratios.items())
-        + f", the best of {', '.join(f'{r:g}' for r in RATIOS)} at 50 evaluations with another seed. FID on CIFAR-10, "
-        "published (Song et al., 2021, table 1, reverse diffusion):",
-        "",
-        *published_table(PUBLISHED_PC, "", ("1000 predictor steps", "2000", "1000 with corrector")),
-        "",
-        "## (d) Code length of held-out images",
-        "",
-        *bits_table(bits),
-        "",
-        f"Bits/dim through the probability-flow ODE of {size.images} held-out images (mean and standard error over "
-        f"images), {size.bits_steps} steps of UniPC of order 4, one Hutchinson probe; network calls on a batch. "
-        "Published for CIFAR-10 (Song et al., 2021, table 2, DDPM++, uniform): "
-        + ", ".join(f"{name} {value:.2f}" for name, value in PUBLISHED_BITS.items())
-        + ". The variational bound of the discrete chain: [analytic_variance](../analytic_variance/fashion-mnist).",
+        f"Through the probability-flow ODE, of {size.images} held-out images, dequantised uniformly (mean and standard "
+        f"error over images): {size.bits_steps} steps, one Hutchinson probe; network calls on a batch. Published for "
+        f"CIFAR-10 (Song et al., 2021, table 2, DDPM++, VP): {PUBLISHED_BITS}.",
         "",
         "## Samples",
         "",
-        *[f"![{name}](samples-{name}.png) {name}\n" for name in pictures(experiment, ratios)],
+        *[f"![{name}](samples-{name}.png) {name}\n" for name in pictures(experiment)],
     ]
     write_json(
         out / "results.json",
         {
             "environment": about,
-            "seconds": experiment.clock.seconds,
+            "minutes": round(minutes, 1),
             "size": repr(size),
-            "models": {name: words.to_dict() for name, words in MODELS.items()},
             "real": {"mean": real, "std": real_std},
-            "a": _listed(etas),
-            "b": _listed(race),
-            "spacings": _listed(spacings),
-            "c": _listed(correctors),
-            "ratios": ratios,
-            "bits": [[*key, score.mean, score.stderr, nfe] for key, (score, nfe) in bits.items()],
+            "etas": _listed(etas),
+            "race": [[*key, _listed(scores)] for key, scores in race.items()],
+            "grids": [[*key, _listed(scores)] for key, scores in grids.items()],
+            "bits": [[name, score.mean, score.stderr, nfe] for name, (score, nfe) in bits.items()],
         },
     )
     text = "\n".join(page).rstrip() + "\n"
     (out / "README.md").write_text(text)
-    draw_race(etas, race, correctors, real, out / "race.png")
+    draw_race(etas, race, real, out / "race.png")
     return text
-
-
-def bits_table(bits: Mapping[tuple[str, str], tuple[Score, float]]) -> list[str]:
-    return table(
-        ["SDE", "dequantisation", "bits/dim", "network calls"],
-        ([*of, f"{score.mean:.3f} ({score.stderr:.1g})", f"{nfe:.0f}"] for of, (score, nfe) in bits.items()),
-    )
 
 
 def _listed(scores: Scores) -> list[list[object]]:
@@ -441,16 +386,22 @@ def _listed(scores: Scores) -> list[list[object]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/fashion_mnist"), help="folder of results")
+    parser.add_argument("--networks", type=Path, default=Path(__file__).parent / "results/networks", help="folder")
+    parser.add_argument("--only", choices=NETWORKS, help="what this network needs, and no page")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, help="training steps (3000)")
     parser.add_argument("--set-size", type=int, help="samples in a set (200)")
+    parser.add_argument("--sets", type=int, help="sets (3)")
     parser.add_argument("--images", type=int, help="held-out images of the code length (200)")
+    parser.add_argument("--long", action="store_true", default=None, help="S = 1000 too: 15 minutes")
     args = parser.parse_args(argv)
-    size = Size()
-    if args.steps:
-        size = replace(size, train=replace(size.train, steps=args.steps))
-    chosen = {key: value for key in ("set_size", "images") if (value := getattr(args, key)) is not None}
-    experiment = Experiment(replace(size, **chosen), args.out / "runs", args.device)
+    size = Size(**{f.name: value for f in fields(Size) if (value := getattr(args, f.name, None)) is not None})
+    experiment = Experiment(size, args.networks, args.out / "runs", args.device)
+    if args.only:
+        for part in (experiment.race, experiment.grids, experiment.bits):
+            part([args.only])
+        if args.only == "VP":
+            experiment.etas()
+        return
     print(report(experiment, args.out))
     print(f"written into {args.out}: README.md, results.json, race.png, samples-*.png")
 
