@@ -29,6 +29,7 @@ from scoresde import (
     sample,
     solvers,
     training,
+    tuning,
     variance,
 )
 from scoresde.exact import Gaussian
@@ -59,7 +60,9 @@ BARE = {
     "Product": lambda: guidance.Product([NET]),
     "SNDenoiser": lambda: variance.SNDenoiser(NET),
     "Trainer": lambda: Trainer(NET, X, TrainConfig(steps=1)),
+    "averaged": lambda: training.averaged("nowhere", 0.1, NET),
     "bits_per_dim": lambda: bits_per_dim(NET, X.long().abs()),
+    "choose": lambda: tuning.choose(NET, (8, 2), nfe=5),
     "decode": lambda: decode(NET, X),
     "diagnose": lambda: diagnose(NET, X),
     "dsm_loss": lambda: dsm_loss(NET, X),
@@ -92,7 +95,7 @@ OTHERS = {"Branching", "Conditioned", "Guidance", "Twisted", "Potential", "twist
 
 
 def test_every_public_function_of_a_denoiser_is_tried():
-    rooms = [scoresde, editing, guidance, solvers, training, variance]
+    rooms = [scoresde, editing, guidance, solvers, training, tuning, variance]
     public = {name: getattr(room, name) for room in rooms for name in room.__all__}
     takes = {
         name

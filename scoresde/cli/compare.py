@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
+from scoresde.cli.chosen import CHOSEN
 from scoresde.cli.common import SessionOptions, check_folder, going_on, record
 from scoresde.cli.drawing import GRIDS, DrawOptions, Recipe, StepOptions, draw_all, recipe, rounded
 from scoresde.cli.measuring import Measure, MeasureOptions, check_measurable, measures
@@ -47,7 +48,8 @@ class CompareOptions(Options):
 
     model: ModelOptions = part("the model")
     solvers: list[str] = option(
-        "names from `scoresde solvers`, or calls, 'DDIM(eta=0.2)' (ddim dpm++2m unipc3 heun)",
+        "names from `scoresde solvers`, calls, 'DDIM(eta=0.2)', or 'chosen', the best for each budget, which is looked "
+        "for on the way and kept in RUN/tuned (ddim dpm++2m unipc3 heun)",
         ["ddim", "dpm++2m", "unipc3", "heun"], "NAME", nargs="+")  # fmt: skip
     nfe: list[int] = option("budgets of evaluations (5 10 20)", [5, 10, 20], "N", nargs="+")
     grids: list[str] = option(
@@ -79,7 +81,8 @@ def run(options: CompareOptions) -> None:
         check_count(n=options.n, nfe=nfe)
     check_folder(out)
     for name in options.solvers:
-        solver_of(name)
+        if name != CHOSEN:
+            solver_of(name)
     with session.start() as device:
         model = options.model.open(session, device)
         race = Race(options, model, options.measure.open(model, session, device))

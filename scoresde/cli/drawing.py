@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import check_count, check_whole
+from scoresde.cli.chosen import CHOSEN, fitting, read, taken
 from scoresde.cli.models import Model
 from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData, nothing, scaled
@@ -27,6 +28,7 @@ from scoresde.sampling import sample
 from scoresde.solvers import Solver
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel
+from scoresde.tuning import TunedSolver
 from scoresde.variance import AnalyticDenoiser, OptimalVariance, VarianceTable
 from scoresde.wrappers import Clip
 
@@ -49,7 +51,12 @@ __all__ = [
 ]
 
 GRIDS = ("default", *SPACINGS)
-SOLVER_HELP = "a name from `scoresde solvers`, or a call, 'DDIM(eta=0.2)'"
+SOLVER_HELP = (
+    "a name from `scoresde solvers`; a call, 'DDIM(eta=0.2)'; 'chosen', the best for the network and --nfe, which is "
+    "looked for once and kept in RUN/tuned; or a file of one"
+)
+DEFAULT_SOLVER = "unipc3"
+CHOOSING = 32  # samples, half of which choose
 NFE_HELP = "evaluations of the network ({}, unless --steps; a budget for adaptive solvers)"
 CLASS_HELP = "of all samples: 0, 1, ..., or its name"
 
@@ -162,7 +169,7 @@ class Guidance(Options):
 class StepOptions(Options):
     """The solver and its steps."""
 
-    solver: str = option(f"{SOLVER_HELP} (unipc3)", "unipc3")
+    solver: str | None = option(f"{SOLVER_HELP} (that of RUN/tuned, if one is there, or {DEFAULT_SOLVER})")
     nfe: int | None = option(NFE_HELP.format("20"))
     steps: int | None = option("steps, instead of --nfe")
     grid: str = option("spacing of the steps (the solver's own)", "default", choices=GRIDS)
@@ -212,13 +219,14 @@ class SamplesOptions(Options):
     draw: DrawOptions
 
 
-def recipe(options: DrawOptions, steps: StepOptions, model: Model) -> Recipe:
+def recipe(options: DrawOptions, steps: StepOptions, model: Model, tuned: bool = True) -> Recipe:
     """How the arguments want samples drawn; all of them are checked.
 
     Args:
         options: what does not depend on the solver.
         steps: what does.
         model: from which.
+        tuned: whether a solver with steps of its own will do.
 
     Raises:
         ValueError: if they do not go together, or with the model.
@@ -227,12 +235,18 @@ def recipe(options: DrawOptions, steps: StepOptions, model: Model) -> Recipe:
     counts = steps.given("nfe", "steps")
     check_count(batch_size=options.batch_size, **counts)
     check_whole(seed=options.seed)
-    label, solver = model.class_of(options.label), solver_of(steps.solver)
+    label, named = model.class_of(options.label), steps.solver or DEFAULT_SOLVER
+    own_steps = named == CHOSEN or named.endswith(".json")
+    if own_steps and not tuned:
+        raise ValueError(f"--solver {named} has steps of its own, and other ones are needed here: name a solver")
+    solver = solver_of(DEFAULT_SOLVER if own_steps else named)
     made = Recipe(model, model.denoiser, solver, {}, options.seed, label, _told(options, model, label is None))
     denoiser = model.denoiser if options.guidance is None else _guided(options.guidance, made)
     if options.variance is not None:
         if options.guidance is not None:
             raise ValueError("--variance was estimated without --guidance, and is not right with it")
+        if own_steps:
+            raise ValueError(f"--variance is for solvers that draw noise, and --solver {named} draws none")
         table = VarianceTable.load(options.variance, denoiser.sde)
         denoiser = AnalyticDenoiser(denoiser, table, (-1.0, 1.0) if model.about.levels is not None else None)
         solver = OptimalVariance(solver)
@@ -240,7 +254,30 @@ def recipe(options: DrawOptions, steps: StepOptions, model: Model) -> Recipe:
         denoiser = Clip(denoiser)
     if len(counts) == 2:
         raise ValueError("give one of --nfe and --steps")
-    return replace(made, denoiser=denoiser, solver=solver, options=steps.counts(solver, denoiser))
+    made = replace(made, denoiser=denoiser)
+    if tuned and (own := _tuned(made, steps, options.variance is None)):
+        return replace(made, solver=own, options={"nfe": own.nfe})
+    return replace(made, solver=solver, options=steps.counts(solver, denoiser))
+
+
+def _tuned(made: Recipe, steps: StepOptions, deterministic: bool) -> TunedSolver | None:
+    """The solver with steps of its own that is asked for, or that the run has."""
+    named, model, denoiser = steps.solver, made.model, made.denoiser
+    if named is not None and named.endswith(".json"):
+        found = read(Path(named), denoiser)
+        if steps.steps is not None or steps.grid != "default" or steps.nfe not in (None, found.nfe):
+            raise ValueError(
+                f"--solver {named} has steps of its own, nfe={found.nfe}: leave out --nfe, --steps and --grid"
+            )
+        return found
+    if steps.steps is not None or steps.grid != "default":
+        if named == CHOSEN:
+            raise ValueError("--solver chosen has steps of its own: give --nfe, not --steps or --grid")
+        return None
+    nfe = steps.nfe or 20
+    if named == CHOSEN:
+        return taken(model, denoiser, nfe, made.cond(range(CHOOSING)), CHOOSING, made.seed, progress=True)
+    return fitting(model, denoiser, nfe) if named is None and deterministic else None
 
 
 def _told(options: DrawOptions, model: Model, classes: bool) -> TrainingData | None:

@@ -160,8 +160,8 @@ class _Job:
 
 def _job(options: EditOptions, model: Model) -> _Job:
     """The edit that the arguments want; all of them are checked."""
-    made = recipe(options.draw, options.steps, model)
-    up = recipe(replace(options.draw, guidance=None), options.steps, model)
+    made = recipe(options.draw, options.steps, model, tuned=False)
+    up = recipe(replace(options.draw, guidance=None), options.steps, model, tuned=False)
     source, classes = model.class_of(options.from_class, "--from-class"), model.about.num_classes is not None
     if made.label is None:
         made = replace(made, label=source)

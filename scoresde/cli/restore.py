@@ -299,9 +299,9 @@ def _job(options: RestoreOptions, model: Model) -> _Job:
     """What the arguments want; all of them are checked."""
     method, shape, steps = METHODS[options.method], model.about.shape, options.steps
     steps = replace(steps, solver=steps.solver or method.solver)
-    if not steps.given("nfe", "steps") and not solver_of(steps.solver).adaptive:
+    if not steps.given("nfe", "steps") and not solver_of(steps.solver or method.solver).adaptive:
         steps = replace(steps, nfe=method.nfe)
-    made = recipe(options.draw, steps, model)
+    made = recipe(options.draw, steps, model, tuned=False)
     if made.told is not None:
         raise ValueError(
             f"the model is told {', '.join(model.about.conditions)}: `scoresde sample --condition-from "

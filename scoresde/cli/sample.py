@@ -10,6 +10,7 @@ from scoresde.cli.drawing import Recipe, SamplesOptions, draw, recipe, share
 from scoresde.cli.models import ModelOptions
 from scoresde.cli.options import Options, part
 from scoresde.cli.writing import OutOptions, Writer
+from scoresde.tuning import TunedSolver
 
 TEXT = """draw samples from a trained network: a PNG grid, a .npz file, or a folder of PNG files
 
@@ -28,6 +29,7 @@ scoresde sample runs/fm --n 5000 --solver ddim --nfe 50 --out samples.npz
 scoresde sample runs/fm --class 3 --solver 'DDIM(eta=0.2)' --steps 100 --clip --out threes.png
 scoresde sample runs/fm --class 3 --guidance 2 --out typical_threes.png       of a run of `scoresde train --drop 0.1`
 scoresde sample runs/fm --solver ddpm --nfe 50 --variance table.npz --out analytic.png
+scoresde sample runs/fm --solver chosen --nfe 5 --out few.png      the best solver and grid for it, from now on
 scoresde sample runs/fm --n 1000 --out folder/                     a PNG file each
 scoresde sample runs/sr --condition-from test_folder --out again.png          from large images, made small
 scoresde sample runs/sr --condition-from small_folder --measured --out large.png
@@ -61,6 +63,8 @@ def run(options: SampleOptions) -> None:
         made = recipe(how, options.samples.steps, model)
         if made.told is not None and how.condition_from is None:
             session.say("conditions are those of what the network was trained on: --condition-from names other items")
+        if isinstance(made.solver, TunedSolver):
+            session.say(f"chosen for this network: {made.solver.story}")
         writer = Writer(options.out, model.about)
         parts = draw(made, share(n), how.batch_size, session.progress)
         whole = writer.collect(parts, lambda x: writer.finish(x, made.labels(range(len(x)))), n, session)

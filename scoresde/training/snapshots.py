@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scoresde.denoiser import NetworkDenoiser
+from scoresde.denoiser import NetworkDenoiser, check_denoiser
 from scoresde.errors import CheckpointError
 from scoresde.training import parallel
 from scoresde.training.average import tensors
@@ -76,6 +76,8 @@ def averaged(run: str | Path | Checkpoint, length: float, denoiser: NetworkDenoi
     A snapshot that is damaged, or of another run, is passed over with a warning; another says if the snapshots are too
     few for that length.
     """
+    if denoiser is not None:
+        check_denoiser(denoiser)
     gamma, newest = exponent(length), opened(run)
     config = TrainConfig.of(newest.manifest["config"])
     averages = {len(config.ema_decays) + i: exponent(s) for i, s in enumerate(config.power)}

@@ -1,0 +1,11 @@
+"""The best solver and grid for one's own model and a budget of evaluations.
+
+No static rule wins everywhere: which grid and solver are best at few evaluations depends on the data. But the model can
+be asked: its own fine solution from the same noise says how far off each of some named solvers and grids is.
+`choose` tries them on a few samples; what it returns is a solver, kept in a small file that names the model.
+"""
+
+from scoresde.tuning.chosen import choose
+from scoresde.tuning.solver import TunedSolver
+
+__all__ = ["TunedSolver", "choose"]

@@ -1,0 +1,237 @@
+"""`choose`: named solvers on named grids, tried on a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scoresde.checks import ArgumentError, check_count, check_whole
+from scoresde.denoiser import Denoiser, check_denoiser
+from scoresde.entries import entries_of
+from scoresde.grid import Grid
+from scoresde.noise import derive_seed, noise_source
+from scoresde.run import check_solver, initial
+from scoresde.sampling import sample
+from scoresde.schedules import VPSDE
+from scoresde.sde import SDE
+from scoresde.solvers.base import Solver
+from scoresde.solvers.exponential import DEIS, IPNDM, DPMSolverPP, ExponentialAB, UniPC
+from scoresde.solvers.first_order import DDIM
+from scoresde.solvers.runge_kutta import Heun
+from scoresde.tuning.solver import TunedSolver
+from scoresde.variance.table import fingerprint
+
+__all__ = ["SOLVERS", "SPACINGS", "choose"]
+
+SOLVERS: tuple[Solver, ...] = (
+    UniPC(3), DPMSolverPP(2), UniPC(2), UniPC(3, "eps"), UniPC(2, "v"), UniPC(3, "v"), DPMSolverPP(3), DEIS(2), DEIS(3),
+    IPNDM(3), ExponentialAB(2, "v"), ExponentialAB(3, "v"), DDIM(), Heun(),
+)  # fmt: skip
+"""Solvers that are tried by default; the first two find the grids."""
+
+Spacing = Callable[[SDE, int], Grid]
+
+
+def _power(power: float, reach: float, sde: SDE, steps: int) -> Grid:
+    """`Grid.power` whose last step, to t = 0, is `reach` times as long as the others in tau^(1 / power)."""
+    standard = VPSDE().half_log_snr(torch.tensor((reach / steps) ** power, dtype=torch.float64, device="cpu"))
+    last = float(sde.time_at(standard - math.log(sde.data_scale)))
+    return Grid.power(sde, steps, power=power, last=min(max(last, sde.t_min), 0.9 * sde.t_max))
+
+
+SPACINGS: dict[str, Spacing] = {
+    "customary": Grid.customary,
+    "uniform": Grid.uniform,
+    "power 4": Grid.power,
+    **{
+        f"power {power:g}, reach {reach:g}": partial(_power, power, reach)
+        for power in (1.0, 1.5, 2.0, 3.0)
+        for reach in (1.0, 0.5, 0.1)
+    },
+}
+"""Grids that are tried by default, beside each solver's own."""
+
+
+def choose(
+    denoiser: Denoiser,
+    shape_or_x: Sequence[int] | Tensor,
+    *,
+    nfe: int,
+    seed: int = 0,
+    cond: Mapping[str, Any] | None = None,
+    default: Solver | None = None,
+    solvers: Sequence[Solver] = SOLVERS,
+    spacings: Mapping[str, Spacing] = SPACINGS,
+    reference_nfe: int | None = None,
+    progress: bool = False,
+) -> TunedSolver:
+    """The best of named solvers, grids and landings for this model and a budget, by the distance of their samples from
+    the model's own fine solution from the same noise: rms per dimension.
+
+    Half of the samples chooses: first a grid, for two solvers and on a quarter of them, then a solver, for the best
+    grids, then a landing. The other half says how good it is, beside the default; where the choice is not better on it,
+    the default is returned. Only deterministic solvers can be told from a fine solution this way.
+
+    Args:
+        denoiser: the model, wrapped as it will be used: guidance, clipping.
+        shape_or_x: (B, ...), B some dozens, to draw x_T from the prior; or x_T itself.
+        nfe: the budget.
+        seed: of x_T.
+        cond: conditions, as for `sample`.
+        default: what is to be beaten; by default the first of `solvers`, on its own grid.
+        solvers: that are tried: deterministic, not adaptive; the first two find the grids.
+        spacings: grids that are tried, by name, beside each solver's own.
+        reference_nfe: evaluations of the fine solution; by default 12 times as many, at least 120.
+        progress: show what is being done.
+
+    Returns:
+        a solver with its steps, which `sample(denoiser, shape, chosen, nfe=nfe)` takes; its `error` and the default's
+        are of samples that chose nothing.
+
+    Raises:
+        ValueError: if there are fewer than 8 samples; if a solver draws noise or chooses its own times; if none can be
+            run within the budget.
+
+    >>> from scoresde import VPSDE, sample
+    >>> from scoresde.exact import Gaussian
+    >>> denoiser = Gaussian(torch.zeros(3), std=torch.tensor([0.05, 0.3, 1.0])).denoiser(VPSDE())
+    >>> best = choose(denoiser, (16, 3), nfe=6)
+    >>> best.error < 0.5 * best.default, sample(denoiser, (2, 3), best, nfe=6, seed=0).nfe
+    (True, 6)
+    """
+    check_denoiser(denoiser)
+    check_count(nfe=nfe)
+    check_whole(seed=seed)
+    solvers = tuple(solvers)
+    default = solvers[0] if default is None else default
+    for solver in (*solvers, default):
+        check_solver(solver)
+        if solver.adaptive or not solver.has_table:
+            raise ArgumentError(f"{solver!r} has no table of steps: only such solvers can be tried")
+    with _Trial(denoiser, shape_or_x, nfe, seed, cond, reference_nfe, progress) as trial:
+        first = trial.ranked(trial.of(solvers[:2], spacings), trial.few)
+        grids = list(dict.fromkeys(found.spacing for found in first))[:3]
+        more = trial.of(solvers[2:], {name: spacings[name] for name in grids if name in spacings})
+        second = trial.ranked([*first[:4], *more], trial.few)
+        landed = [replaced for found in second[:6] if (replaced := found.landing_by("polynomial")) is not None]
+        third = trial.ranked([*second[:6], *landed], trial.half)
+        usual = trial.of([default], {})
+        best = trial.ranked([*third[:4], *usual], trial.half)
+        if not best or not usual:
+            raise ArgumentError(f"nfe={nfe}: none of the solvers can be run within it")
+        return trial.told(best[0], usual[0])
+
+
+class _Try(NamedTuple):
+    """A solver on a grid, by its name; "" is its own."""
+
+    solver: Solver
+    spacing: str
+    grid: Grid
+
+    def landing_by(self, how: str) -> _Try | None:
+        """With another last step, if it has a choice."""
+        if not is_dataclass(self.solver) or "landing" not in [field.name for field in fields(self.solver)]:
+            return None
+        return self._replace(solver=replace(self.solver, landing=how))
+
+
+class _Trial:
+    """The samples, and what was found on them."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape_or_x: Sequence[int] | Tensor,
+        nfe: int,
+        seed: int,
+        cond: Mapping[str, Any] | None,
+        reference_nfe: int | None,
+        progress: bool,
+    ) -> None:
+        self.denoiser, self.nfe, self.cond = denoiser, nfe, cond
+        fine, grid = UniPC(3).within(denoiser.sde, min(reference_nfe or max(12 * nfe, 120), 10**6))
+        n = len(shape_or_x) if isinstance(shape_or_x, Tensor) else int(shape_or_x[0])
+        if n < 8:
+            raise ArgumentError(f"shape_or_x has {n} samples: expected 8 or more, half of them to choose by")
+        source = noise_source(denoiser.device, shape_or_x, [derive_seed(seed, i) for i in range(n)], None, None)
+        self.x_T, _ = initial(denoiser, shape_or_x, grid, source)
+        self.n, self.few, self.half = n, slice(0, max(n // 8, 4)), slice(0, n // 2)
+        self.bar = tqdm(desc=f"choosing for nfe={nfe}", unit="nfe", disable=not progress, leave=False)
+        self.truth = self._run(fine, grid, slice(0, n))
+        self.found: dict[tuple[Solver, str, int], Tensor] = {}
+
+    def __enter__(self) -> _Trial:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def _run(self, solver: Solver, grid: Grid, part: slice) -> Tensor:
+        cond = None if self.cond is None else entries_of(self.cond, part, self.n)
+        found = sample(self.denoiser, self.x_T[part], solver, grid=grid, cond=cond, seed=0)
+        self.bar.update(found.nfe)
+        return found.x
+
+    def of(self, solvers: Iterable[Solver], spacings: Mapping[str, Spacing]) -> list[_Try]:
+        """The solvers on their own grids and on these, as many steps as fit the budget; without what cannot be."""
+        found = []
+        for solver in solvers:
+            for name, spacing in {"": None, **spacings}.items():
+                try:
+                    if spacing is None:
+                        used, grid = solver.within(self.denoiser.sde, self.nfe)
+                    else:
+                        used = solver
+                        steps = solver.steps_within(self.denoiser.sde, self.nfe, spacing=spacing)
+                        grid = spacing(self.denoiser.sde, steps)
+                    noisy = bool((used.tableau(grid).c > 0).any())
+                except ValueError:  # too few evaluations, or too few nodes
+                    continue
+                if noisy:
+                    raise ArgumentError(f"{solver!r} draws noise: its samples cannot be told from a fine solution")
+                found.append(_Try(used, name, grid))
+        return found
+
+    def squares(self, one: _Try, part: slice) -> Tensor:
+        """The mean squared distance of each of these samples from the fine solution, (n,)."""
+        key = (one.solver, one.spacing, part.stop)
+        if key not in self.found:
+            off = (self._run(one.solver, one.grid, part) - self.truth[part]).double()
+            self.found[key] = off.square().flatten(1).mean(1).cpu()
+        return self.found[key]
+
+    def ranked(self, tries: Iterable[_Try], part: slice) -> list[_Try]:
+        """Nearest first."""
+        errors = []
+        for one in tries:
+            try:
+                errors.append((float(self.squares(one, part).mean()), one))
+            except ArithmeticError:  # not finite
+                continue
+        return [one for _, one in sorted(errors, key=lambda pair: pair[0])]
+
+    def told(self, best: _Try, usual: _Try) -> TunedSolver:
+        """The best, or the default if that is no worse, by the other half of the samples."""
+        rest = slice(self.n // 2, self.n)
+        mine, theirs = (self.squares(one, rest) for one in (best, usual))
+        if not float(mine.mean()) < float(theirs.mean()):
+            best, mine = usual, theirs
+        relative = mine / mine.mean() - theirs / theirs.mean()
+        return TunedSolver(
+            best.solver,
+            tuple(best.grid.times.tolist()),
+            self.denoiser.sde,
+            self.nfe,
+            error=float(mine.mean().sqrt()),
+            default=float(theirs.mean().sqrt()),
+            stderr=float(relative.std() / 2 / math.sqrt(len(mine))),
+            model=fingerprint(self.denoiser),
+        )
