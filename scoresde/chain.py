@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -131,6 +131,10 @@ class DDPMChain(VariancePreserving):
         if not self._ends_in_noise:
             return (n - 1) + excess / rate
         return (n - 1) + torch.where(rate == 0, -torch.expm1(-excess / 2), excess / rate)
+
+    def frozen_state(self) -> dict[str, Any]:
+        """All but what is kept of the rest (see `scoresde.tensors.frozen`)."""
+        return {name: value for name, value in vars(self).items() if name != "_tables"}
 
     def arrays(self) -> dict[str, Tensor]:
         return {"betas": self.betas}

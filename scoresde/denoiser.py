@@ -210,6 +210,10 @@ class NetworkDenoiser(Denoiser):
                 "t, or give another time="
             )
 
+    def frozen_state(self) -> dict[str, Any]:
+        """What the rows of a table are made of (`scoresde.tensors.frozen`): of the network its dtype alone."""
+        return vars(self) | {"net": getattr(self._parameter(), "dtype", None)}
+
     def with_net(self, net: Callable[..., Tensor]) -> NetworkDenoiser:
         """The same denoiser around another network, an averaged copy say."""
         return type(self)(net, self.sde, time=self.time)
@@ -230,7 +234,7 @@ class NetworkDenoiser(Denoiser):
             return self.outputs(as_time(t).reshape(1))(0, x, cond)
         times = precise(t).reshape(-1)
         scale = self.input_scale(times)
-        dtype = self._dtype(x)
+        dtype = getattr(self._parameter(), "dtype", x.dtype)
         label = self.label(times)
         time = label.to(device=x.device, dtype=dtype_of_label(label, dtype)).expand(len(x), *label.shape[1:])
         return self._evaluate(x, x if scale is None else expand_like(scale, x) * x, time, dtype, cond)
@@ -256,11 +260,6 @@ class NetworkDenoiser(Denoiser):
             return self._evaluate(x, x if scales is None else x * scales[i], time, dtype, cond)
 
         return at
-
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        """What the network computes in."""
-        parameter = self._parameter()
-        return x.dtype if parameter is None else parameter.dtype
 
     def _evaluate(self, x: Tensor, seen: Tensor, time: Tensor, dtype: torch.dtype, cond: Mapping[str, Any]) -> Tensor:
         """The network on what it sees of x, checked, in the dtype of x."""

@@ -18,6 +18,7 @@ from scoresde.noise import NoiseSource
 from scoresde.pictures import html_of
 from scoresde.sde import NOT_NOISE, SDE
 from scoresde.solvers.base import Solver
+from scoresde.solvers.kept import grid_of
 from scoresde.tableau import State
 from scoresde.tensors import check_batch, told, widen
 
@@ -104,12 +105,17 @@ def choose(
             )
         grid.check_sde(sde)
         return solver, grid
-    if steps is None:
-        assert nfe is not None
-        if not end:
-            return solver.within(sde, nfe)
-        steps = solver.steps_within(sde, nfe, end=end)
-    return solver, solver.grid(sde, steps, end=end) if end else solver.grid(sde, steps)
+
+    def own() -> tuple[Solver, Grid]:
+        N = steps
+        if N is None:
+            assert nfe is not None
+            if not end:
+                return solver.within(sde, nfe)
+            N = solver.steps_within(sde, nfe, end=end)
+        return solver, solver.grid(sde, N, end=end) if end else solver.grid(sde, N)
+
+    return grid_of(solver, sde, (steps, nfe, end), own)
 
 
 def initial(

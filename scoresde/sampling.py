@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from scoresde.brownian import BrownianNoise
 from scoresde.denoiser import Denoiser, check_call, check_denoiser
-from scoresde.errors import NonFiniteError, narrowed, not_finite
+from scoresde.errors import NonFiniteError, all_finite, narrowed, not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.flow import density_run
@@ -113,17 +113,12 @@ def sample(
 
     last, states = None, [x_T] if trajectory else []
     with torch.set_grad_enabled(differentiable):
-        total = solver.evaluations(grid) if progress else None
-        name = type(solver).__name__
-        with tqdm(desc=name, total=total, unit="nfe", disable=not progress, leave=False) as bar:
-            for state in run():
-                bar.update(state.nfe - (last.nfe if last else 0))
-                last = state
-                if trajectory and state.done:
-                    states.append(state.x)
+        for last in _shown(run(), solver, grid) if progress else run():
+            if trajectory and last.done:
+                states.append(last.x)
     assert last is not None
     x, complete = last.x, last.done and last.step == grid.steps - 1
-    if not bool(x.detach().isfinite().all()):
+    if not all_finite(x):
         raise locate(run, source, x)
     kept = narrowed(torch.stack(states), out_dtype, "the trajectory", batch=1) if trajectory else None
     return Solution(
@@ -134,6 +129,16 @@ def sample(
         status="complete" if complete else "max_nfe",
         t=float(grid.times[-1]) if complete else last.t,
     )
+
+
+def _shown(states: Iterator[State], solver: Solver, grid: Grid) -> Iterator[State]:
+    """The states, with a progress bar."""
+    nfe = 0
+    with tqdm(desc=type(solver).__name__, total=solver.evaluations(grid), unit="nfe", leave=False) as bar:
+        for state in states:
+            bar.update(state.nfe - nfe)
+            nfe = state.nfe
+            yield state
 
 
 def _with_density(

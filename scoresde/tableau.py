@@ -29,7 +29,7 @@ from scoresde.views import view_of_mean
 if TYPE_CHECKING:
     from scoresde.noise import Noise
 
-__all__ = ["State", "Tableau", "responses"]
+__all__ = ["Ready", "State", "Tableau", "responses"]
 
 Column = Tensor | float
 
@@ -194,13 +194,17 @@ class Tableau:
         """
         check_denoiser(denoiser)
         self.grid.check_sde(denoiser.sde)
-        if noise is None and bool((self.c > 0).any()):
-            raise ValueError(
-                "this tableau draws noise (c > 0): pass noise=, a function (row, x) such as scoresde.noise.SeededNoise"
-            )
+        return self.ready(denoiser, x.dtype).run(denoiser, x, noise, dict(cond or {}))
+
+    def ready(self, denoiser: Denoiser, dtype: torch.dtype) -> Ready:
+        """What a run of that denoiser from a state of that dtype needs before its first evaluation.
+
+        Raises:
+            ValueError: if the denoiser cannot be evaluated at the table's times, or a step leaves no digit.
+        """
         rows = self._rows(denoiser)
-        self._check_digits(rows, x.dtype)
-        return self._loop(rows, denoiser, x, noise, dict(cond or {}))
+        self._check_digits(rows, dtype)
+        return Ready(self.t, rows, (*self.step.tolist(), -1))
 
     def _check_digits(self, rows: list[_Row], dtype: torch.dtype) -> None:
         """Raises ValueError where the state is multiplied by more than its dtype has digits, and none is left."""
@@ -213,32 +217,6 @@ class Tableau:
                     "digit of its result is left. Start the grid where alpha is larger, end the SDE there (t_max=, "
                     "beta_max=), or take another solver or network"
                 )
-
-    def _loop(
-        self, rows: list[_Row], denoiser: Denoiser, x: Tensor, noise: Noise | None, cond: dict[str, Any]
-    ) -> Iterator[State]:
-        output = denoiser.outputs(self.t)
-        steps, nfe = [*self.step.tolist(), -1], 0
-        kept: dict[int, Tensor] = {}
-        for i, row in enumerate(rows):
-            before = x
-            if row.n is not None:
-                n, nfe = output(i, x, cond), nfe + 1
-            # The multiples of x and n also where they are 0: a NaN must reach the end.
-            x = before * row.x if row.onto is None else kept.pop(row.onto).add_(before, alpha=row.x)
-            if row.n is not None:
-                x = x.add_(n, alpha=row.n)
-            if row.keep is not None:
-                u, w = row.keep
-                # n * w even where w is 1: the network may reuse the memory of its output.
-                kept[i] = n * w if u == 0.0 else (before * u).add_(n, alpha=w)
-            for j, b in row.past:
-                x = x.add_(kept[j], alpha=b)
-            if row.c != 0.0:
-                x = x.add_(noise(i, x), alpha=row.c)  # type: ignore[misc]
-            for j in row.drop:
-                del kept[j]
-            yield State(i, nfe, steps[i], steps[i] != steps[i + 1], row.t, x)
 
     def _rows(self, denoiser: Denoiser) -> list[_Row]:
         on = self.evaluates
@@ -302,6 +280,58 @@ class Tableau:
                 continue
             lines.append(f"{i:4d}{int(self.step[i]):6d}" + " ".join(f"{float(c[i]):10.6g}" for c in columns))
         return "\n".join(lines)
+
+
+class Ready:
+    """A table as the loop runs it, for one denoiser: all on the host and made beforehand.
+
+    Attributes:
+        t: times of the evaluations, shape (R,).
+        rows: in terms of the denoiser's own output.
+        steps: the grid step of each, and -1.
+    """
+
+    def __init__(self, t: Tensor, rows: list[_Row], steps: tuple[int, ...]) -> None:
+        self.t, self.rows, self.steps = t, rows, steps
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def run(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, cond: dict[str, Any]) -> Iterator[State]:
+        """As `Tableau.iterate`.
+
+        Raises:
+            ValueError: if noise is drawn and there is none.
+        """
+        if noise is None and any(row.c > 0 for row in self.rows):
+            raise ValueError(
+                "this tableau draws noise (c > 0): pass noise=, a function (row, x) such as scoresde.noise.SeededNoise"
+            )
+        return self._loop(denoiser, x, noise, cond)
+
+    def _loop(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, cond: dict[str, Any]) -> Iterator[State]:
+        output = denoiser.outputs(self.t.clone())  # for a time= that writes to it
+        steps, nfe = self.steps, 0
+        kept: dict[int, Tensor] = {}
+        for i, row in enumerate(self.rows):
+            before = x
+            if row.n is not None:
+                n, nfe = output(i, x, cond), nfe + 1
+            # The multiples of x and n also where they are 0: a NaN must reach the end.
+            x = before * row.x if row.onto is None else kept.pop(row.onto).add_(before, alpha=row.x)
+            if row.n is not None:
+                x = x.add_(n, alpha=row.n)
+            if row.keep is not None:
+                u, w = row.keep
+                # n * w even where w is 1: the network may reuse the memory of its output.
+                kept[i] = n * w if u == 0.0 else (before * u).add_(n, alpha=w)
+            for j, b in row.past:
+                x = x.add_(kept[j], alpha=b)
+            if row.c != 0.0:
+                x = x.add_(noise(i, x), alpha=row.c)  # type: ignore[misc]
+            for j in row.drop:
+                del kept[j]
+            yield State(i, nfe, steps[i], steps[i] != steps[i + 1], row.t, x)
 
 
 def _column(value: Column, name: str, rows: int | None) -> Tensor:

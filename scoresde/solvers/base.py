@@ -17,6 +17,7 @@ from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
 from scoresde.noise import Noise, NoiseSource, as_source
 from scoresde.sde import SDE
+from scoresde.solvers.kept import ready
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State, Tableau
 
@@ -131,7 +132,7 @@ class Solver:
         self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
     ) -> Iterator[State]:
         """What `iterate` runs once it has checked its arguments: the table; a solver that has none gives a loop."""
-        return self.tableau(grid).iterate(denoiser, x, noise, cond)
+        return ready(self, self.tableau, grid, denoiser, x.dtype).run(denoiser, x, noise, cond)
 
 
 class SingleStep(Solver, ABC):
