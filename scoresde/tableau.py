@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,35 +123,38 @@ class Tableau:
                 f"{R} rows by t, but b has shape {tuple(self.b.shape)} and step {tuple(self.step.shape)}: "
                 "expected (R, K) and (R,)"
             )
-        row, lag = torch.arange(R, device="cpu")[:, None], torch.arange(self.b.shape[1], device="cpu")
-        if bool(((self.b != 0) & (lag > row)).any()):
+        # The checks are numpy's: for as few numbers torch takes several times as long.
+        times, reads = _array(self.t), _array(self.b) != 0
+        row, lag = np.arange(R)[:, None], np.arange(self.b.shape[1])
+        if (reads & (lag > row)).any():
             raise ValueError("b reads evaluations from before the first row: start with a lower order")
-        self.evaluates = torch.zeros(R, dtype=torch.bool, device="cpu")
-        self.evaluates[(row - lag)[self.b != 0]] = True
-        outside = self.evaluates & ~((self.t > 0) & (self.t <= grid.sde.t_limit))
-        if bool(outside.any()):
-            raise ValueError(
-                f"evaluations at t = {self.t[outside].tolist()}: expected times in (0, {grid.sde.t_limit}]"
-            )
+        evaluates = np.zeros(R, dtype=bool)
+        evaluates[(row - lag)[reads]] = True
+        self.evaluates = torch.from_numpy(evaluates)
+        outside = evaluates & ~((times > 0) & (times <= grid.sde.t_limit))
+        if outside.any():
+            raise ValueError(f"evaluations at t = {times[outside].tolist()}: expected times in (0, {grid.sde.t_limit}]")
         p, q = view_of_mean(view, grid.sde, self.t) if isinstance(view, str) else view
         self.p, self.q = _column(p, "p", R), _column(q, "q", R)
-        if grid.increasing and not bool((self.c == 0).all()):  # no number, even: the reverse SDE has no way up
+        noise = _array(self.c)
+        if grid.increasing and not (noise == 0).all():  # no number, even: the reverse SDE has no way up
             raise ValueError(
                 "an increasing grid, from data to noise, is for deterministic solvers, and this one draws noise: take "
                 "another, DDIM() or UniPC() say, or the grid's reversed()"
             )
         for name in ("a", "b", "c", "p", "q"):
-            finite = getattr(self, name).isfinite().reshape(R, -1).all(1)
-            if not bool(finite.all()):
-                i = int(finite.int().argmin())
+            finite = np.isfinite(_array(getattr(self, name))).reshape(R, -1).all(1)
+            if not finite.all():
+                i = int(finite.argmin())
                 raise ValueError(
                     f"coefficient {name} of row {i} (t = {float(self.t[i]):.6g} of {grid.sde!r}) is not finite: the "
                     "method is undefined there; start the grid where alpha > 0, or use another solver"
                 )
-        if bool((self.c < 0).any()):
-            raise ValueError(f"c = {self.c.tolist()}: noise has a standard deviation >= 0")
-        hops = torch.cat([self.step[:1], self.step.diff(), grid.steps - 1 - self.step[-1:]])
-        if bool((hops[1:-1] < 0).any() or (hops > 1).any()) or int(hops[0]) != 0 or int(hops[-1]) != 0:
+        if (noise < 0).any():
+            raise ValueError(f"c = {noise.tolist()}: noise has a standard deviation >= 0")
+        steps = _array(self.step)
+        hops = np.diff(steps)
+        if (hops < 0).any() or (hops > 1).any() or steps[0] != 0 or steps[-1] != grid.steps - 1:
             raise ValueError(
                 f"step = {self.step.tolist()}: the rows must go through steps 0..{grid.steps - 1} in order"
             )
@@ -332,6 +336,11 @@ class Ready:
             for j in row.drop:
                 del kept[j]
             yield State(i, nfe, steps[i], steps[i] != steps[i + 1], row.t, x)
+
+
+def _array(column: Tensor) -> np.ndarray:
+    array: np.ndarray = column.detach().numpy()
+    return array
 
 
 def _column(value: Column, name: str, rows: int | None) -> Tensor:
