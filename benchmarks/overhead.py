@@ -1,6 +1,7 @@
 """What a solver's own loop costs: microseconds for each evaluation, with a network that costs nothing.
 
     python benchmarks/overhead.py
+    python benchmarks/overhead.py --starts      # what one call of sample() costs, in a minute
 
 The network returns a tensor that it made beforehand, so all that is timed is the solver: the loop of a compiled
 `Tableau`, beside a bare loop of the same method written by hand, with the same buffers and its coefficients in lists of
@@ -10,7 +11,9 @@ turns in one run; medians are shown, of times, and of ratios within a turn.
 
 Syncs are counted by running each loop on the meta device, where a tensor has no values: every value that the loop asks
 for (`_local_scalar_dense`: float(), item(), a branch) would stall a GPU, and so would every copy from the host.
-Written into --out: README.md, results.json.
+Written into --out: README.md, results.json; with --starts starts.md, starts.json: a call of sample(steps=25), the first
+with its solver and grid and one after it, beside the loop of the table alone, all prepared, and beside peers whose
+tables and schedulers are prepared too. Each is timed right after the same call, untimed.
 """
 
 from __future__ import annotations
@@ -35,12 +38,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from scoresde import VPSDE, EpsDenoiser, Grid, NetworkDenoiser, Tableau, X0Denoiser
+from scoresde import VPSDE, EpsDenoiser, Grid, NetworkDenoiser, Tableau, X0Denoiser, sample
 from scoresde.auditing.forms import k_diffusion_sampling
 from scoresde.info import environment
-from scoresde.noise import GeneratorNoise
+from scoresde.noise import GeneratorNoise, as_source
 from scoresde.report import table, write_json
+from scoresde.run import Solution
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP, ExponentialAB, Heun, Solver, UniPC, available
+from scoresde.solvers.kept import KEPT
 
 SDE = VPSDE()
 aten = torch.ops.aten
@@ -229,7 +234,8 @@ def k_diffusion_loop(name: str, steps: int, **options: Any) -> Callable[[Tensor]
     def make(x: Tensor) -> Loop:
         grid, net = spaced(steps), Constant()
         sigmas = (SDE.sigma(grid.times) / SDE.alpha(grid.times)).to(x.device, torch.float32)
-        return lambda: sampler(net, x, sigmas, disable=True, **options)
+        drawn = {"noise_sampler": lambda *_: torch.randn_like(x)} if name.endswith("_sde") else {}
+        return lambda: sampler(net, x, sigmas, disable=True, **drawn, **options)
 
     return make
 
@@ -430,6 +436,137 @@ def once(action: Callable[[], Any], repeats: int = 2000) -> float:
     return statistics.median(found) * 1e6
 
 
+# --- what a call costs -----------------------------------------------------------------------------------------------
+
+
+def started(solver: Solver, steps: int) -> dict[str, Callable[[Tensor], Loop]]:
+    """A call of sample(), on an eps network: again, the first, and the loop of its table alone, all prepared."""
+
+    def again(x: Tensor, first: bool = False) -> Loop:
+        denoiser, generator = EpsDenoiser(Constant().eval(), SDE), torch.Generator(x.device).manual_seed(0)
+
+        def call() -> Solution:
+            if first:
+                KEPT.clear()
+            return sample(denoiser, x, solver, steps=steps, generator=generator)
+
+        return call
+
+    def prepared(x: Tensor) -> Loop:
+        denoiser, noise = EpsDenoiser(Constant().eval(), SDE), as_source(draws(x))
+        table = solver.tableau(solver.grid(SDE, steps)).ready(denoiser, x.dtype)
+
+        def loop() -> None:
+            with torch.no_grad():
+                for _ in table.run(denoiser, x, noise, {}):
+                    pass
+
+        return loop
+
+    return {"again": again, "first": partial(again, first=True), "table": prepared}
+
+
+def starting(steps: int, with_peers: bool) -> dict[str, dict[str, Callable[[Tensor], Loop]]]:
+    """Solver -> runner -> what prepares it."""
+    k, a, d = k_diffusion_loop, azula_loop, diffusers_loop
+    multistep = "DPMSolverMultistepScheduler"
+    cases: dict[str, tuple[Solver, dict[str, Callable[[], Callable[[Tensor], Loop]]]]] = {
+        "DDIM": (
+            DDIM(),
+            {
+                "k-diffusion euler": partial(k, "euler", steps),
+                "azula Euler": partial(a, "Euler", steps),
+                "diffusers DDIM": partial(d, "DDIMScheduler", steps, clip_sample=False),
+                "diffusers Euler": partial(d, "EulerDiscreteScheduler", steps),
+            },
+        ),
+        "DPM-Solver++ 2M": (
+            DPMSolverPP(2),
+            {
+                "k-diffusion dpmpp_2m": partial(k, "dpmpp_2m", steps),
+                "azula xEAB2": partial(a, "xEAB", steps, order=2),
+                "diffusers DPM++2M": partial(d, multistep, steps),
+            },
+        ),
+        "Heun": (
+            Heun(),
+            {
+                "k-diffusion heun": partial(k, "heun", steps),
+                "azula Heun": partial(a, "Heun", steps),
+                "diffusers Heun": partial(d, "HeunDiscreteScheduler", steps),
+            },
+        ),
+        "UniPC-3": (UniPC(3), {"diffusers UniPC3": partial(d, "UniPCMultistepScheduler", steps, solver_order=3)}),
+        "DPM-Solver++ 2M SDE": (
+            DPMSolverPP(2, stochastic=True),
+            {
+                "k-diffusion dpmpp_2m_sde": partial(k, "dpmpp_2m_sde", steps),
+                "diffusers SDE-DPM++2M": partial(d, multistep, steps, algorithm_type="sde-dpmsolver++"),
+            },
+        ),
+    }
+    return {
+        name: started(solver, steps)
+        | {label: peer() for label, peer in peers.items() if with_peers and installed(label.split()[0])}
+        for name, (solver, peers) in cases.items()
+    }
+
+
+def measure_starts(cases: Any, x: Tensor, seconds: float) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of each, in turns, each right after the same call: solver -> runner -> times."""
+    times: dict[str, dict[str, list[float]]] = {name: {label: [] for label in row} for name, row in cases.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start = time.perf_counter()
+        while len(times["DDIM"]["again"]) < 5 or time.perf_counter() - start < seconds:
+            for name, row in cases.items():
+                for label, make in row.items():
+                    for loop in (make(x), make(x)):  # some schedulers are good for one run
+                        taken = timed(loop, x.device) * 1e3
+                    times[name][label].append(taken)
+    return times
+
+
+def starts_report(cases: Any, shapes: Sequence[Sequence[int]], steps: int, args: argparse.Namespace) -> str:
+    env = environment(args.device, torch.float32)
+    versions = {name: installed(name) for name in PACKAGES if installed(name)}
+    lines = ["# What a call costs", "", f"`python {env['command']}`: {env['device']}, {env['threads']} thread(s),"]
+    lines[-1] += (
+        f" float32, sample(steps={steps}) with a network that costs nothing, x_T given; medians, of times and of"
+    )
+    lines += ["ratios within a turn. torch " + env["torch"] + "".join(f", {k} {v}" for k, v in versions.items())]
+    lines[-1] += f"; commit {env['commit']}."
+    record: dict[str, Any] = {"environment": env, "peers": versions, "milliseconds": {}}
+    for shape in shapes:
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(args.device)
+        times = measure_starts(cases, x, args.seconds / len(shapes))
+        turns = len(times["DDIM"]["again"])
+        lines += ["", f"## Milliseconds at {tuple(shape)}, {turns} turns", ""]
+        rows = []
+        for name, row in times.items():
+            middle = {label: statistics.median(t) for label, t in row.items()}
+            record["milliseconds"].setdefault(str(tuple(shape)), {})[name] = {k: round(v, 4) for k, v in middle.items()}
+
+            def ratio(label: str, other: str, row: dict[str, list[float]] = row) -> str:
+                return f"{statistics.median(a / b for a, b in zip(row[label], row[other], strict=True)):.2f}"
+
+            others = {label: value for label, value in middle.items() if label not in ("again", "first", "table")}
+            cells = [name, f"**{middle['again']:.2f}**", f"{middle['first']:.2f}", f"{middle['table']:.2f}"]
+            cells.append(ratio("again", "table"))
+            if others:
+                leanest = min(others, key=lambda label: others[label])
+                cells += [f"{leanest} {others[leanest]:.2f}", ratio("again", leanest), ratio("first", leanest)]
+                cells.append(", ".join(f"{label} {value:.2f}" for label, value in others.items()))
+            rows.append([*cells, *[""] * (9 - len(cells))])
+        head = ["solver", "again", "first", "its table alone", "again / table"]
+        lines += table([*head, "leanest peer", "again / peer", "first / peer", "all peers"], rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    (args.out / "starts.md").write_text(text)
+    write_json(args.out / "starts.json", record)
+    return text
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -528,8 +665,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-peers", action="store_true", help="ours and the bare loops alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overhead"), help="folder of results")
+    parser.add_argument("--starts", action="store_true", help="what a call of sample() costs instead, at 1 3 8 8 too")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    if args.starts:
+        print(starts_report(starting(25, not args.no_peers), [(1, 3, 8, 8), args.shape], 25, args))
+        return
     found = methods(args.steps, not args.no_peers)
     x = torch.randn(*args.shape, generator=torch.Generator().manual_seed(0)).to(args.device)
     print(report(found, measure(found, x, args.seconds), args.shape, args))

@@ -319,6 +319,17 @@ def test_the_overhead_page(tmp_path, monkeypatch):
     assert "here / bare" in (tmp_path / "README.md").read_text()
 
 
+def test_the_page_of_starting_costs(tmp_path):
+    argv = ["--starts", "--shape", "2", "1", "2", "2", "--seconds", "0", "--no-peers", "--out", str(tmp_path)]
+    overhead.main(argv)
+    record = json.loads((tmp_path / "starts.json").read_text())
+    assert set(record["milliseconds"]) == {"(1, 3, 8, 8)", "(2, 1, 2, 2)"}
+    assert all(
+        set(row) == {"again", "first", "table"} for case in record["milliseconds"].values() for row in case.values()
+    )
+    assert "again / table" in (tmp_path / "starts.md").read_text()
+
+
 def test_the_constant_network_returns_one_tensor():
     net = overhead.Constant()
     x = normal(2, 3)
