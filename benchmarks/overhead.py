@@ -394,12 +394,12 @@ def syncs(runner: Runner, shape: Sequence[int]) -> tuple[float, float] | None:
     return counted.reads / runner.evaluations, counted.copies / runner.evaluations
 
 
-def timed(loop: Loop, device: torch.device) -> float:
+def timed(loop: Loop, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     synchronise(device)
-    start = time.perf_counter()
+    start = clock()
     loop()
     synchronise(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure(found: Sequence[Method], x: Tensor, seconds: float) -> dict[str, dict[str, list[float]]]:
@@ -513,7 +513,10 @@ def starting(steps: int, with_peers: bool) -> dict[str, dict[str, Callable[[Tens
 
 
 def measure_starts(cases: Any, x: Tensor, seconds: float) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of each, in turns, each right after the same call: solver -> runner -> times."""
+    """Milliseconds of each, in turns, each right after the same call: solver -> runner -> times. On a CPU those that
+    its thread was at work, so that what else the machine does is left out.
+    """
+    clock = time.thread_time if x.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, dict[str, list[float]]] = {name: {label: [] for label in row} for name, row in cases.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -522,7 +525,7 @@ def measure_starts(cases: Any, x: Tensor, seconds: float) -> dict[str, dict[str,
             for name, row in cases.items():
                 for label, make in row.items():
                     for loop in (make(x), make(x)):  # some schedulers are good for one run
-                        taken = timed(loop, x.device) * 1e3
+                        taken = timed(loop, x.device, clock) * 1e3
                     times[name][label].append(taken)
     return times
 
@@ -531,10 +534,12 @@ def starts_report(cases: Any, shapes: Sequence[Sequence[int]], steps: int, args:
     env = environment(args.device, torch.float32)
     versions = {name: installed(name) for name in PACKAGES if installed(name)}
     lines = ["# What a call costs", "", f"`python {env['command']}`: {env['device']}, {env['threads']} thread(s),"]
-    lines[-1] += (
-        f" float32, sample(steps={steps}) with a network that costs nothing, x_T given; medians, of times and of"
-    )
-    lines += ["ratios within a turn. torch " + env["torch"] + "".join(f", {k} {v}" for k, v in versions.items())]
+    lines[-1] += f" float32, sample(steps={steps}) with a network that costs nothing, x_T given; medians, of times"
+    lines += [
+        "(on one CPU thread those that it was at work) and of ratios within a turn. torch "
+        + env["torch"]
+        + "".join(f", {k} {v}" for k, v in versions.items())
+    ]
     lines[-1] += f"; commit {env['commit']}."
     record: dict[str, Any] = {"environment": env, "peers": versions, "milliseconds": {}}
     for shape in shapes:

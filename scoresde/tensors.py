@@ -188,9 +188,10 @@ class _Unknown(Exception):
 
 def _own(thing: Any) -> bool:
     """Whether a class or function is of this package."""
-    return bool(thing.__module__.partition(".")[0] == __name__.partition(".")[0])
+    return str(getattr(thing, "__module__", "")).startswith(_PACKAGE)
 
 
+_PACKAGE = __name__.partition(".")[0] + "."
 _PLAIN = (int, bool, str, type(None), torch.dtype, torch.device)
 
 

@@ -123,10 +123,12 @@ class Steps:
         values = torch.cumsum(self.regular, 0)
         values = (torch.minimum(values, N - n) if lower_final else values).add(new).clamp(max=order)
         w = torch.zeros(N, order, dtype=torch.float64, device="cpu")
-        at, lag = n[self.regular], torch.arange(order, device="cpu")
-        nodes = self.chi[(at[:, None] + int(new) - lag).clamp(min=0)]
-        ends, there = (self.omega[at], self.omega[at + 1]), lag < values[at, None]
-        w[at] = interpolation_weights(nodes, *ends, self.kernel(at), self._chi_at, there)
+        for J in range(1, order + 1):
+            at = n[self.regular & (values == J)]
+            if len(at):
+                nodes = self.chi[at[:, None] + int(new) - torch.arange(J, device="cpu")]
+                ends = self.omega[at], self.omega[at + 1]
+                w[at, :J] = interpolation_weights(nodes, *ends, self.kernel(at), self._chi_at)
         two = n[self.regular & (values == 2)]
         if rule != "exact" and len(two):
             # sum_j w_j F_j = total F_n + B / 2 (F_o - F_n) h / (lambda_o - lambda_n), F_o the other value.

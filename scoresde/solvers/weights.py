@@ -36,7 +36,6 @@ def interpolation_weights(
     end: Tensor,
     kernel: Callable[[Tensor], Tensor],
     chi: Callable[[Tensor], Tensor] | None = None,
-    there: Tensor | None = None,
 ) -> Tensor:
     """w_j of the module's docstring for M steps at once, shape (M, J).
 
@@ -45,22 +44,19 @@ def interpolation_weights(
         start, end: the integration variable (lambda) at the two ends of each step, finite, shape (M,).
         kernel: of the integration variable, shape (M, Q).
         chi: the interpolation variable as a function of the integration variable, shape (M, Q); by default itself.
-        there: which of the values a step has, bool, (M, J), all by default; the weights of the others are zero.
     """
     half = ((end - start) / 2)[:, None]
     points = start[:, None] + half * (1 + _NODES)
     values = half * _WEIGHTS * kernel(points)
-    there = torch.ones_like(nodes, dtype=torch.bool) if there is None else there
-    w = (lagrange_basis(nodes, points if chi is None else chi(points), there) @ values[:, :, None])[:, :, 0]
-    return torch.where(there, w, 0.0)
+    return torch.einsum("mq,mqj->mj", values, lagrange_basis(nodes, points if chi is None else chi(points)))
 
 
-def lagrange_basis(nodes: Tensor, at: Tensor, there: Tensor) -> Tensor:
-    """l_j(at), shape (M, J, Q), for points (M, Q) and those of the nodes (M, J) that are there."""
-    others = ~torch.eye(nodes.shape[1], dtype=torch.bool, device="cpu") & there[:, None, :]
+def lagrange_basis(nodes: Tensor, at: Tensor) -> Tensor:
+    """l_j(at), shape (M, Q, J), for nodes (M, J) and points (M, Q)."""
+    others = ~torch.eye(nodes.shape[1], dtype=torch.bool, device="cpu")
     gap = torch.where(others, nodes[:, :, None] - nodes[:, None, :], 1.0)
     factor = (at[:, None, None, :] - nodes[:, None, :, None]) / gap[..., None]
-    return torch.where(others[..., None], factor, 1.0).prod(2)
+    return torch.where(others[..., None], factor, 1.0).prod(2).mT  # the points last: several times as fast
 
 
 def exponential_kernel(k: Tensor | float, lambda_s: Tensor) -> Callable[[Tensor], Tensor]:
