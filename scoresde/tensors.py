@@ -215,7 +215,8 @@ def _frozen(value: Any) -> Hashable:
         return value.__func__, _frozen(value.__self__)
     if not _own(kind) or not hasattr(value, "__dict__"):
         raise _Unknown
-    return kind, _frozen(value.frozen_state() if hasattr(kind, "frozen_state") else vars(value))
+    state = value.frozen_state() if hasattr(kind, "frozen_state") else vars(value)
+    return kind, tuple(state), tuple(map(_frozen, state.values()))
 
 
 def widen(x: Tensor) -> Tensor:
