@@ -12,8 +12,8 @@ turns in one run; medians are shown, of times, and of ratios within a turn.
 Syncs are counted by running each loop on the meta device, where a tensor has no values: every value that the loop asks
 for (`_local_scalar_dense`: float(), item(), a branch) would stall a GPU, and so would every copy from the host.
 Written into --out: README.md, results.json; with --starts starts.md, starts.json: a call of sample(steps=25), the first
-with its solver and grid and one after it, beside the loop of the table alone, all prepared, and beside peers whose
-tables and schedulers are prepared too. Each is timed right after the same call, untimed.
+with its solver and grid and one after it, beside `iterate` of the table made beforehand, the loop alone with its rows
+made beforehand too, and peers with their tables made beforehand. Each is timed right after the same call, untimed.
 """
 
 from __future__ import annotations
@@ -440,7 +440,9 @@ def once(action: Callable[[], Any], repeats: int = 2000) -> float:
 
 
 def started(solver: Solver, steps: int) -> dict[str, Callable[[Tensor], Loop]]:
-    """A call of sample(), on an eps network: again, the first, and the loop of its table alone, all prepared."""
+    """A call of sample(), on an eps network: again, the first; its table alone, made beforehand; and with its rows made
+    beforehand too.
+    """
 
     def again(x: Tensor, first: bool = False) -> Loop:
         denoiser, generator = EpsDenoiser(Constant().eval(), SDE), torch.Generator(x.device).manual_seed(0)
@@ -452,18 +454,24 @@ def started(solver: Solver, steps: int) -> dict[str, Callable[[Tensor], Loop]]:
 
         return call
 
-    def prepared(x: Tensor) -> Loop:
+    def prepared(x: Tensor, rows: bool = False) -> Loop:
         denoiser, noise = EpsDenoiser(Constant().eval(), SDE), as_source(draws(x))
-        table = solver.tableau(solver.grid(SDE, steps)).ready(denoiser, x.dtype)
+        made = solver.tableau(solver.grid(SDE, steps))
+        ready = made.ready(denoiser, x.dtype)
 
         def loop() -> None:
             with torch.no_grad():
-                for _ in table.run(denoiser, x, noise, {}):
+                for _ in ready.run(denoiser, x, noise, {}) if rows else made.iterate(denoiser, x, noise):
                     pass
 
         return loop
 
-    return {"again": again, "first": partial(again, first=True), "table": prepared}
+    return {
+        "again": again,
+        "first": partial(again, first=True),
+        "table": prepared,
+        "rows": partial(prepared, rows=True),
+    }
 
 
 def starting(steps: int, with_peers: bool) -> dict[str, dict[str, Callable[[Tensor], Loop]]]:
@@ -555,15 +563,18 @@ def starts_report(cases: Any, shapes: Sequence[Sequence[int]], steps: int, args:
             def ratio(label: str, other: str, row: dict[str, list[float]] = row) -> str:
                 return f"{statistics.median(a / b for a, b in zip(row[label], row[other], strict=True)):.2f}"
 
-            others = {label: value for label, value in middle.items() if label not in ("again", "first", "table")}
-            cells = [name, f"**{middle['again']:.2f}**", f"{middle['first']:.2f}", f"{middle['table']:.2f}"]
-            cells.append(ratio("again", "table"))
+            others = {
+                label: value for label, value in middle.items() if label not in ("again", "first", "table", "rows")
+            }
+            cells = [name, f"**{middle['again']:.2f}**", f"{middle['first']:.2f}"]
+            for label in ("table", "rows"):
+                cells += [f"{middle[label]:.2f}", ratio("again", label)]
             if others:
                 leanest = min(others, key=lambda label: others[label])
                 cells += [f"{leanest} {others[leanest]:.2f}", ratio("again", leanest), ratio("first", leanest)]
                 cells.append(", ".join(f"{label} {value:.2f}" for label, value in others.items()))
-            rows.append([*cells, *[""] * (9 - len(cells))])
-        head = ["solver", "again", "first", "its table alone", "again / table"]
+            rows.append([*cells, *[""] * (11 - len(cells))])
+        head = ["solver", "again", "first", "table made before", "again / it", "its rows too", "again / it"]
         lines += table([*head, "leanest peer", "again / peer", "first / peer", "all peers"], rows)
     args.out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines) + "\n"
