@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import analytic_variance
 import likelihood
 import networks
+import noise
 import overhead
 import peers
 import problems
@@ -330,6 +331,13 @@ def test_the_page_of_starting_costs(tmp_path):
         for row in case.values()
     )
     assert "again / it" in (tmp_path / "starts.md").read_text()
+
+
+def test_the_page_of_noise(tmp_path):
+    noise.main(["--turns", "1", "--shapes", "2,3", "3,1,2,2", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert all(set(row) == set(noise.KINDS) for part in record["milliseconds"].values() for row in part.values())
+    assert "counting / streams" in (tmp_path / "README.md").read_text()
 
 
 def test_the_constant_network_returns_one_tensor():
