@@ -10,17 +10,23 @@ tensors of int64, whose products hold those of two words. Ten rounds, of each tw
 mix key and counter so that no test of randomness is known to tell neighbouring ones apart. A number of a sample depends
 on the sample's key, the stream, the draw, and its place among the sample's own: not on the batch, its size or padding,
 nor on the device (of normal numbers to the rounding of its functions in float64).
+
+`derived` is numpy's `SeedSequence` (O'Neill, 2015, "Developing a seed_seq alternative"), a hash that makes unrelated
+seeds of related ones, for many at once: constants and mixing as in numpy, which promises to keep them.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["normal", "philox", "words"]
+__all__ = ["derived", "normal", "philox", "words"]
 
+Uint = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 _LOW = 2**32 - 1
 _M = (0xD2511F53, 0xCD9E8D57)
@@ -66,3 +72,40 @@ def normal(key: Tensor, stream: int, draw: int, n: int, dtype: torch.dtype) -> T
     angle = u[:, 1::2].mul(2 * math.pi * 2.0**-32)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], 2)  # (B, 2, 2, blocks)
     return pairs.flatten(1, 2).mT.flatten(1)[:, :n].to(dtype)
+
+
+def derived(seeds: Uint, key: Uint) -> Uint:
+    """SeedSequence(seed, spawn_key=(key,)).generate_state(1, uint64) of each, uint64.
+
+    Args:
+        seeds: uint64, in one dimension; key: uint32, likewise. They broadcast.
+
+    >>> int(derived(np.array([7], np.uint64), np.array([3], np.uint32))[0])
+    6823953754371609207
+    """
+    zero, factor = np.zeros(1, np.uint32), 0x43B0D7E5
+
+    def hashed(word: Uint) -> Uint:
+        nonlocal factor
+        word = word ^ np.uint32(factor)
+        factor = factor * 0x931E8875 & _LOW
+        word = word * np.uint32(factor)
+        return word ^ word >> np.uint32(16)
+
+    def mixed(x: Uint, y: Uint) -> Uint:
+        word = x * np.uint32(0xCA01F9DD) - y * np.uint32(0x4973F715)
+        return word ^ word >> np.uint32(16)
+
+    pool = [hashed(word) for word in (seeds.astype(np.uint32), (seeds >> np.uint64(32)).astype(np.uint32), zero, zero)]
+    for i in range(4):
+        for j in range(4):
+            if i != j:
+                pool[j] = mixed(pool[j], hashed(pool[i]))
+    pool = [mixed(word, hashed(key)) for word in pool]
+    factor, halves = 0x8B51F9DD, list[Uint]()
+    for i in range(2):
+        word = pool[i] ^ np.uint32(factor)
+        factor = factor * 0x58F38DED & _LOW
+        word = word * np.uint32(factor)
+        halves.append((word ^ word >> np.uint32(16)).astype(np.uint64))
+    return halves[0] | halves[1] << np.uint64(32)

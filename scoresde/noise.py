@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError
-from scoresde.counter import normal, words
+from scoresde.counter import derived, normal, words
 from scoresde.sde import SDE
 from scoresde.tensors import check_batch, check_device, drawn_from
 
@@ -31,11 +31,13 @@ __all__ = [
     "noise_source",
     "sample_seeds",
     "seeds_of",
+    "stream_seeds",
 ]
 
 Noise = Callable[[int, Tensor], Tensor]
 """noise(row, x): standard normal of the shape, dtype and device of x for that row of the tableau."""
 
+_FEW = 16  # seeds below which numpy's own hash of one is the faster
 _BLOCK = 2**9  # numbers that a sample's stream draws at a time: one call for many rows of a small event
 
 
@@ -45,12 +47,23 @@ def sample_seeds(seed: int, n: int) -> list[int]:
     >>> sample_seeds(7, 3)[:2] == sample_seeds(7, 2)
     True
     """
-    return [derive_seed(seed, i) for i in range(n)]
+    if n < _FEW or seed >= 2**64:
+        return [derive_seed(seed, i) for i in range(n)]
+    seeds: list[int] = (derived(np.array([seed], np.uint64), np.arange(n, dtype=np.uint32)) >> np.uint64(1)).tolist()
+    return seeds
 
 
 def derive_seed(seed: int, *key: int) -> int:
     """A seed for the stream named by key under `seed`: a hash, so that nearby seeds and keys give unrelated streams."""
     return int(np.random.SeedSequence(entropy=seed, spawn_key=key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def stream_seeds(seeds: Sequence[int], stream: int) -> list[int]:
+    """derive_seed(seed, stream) of each."""
+    if len(seeds) < _FEW or max(seeds) >= 2**64:
+        return [derive_seed(seed, stream) for seed in seeds]
+    found: list[int] = (derived(np.array(seeds, np.uint64), np.array([stream], np.uint32)) >> np.uint64(1)).tolist()
+    return found
 
 
 class NoiseSource(ABC):
@@ -198,20 +211,20 @@ class SeededNoise(NoiseSource):
         """
         if len(self.seeds) != batch:
             raise ValueError(f"{len(self.seeds)} seeds for {batch} samples: give one per sample")
-        return [derive_seed(s, 2) for s in self.seeds]
+        return stream_seeds(self.seeds, 2)
 
     def probes(self) -> SeededNoise:
         return SeededNoise(self.seeds, self.device, stream=3)
 
     def _streams(self, stream: int) -> list[torch.Generator]:
-        return [torch.Generator(self.device).manual_seed(derive_seed(s, stream)) for s in self.seeds]
+        return [torch.Generator(self.device).manual_seed(seed) for seed in stream_seeds(self.seeds, stream)]
 
 
 class CounterNoise(NoiseSource):
     """Streams for each sample, as `SeededNoise` has them, by counting (`scoresde.counter`): whole batches at once, the
-    same numbers on every device, and the first of a sample's are the same however many it has. It reads nothing from the
-    device, so a captured loop can take it. On a CPU a draw of images takes four to eight times that of `SeededNoise`, and
-    a run with thousands of small samples a fifth (benchmarks/results/noise).
+    same numbers on every device, and the first of a sample's are the same however many it has. It reads nothing from
+    the device, so a captured loop can take it. On a CPU it is the slower one but for thousands of small samples: a draw
+    of images takes four to eight times that of `SeededNoise` (benchmarks/results/noise).
 
     `sample(..., noise=CounterNoise(sample_seeds(7, 64)))` draws x_T too, and the same in every run.
 

@@ -13,7 +13,7 @@ from common import Nonlinear
 
 from scoresde import VPSDE, sample
 from scoresde.counter import normal, philox, words
-from scoresde.noise import CounterNoise, SeededNoise, sample_seeds
+from scoresde.noise import CounterNoise, SeededNoise, derive_seed, sample_seeds, stream_seeds
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP
 
 SIGMAS = 5.5
@@ -72,6 +72,17 @@ def test_normal_numbers_are_the_pairs_of_box_and_muller():
         radius = math.sqrt(-2 * math.log((float(w[i % 4 // 2 * 2, i // 4]) + 0.5) / 2**32))
         angle = 2 * math.pi * float(w[i % 4 // 2 * 2 + 1, i // 4]) / 2**32
         assert math.isclose(float(z[i]), radius * (math.sin(angle) if i % 2 else math.cos(angle)), abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 40])
+def test_seeds_are_those_of_numpy(n):
+    own = torch.Generator().manual_seed(n)
+    for seed in (0, 7, 2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1, 2**64, 2**100 + 5):
+        assert sample_seeds(seed, n) == [derive_seed(seed, i) for i in range(n)]
+    seeds = [*torch.randint(2**62, (n,), generator=own).tolist()]
+    for given in (seeds, [*seeds[1:], 2**64 - 1], [*seeds[1:], 2**70], list(range(n))):
+        for stream in (0, 1, 3, 2**31):
+            assert stream_seeds(given, stream) == [derive_seed(seed, stream) for seed in given]
 
 
 # --- the same in every company ----------------------------------------------------------------------------------------
