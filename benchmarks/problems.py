@@ -283,13 +283,27 @@ class IsotropicMixture(Denoiser):
         self.squares = self.means.square().sum(1)
 
     def posterior(self, x: Tensor, t: Any, /, **cond: Any) -> Posterior:
+        return Posterior(self._parts(x, t)[0])
+
+    def mean_and_trace(self, x: Tensor, t: Any) -> tuple[Tensor, Tensor]:
+        """D, and tr dD/dx = alpha s^2 n / S + alpha (sigma / S)^2 (sum_k r_k |m_k|^2 - |sum_k r_k m_k|^2), (B,)."""
+        mean, r, centre = self._parts(x, t)
+        t = as_time(t).double().reshape(-1)
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        S = (alpha * self.std) ** 2 + sigma**2
+        spread = r @ self.squares - centre.square().sum(1)
+        return mean, alpha * self.std**2 / S * x[0].numel() + alpha * (sigma / S) ** 2 * spread
+
+    def _parts(self, x: Tensor, t: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """D, r (B, K) and sum_k r_k m_k (B, n)."""
         t = as_time(t).double().reshape(-1, 1)
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         S = (alpha * self.std) ** 2 + sigma**2
         y = x.double().reshape(len(x), -1) - alpha * self.centre
         r = torch.softmax((alpha * (y @ self.means.T) - alpha**2 * self.squares / 2) / S, dim=1)
-        mean = self.centre + (sigma**2 / S) * (r @ self.means) + (alpha * self.std**2 / S) * y
-        return Posterior(mean.reshape(x.shape).to(x.dtype))
+        of_means = r @ self.means
+        mean = self.centre + (sigma**2 / S) * of_means + (alpha * self.std**2 / S) * y
+        return mean.reshape(x.shape).to(x.dtype), r, of_means
 
 
 class Counted(Denoiser):

@@ -72,7 +72,8 @@ def sample(
         log_prob: of the samples too, in the same pass: True or "hutchinson", with one probe an evaluation, "exact", or
             a `scoresde.likelihood.Divergence`. For deterministic solvers, tables and `AdaptiveODE`; the run ends at
             t_min (or the end of your grid, which must have noise), where the density is that of the solution's x. Take
-            a solver in a view along the curve, UniPC(4, view="v") or Heun("angle"): their volumes are the most exact.
+            a solver in a view along the curve, UniPC(3, view="v", variable="half_log_snr") say, `log_prob`'s own: their
+            volumes are the most exact.
 
     Raises:
         ValueError: before any evaluation, if arguments contradict each other, the denoiser's SDE is not the grid's, or

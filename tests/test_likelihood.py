@@ -116,7 +116,8 @@ class TestExactDensities:
         x = data(target)
         truth = target.log_prob(noised(x, sde), sde=sde, t=sde.t_min)
         residual = x[0].numel() * math.log(float(sde.alpha(sde.t_min)))
-        for way, tolerance in (("steps", 1e-4), ("adaptive", 2e-5)):
+        # A chain's nodes are few where the cosine one nears its end, alpha = 0.
+        for way, tolerance in (("steps", 5e-4 if sde.nodes is not None else 2e-4), ("adaptive", 2e-5)):
             found = log_prob(target.denoiser(sde), x, divergence="exact", **WAYS[way])
             assert far(carried(found, target, sde), truth + residual) < tolerance
             assert far(found.value, found.prior + found.log_det + found.residual) < 1e-12
@@ -210,12 +211,31 @@ class TestOrder:
         found = [log_prob(denoiser, x, divergence="exact", steps=n, solver=solver, t=t) for n in counts]
         return [far(carried(one, denoiser.target, VP) - one.residual, truth) for one in found]
 
-    def test_the_default_s_is_four_at_least(self):
-        few, more, most = self.errors(UniPC(4, view="v"), (15, 30, 60), None)
-        assert few / more > 2**4
-        assert more / most > 2**4
-        assert few / most > 2 ** (2 * 4)
-        assert most < 1e-6
+    @pytest.mark.parametrize("solver", [None, UniPC(4, view="v")], ids=["default", "4"])
+    def test_the_default_s_is_four_less_its_start_and_that_of_order_4_is(self, solver):
+        """Order 3 and a corrector are four, with an error of order 3 from the first-order start."""
+        order = 3.5 if solver is None else 4
+        few, more, most = self.errors(solver, (15, 30, 60), None)
+        assert few / more > 2**order
+        assert more / most > 2**order
+        assert few / most > 2 ** (2 * order)
+        assert most < 5e-6
+
+    def test_on_a_grid_of_modes_it_beats_order_4_in_the_tail(self):
+        """Samples between modes, where the flow turns late and fast, have most of the error; on the mean over samples
+        of |error| at 40 calls, the median of both being a thousandth of it.
+        """
+        axis = torch.linspace(-1, 1, 5, dtype=torch.float64)
+        target = GaussianMixture(torch.cartesian_prod(axis, axis), std=0.05)
+        x = target.sample(256, torch.Generator().manual_seed(1), torch.float64)
+        fine = log_prob(target.denoiser(VP), x, divergence="exact", rtol=1e-7, atol=1e-7).value
+        for steps, factor in ((32, 2), (40, 3), (60, 3)):
+            new, old = (
+                (log_prob(target.denoiser(VP), x, divergence="exact", steps=steps, solver=s).value - fine).abs()
+                for s in (None, UniPC(4, view="v"))
+            )
+            assert float(new.quantile(0.95)) < float(old.quantile(0.95)) / factor
+            assert float(new.max()) < float(old.max())
 
     @pytest.mark.parametrize(
         "entry",
@@ -416,11 +436,22 @@ class TestProbes:
         target = Gaussian(normal(dim, seed=1), cov=rotated(spread_out(dim, 2.0), 2))
         x = repeated(target, self.N)
         exact = log_prob(target.denoiser(VP), x[:1], divergence="exact", **way).value
-        for K in (1, 3):
+        for K in range(1, dim):
             found = log_prob(target.denoiser(VP), x, seed=3, probes=K, **way)
             ratio = float(found.stderr.square().mean().sqrt() / (found.value - exact).std())
             # One probe against its neighbour's: what changes of the diagonal meanwhile is counted too.
             assert 0.85 < ratio < (1.6 if K == 1 else 1.25)
+
+    @ways
+    def test_with_as_many_probes_as_dimensions_the_trace_is_exact(self, way):
+        """Which takes no more products than the probes would."""
+        denoiser, x = MIXTURE.denoiser(VP), data(MIXTURE)
+        exact = log_prob(denoiser, x, divergence="exact", **way)
+        assert float(log_prob(denoiser, x, probes=1, seed=0, **way).stderr.min()) > 0
+        for K in (2, 5):
+            found = log_prob(denoiser, x, probes=K, seed=0, **way)
+            assert torch.equal(found.value, exact.value)
+            assert found.stderr.tolist() == [0.0] * 3
 
     @ways
     def test_it_falls_as_one_over_the_root_of_the_probes(self, way):
@@ -541,10 +572,10 @@ class TestSamples:
     @pytest.mark.parametrize("divergence", ["hutchinson", "hutch++"])
     @ways
     def test_a_seed_decides_and_the_global_generator_is_left_alone(self, way, divergence):
-        x, options = data(MIXTURE, 2), {"divergence": divergence, "probes": 3} | way | {"t": float(VP.time_at(0.0))}
+        x, options = data(WIDE, 2), {"divergence": divergence, "probes": 3} | way | {"t": float(VP.time_at(0.0))}
         before = torch.get_rng_state()
-        one, two, other = (log_prob(MIXTURE.denoiser(VP), x, seed=s, **options).value for s in (1, 1, 2))
-        log_prob(MIXTURE.denoiser(VP), x, **options)
+        one, two, other = (log_prob(WIDE.denoiser(VP), x, seed=s, **options).value for s in (1, 1, 2))
+        log_prob(WIDE.denoiser(VP), x, **options)
         assert torch.equal(torch.get_rng_state(), before)
         assert torch.equal(one, two)
         assert not torch.equal(one, other)
@@ -561,7 +592,8 @@ class TestTypes:
             assert getattr(found, name).dtype == numbers
             assert getattr(found, name).shape == (3,)
         assert found.latent.dtype == dtype
-        assert far(found.value, exact.value) < (1e-12 if dtype == torch.float64 else 1e-4)
+        # In another precision an adaptive solve of tolerance 1e-4 takes other steps.
+        assert far(found.value, exact.value) < (1e-12 if dtype == torch.float64 else 1e-4 if "steps" in way else 1e-3)
 
     def test_a_float32_network_sees_float32(self):
         seen = []
@@ -657,7 +689,7 @@ class TestGradients:
         self.compare(options | {"steps": 10, "seed": 1}, 1e-5, 1e-5)
 
     def test_adaptively_too(self):
-        self.compare({"divergence": "exact", "rtol": 1e-5, "atol": 1e-5}, 1e-3, 1e-4)
+        self.compare({"divergence": "exact", "rtol": 1e-7, "atol": 1e-7}, 1e-3, 1e-4)
 
     @pytest.mark.parametrize("options", [{"divergence": "exact"}, {"probes": 2, "seed": 3}], ids=["exact", "probes"])
     def test_the_adjoint_s_are_those_of_backpropagation(self, options):
@@ -824,7 +856,7 @@ class TestFailures:
 
     def test_its_latent_is_the_state_at_t(self):
         x = data(GAUSSIAN)
-        found = log_prob(GAUSSIAN.denoiser(VP), x, divergence="exact", max_nfe=60)
+        found = log_prob(GAUSSIAN.denoiser(VP), x, divergence="exact", max_nfe=30)
         assert VP.t_min < found.t < VP.t_max
         expected = GAUSSIAN.flow(noised(x, VP), VP, VP.t_min, found.t)
         torch.testing.assert_close(found.latent, expected, rtol=1e-4, atol=1e-4)

@@ -537,3 +537,23 @@ def test_bad_options_are_refused(make, message):
 def test_solvers_are_values():
     assert UniPC(order=2) == UniPC(order=2) != UniPC(order=3)
     assert repr(DEIS(order=2)) == "DEIS(order=2, variable='t')"
+
+
+@pytest.mark.parametrize("view", ["v", "flow"])
+@pytest.mark.parametrize("variable", ["half_log_snr", "sigma", "angle", "flow"])
+def test_unipc_interpolates_in_any_variable_as_exponential_ab_does(view, variable):
+    grid = Grid.power(VPSDE(), 9, end=1e-3)
+    predictor = UniPC(3, view, rule="exact", corrector=False, variable=variable).tableau(grid)
+    torch.testing.assert_close(predictor.b, ExponentialAB(3, view, variable).tableau(grid).b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_half_log_snr_reaches_alpha_zero_on_the_curve_itself(up):
+    """The steps next to alpha = 0, where it is infinite, are those of the view's own variable."""
+    grid = Grid.power(FlowSDE(), 12, end=1e-3)
+    grid = grid.reversed() if up else grid
+    found, own = (UniPC(3, "v", variable=v).tableau(grid).b for v in ("half_log_snr", None))
+    assert bool(found.isfinite().all())
+    row = len(found) - 1 if up else 0
+    torch.testing.assert_close(found[row, 0], own[row, 0], rtol=0.3, atol=0)
+    assert float((found - own).abs().max()) > 1e-3

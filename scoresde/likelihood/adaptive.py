@@ -2,7 +2,9 @@
 
     dw = a (D / c - a w) dlambda,    log |det| = dim log(r_end / r_start) + int tr(a (r / c) dD/dx - a^2) dlambda
 
-the second term being part of what is integrated, with probes that change every 1.5 of half log-SNR.
+the second term being part of what is integrated, with probes that change every 0.75 of half log-SNR. The variable of
+integration is the angle theta = atan(sigma / (alpha c)), dlambda = -dtheta / (sin(theta) cos(theta)), along which both
+ends, where in lambda little happens for long, are short: measured, fewer calls than in lambda or t at the same error.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from scoresde.solvers.motion import Leg, Motion, NonFinite, OutOfBudget
 
 __all__ = ["AdaptiveVolume"]
 
-_LONGEST = 1.0  # step in half log-SNR: a longer one can pass over all that happens, and not notice
+_LONGEST = 0.5  # step in the angle: a longer one can pass over all that happens, and not notice
 _REDRAWN = 0.75  # half log-SNR for which an adaptive solve keeps its probes
 
 
@@ -123,9 +125,10 @@ class AdaptiveVolume(Volume):
         w = (x.double() / r_t).reshape(len(x), n)
         y = torch.cat([w, w.new_zeros(len(w), 1 + len(self._v) * n)], 1)
         lambdas = self.denoiser.sde.half_log_snr(torch.tensor([leg.t, leg.s], dtype=torch.float64, device="cpu"))
-        lambdas = lambdas.to(x.device)
-        watched = _Watched(self, first)
-        options = {"norm": watched.norm, "step_t": lambdas[1:], "first_step": first, "max_step": _LONGEST}
+        angles = torch.atan((-lambdas).exp() / self.denoiser.sde.data_scale).to(x.device)
+        ends = dict(zip(angles.tolist(), lambdas.tolist(), strict=True))
+        watched = _Watched(self, first, ends)
+        options = {"norm": watched.norm, "step_t": angles[1:], "first_step": first, "max_step": _LONGEST}
         solve, more = torchdiffeq.odeint, {}
         if self.adjoint:
             solve = torchdiffeq.odeint_adjoint
@@ -138,7 +141,7 @@ class AdaptiveVolume(Volume):
                 "adjoint_options": {"norm": _rms_of_state_and_adjoint},
             }
         # rtol = 0, atol = 1: the norm is given the error itself, and holds it against the tolerances.
-        path = solve(watched, y, lambdas, rtol=0.0, atol=1.0, method=self.method, options=options, **more)
+        path = solve(watched, y, angles, rtol=0.0, atol=1.0, method=self.method, options=options, **more)
         y = path[-1]
         x = (r_s * y[:, :n]).reshape(len(x), *self.event).to(self.dtype)
         u = y[:, n + 1 :].reshape(len(x), -1, n)
@@ -184,17 +187,24 @@ class _Tracing(Motion):
 class _Watched:
     """The rate of change of the state as torchdiffeq calls it, its error norm, and an eye on its steps."""
 
-    def __init__(self, volume: AdaptiveVolume, step: float) -> None:
-        self.volume, self.step = volume, step
+    def __init__(self, volume: AdaptiveVolume, step: float, ends: dict[float, float]) -> None:
+        self.volume, self.step, self.ends = volume, step, ends
         self.probes = volume.probes  # for the adjoint too, which comes back when others are in use
         self.y = self.error = torch.empty(0)
         self.last: tuple[float, Tensor, Tensor] | None = None
 
-    def __call__(self, half_log_snr: Tensor, y: Tensor) -> Tensor:
+    def _half_log_snr(self, angle: Tensor) -> float:
+        """At the ends to the last digit, and beyond them, where the adjoint steps over, that of the end."""
+        at = min(max(float(angle.detach()), min(self.ends)), max(self.ends))
+        return self.ends[at] if at in self.ends else -math.log(math.tan(at) * self.volume.denoiser.sde.data_scale)
+
+    def __call__(self, angle: Tensor, y: Tensor) -> Tensor:
         volume, motion, n = self.volume, self.volume.motion, self.volume.n
-        at = float(half_log_snr.detach())
+        at = self._half_log_snr(angle)
         w = y[:, :n].reshape(len(y), *volume.event)
-        (t, _, _, r), (u, v) = motion.scales(at), motion.affine(at)  # dw = u w + v N
+        (t, signal, sigma, r), (u, v) = motion.scales(at), motion.affine(at)
+        per_angle = -(r**2) / (signal * sigma)  # dlambda / dtheta
+        u, v = per_angle * u, per_angle * v  # dw = (u w + v N) dtheta
         found = motion.products(r * w, float(t), self.probes)
         rate = w * u + found.N.to(w.dtype) * v
         self.last = at, w.detach().reshape(len(y), n), rate.detach().reshape(len(y), n)
@@ -211,20 +221,19 @@ class _Watched:
         tolerance = volume.atol * math.sqrt(n) + volume.rtol * volume._volume(y).abs()
         return torch.maximum(of_w.pow(2).mean(1).sqrt(), (volume._volume(error) / tolerance).abs()).max()
 
-    def callback_step(self, half_log_snr: Tensor, y: Tensor, step: Tensor) -> None:
-        motion, at = self.volume.motion, float(half_log_snr)
+    def callback_step(self, angle: Tensor, y: Tensor, step: Tensor) -> None:
+        motion, at = self.volume.motion, self._half_log_snr(angle)
         self.step, self.y = float(step), y.detach()
-        if at + self.step == at:
+        if float(angle) + self.step == float(angle):
             raise underflow(motion, at, "the step size underflows")
         motion.accept(at, self.y[:, : self.volume.n].reshape(len(y), *self.volume.event))
 
-    def callback_accept_step(self, half_log_snr: Tensor, y: Tensor, step: Tensor) -> None:
+    def callback_accept_step(self, angle: Tensor, y: Tensor, step: Tensor) -> None:
         volume, n = self.volume, self.volume.n
         assert self.last is not None
-        at, w, rate = self.last  # at the step's end: dw = a (D / c - a w)
-        _, signal, sigma, r = volume.motion.scales(at)
-        a = signal / r
-        gradient = (r / sigma) ** 2 * (rate + (a**2 - 1) * w)  # of log p in w: r (alpha D - r w) / sigma^2
+        at, w, rate = self.last  # at the step's end: dw = -(D / c - a w) / b dtheta, a = cos(theta), b = sin(theta)
+        _, signal, sigma, _ = volume.motion.scales(at)
+        gradient = -(signal / sigma) * rate - w  # of log p in w: r (alpha D - r w) / sigma^2
         change = (gradient * self.error[:, :n]).sum(1) + volume._volume(self.error)
         volume.error = volume.error + change.abs()
 

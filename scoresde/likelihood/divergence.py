@@ -16,7 +16,8 @@ both taken of d less its mean over i, which leaves out much of their noise, and 
 
 Hutch++ (Meyer, Musco, Musco and Woodruff, 2021) takes the trace on the range Q of J S, S a third of the probes,
 exactly, with as many products, and probes the rest, (1 - Q Q^T) J (1 - Q Q^T), with another third: less where J has
-few large directions.
+few large directions. Here it does so with J less a multiple of the identity, which S tells: a denoiser's derivative is
+often that and a few directions.
 
 One call of the function gives its value and all products: by reverse mode, J^T v, whose quadratic form is the same, or
 by forward mode, J v.
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -94,6 +95,10 @@ class Divergence:
         if self.kind == "hutch++" and self.probes % 3:
             raise ArgumentError(f"probes={self.probes}: hutch++ takes a multiple of 3, a third for each of its parts")
 
+    def within(self, n: int) -> Divergence:
+        """The same for n dimensions: with as many probes as there are, or more, the exact trace is cheaper."""
+        return replace(self, kind="exact") if self.kind == "hutchinson" and self.probes >= n > 1 else self
+
     def draw(self, x: Tensor, noise: Noise, row: int = 0) -> Tensor:
         """Probes for a batch, shape (P, *x.shape): K of them, for "hutch++" the two thirds that are random."""
         count = {"exact": 0, "hutchinson": self.probes, "hutch++": 2 * self.probes // 3}[self.kind]
@@ -128,19 +133,25 @@ class Divergence:
         if self.kind == "hutchinson":
             u = differentiate(probes)
             return Products(differentiate.N, known, _flat(probes), _flat(u), differentiate.calls)
-        sketches, v = probes[: len(probes) // 2], _flat(self.estimating(probes))
-        S = _flat(differentiate(sketches)).movedim(0, 2)  # (B, n, K / 3)
-        Q, _ = torch.linalg.qr(S.detach())  # no gradient: the mean is the trace whatever Q is
-        spread = Q.movedim(2, 0).reshape(-1, *x.shape).to(x.dtype)
-        of_Q = _flat(differentiate(spread)).movedim(0, 2)
-        inside = (Q * of_Q).sum((1, 2))
+        # What the sketches find of the trace is taken out too, as a multiple delta of the identity for each sample, of
+        # which no few directions are the range. Neither it nor Q has a gradient: whatever they are, the mean is right.
+        S, v = _flat(probes[: len(probes) // 2]), _flat(self.estimating(probes))
+        JS = _flat(differentiate(probes[: len(probes) // 2])).detach()
+        delta = (S * JS).sum(2).mean(0) / n
+        Q, _ = torch.linalg.qr((JS - delta[:, None] * S).movedim(0, 2))  # (B, n, K / 3)
+
+        def rest(w: Tensor) -> Tensor:
+            """(J - c - delta) w for w of shape (K / 3, B, n)."""
+            return _flat(differentiate(w.reshape(-1, *x.shape).to(x.dtype))) - delta[:, None] * w
 
         def outside(w: Tensor) -> Tensor:
-            """(1 - Q Q^T) w for w of shape (K / 3, B, n)."""
-            return w - torch.einsum("bnq,bmq,kbm->kbn", Q, Q, w)
+            """(1 - Q Q^T) w for w of shape (K / 3, B, n), Q^T w first."""
+            return w - torch.einsum("bnq,kbq->kbn", Q, torch.einsum("bnq,kbn->kbq", Q, w))
 
-        u = outside(_flat(differentiate(outside(v).reshape(-1, *x.shape).to(x.dtype))))
-        return Products(differentiate.N, known + inside, v, u, differentiate.calls)
+        columns = Q.movedim(2, 0)
+        inside = (columns * rest(columns)).sum((0, 2))
+        u = outside(rest(outside(v)))
+        return Products(differentiate.N, known + delta * n + inside, v, u, differentiate.calls)
 
     def _exact(self, function: Function, x: Tensor, create_graph: bool) -> Products:
         n = x[0].numel()

@@ -36,7 +36,15 @@ from scoresde.likelihood.volume import TableVolume, Volume, every_other
 from scoresde.noise import NoiseSource, noise_source
 from scoresde.run import choose
 from scoresde.sde import SDE
-from scoresde.solvers.adaptive_ode import TABLE, TABLE_STEPS, TORCHDIFFEQ, AdaptiveODE, table_grid, warn_of_steps
+from scoresde.solvers.adaptive_ode import (
+    TABLE,
+    TABLE_CALL,
+    TABLE_STEPS,
+    TORCHDIFFEQ,
+    AdaptiveODE,
+    table_grid,
+    warn_of_steps,
+)
 from scoresde.solvers.base import Solver
 from scoresde.solvers.motion import legs
 from scoresde.tensors import check_batch, told, widen
@@ -84,9 +92,8 @@ class LogProb:
         """The ends of value -+ t_{(1 + level) / 2}(dof) stderr, t(dof) the quantiles of Student's t.
 
         It covers what exact traces would have given, in so many of the runs with other probes: `error` is apart from
-        it, and so is what is wrong with the model. Measured for 95 %, in 2 to 3072 dimensions with 1 to 16 probes: 90
-        to 99 %, and up to 100 % of adaptive runs with one or two probes in two dimensions, where it is an upper bound:
-        "exact" takes two products there. (value -+ 1.96 stderr covers as little as 81 %.)
+        it, and so is what is wrong with the model. Measured for 95 %: benchmarks/results/likelihood. One probe in two
+        dimensions is apart, of which there are two in all: an upper bound. Take two, and the trace is exact.
 
         Args:
             level: in (0, 1).
@@ -137,17 +144,20 @@ def log_prob(
         denoiser: the model.
         x: data, shape (B, ...), any rank, in the scale that the model was trained on; not changed.
         divergence, probes, distribution, mode, chunk: how the trace is taken: `Divergence`. "exact" costs as many
-            products as x has elements.
+            products as x has elements; "hutchinson" with as many probes, or more, is taken exactly. "hutch++" has less
+            error with 6 probes or more where the derivative has few large directions, as on images.
         rtol, atol: adaptive: tolerance of the local error of w, RMS over a sample's elements, atol + rtol |w|, and of
             the log-density, atol sqrt(dim) + rtol |log_det|. 1e-5 by default.
         steps: of a table instead: N calls with the default solver.
         seed: one integer, or one for each sample, for the probes; sample i then is the same in any batch, to rounding
             or, with adaptive steps, which the batch has in common, the tolerance.
         generator: instead of a seed.
-        solver: of steps= and grid=: any deterministic solver with a table, by default UniPC(4, view="v").
+        solver: of steps= and grid=: any deterministic solver with a table, by default
+            UniPC(3, view="v", variable="half_log_snr").
         grid: of a table, from t_max down to the time at which the ODE starts; by default steps of `Grid.power`.
         method, max_nfe, first_step: adaptive: torchdiffeq's "dopri5" (the default), "dopri8", "bosh3" or
-            "adaptive_heun", the calls at most (10,000), and the first step in half log-SNR (0.05).
+            "adaptive_heun", the calls at most (10,000), and the first step in the
+            angle atan(sigma / (alpha c)), c the SDE's `data_scale`, which goes to pi / 2 (0.02).
         t: the time at which x stands, for the density p_t(x); by default x is data, see the module.
         correct: add the second-order correction from t_min to 0 to `residual`: for densities that are smooth at that
             scale and models that are accurate there, not for images. Its own noise of the probes is not in stderr.
@@ -176,7 +186,7 @@ def log_prob(
     sde, start = denoiser.sde, denoiser.sde.t_min if t is None else _time(denoiser.sde, t)
     run = (
         denoiser,
-        Divergence(divergence, probes, distribution, mode, chunk),
+        Divergence(divergence, probes, distribution, mode, chunk).within(x[0].numel()),
         noise_source(x.device, x, seed, generator, None).probes(),
         cond,
         bool(differentiable),
@@ -184,7 +194,7 @@ def log_prob(
     volume: Volume
     adaptive = {"rtol": rtol, "atol": atol, "method": method, "max_nfe": max_nfe, "first_step": first_step}
     given = {name: value for name, value in adaptive.items() if value is not None}
-    options: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "method": "dopri5", "max_nfe": 10_000, "first_step": 0.05}
+    options: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "method": "dopri5", "max_nfe": 10_000, "first_step": 0.02}
     options, looked = options | given, 0
     if correct and (t is not None or differentiable == "adjoint"):
         raise ArgumentError(
@@ -207,7 +217,7 @@ def log_prob(
         if found and not given and differentiable != "adjoint" and (sde.nodes is None or start in sde.nodes):
             grid = table_grid(Grid(sde, [sde.t_max, start]), TABLE_STEPS)
         if found:
-            instead = "give steps=" if grid is None else f"log_prob takes {grid.steps} steps of UniPC(4, view='v')"
+            instead = "give steps=" if grid is None else f"log_prob takes {grid.steps} steps of {TABLE_CALL}"
             warn_of_steps(found, instead, 2)
     if steps is not None or grid is not None:
         solver = TABLE if solver is None else solver
@@ -275,7 +285,7 @@ def density_run(
     check_option(TORCHDIFFEQ, method=solver.method)
     found, looked = in_steps(denoiser, x_T, first, grid.times.tolist(), cond, solver.max_nfe)
     if found:
-        warn_of_steps(found, "take a table, UniPC(4, view='v') say", 4)
+        warn_of_steps(found, f"take a table, {TABLE_CALL} say", 4)
     volume = AdaptiveVolume(
         *run,
         parts=legs(grid, free=True),
@@ -284,10 +294,16 @@ def density_run(
         rtol=solver.rtol,
         atol=solver.atol,
         method=solver.method,
-        first_step=solver.first_step,
+        first_step=_angle(sde, first, solver.first_step),
     )
     volume.looked = looked
     return volume
+
+
+def _angle(sde: SDE, t: float, step: float) -> float:
+    """A step of half log-SNR from t as one of the angle, 0.001 at least: where alpha is nearly 0 it would be none."""
+    signal, sigma = (float(scale) for scale in sde.scales(torch.tensor(t, dtype=torch.float64, device="cpu")))
+    return max(1e-3, step * signal * sigma / (signal**2 + sigma**2))
 
 
 def _time(sde: SDE, t: float) -> float:
@@ -301,7 +317,7 @@ def _table_grid(sde: SDE, solver: Solver, steps: int | None, grid: Grid | None, 
     if steps is not None and grid is not None:
         raise ArgumentError("give at most one of steps= and grid=")
     if not isinstance(solver, Solver) or not solver.has_table:
-        raise ValueError(f"solver={solver!r}: expected a solver with a table, UniPC(4, view='v') say")
+        raise ValueError(f"solver={solver!r}: expected a solver with a table, {TABLE_CALL} say")
     own = grid is None
     _, grid = choose(sde, solver, steps, None, grid, end=start)
     first, last = float(grid.times[0]), float(grid.times[-1])

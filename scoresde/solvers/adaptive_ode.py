@@ -47,7 +47,8 @@ __all__ = ["AdaptiveODE"]
 TORCHDIFFEQ = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 _SCIPY = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 _NO_GRADIENTS = "method={!r} of scipy records no gradients, which x or the network wants: use 'dopri5', or no_grad"
-TABLE, TABLE_STEPS = UniPC(4, view="v"), 100  # in place of steps that jumps would make thousands of
+TABLE, TABLE_STEPS = UniPC(3, view="v", variable="half_log_snr"), 100  # in place of steps that jumps make thousands of
+TABLE_CALL = "UniPC(3, view='v', variable='half_log_snr')"
 _APART = 0.02  # half log-SNR between times of its own grid and those given, at least
 _DIGITS = 1e-13  # the least rtol at which float64, and scipy, can tell the error from rounding
 
@@ -75,8 +76,8 @@ class AdaptiveODE(Budgeted):
             accepted state and its time.
         first_step: first step, in half log-SNR.
         jumps: where the denoiser is found to be in steps, as of integer time labels: "warn", and go on; or "table",
-            warn and take UniPC(4, view="v") instead, on 100 steps (or as many as max_nfe allows) of its own grid and
-            the times of the one given.
+            warn and take UniPC(3, view="v", variable="half_log_snr") instead, on 100 steps (or as many as max_nfe
+            allows) of its own grid and the times of the one given.
 
     Raises:
         ValueError: on an unknown method or options that are not positive; by `iterate`, if scipy's methods are
@@ -133,7 +134,7 @@ class AdaptiveODE(Budgeted):
             steps = min(TABLE_STEPS, self.max_nfe - motion.nfe - grid.steps) if self.jumps == "table" else 0
             if steps > 0:
                 fine = table_grid(grid, steps)
-                warn_of_steps(found, f"it takes {fine.steps} steps of UniPC(4, view='v')", 5)
+                warn_of_steps(found, f"it takes {fine.steps} steps of {TABLE_CALL}", 5)
                 return _on_table(denoiser, x, grid, fine, motion.nfe, cond)
             warn_of_steps(found, "take a table, UniPC(3) say, or jumps='table'", 5)
 

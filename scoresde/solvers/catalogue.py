@@ -158,6 +158,7 @@ _FAMILIES: dict[str, list[tuple[str, Solver, int | None, str, bool, str, str]]] 
         ("unipc3", exponential.UniPC(3), 4, "N", True, "x0", _ZHAO),
         ("unipc4", exponential.UniPC(4), 5, "N", True, "x0", _ZHAO),
         ("unipc4-v", exponential.UniPC(4, "v"), 5, "N", True, "v", _ZHAO),
+        ("unipc3-v", exponential.UniPC(3, "v", variable="half_log_snr"), 4, "N", True, "v", _ZHAO),
         ("unipc3-eps", exponential.UniPC(3, "eps"), 4, "N", True, "eps", _ZHAO),
         ("dpm++2m-sde", exponential.DPMSolverPP(2, stochastic=True), 2, "N", False, "x0", _LU_PP),
         ("dpm++3m-sde", exponential.DPMSolverPP(3, stochastic=True), 2, "N", False, "x0", _LU_PP),

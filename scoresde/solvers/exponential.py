@@ -189,9 +189,11 @@ class UniPC(Multistep):
             e^h - 1, "B1", h, or "exact", the exact weight.
         corrector: False for UniP alone.
         lower_final: lower orders for the last steps, as the official code has it.
+        variable: of interpolation, as of `ExponentialAB`; by default the view's own. Order 3 in v and half_log_snr is
+            the default of `log_prob`.
 
     Raises:
-        ValueError: on another order, view or rule.
+        ValueError: on another order, view, rule or variable.
     """
 
     order: int = 3
@@ -199,14 +201,16 @@ class UniPC(Multistep):
     rule: Rule = "B2"
     corrector: bool = True
     lower_final: bool = False
+    variable: Variable | None = None
 
     def __post_init__(self) -> None:
         check_order(4, order=self.order)
         check_option(("x0", "eps", *CURVES), view=self.view)
         check_option(("exact", "B1", "B2"), rule=self.rule)
+        check_option((None, *VARIABLES), variable=self.variable)
 
     def tableau(self, grid: Grid) -> Tableau:
-        steps = steps_in(grid, self.view)
+        steps = steps_in(grid, self.view, self.variable)
         predictor = steps.weights(self.order, False, self.rule, self.lower_final)
         corrector = steps.weights(self.order + 1, True, self.rule, self.lower_final) if self.corrector else None
         return steps.tableau(predictor, corrector)

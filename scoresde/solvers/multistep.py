@@ -58,6 +58,8 @@ Kernel = Callable[[Tensor], Tensor]
 CURVES: dict[str, Variable] = {"v": "angle", "flow": "flow"}
 """Views whose flow is the integral of F alone, and the variable it is over: a key of `runge_kutta.VARIABLES`."""
 
+_NO_SIGNAL = 0.0025  # of alpha c / sigma, a third of what is left of it at t_max of VP, EDM and VE
+
 
 class Multistep(Solver):
     """A solver of one evaluation a step, which reads those of earlier steps too."""
@@ -91,7 +93,7 @@ class Steps:
         """Whether the view can take a step."""
         alpha_t, _, alpha_s, sigma_s = self.grid.pairs()
         reach = (alpha_t > 0) & (alpha_s > 0)  # up to alpha = 0, too, half log-SNR is infinite
-        return (sigma_s > 0) & self.chi[:-1].isfinite() & (reach | (self.view in CURVES))
+        return (sigma_s > 0) & ((self.chi[:-1].isfinite() & reach) | (self.view in CURVES))
 
     @cached_property
     def omega(self) -> Tensor:
@@ -108,10 +110,22 @@ class Steps:
         return VARIABLES[self.variable].psi(self.grid.sde, self.grid.times)
 
     def _chi_at(self, omega: Tensor) -> Tensor:
-        if self.variable == self._integrated:
-            return omega
         sde = self.grid.sde
         return VARIABLES[self.variable].psi(sde, VARIABLES[self._integrated].time(sde, omega))
+
+    def _own(self, order: int, new: bool) -> Tensor:
+        """Whether a step is interpolated in the variable of integration itself, (N,). In v and flow also where one of
+        its times, or those of its values, has next to no signal: half log-SNR makes long steps there, or infinite ones.
+        """
+        N = self.grid.steps
+        if self.variable == self._integrated:
+            return torch.ones(N, dtype=torch.bool, device="cpu")
+        if self.view not in CURVES:
+            return torch.zeros(N, dtype=torch.bool, device="cpu")
+        signal, sigma = self.grid.sde.scales(self.grid.times)
+        told = signal > _NO_SIGNAL * sigma
+        back = torch.arange(N, device="cpu")[:, None] + 1 - torch.arange(order + 1 - int(new), device="cpu")
+        return ~told[back.clamp(min=0)].all(1)
 
     def weights(self, order: int, new: bool = False, rule: Rule = "exact", lower_final: bool = False) -> Tensor:
         """w_j through the last `order` values of F, or as many as there are, shape (N, order). Lag 0 is the step's own
@@ -124,20 +138,22 @@ class Steps:
         values = (torch.minimum(values, N - n) if lower_final else values).add(new).clamp(max=order)
         w = torch.zeros(N, order, dtype=torch.float64, device="cpu")
         for J in range(1, order + 1):
-            at = n[self.regular & (values == J)]
-            if len(at):
-                nodes = self.chi[at[:, None] + int(new) - torch.arange(J, device="cpu")]
-                ends = self.omega[at], self.omega[at + 1]
-                w[at, :J] = interpolation_weights(nodes, *ends, self.kernel(at), self._chi_at)
+            for own in (True, False):
+                at = n[self.regular & (values == J) & (self._own(order, new) == own)]
+                if len(at):
+                    variable, through = (self.omega, None) if own else (self.chi, self._chi_at)
+                    nodes = variable[at[:, None] + int(new) - torch.arange(J, device="cpu")]
+                    ends = self.omega[at], self.omega[at + 1]
+                    w[at, :J] = interpolation_weights(nodes, *ends, self.kernel(at), through)
         two = n[self.regular & (values == 2)]
         if rule != "exact" and len(two):
             # sum_j w_j F_j = total F_n + B / 2 (F_o - F_n) h / (lambda_o - lambda_n), F_o the other value.
-            own, other = (1, 0) if new else (0, 1)
+            here, other = (1, 0) if new else (0, 1)
             total = w[two].sum(1)
             B = total if rule == "B2" else self.slope[two]
             reach = self.omega[two + 1 - 2 * other] - self.omega[two]
             w[two, other] = B / 2 * (self.omega[two + 1] - self.omega[two]) / reach
-            w[two, own] = total - w[two, other]
+            w[two, here] = total - w[two, other]
         return w
 
     def tableau(self, predictor: Tensor, corrector: Tensor | None = None) -> Tableau:
