@@ -944,7 +944,7 @@ def reading(results: Results) -> list[str]:
                 f"grid knows of them, an adaptive run does. {classical_steps(rows)}"
                 + (" (Along these axes the derivative is diagonal: all probes are exact.)" if name == "grid" else "")
             )
-    if results.coverage:
+    if any(not c.excepted for each in results.coverage.values() for c in each):
         found = [c for each in results.coverage.values() for c in each]
         spans = [c.own for c in found if not c.excepted]
         plain = [c.plain for c in found if not c.excepted]
@@ -1034,12 +1034,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--problems", nargs="+", choices=NAMES, default=NAMES, help=f"({' '.join(NAMES)})")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/likelihood"), help="folder of results")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--turns", type=int, default=None, help="of timing, each with probes of its own (3)")
+    parser.add_argument("--turns", type=int, default=None, help="of timing, each with probes of its own (2)")
     parser.add_argument("--fast", action="store_true", help="few samples, steps, turns and repetitions: a look")
     args = parser.parse_args(argv)
     args.problems = [name for name in NAMES if name in args.problems]
-    args.turns = args.turns or (1 if args.fast else 3)
-    args.steps = [40, 48, 60] if args.fast else STEPS
+    args.turns = args.turns or (1 if args.fast else 2)
+    args.steps = STEPS[2:4] if args.fast else STEPS
     args.covered, args.repetitions = (8, 2) if args.fast else (100, 10)
     args.priced_samples = 1
     return args

@@ -426,7 +426,7 @@ def test_the_likelihood_page(tmp_path, monkeypatch):
             assert row["total"]["max"] == pytest.approx(row["discretisation"]["max"], abs=1e-4)  # the prior's gap
     coupled = {row["method"]: row for row in record["coupling"] if row["added"] == "near the centre"}
     assert coupled["48 steps"]["change"] < 1e-9 < coupled["classical"]["change"]
-    assert {row["repetitions"] for row in record["coverage"]["ring"]} == {16}
+    assert {row["repetitions"] for row in record["coverage"]["ring"]} == {2}
     assert set(record["environment"]) >= {"device", "dtype", "torch", "commit", "command"}
     page = (tmp_path / "README.md").read_text()
     assert "## Targets" in page
