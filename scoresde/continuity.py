@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser, NetworkDenoiser, contents
 
-__all__ = ["Steps", "in_steps"]
+__all__ = ["Steps", "in_steps", "label_in_steps"]
 
 _CELLS, _NEAR, _FAR, _LEAST = 64, 1e-5, 1.4, 20
 
@@ -56,9 +56,8 @@ def in_steps(
     """
     noisy = [time for time in times if time > 0]
     low, high = min(noisy), max(noisy)
-    for part in (denoiser, *contents(denoiser)):
-        if isinstance(part, NetworkDenoiser) and _label_in_steps(part, low, high):
-            return Steps(f"the time label of {part!r} is in steps, as of a table", 0)
+    if (part := label_in_steps(denoiser, low, high)) is not None:
+        return Steps(f"the time label of {part!r} is in steps, as of a table", 0)
     if low * _FAR * (1 + _NEAR) > high or budget < _LEAST:
         return Steps("", 0)
     sde, outputs = denoiser.sde, list[Tensor]()
@@ -77,6 +76,14 @@ def in_steps(
         found = same(0, t_1 * (1 + _NEAR)) and not same(0, t_2) and same(2, t_2 * (1 + _NEAR))
     where = f"the same at t = {t_1:.6g} and {t_1 * (1 + _NEAR):.6g}, another at {t_2:.6g}"
     return Steps(f"the output of {denoiser!r} is in steps, {where}" if found else "", len(outputs))
+
+
+def label_in_steps(denoiser: Denoiser, low: float, high: float) -> NetworkDenoiser | None:
+    """The network in a denoiser whose time label is in steps between two times, as the host can tell; None if none."""
+    for part in (denoiser, *contents(denoiser)):
+        if isinstance(part, NetworkDenoiser) and _label_in_steps(part, low, high):
+            return part
+    return None
 
 
 def _label_in_steps(denoiser: NetworkDenoiser, low: float, high: float) -> bool:

@@ -230,8 +230,8 @@ class Grid:
 
     @classmethod
     def sampling(cls, sde: SDE, steps: int, *, power: float = 4.0, end: float = 0.0) -> Grid:
-        """From noise to t = 0: with up to 10 steps tau^(1/2) uniform, at the noise levels that VP calls quadratic; with
-        50 or more `Grid.power`, closer to the data; in between, between them. To another end it is `Grid.power`.
+        """With up to 10 steps tau^(1/2) uniform, at the noise levels that VP calls quadratic; with 50 or more
+        `Grid.power`, closer to the data; in between, between them, the power of tau and, to t = 0, the last noisy time.
 
         On trained networks few steps are best spent where there is much noise and what an image shows is decided; once
         there are enough of them, what is left is the error near the data, which `Grid.power` makes smallest
@@ -240,13 +240,13 @@ class Grid:
         Raises:
             ValueError: as for `power`.
         """
-        if end != 0:
-            return cls.power(sde, steps, power=power, end=end)
         N = _check_steps(steps)
         share = min(max(math.log(N / 10) / math.log(5), 0.0), 1.0)
+        power = 2 ** (1 - share) * power**share
+        if end != 0:
+            return cls.power(sde, N, power=power, end=end)
         tau = N ** (-2 * (1 - share)) * (0.01 / N) ** share
-        last = _time_of(sde, tau, sde.t_max if N == 1 else 0.9 * sde.t_max)
-        return cls.power(sde, N, power=2 ** (1 - share) * power**share, last=last)
+        return cls.power(sde, N, power=power, last=_time_of(sde, tau, sde.t_max if N == 1 else 0.9 * sde.t_max))
 
     @classmethod
     def strided(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError
+from scoresde.continuity import label_in_steps
 from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
@@ -22,7 +23,7 @@ from scoresde.solvers.kept import grid_of
 from scoresde.tableau import State
 from scoresde.tensors import check_batch, told, widen
 
-__all__ = ["Solution", "check_solver", "choose", "initial", "locate"]
+__all__ = ["Solution", "check_solver", "choose", "initial", "locate", "process"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,17 @@ def check_solver(solver: object) -> None:
         raise TypeError(f"solver must be an instance of a solver ({hint}), not {solver!r}")
 
 
+def process(denoiser: Denoiser, solver: Solver, steps: int | None) -> SDE:
+    """The denoiser's SDE, on which a grid of the solver's own is to be made: of a chain without its nodes, where solver
+    and time label know times between them, and `steps` (or evaluations) are fewer than the nodes.
+    """
+    sde = denoiser.sde
+    if sde.nodes is None or not solver.between or steps is None or steps + 1 >= len(sde.nodes):
+        return sde
+    in_steps = label_in_steps(denoiser, sde.t_min, sde.t_max) is not None
+    return sde if in_steps else sde.unrounded
+
+
 def choose(
     sde: SDE,
     solver: Solver,
@@ -77,7 +89,7 @@ def choose(
     An adaptive solver needs none of them, its grid holds the times to report at; nfe= may be given beside it.
 
     Args:
-        sde: of the denoiser.
+        sde: of the denoiser, as `process` gives it.
         solver: whose grid is taken where none is given.
         steps, nfe, grid: as for `sample`.
         end: of the solver's own grid; with noise left if > 0.

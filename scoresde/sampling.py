@@ -17,7 +17,7 @@ from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.flow import density_run
 from scoresde.noise import Noise, NoiseSource, noise_source
-from scoresde.run import Solution, check_solver, choose, initial, locate
+from scoresde.run import Solution, check_solver, choose, initial, locate, process
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
 
@@ -91,7 +91,8 @@ def sample(
     """
     check_denoiser(denoiser)
     check_solver(solver)
-    solver, grid = choose(denoiser.sde, solver, steps, nfe, grid, end=denoiser.sde.t_min if log_prob else 0.0)
+    sde = process(denoiser, solver, steps or nfe)
+    solver, grid = choose(sde, solver, steps, nfe, grid, end=sde.t_min if log_prob else 0.0)
     source = noise_source(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
     if grid.increasing and not isinstance(shape_or_x, Tensor):
         raise ValueError("an increasing grid encodes data: give x, not a shape")

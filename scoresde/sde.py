@@ -205,6 +205,15 @@ class SDE(ABC):
         """The most steps that a grid to t = 0 can have: one a node, or infinitely many."""
         return math.inf if self.nodes is None else len(self.nodes)
 
+    @property
+    def unrounded(self) -> Self:
+        """The same process, on which grids do not round their times to nodes; equal to it."""
+        if self.nodes is None:
+            return self
+        free = copy.copy(self)
+        free.nodes = None
+        return free
+
     def snapped(self, times: Tensor) -> Tensor:
         """Strictly decreasing times moved to the nearest nodes that strictly decrease too; a process without nodes
         leaves them.

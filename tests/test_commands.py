@@ -677,10 +677,10 @@ def test_a_grid_has_white_between_its_images():
         (["--solver", "UniPC(order=9)"], "order=9: expected a whole number from 1 to 4"),
         (["--solver", "DDIM(eta=x)"], "expected numbers, texts and lists"),
         (["--solver", "DDIM(1, 2)"], "too many positional arguments"),
-        (["--solver", "DDIN(1)"], "expected 'DDIM', or one of 26 others to call"),
+        (["--solver", "DDIN(1)"], "expected 'DDIM', or one of 27 others to call"),
         (["--solver", "(" * 3000], "expected one of"),
         (["--solver", "~" * 99999 + "1"], "expected one of"),
-        (["--solver", "__import__('os')"], "expected one of 27 to call"),
+        (["--solver", "__import__('os')"], "expected one of 28 to call"),
         (["--n", "0"], "--n 0"),
         (["--nfe", "3", "--steps", "3"], "one of --nfe and --steps"),
         (["--solver", "heun", "--grid", "karras", "--nfe", "0"], "--nfe 0"),
@@ -767,7 +767,7 @@ def test_a_file_scores_as_the_run_that_it_is_from(digits_run, here, capsys):
     assert {"environment", "arguments", "features", "samples", "reference", "seed"} <= set(second)
     assert "digits" in second["features"]
     assert f"{second['scores']['frechet']['value']:.4g}" in table
-    assert second["samples from"]["solver"].startswith("UniPC")
+    assert second["samples from"]["solver"].startswith("Adams")
 
 
 def test_data_against_themselves_are_at_no_distance(here):

@@ -34,7 +34,7 @@ from torch import Tensor
 from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
-from scoresde.run import Solution, check_solver, choose
+from scoresde.run import Solution, check_solver, choose, process
 from scoresde.sampling import sample
 from scoresde.solvers import AdaptiveODE, Solver
 from scoresde.tensors import check_batch, expand_like, precise, told, widen
@@ -252,7 +252,8 @@ def plan(
             raise ArgumentError("AdaptiveODE chooses its own steps: set its rtol and atol, or give a budget, nfe=")
     elif not solver.has_table:
         raise ValueError(f"{solver!r} has no way up: take AdaptiveODE(), or a deterministic solver with a table")
-    solver, grid = choose(denoiser.sde, solver, steps, nfe, grid, end=denoiser.sde.t_min)
+    sde = process(denoiser, solver, steps or nfe)
+    solver, grid = choose(sde, solver, steps, nfe, grid, end=sde.t_min)
     up = grid.reversed()  # raises where there is no way back
     if solver.has_table:
         solver.tableau(up)  # raises if it draws noise, for decode as well

@@ -34,12 +34,14 @@ class Solver:
         draws, goes_up: of a loop: whether it draws noise, and whether it runs on an increasing grid too.
         power: of the `Grid.sampling` that `sample(steps=...)` takes where no grid is given, chosen by measurement
             (benchmarks/results/step_counts); None for the SDE's customary grid.
+        between: whether that grid may stand between a chain's nodes, where the denoiser's time label is continuous.
     """
 
     adaptive: ClassVar[bool] = False
     draws: ClassVar[bool] = True
     goes_up: ClassVar[bool] = False
     power: ClassVar[float | None] = None
+    between: ClassVar[bool] = False
 
     @property
     def has_table(self) -> bool:

@@ -89,7 +89,7 @@ def available() -> list[Entry]:
     """All solvers, each with usual options; `[e.solver for e in available() if e.deterministic]` is a race.
 
     >>> [entry.name for entry in available() if entry.order == 5]
-    ['unipc4', 'unipc4-v']
+    ['adams', 'unipc4', 'unipc4-v']
     """
     return list(_ENTRIES)
 
@@ -133,6 +133,7 @@ _FAMILIES: dict[str, list[tuple[str, Solver, int | None, str, bool, str, str]]] 
         ("er-sde1", exponential.ERSDE(1), 1, "N", False, "x0", _CUI),
     ],
     "multistep": [
+        ("adams", exponential.Adams(), 5, "N", True, "flow", _ZHAO),
         ("dpm++2m", exponential.DPMSolverPP(2), 2, "N", True, "x0", _LU_PP),
         ("dpm++3m", exponential.DPMSolverPP(3), 3, "N", True, "x0", _LU_PP),
         ("dpm++3m-published", exponential.DPMSolverPP(3, as_published=True), 2, "N", True, "x0", _LU_PP),

@@ -2,6 +2,7 @@
 
     ExponentialAB    the polynomial through the last values, in any view and variable
     DPMSolverPP      x0 in lambda, 2M and 3M (Lu et al., 2022b)
+    Adams            the recommended one: flow in softplus, of an order that rises with the number of steps
     DEIS, IPNDM      eps in t or sigma (Zhang and Chen, 2023; Liu et al., 2022)
     UniPC            with a corrector of one order more (Zhao et al., 2023)
     SASolver, ERSDE  with noise (Xue et al., 2023; Cui et al., 2023)
@@ -21,11 +22,22 @@ from torch import Tensor
 from scoresde.checks import check_nonnegative, check_option, check_order
 from scoresde.grid import Grid
 from scoresde.sde import SDE
-from scoresde.solvers.multistep import CURVES, Kernel, Multistep, Rule, Steps, Variable, View, steps_in
-from scoresde.solvers.runge_kutta import VARIABLES
+from scoresde.solvers.multistep import (
+    CHI,
+    CURVES,
+    LANDINGS,
+    Kernel,
+    Landing,
+    Multistep,
+    Rule,
+    Steps,
+    Variable,
+    View,
+    steps_in,
+)
 from scoresde.tableau import Tableau
 
-__all__ = ["DEIS", "ERSDE", "IPNDM", "DPMSolverPP", "ExponentialAB", "SASolver", "UniPC"]
+__all__ = ["DEIS", "ERSDE", "IPNDM", "Adams", "DPMSolverPP", "ExponentialAB", "SASolver", "UniPC"]
 
 
 def _check_published(order: int, as_published: bool) -> None:
@@ -43,13 +55,17 @@ class ExponentialAB(Multistep):
         order: 1 to 4.
         view: "x0", "eps", "v" or "flow".
         variable: of interpolation, "half_log_snr" (the default in x0 and eps), "sigma" for sigma / alpha, "t", "angle"
-            (the default in v) or "flow" for sigma / (alpha + sigma) (the default in flow).
+            (the default in v), "flow" for sigma / (alpha + sigma) (the default in flow) or "softplus".
         tau: noise level, 0 for the ODE. Outside x0 c^2 exceeds sigma_s^2 on long steps (in eps where h > 0.35), so that
             it wants 20 steps or more.
         lower_final: lower orders for the last steps, as many values as there are steps left.
+        landing: the step to sigma = 0: "denoise", which is D, of first order, or "polynomial", through the last values
+            as in other steps (in sigma / alpha where the variable is infinite there). It keeps the order, but
+            overshoots on a few long steps and where the data have detail below the last sigma, the more in x0. With
+            noise, in views other than x0, it is D.
 
     Raises:
-        ValueError: on another order, view or variable, or a tau that is negative.
+        ValueError: on another order, view, variable or landing, or a tau that is negative.
     """
 
     order: int = 3
@@ -57,15 +73,17 @@ class ExponentialAB(Multistep):
     variable: Variable | None = None
     tau: float = 0.0
     lower_final: bool = False
+    landing: Landing = "denoise"
 
     def __post_init__(self) -> None:
         check_order(4, order=self.order)
         check_option(("x0", "eps", *CURVES), view=self.view)
-        check_option((None, *VARIABLES), variable=self.variable)
+        check_option((None, *CHI), variable=self.variable)
+        check_option(LANDINGS, landing=self.landing)
         check_nonnegative(tau=self.tau)
 
     def tableau(self, grid: Grid) -> Tableau:
-        steps = steps_in(grid, self.view, self.variable, self.tau)
+        steps = steps_in(grid, self.view, self.variable, self.tau, self.landing)
         return steps.tableau(steps.weights(self.order, lower_final=self.lower_final))
 
 
@@ -84,9 +102,10 @@ class DPMSolverPP(Multistep):
         as_published: order 3 with half of the second difference, as in the official code.
         view: "x0", or "eps" for the multistep form of DPM-Solver (Lu et al., 2022).
         lower_final: lower orders for the last steps, as the official code has it where steps are few.
+        landing: on sigma = 0, as of `ExponentialAB`.
 
     Raises:
-        ValueError: on another order, rule or view, or as_published without order 3.
+        ValueError: on another order, rule, view or landing, or as_published without order 3.
     """
 
     order: int = 2
@@ -95,15 +114,17 @@ class DPMSolverPP(Multistep):
     as_published: bool = False
     view: Literal["x0", "eps"] = "x0"
     lower_final: bool = False
+    landing: Landing = "denoise"
 
     def __post_init__(self) -> None:
         check_order(3, order=self.order)
         check_option(("midpoint", "exact"), rule=self.rule)
         check_option(("x0", "eps"), view=self.view)
+        check_option(LANDINGS, landing=self.landing)
         _check_published(self.order, self.as_published)
 
     def tableau(self, grid: Grid) -> Tableau:
-        steps = steps_in(grid, self.view, tau=float(self.stochastic))
+        steps = steps_in(grid, self.view, tau=float(self.stochastic), landing=self.landing)
         rule: Rule = "B2" if self.rule == "midpoint" else "exact"
         w = steps.weights(self.order, rule=rule, lower_final=self.lower_final)
         if self.order == 3 and self.as_published:
@@ -189,11 +210,12 @@ class UniPC(Multistep):
             e^h - 1, "B1", h, or "exact", the exact weight.
         corrector: False for UniP alone.
         lower_final: lower orders for the last steps, as the official code has it.
+        landing: on sigma = 0, as of `ExponentialAB`.
         variable: of interpolation, as of `ExponentialAB`; by default the view's own. Order 3 in v and half_log_snr is
             the default of `log_prob`.
 
     Raises:
-        ValueError: on another order, view, rule or variable.
+        ValueError: on another order, view, rule, landing or variable.
     """
 
     order: int = 3
@@ -201,19 +223,60 @@ class UniPC(Multistep):
     rule: Rule = "B2"
     corrector: bool = True
     lower_final: bool = False
+    landing: Landing = "denoise"
     variable: Variable | None = None
 
     def __post_init__(self) -> None:
         check_order(4, order=self.order)
         check_option(("x0", "eps", *CURVES), view=self.view)
         check_option(("exact", "B1", "B2"), rule=self.rule)
-        check_option((None, *VARIABLES), variable=self.variable)
+        check_option(LANDINGS, landing=self.landing)
+        check_option((None, *CHI), variable=self.variable)
 
     def tableau(self, grid: Grid) -> Tableau:
-        steps = steps_in(grid, self.view, self.variable)
+        steps = steps_in(grid, self.view, self.variable, landing=self.landing)
         predictor = steps.weights(self.order, False, self.rule, self.lower_final)
         corrector = steps.weights(self.order + 1, True, self.rule, self.lower_final) if self.corrector else None
         return steps.tableau(predictor, corrector)
+
+
+@dataclass(frozen=True)
+class Adams(Multistep):
+    """The recommended solver of the ODE: Adams' predictor and corrector (as of `UniPC`) along the straight line of flow
+    matching, whose F = eps - x_0 / c changes little where data are near a surface. F is interpolated in softplus: in
+    -lambda at noise, where D changes with every octave of it and a polynomial in the line's own variable overshoots,
+    and in sigma / alpha at the data, where the landing on sigma = 0 is then a step like the others. With fewer than 8
+    steps it is D that is interpolated.
+
+    On exact problems and on networks it is the best of the solvers here, or near it, at 5 to 100 evaluations
+    (measured: benchmarks/results/users_view).
+
+    Args:
+        order: of the predictor, 1 to 4, the corrector having one more; by default it rises with the number of steps: 2
+            below 10, 3 below 15, 4 from there on.
+        landing: on sigma = 0, as of `ExponentialAB`.
+
+    Raises:
+        ValueError: on another order or landing.
+    """
+
+    power: ClassVar[float | None] = 2.5
+
+    order: int | None = None
+    landing: Landing = "polynomial"
+
+    def __post_init__(self) -> None:
+        if self.order is not None:
+            check_order(4, order=self.order)
+        check_option(LANDINGS, landing=self.landing)
+
+    def on(self, steps: int) -> UniPC:
+        """What it is with that number of steps."""
+        order = self.order or (2 if steps < 10 else 3 if steps < 15 else 4)
+        return UniPC(order, "flow" if steps >= 8 else "x0", "exact", variable="softplus", landing=self.landing)
+
+    def tableau(self, grid: Grid) -> Tableau:
+        return self.on(grid.steps).tableau(grid)
 
 
 @dataclass(frozen=True)

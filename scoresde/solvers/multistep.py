@@ -20,8 +20,9 @@ at alpha = 0. tau = 0 is the probability-flow ODE, tau = 1 the reverse SDE.
 A predictor reads F_n, F_{n-1}, ... A corrector repeats the step with F_{n+1}, evaluated at the predicted state, among
 its values, at no further evaluation (PEC): both start from the same state with the same noise, so that they differ by F
 terms alone, and these are added to the next row. The states between rows are therefore the predicted ones. The first
-steps use the orders that the history allows. A step to sigma = 0 is D, and one from alpha = 0, in x0 and eps, is first
-order and leaves no value behind. One up to alpha = 0 is first order, too, and the step before it then has no corrector.
+steps use the orders that the history allows. A step to sigma = 0 is D, or taken by the polynomial as the others are:
+the landing. One from alpha = 0, in x0 and eps, is first order and leaves no value behind. One up to alpha = 0 is first
+order, too, and the step before it then has no corrector.
 
 A method that starts with a first-order step has an error of order 2 from it, or 3 with a corrector. It is small where
 the start is nearly pure noise, and shows at some 100 to 500 steps: higher orders are those measured before that.
@@ -32,28 +33,61 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from scoresde.grid import Grid
+from scoresde.schedules import EDMSDE
+from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
 from scoresde.solvers.first_order import marginal_preserving
 from scoresde.solvers.rows import forgotten
 from scoresde.solvers.runge_kutta import VARIABLES
-from scoresde.solvers.weights import exponential_kernel, interpolation_weights
+from scoresde.solvers.weights import exponential_kernel, interpolation_weights, lagrange_basis
 from scoresde.tableau import Tableau
 from scoresde.tensors import told
 from scoresde.views import view_of_mean
 
-__all__ = ["CURVES", "Kernel", "Multistep", "Rule", "Steps", "Variable", "View", "steps_in"]
+__all__ = [
+    "CHI",
+    "CURVES",
+    "LANDINGS",
+    "Kernel",
+    "Landing",
+    "Multistep",
+    "Rule",
+    "Steps",
+    "Variable",
+    "View",
+    "steps_in",
+]
 
 View = Literal["x0", "eps", "v", "flow"]
-Variable = Literal["half_log_snr", "sigma", "t", "angle", "flow"]
+Variable = Literal["half_log_snr", "sigma", "t", "angle", "flow", "softplus"]
 Rule = Literal["exact", "B1", "B2"]
+Landing = Literal["denoise", "polynomial"]
 Kernel = Callable[[Tensor], Tensor]
+
+LANDINGS = get_args(Landing)
+
+NOISE = 1000.0
+"""K of softplus: sigma / (alpha c) from which more noise is all the same."""
+
+
+def _softplus(sde: SDE, t: Tensor) -> Tensor:
+    """log (1 + u) / (1 + u / K), u = sigma / (alpha c): of -lambda, u at the data and log u at noise."""
+    signal, sigma = sde.scales(t)
+    return ((signal + sigma) / (signal + sigma / NOISE)).log()
+
+
+CHI: dict[str, Callable[[SDE, Tensor], Tensor]] = {
+    **{name: coordinates.psi for name, coordinates in VARIABLES.items()},
+    "softplus": _softplus,
+}
+"""Variables of interpolation, as functions of (sde, t)."""
 
 CURVES: dict[str, Variable] = {"v": "angle", "flow": "flow"}
 """Views whose flow is the integral of F alone, and the variable it is over: a key of `runge_kutta.VARIABLES`."""
@@ -65,6 +99,7 @@ class Multistep(Solver):
     """A solver of one evaluation a step, which reads those of earlier steps too."""
 
     power: ClassVar[float | None] = 4.0
+    between: ClassVar[bool] = True
 
     def evaluations(self, grid: Grid) -> int:
         return grid.steps
@@ -85,15 +120,22 @@ class Steps:
     c2: Tensor
     kernel: Callable[[Tensor], Kernel]
     slope: Tensor
+    landing: Landing = "denoise"
 
     __repr__ = told
+
+    @cached_property
+    def lands(self) -> Tensor:
+        """Whether a step to sigma = 0 is taken by the polynomial."""
+        return (self.grid.pairs()[3] == 0) & (self.landing == "polynomial")
 
     @cached_property
     def regular(self) -> Tensor:
         """Whether the view can take a step."""
         alpha_t, _, alpha_s, sigma_s = self.grid.pairs()
         reach = (alpha_t > 0) & (alpha_s > 0)  # up to alpha = 0, too, half log-SNR is infinite
-        return (sigma_s > 0) & ((self.chi[:-1].isfinite() & reach) | (self.view in CURVES))
+        regular = (self.chi[:-1].isfinite() & reach) | (self.view in CURVES)
+        return ((sigma_s > 0) | self.lands) & regular
 
     @cached_property
     def omega(self) -> Tensor:
@@ -107,11 +149,20 @@ class Steps:
     @cached_property
     def chi(self) -> Tensor:
         """The variable of interpolation at all times, (N + 1,)."""
-        return VARIABLES[self.variable].psi(self.grid.sde, self.grid.times)
+        return CHI[self.variable](self.grid.sde, self.grid.times)
 
     def _chi_at(self, omega: Tensor) -> Tensor:
-        sde = self.grid.sde
-        return VARIABLES[self.variable].psi(sde, VARIABLES[self._integrated].time(sde, omega))
+        return self._chi_of(VARIABLES[self._integrated].time(self._levels, omega), self.variable)
+
+    @cached_property
+    def _levels(self) -> SDE:
+        """The process of the same levels whose time is sigma / alpha: one may have none below its smallest."""
+        return EDMSDE().for_data(self.grid.sde.data_scale)
+
+    def _chi_of(self, u: Tensor, variable: str) -> Tensor:
+        if variable == "t":
+            return self.grid.sde.time_at(-u.log())
+        return CHI[variable](self._levels, u)
 
     def _own(self, order: int, new: bool) -> Tensor:
         """Whether a step is interpolated in the variable of integration itself, (N,). In v and flow also where one of
@@ -138,14 +189,18 @@ class Steps:
         values = (torch.minimum(values, N - n) if lower_final else values).add(new).clamp(max=order)
         w = torch.zeros(N, order, dtype=torch.float64, device="cpu")
         for J in range(1, order + 1):
+            on, to_end = self.regular & (values == J), self.omega[1:].isinf()
+            end = n[on & to_end]
+            if len(end) and not new:  # there is no corrector on the last step
+                w[end, :J] = self._landing(end[:, None] - torch.arange(J, device="cpu"))
             for own in (True, False):
-                at = n[self.regular & (values == J) & (self._own(order, new) == own)]
+                at = n[on & ~to_end & (self._own(order, new) == own)]
                 if len(at):
                     variable, through = (self.omega, None) if own else (self.chi, self._chi_at)
                     nodes = variable[at[:, None] + int(new) - torch.arange(J, device="cpu")]
                     ends = self.omega[at], self.omega[at + 1]
                     w[at, :J] = interpolation_weights(nodes, *ends, self.kernel(at), through)
-        two = n[self.regular & (values == 2)]
+        two = n[self.regular & (values == 2) & ~self.omega[1:].isinf()]
         if rule != "exact" and len(two):
             # sum_j w_j F_j = total F_n + B / 2 (F_o - F_n) h / (lambda_o - lambda_n), F_o the other value.
             here, other = (1, 0) if new else (0, 1)
@@ -155,6 +210,18 @@ class Steps:
             w[two, other] = B / 2 * (self.omega[two + 1] - self.omega[two]) / reach
             w[two, here] = total - w[two, other]
         return w
+
+    def _landing(self, at: Tensor) -> Tensor:
+        """w_j of a step to sigma = 0 in x0 or eps, through the values at times number `at`, shape (M, J): D at its end,
+        or the integral of eps over sigma / alpha.
+        """
+        variable = self.variable if bool(self.chi[-1].isfinite()) else "sigma"
+        sde, times = self.grid.sde, self.grid.times[at]
+        nodes, end = CHI[variable](sde, times), torch.zeros(len(at), dtype=torch.float64, device="cpu")
+        if self.view == "x0":
+            return lagrange_basis(nodes, end[:, None])[:, 0]  # chi is 0 where sigma is
+        start = CHI["sigma"](sde, times[:, 0])
+        return interpolation_weights(nodes, start, end, torch.ones_like, lambda u: self._chi_of(u, variable))
 
     def tableau(self, predictor: Tensor, corrector: Tensor | None = None) -> Tableau:
         """The table of weights (N, K), lag 0 being a step's own F, and of a corrector's, lag 0 being F at its end."""
@@ -177,10 +244,18 @@ class Steps:
         return Tableau(self.grid, a=torch.where(on, self.a, a), b=b, c=torch.where(on, self.c2.sqrt(), c), view=(p, q))
 
 
-def steps_in(grid: Grid, view: View = "x0", variable: Variable | None = None, tau: Tensor | float = 0.0) -> Steps:
+def steps_in(
+    grid: Grid,
+    view: View = "x0",
+    variable: Variable | None = None,
+    tau: Tensor | float = 0.0,
+    landing: Landing = "denoise",
+) -> Steps:
     """The steps of the module's docstring; tau is a number or shape (N,)."""
     alpha_t, sigma_t, alpha_s, sigma_s = grid.pairs()
     tau = torch.as_tensor(tau, dtype=torch.float64, device="cpu").expand(grid.steps)
+    if view != "x0" and float(tau[-1]) > 0:  # outside x0 noise does not vanish with sigma_s
+        landing = "denoise"
     if view in CURVES:
         curve = CURVES[view]
         m_t, m_s = (m := VARIABLES[curve].m(grid.sde, grid.times))[:-1], m[1:]
@@ -198,14 +273,18 @@ def steps_in(grid: Grid, view: View = "x0", variable: Variable | None = None, ta
         if not grid.increasing:  # there noise would have a negative variance, of which `Tableau` is to hear
             lost = lost.clamp(min=0)
         slope = (1 + tau**2) * VARIABLES[curve].psi(grid.sde, grid.times).diff()
-        return Steps(grid, view, variable or curve, m_s / m_t * keep, m_s, m_s**2 * lost, kernel, slope)
+        return Steps(grid, view, variable or curve, m_s / m_t * keep, m_s, m_s**2 * lost, kernel, slope, landing)
     lambda_ = grid.sde.half_log_snr(grid.times)
     h = lambda_.diff()
     c2 = sigma_s**2 * forgotten(grid.sde, grid.times[:-1], grid.times[1:], tau)
     if view == "x0":
-        k, a, scale = 1 + tau**2, sigma_s / sigma_t * (-(tau**2) * h).exp(), alpha_s
+        k, a, scale = 1 + tau**2, sigma_s / sigma_t * torch.where(sigma_s > 0, -(tau**2) * h, 0.0).exp(), alpha_s
     else:
-        k, a, scale = -torch.ones_like(tau), alpha_s / alpha_t, (1 + tau**2) * sigma_s
+        k, a, scale = (
+            -torch.ones_like(tau),
+            alpha_s / alpha_t,
+            (1 + tau**2) * torch.where(sigma_s > 0, sigma_s, alpha_s),
+        )
         c2 = torch.where((tau > 0) & h.isfinite(), (tau * sigma_s) ** 2 * torch.expm1(2 * h), c2)
     return Steps(
         grid,
@@ -216,4 +295,5 @@ def steps_in(grid: Grid, view: View = "x0", variable: Variable | None = None, ta
         c2,
         lambda n: exponential_kernel(k[n], lambda_[n + 1]),
         slope=k * h,
+        landing=landing,
     )

@@ -87,6 +87,8 @@ def textbook_of(solver: Solver) -> Textbook | None:
 
 
 def _of_several_steps(solver: Solver) -> Textbook | None:
+    if getattr(solver, "landing", "denoise") != "denoise":
+        return None
     match solver:
         case ExponentialAB(order=order, view=("x0" | "eps" | "v") as view, variable=variable, tau=0.0):
             if solver.lower_final or variable == "flow":
@@ -103,7 +105,7 @@ def _of_several_steps(solver: Solver) -> Textbook | None:
             return Textbook(multistep.deis_t_ab if variable == "t" else multistep.deis_rho_ab, {"order": order})
         case IPNDM(order=order):
             return Textbook(multistep.ipndm, {"order": order})
-        case UniPC(view=("x0" | "eps") as view, lower_final=False):
+        case UniPC(view=("x0" | "eps") as view, variable=None, lower_final=False):
             own = {"order": solver.order, "view": view, "rule": solver.rule, "corrector": solver.corrector}
             return Textbook(corrected.unipc, own)
         case SASolver(tau=tau, lower_final=False):

@@ -118,6 +118,7 @@ def exponential_ab(
             "t": lambda: float(t),
             "angle": lambda: math.atan2(sigma, alpha),
             "radius": lambda: math.hypot(alpha, sigma),
+            "softplus": lambda: math.log((alpha + sigma) / (alpha + sigma / 1000)),
         }[what]()
 
     def of_lambda(lam: float) -> float:
@@ -127,6 +128,7 @@ def exponential_ab(
             "sigma": lambda: math.exp(-lam),
             "t": lambda: float(sde.time_at(lam)),
             "angle": lambda: math.atan(math.exp(-lam)),
+            "softplus": lambda: math.log((1 + math.exp(-lam)) / (1 + math.exp(-lam) / 1000)),
         }[variable]()
 
     def of_angle(psi: float) -> float:
