@@ -22,11 +22,12 @@ from functools import cache, partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 from problems import Draws
 from torch import Tensor
 
-from scoresde import EDMSDE, Denoiser, Grid, Posterior
+from scoresde import EDMSDE, SDE, Denoiser, Grid, Posterior
 from scoresde.auditing.forms import claimed_order, form_of, k_diffusion_sampling
 from scoresde.auditing.model import Draws as Drawn
 from scoresde.auditing.model import Form, Model
@@ -43,6 +44,59 @@ NOT_DRIVEN = {
     "k-diffusion dpm_adaptive": "chooses its own evaluations: no budget can be given",
 }
 """Samplers of the peers that are not in the race, and why."""
+
+
+USUAL = [
+    ("diffusers DDIM", "leading"),
+    ("diffusers DDIM", "trailing"),
+    ("diffusers Euler", "linspace"),
+    ("diffusers Heun", "linspace"),
+    ("diffusers dpmsolver++-2M as made", "linspace"),
+    ("diffusers dpmsolver++-2M as made", "Karras 7"),
+    ("diffusers UniPC-2 as made", "linspace"),
+    ("diffusers UniPC-2 as made", "Karras 7"),
+    ("diffusers DEIS-3, lower order final", "linspace"),
+    ("diffusers DEIS-3, lower order final", "Karras 7"),
+    ("k-diffusion dpmpp_2m", "Karras 7"),
+    ("k-diffusion heun", "Karras 7"),
+    ("k-diffusion lms order 4", "Karras 7"),
+    ("azula Euler", "uniform"),
+    ("azula Heun", "uniform"),
+    ("azula zEAB3", "uniform"),
+    ("azula xEAB2", "uniform"),
+    ("azula vAB2", "uniform"),
+    ("diffusers DDIM eta=1", "leading"),
+    ("diffusers Euler ancestral", "linspace"),
+    ("diffusers sde-dpmsolver++-2M", "linspace"),
+    ("diffusers sde-dpmsolver++-2M", "Karras 7"),
+    ("k-diffusion dpmpp_2m_sde midpoint", "Karras 7"),
+    ("k-diffusion dpmpp_3m_sde", "Karras 7"),
+    ("azula DDPM", "uniform"),
+]
+"""What the peers' users get: samplers by name, with the spacings that their packages give them."""
+
+
+def usual_grid(spacing: str, sde: SDE, steps: int, end: float, first: float) -> Grid:
+    """A peer's spacing from t_max to `end`, 0 or `first`, the first noisy time: its time at index 0. "leading",
+    "trailing" and "linspace" are diffusers' strides over 1000 indices from there, rounded where they are.
+    """
+    if spacing == "uniform":  # azula's
+        return Grid.uniform(sde, steps, end=end)
+    if spacing == "Karras 7":
+        return Grid.karras(sde, steps, **({"last": first} if end == 0 else {"end": end}))
+    if spacing == "linspace":
+        at = np.linspace(0, 999, steps + 1).round()[::-1]
+        at = at[:-1] if end == 0 else at
+    elif spacing == "trailing":
+        at = np.round(np.arange(1000, 0, -1000 / steps))[:steps] - 1
+    else:
+        at = np.arange(steps)[::-1] * (1000 // steps)
+    times = first + at / 999 * (sde.t_max - first)
+    if end == 0:
+        times = np.append(times, 0.0)
+    elif times[-1] > first:
+        times = np.append(times, first)
+    return Grid(sde, times)
 
 
 class InSigmas(Denoiser):
@@ -166,6 +220,9 @@ def _diffusers() -> list[Peer]:
         for (k, corrector), tau in itertools.product(((2, 2), (3, 3), (3, 4)), (0.0, 1.0)):
             options = {"predictor_order": k, "corrector_order": corrector, "tau_func": partial(_constant, tau), **final}
             add(f"SA-Solver {k}/{corrector} tau={tau:g}{tail}", d.SASolverScheduler, options, deterministic=tau == 0)
+    # As their constructors have them: lower orders at the end of few steps, and a last step to sigma = 0.
+    add("dpmsolver++-2M as made", multistep, {"solver_order": 2})
+    add("UniPC-2 as made", unipc, {"solver_order": 2})
     for algorithm, k in itertools.product(("dpmsolver++", "dpmsolver"), (2, 3)):
         options = {"solver_order": k, "algorithm_type": algorithm, **to_noise}
         add(f"{algorithm}-{k}S", d.DPMSolverSinglestepScheduler, options)

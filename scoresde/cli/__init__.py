@@ -40,13 +40,13 @@ __all__ = ["GRIDS", "SDES", "SOLVERS", "main"]
 
 EXAMPLES = """examples:
   scoresde train --data my_folder --size 32 --out runs/mine
-  scoresde sample runs/mine --n 64 --solver unipc3 --nfe 20 --out samples.png
+  scoresde sample runs/mine --n 64 --solver adams --nfe 20 --out samples.png
   scoresde edit runs/mine --input strokes.png --strength 0.5 --out edited.png
   scoresde restore runs/mine --input photo.png --operator box:8,8,12,12 --out restored.png
   scoresde evaluate runs/mine --n 1000 --data held_out_folder --out scores.json
   scoresde likelihood runs/mine --data held_out_folder --out bits.json
   scoresde variance runs/mine --out table.npz
-  scoresde compare runs/mine --solvers ddim unipc3 --nfe 5 10 20 --out runs/compare
+  scoresde compare runs/mine --solvers adams ddim --nfe 5 10 20 --out runs/compare
   scoresde export runs/mine --out mine --dtype float16
   scoresde audit my_sampler:heun --takes sigmas --out page.md
   scoresde COMMAND --help          all of a command's options, and more examples

@@ -34,11 +34,11 @@ killed, and one with more solvers or budgets adds to it. OUT gets README.md (the
 how they came about) and, where matplotlib is installed, a plot."""
 
 EXAMPLES = """
-scoresde compare runs/fm --solvers ddim unipc3 dpm++2m heun --nfe 5 10 20 --data fashion-mnist-test --out runs/compare
+scoresde compare runs/fm --solvers adams ddim dpm++2m heun --nfe 5 10 20 --data fashion-mnist-test --out runs/compare
 scoresde compare runs/fm --solvers 'DDIM(0.2)' ddpm --nfe 10 20 50 --n 5000 --grids default quadratic --out runs/noisy
 scoresde compare runs/fm --solvers ddpm ddim --variance table.npz --nfe 10 20 --out runs/analytic
-scoresde compare --denoiser my_model:load --shape 3 32 32 --data images.npy --solvers ddim unipc3 --out runs/mine
-torchrun --nproc-per-node=4 -m scoresde compare runs/fm --solvers ddim unipc3 --number 50000 --out runs/compare
+scoresde compare --denoiser my_model:load --shape 3 32 32 --data images.npy --solvers adams ddim --out runs/mine
+torchrun --nproc-per-node=4 -m scoresde compare runs/fm --solvers adams ddim --number 50000 --out runs/compare
 """
 
 
@@ -49,8 +49,8 @@ class CompareOptions(Options):
     model: ModelOptions = part("the model")
     solvers: list[str] = option(
         "names from `scoresde solvers`, calls, 'DDIM(eta=0.2)', or 'chosen', the best for each budget, which is looked "
-        "for on the way and kept in RUN/tuned (ddim dpm++2m unipc3 heun)",
-        ["ddim", "dpm++2m", "unipc3", "heun"], "NAME", nargs="+")  # fmt: skip
+        "for on the way and kept in RUN/tuned (adams dpm++2m ddim heun er-sde3)",
+        ["adams", "dpm++2m", "ddim", "heun", "er-sde3"], "NAME", nargs="+")  # fmt: skip
     nfe: list[int] = option("budgets of evaluations (5 10 20)", [5, 10, 20], "N", nargs="+")
     grids: list[str] = option(
         f"spacings, {', '.join(GRIDS)} (default: each solver's own)", ["default"], "GRID", nargs="+", choices=GRIDS

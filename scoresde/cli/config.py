@@ -231,7 +231,7 @@ class EvaluateConfig:
     """
 
     grid: int = 64
-    solver: str = "unipc3"
+    solver: str = "adams"
     nfe: int = 20
     clip: bool = False
     seed: int = 0

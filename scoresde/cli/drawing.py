@@ -55,7 +55,7 @@ SOLVER_HELP = (
     "a name from `scoresde solvers`; a call, 'DDIM(eta=0.2)'; 'chosen', the best for the network and --nfe, which is "
     "looked for once and kept in RUN/tuned; or a file of one"
 )
-DEFAULT_SOLVER = "unipc3"
+DEFAULT_SOLVER = "adams"
 CHOOSING = 32  # samples, half of which choose
 NFE_HELP = "evaluations of the network ({}, unless --steps; a budget for adaptive solvers)"
 CLASS_HELP = "of all samples: 0, 1, ..., or its name"

@@ -24,7 +24,7 @@ are whole images, of which the condition is made as in training; or with --measu
 given:PATH, the conditions themselves. Sample i is for item i; with another --seed it is another one for the same."""
 
 EXAMPLES = """
-scoresde sample runs/fm --out samples.png                          64 of them, UniPC, 20 evaluations
+scoresde sample runs/fm --out samples.png                          64 of them, Adams, 20 evaluations
 scoresde sample runs/fm --n 5000 --solver ddim --nfe 50 --out samples.npz
 scoresde sample runs/fm --class 3 --solver 'DDIM(eta=0.2)' --steps 100 --clip --out threes.png
 scoresde sample runs/fm --class 3 --guidance 2 --out typical_threes.png       of a run of `scoresde train --drop 0.1`
