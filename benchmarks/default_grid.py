@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     errors[f"{name}, {grid_name}"] = [case.error(made) for case in exact.values()]
             usual = errors["2M, default"]
             relative = {k: [e / u for e, u in zip(v, usual, strict=True)] for k, v in errors.items()}
-            record[f"to {end:g}, {n}"] = {k: [float(f"{e:.3g}") for e in v] for k, v in errors.items()}
+            record[f"to {end:g}, {n}"] = {k: " ".join(f"{e:.3g}" for e in v) for k, v in errors.items()}
             for name in relative:
                 rows.setdefault(name, []).append(mean_and_worst(relative[name]))
         shown = {k: v for k, v in rows.items() if not k.endswith("near")}

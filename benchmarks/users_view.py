@@ -269,13 +269,27 @@ def report(scores: dict[Cell, Score], names: Sequence[str], budgets: Sequence[in
     record = {
         "environment": env,
         "peers": versions,
-        "ratios": [{"where": where, "nfe": nfe, "ratio": round(value, 4)} for (where, nfe), value in found.items()],
-        "cells": [[*cell, float(f"{score.value:.4g}")] for cell, score in scores.items()],
+        "evaluations": list(budgets),
+        "ratios": {
+            where: " ".join(f"{found[where, nfe]:.3g}" for nfe in budgets)
+            for where in dict.fromkeys(w for w, _ in found)
+        },
+        "cells": _nested(scores),
     }
     write_json(out / "results.json", record)
     text = "\n".join(page) + "\n"
     (out / "README.md").write_text(text)
     return text
+
+
+def _nested(scores: dict[Cell, Score]) -> dict[str, dict[str, str]]:
+    """where and race -> solver on grid -> its values at the budgets."""
+    tree: dict[str, dict[str, str]] = {}
+    for (where, kind, package, solver, grid, _), score in scores.items():
+        row = tree.setdefault(f"{where}, {kind}", {})
+        name = f"{solver or 'recommended'}, {grid}" if package == HERE else f"{solver}, {grid}"
+        row[name] = f"{row.get(name, '')} {score.value:.4g}".strip()
+    return tree
 
 
 def main(argv: Sequence[str] | None = None) -> None:

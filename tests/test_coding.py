@@ -322,7 +322,7 @@ def test_the_grid_of_steps_ends_at_t_min_on_the_spacing_of_the_solver():
     x = TARGET.sample(1, generator=generator())
     for sde in (VPSDE(), EDMSDE(), DDPMChain()):
         denoiser = TARGET.denoiser(sde)
-        assert encode(denoiser, x, UniPC(), steps=9).grid == Grid.power(sde, 9, power=4.0, end=sde.t_min)
+        assert encode(denoiser, x, UniPC(), steps=9).grid == Grid.sampling(sde.unrounded, 9, power=4.0, end=sde.t_min)
         assert encode(denoiser, x, Heun(), steps=9).grid == Grid.customary(sde, 9, end=sde.t_min)
     assert encode(TARGET.denoiser(DDPMChain()), x, UniPC(), steps=999).grid.times.tolist() == list(range(1000, 0, -1))
 
