@@ -15,7 +15,7 @@ from scoresde.editing import edit, interpolation, interpolation_grid, sdedit, va
 from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.levels import to_levels
 from scoresde.noise import derive_seed
-from scoresde.solvers import DDIM, DDPM, UniPC
+from scoresde.solvers import DDIM, DDPM, Adams
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -190,19 +190,19 @@ def test_paths_and_sheets(digits_run, moons_run, inputs):
     denoiser = scoresde.load(digits_run)
     options = ["--input", "six.npz", "--nfe", 6, "--class", 2]
     assert run("edit", digits_run, *options, "--interpolate", 4, "--out", "a.npz", *CPU) == 0
-    expected = interpolation(denoiser, inputs[::2], inputs[1::2], UniPC(3), weights=4, nfe=6, cond=cond(2, 3)).x
+    expected = interpolation(denoiser, inputs[::2], inputs[1::2], Adams(), weights=4, nfe=6, cond=cond(2, 3)).x
     torch.testing.assert_close(found("a.npz"), expected.transpose(0, 1).flatten(0, 1), rtol=1e-4, atol=1e-4)
     assert run("edit", digits_run, *options, "--interpolate", 4, "--out", "a.png", "--beside", *CPU[:-1]) == 0
     with Image.open("a.png") as picture:
         assert picture.size == (6 * 34 + 2, 3 * 34 + 2)
     assert run("edit", digits_run, *options, "--limit", 4, "--interpolate", 2, 3, "--out", "b.npz", *CPU) == 0
-    expected = interpolation_grid(denoiser, inputs[:4], UniPC(3), rows=2, columns=3, nfe=6, cond=cond(2, 1)).x
+    expected = interpolation_grid(denoiser, inputs[:4], Adams(), rows=2, columns=3, nfe=6, cond=cond(2, 1)).x
     torch.testing.assert_close(found("b.npz"), expected.flatten(0, 1), rtol=1e-4, atol=1e-4)
     # Points in the plane, which are no pictures.
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     np.save("points.npy", x.numpy())
     assert run("edit", moons_run, "--input", "points.npy", "--interpolate", 3, "--nfe", 8, "--out", "c.npz", *CPU) == 0
-    expected = interpolation(scoresde.load(moons_run), x[::2], x[1::2], UniPC(3), weights=3, nfe=8).x
+    expected = interpolation(scoresde.load(moons_run), x[::2], x[1::2], Adams(), weights=3, nfe=8).x
     torch.testing.assert_close(found("c.npz"), expected.transpose(0, 1).flatten(0, 1), rtol=1e-4, atol=1e-4)
 
 

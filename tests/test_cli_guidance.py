@@ -24,7 +24,7 @@ from scoresde.guidance.posterior_sampling import PiGDM
 from scoresde.levels import to_levels
 from scoresde.noise import derive_seed, seeds_of
 from scoresde.sampling import sample
-from scoresde.solvers import DDPM, UniPC
+from scoresde.solvers import DDPM, Adams
 from scoresde.variance import VarianceTable, estimate
 from scoresde.wrappers import Clip
 
@@ -104,7 +104,7 @@ def test_guidance_is_the_librarys(guided_run, here):
     denoiser, cond = scoresde.load(guided_run), {"label": torch.full((5,), 3)}
 
     def drawn(model, cond=cond):
-        return sample(model, (5, 1, 8, 8), UniPC(3), nfe=3, seed=seeds(5), cond=cond).x
+        return sample(model, (5, 1, 8, 8), Adams(), nfe=3, seed=seeds(5), cond=cond).x
 
     torch.testing.assert_close(found("three.npz"), drawn(ClassifierFree(denoiser, 3.0)), rtol=1e-5, atol=1e-5)
     assert run(*options, "--guidance", 3, "--guidance-rule", "cfg-zero", "--out", "zero-star.npz") == 0
@@ -127,7 +127,7 @@ def test_conditions_are_dropped_with_the_class(runs, here):
     denoiser, (x, labels) = scoresde.load(path), (part[:4] for part in digits())
     image = scoresde.data.SuperResolution(2)(x, scoresde.data.Shown(torch.arange(4), 4))
     guided = ClassifierFree(denoiser, 2.0, null={"label": 10, "image": 0.0})
-    expected = sample(guided, x.shape, UniPC(3), nfe=3, seed=seeds(4), cond={"label": labels, "image": image}).x
+    expected = sample(guided, x.shape, Adams(), nfe=3, seed=seeds(4), cond={"label": labels, "image": image}).x
     torch.testing.assert_close(found("a.npz"), expected, rtol=1e-4, atol=1e-4)
     assert run("restore", path, "--input", "digits", "--operator", "down:2", "--out", "b.npz", *CPU) == 2
 

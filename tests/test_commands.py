@@ -671,7 +671,7 @@ def test_a_grid_has_white_between_its_images():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--solver", "dimm"], "--solver 'dimm': expected 'ddim', or one of 76 others"),
+        (["--solver", "dimm"], "--solver 'dimm': expected 'ddim', or one of 77 others"),
         (["--solver", "DDIM(eta=-1)"], "--solver 'DDIM(eta=-1)': eta=-1: expected a finite number >= 0"),
         (["--solver", "DDIM(etaa=1)"], "DDIM has no 'etaa': it knows eta"),
         (["--solver", "UniPC(order=9)"], "order=9: expected a whole number from 1 to 4"),

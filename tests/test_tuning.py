@@ -151,7 +151,7 @@ def test_sample_takes_what_was_chosen_for_the_run(moons, tmp_path, capsys, monke
         assert main([*draw, *more]) == 0
         return capsys.readouterr()
 
-    assert "UniPC(" in used().out
+    assert "Adams(" in used().out
     first = used("--solver", "chosen")
     assert "TunedSolver(" in first.out
     assert "from the model's fine solution" in first.err

@@ -171,7 +171,7 @@ class Steps:
         N = self.grid.steps
         if self.variable == self._integrated:
             return torch.ones(N, dtype=torch.bool, device="cpu")
-        if self.view not in CURVES:
+        if self.view not in CURVES or self.variable not in ("half_log_snr", "sigma"):  # those that grow without end
             return torch.zeros(N, dtype=torch.bool, device="cpu")
         signal, sigma = self.grid.sde.scales(self.grid.times)
         told = signal > _NO_SIGNAL * sigma
