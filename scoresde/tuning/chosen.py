@@ -17,12 +17,12 @@ from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.entries import entries_of
 from scoresde.grid import Grid
 from scoresde.noise import derive_seed, noise_source
-from scoresde.run import check_solver, initial
+from scoresde.run import check_solver, initial, process
 from scoresde.sampling import sample
 from scoresde.schedules import VPSDE
 from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
-from scoresde.solvers.exponential import DEIS, IPNDM, DPMSolverPP, ExponentialAB, UniPC
+from scoresde.solvers.exponential import DEIS, IPNDM, Adams, DPMSolverPP, ExponentialAB, UniPC
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.runge_kutta import Heun
 from scoresde.tuning.solver import TunedSolver
@@ -31,7 +31,8 @@ from scoresde.variance.table import fingerprint
 __all__ = ["SOLVERS", "SPACINGS", "choose"]
 
 SOLVERS: tuple[Solver, ...] = (
-    UniPC(3), DPMSolverPP(2), UniPC(2), UniPC(3, "eps"), UniPC(2, "v"), UniPC(3, "v"), DPMSolverPP(3), DEIS(2), DEIS(3),
+    Adams(), DPMSolverPP(2), UniPC(2), UniPC(3), UniPC(3, "eps"), UniPC(2, "v"), UniPC(3, "v"),
+    UniPC(2, "flow", variable="softplus"), UniPC(3, "flow", variable="softplus"), DPMSolverPP(3), DEIS(2), DEIS(3),
     IPNDM(3), ExponentialAB(2, "v"), ExponentialAB(3, "v"), DDIM(), Heun(),
 )  # fmt: skip
 """Solvers that are tried by default; the first two find the grids."""
@@ -120,7 +121,7 @@ def choose(
         grids = list(dict.fromkeys(found.spacing for found in first))[:3]
         more = trial.of(solvers[2:], {name: spacings[name] for name in grids if name in spacings})
         second = trial.ranked([*first[:4], *more], trial.few)
-        landed = [replaced for found in second[:6] if (replaced := found.landing_by("polynomial")) is not None]
+        landed = [other for found in second[:6] if (other := found.landing_otherwise) is not None]
         third = trial.ranked([*second[:6], *landed], trial.half)
         usual = trial.of([default], {})
         best = trial.ranked([*third[:4], *usual], trial.half)
@@ -136,11 +137,13 @@ class _Try(NamedTuple):
     spacing: str
     grid: Grid
 
-    def landing_by(self, how: str) -> _Try | None:
-        """With another last step, if it has a choice."""
+    @property
+    def landing_otherwise(self) -> _Try | None:
+        """With the other last step, if it has a choice."""
         if not is_dataclass(self.solver) or "landing" not in [field.name for field in fields(self.solver)]:
             return None
-        return self._replace(solver=replace(self.solver, landing=how))
+        other = "denoise" if getattr(self.solver, "landing") == "polynomial" else "polynomial"  # noqa: B009
+        return self._replace(solver=replace(self.solver, landing=other))
 
 
 class _Trial:
@@ -157,7 +160,8 @@ class _Trial:
         progress: bool,
     ) -> None:
         self.denoiser, self.nfe, self.cond = denoiser, nfe, cond
-        fine, grid = UniPC(3).within(denoiser.sde, min(reference_nfe or max(12 * nfe, 120), 10**6))
+        reference_nfe = reference_nfe or max(12 * nfe, 120)
+        fine, grid = Adams().within(process(denoiser, Adams(), reference_nfe), reference_nfe)
         n = len(shape_or_x) if isinstance(shape_or_x, Tensor) else int(shape_or_x[0])
         if n < 8:
             raise ArgumentError(f"shape_or_x has {n} samples: expected 8 or more, half of them to choose by")
@@ -184,14 +188,14 @@ class _Trial:
         """The solvers on their own grids and on these, as many steps as fit the budget; without what cannot be."""
         found = []
         for solver in solvers:
+            sde = process(self.denoiser, solver, self.nfe)
             for name, spacing in {"": None, **spacings}.items():
                 try:
                     if spacing is None:
-                        used, grid = solver.within(self.denoiser.sde, self.nfe)
+                        used, grid = solver.within(sde, self.nfe)
                     else:
                         used = solver
-                        steps = solver.steps_within(self.denoiser.sde, self.nfe, spacing=spacing)
-                        grid = spacing(self.denoiser.sde, steps)
+                        grid = spacing(sde, solver.steps_within(sde, self.nfe, spacing=spacing))
                     noisy = bool((used.tableau(grid).c > 0).any())
                 except ValueError:  # too few evaluations, or too few nodes
                     continue
