@@ -26,7 +26,7 @@ from scoresde.pictures import html_table
 from scoresde.schedules import VPSDE
 from scoresde.sde import SDE
 
-__all__ = ["SPACINGS", "Grid"]
+__all__ = ["SPACINGS", "Grid", "standard_time"]
 
 
 class Grid:
@@ -213,7 +213,7 @@ class Grid:
         scale = math.log(sde.data_scale)
         if end == 0 and last is None:
             high = sde.t_max if start is None else start
-            last = _time_of(sde, 0.01 / _check_steps(steps), high if steps == 1 else high / 2)
+            last = standard_time(sde, 0.01 / _check_steps(steps), high if steps == 1 else high / 2)
         grid = cls._spaced(
             sde,
             steps,
@@ -246,7 +246,7 @@ class Grid:
         if end != 0:
             return cls.power(sde, N, power=power, end=end)
         tau = N ** (-2 * (1 - share)) * (0.01 / N) ** share
-        return cls.power(sde, N, power=power, last=_time_of(sde, tau, sde.t_max if N == 1 else 0.9 * sde.t_max))
+        return cls.power(sde, N, power=power, last=standard_time(sde, tau, sde.t_max if N == 1 else 0.9 * sde.t_max))
 
     @classmethod
     def strided(
@@ -326,7 +326,7 @@ SPACINGS: dict[str, Callable[[Any, int], Grid]] = {
 """Constructors of a grid by name: each takes an SDE and a number of steps."""
 
 
-def _time_of(sde: SDE, tau: float, most: float) -> float:
+def standard_time(sde: SDE, tau: float, most: float) -> float:
     """The time at which x_0 / c has the SNR of the standard `VPSDE` at tau, from t_min to most."""
     near = VPSDE().half_log_snr(torch.tensor(tau, dtype=torch.float64, device="cpu"))
     return min(max(float(sde.time_at(near - math.log(sde.data_scale))), sde.t_min), most)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-__all__ = ["Source", "copied", "module_copy", "sources_of"]
+__all__ = ["Source", "copied", "sources_of"]
 
 _ROOMS = ("scoresde.solvers.", "scoresde.textbook.")
 _COPY = "copy of "
@@ -68,7 +68,7 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 
 @cache
-def module_copy(name: str) -> ModuleType:
+def _module_copy(name: str) -> ModuleType:
     """The copy of a module of the solvers or of the textbook."""
     spec = importlib.util.find_spec(name)
     assert spec is not None
@@ -80,7 +80,7 @@ def module_copy(name: str) -> ModuleType:
     for node in list(tree.body):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_ROOMS):
             tree.body.remove(node)
-            theirs = module_copy(str(node.module))
+            theirs = _module_copy(str(node.module))
             for alias in node.names:
                 setattr(module, alias.asname or alias.name, getattr(theirs, alias.name))
     exec(compile(tree, _COPY + spec.origin, "exec"), module.__dict__)
@@ -90,13 +90,13 @@ def module_copy(name: str) -> ModuleType:
 def copied(value: Any) -> Any:
     """A solver, or a function of the textbook, of the copy; anything else as it is."""
     if isinstance(value, FunctionType) and value.__module__.startswith(_ROOMS):
-        return getattr(module_copy(value.__module__), value.__name__)
+        return getattr(_module_copy(value.__module__), value.__name__)
     if type(value) is tuple:
         return tuple(map(copied, value))
     kind = type(value)
     if not (is_dataclass(value) and kind.__module__.startswith(_ROOMS)):
         return value
-    own = getattr(module_copy(kind.__module__), kind.__name__)
+    own = getattr(_module_copy(kind.__module__), kind.__name__)
     return own(**{field.name: copied(getattr(value, field.name)) for field in fields(value) if field.init})
 
 

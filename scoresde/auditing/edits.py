@@ -212,7 +212,7 @@ def _exchanged(values: list[ast.expr]) -> Iterator[list[ast.expr]]:
         yield new
 
 
-def same(found: Responses, other: Responses, tol: float) -> bool:
+def _same(found: Responses, other: Responses, tol: float) -> bool:
     """Whether two samplers answer alike; their noise by its covariance."""
     if len(found.t) != len(other.t) or not torch.allclose(found.t, other.t, rtol=1e-5, atol=0):
         return False
@@ -245,7 +245,7 @@ def edits_to(
                 try:
                     with source.as_its_tree_is():
                         made = make()
-                    if same(found, made, found.tol):
+                    if _same(found, made, found.tol):
                         after = _text(edit)
                         text = f"it is {where} with `{after}` for `{before}`"
                         out.append((abs(len(after) - len(before)), Signature(edit.kind, text, 1.0)))
@@ -254,8 +254,10 @@ def edits_to(
                 finally:
                     edit.put(old)
         if out:
-            out.sort(key=lambda pair: pair[0])
-            return list({signature.name: signature for _, signature in reversed(out)}.values())[::-1]
+            nearest: dict[str, Signature] = {}
+            for _, signature in sorted(out, key=lambda pair: pair[0]):
+                nearest.setdefault(signature.name, signature)
+            return list(nearest.values())
     return []
 
 

@@ -78,7 +78,7 @@ class Nearest:
         own, right: the rows of the sampler, and of the solver.
         stage: of each row, its place in its step.
         same_times: whether the two ask their model at the same times.
-        wrong: which rows differ, bool, shape (R,).
+        differs: which of their numbers a, b_0, b_1, ..., c do, bool, shape (R, R + 2).
         score: how much does.
     """
 
@@ -91,7 +91,7 @@ class Nearest:
     right: Rows
     stage: Tensor
     same_times: bool
-    wrong: Tensor
+    differs: Tensor
     score: tuple[float, float]
 
     @property
@@ -101,17 +101,14 @@ class Nearest:
         return times[step], times[step + 1]
 
     @property
+    def wrong(self) -> Tensor:
+        """Which rows differ, bool, shape (R,)."""
+        return self.differs.any(1)
+
+    @property
     def columns_alike(self) -> int:
         """How many of a, b_0, b_1, ... and c are the same in all rows."""
-        size = torch.maximum(self.right.b.abs(), self.own.b.abs()).amax(1, keepdim=True).clamp(min=1e-300)
-        noise = torch.maximum(self.own.c, self.right.c) + 1e-12
-        tol = self.found.tol
-        wrong = [
-            differ(self.own.a, self.right.a, self.right.a.abs().clamp(min=1e-9), tol)[:, None],
-            differ(self.own.b, self.right.b, size, tol),
-            differ(self.own.c, self.right.c, noise, tol)[:, None],
-        ]
-        return int((~torch.cat(wrong, 1).any(0)).sum())
+        return int((~self.differs.any(0)).sum())
 
     @property
     def equal(self) -> bool:
@@ -211,7 +208,7 @@ def candidates(found: Responses, grid: Grid, most: int = 40) -> list[Nearest]:
         same_times = bool(torch.allclose(found.t, answers.t, rtol=1e-5, atol=0))
         size = torch.maximum(right.b.abs(), own.b.abs()).amax(1, keepdim=True)
         noise = torch.maximum(own.c, right.c) + 1e-12
-        parts = torch.cat(
+        differs = torch.cat(
             [
                 differ(own.a, right.a, right.a.abs().clamp(min=1e-9), found.tol)[:, None],
                 differ(own.b, right.b, size.clamp(min=1e-300), found.tol),
@@ -225,10 +222,10 @@ def candidates(found: Responses, grid: Grid, most: int = 40) -> list[Nearest]:
             + ((own.c - right.c) / noise).square().sum()
         )
         if math.isfinite(off):
-            score = float(parts.sum()) / len(found.t) + 0.5 * float(parts.any(0).sum())
+            score = float(differs.sum()) / len(found.t) + 0.5 * float(differs.any(0).sum())
             stage = torch.arange(len(base)) - base
             out.append(
-                Nearest(name, solver, table, found, answers, own, right, stage, same_times, parts.any(1), (score, off))
+                Nearest(name, solver, table, found, answers, own, right, stage, same_times, differs, (score, off))
             )
     if any(near.same_times for near in out):
         out = [near for near in out if near.same_times]

@@ -219,7 +219,9 @@ class SamplesOptions(Options):
     draw: DrawOptions
 
 
-def recipe(options: DrawOptions, steps: StepOptions, model: Model, tuned: bool = True) -> Recipe:
+def recipe(
+    options: DrawOptions, steps: StepOptions, model: Model, tuned: bool = True, progress: bool = False
+) -> Recipe:
     """How the arguments want samples drawn; all of them are checked.
 
     Args:
@@ -227,6 +229,7 @@ def recipe(options: DrawOptions, steps: StepOptions, model: Model, tuned: bool =
         steps: what does.
         model: from which.
         tuned: whether a solver with steps of its own will do.
+        progress: show what is being done, if one is chosen.
 
     Raises:
         ValueError: if they do not go together, or with the model.
@@ -255,12 +258,12 @@ def recipe(options: DrawOptions, steps: StepOptions, model: Model, tuned: bool =
     if len(counts) == 2:
         raise ValueError("give one of --nfe and --steps")
     made = replace(made, denoiser=denoiser)
-    if tuned and (own := _tuned(made, steps, options.variance is None)):
+    if tuned and (own := _tuned(made, steps, options.variance is None, progress)):
         return replace(made, solver=own, options={"nfe": own.nfe})
     return replace(made, solver=solver, options=steps.counts(solver, denoiser))
 
 
-def _tuned(made: Recipe, steps: StepOptions, deterministic: bool) -> TunedSolver | None:
+def _tuned(made: Recipe, steps: StepOptions, deterministic: bool, progress: bool) -> TunedSolver | None:
     """The solver with steps of its own that is asked for, or that the run has."""
     named, model, denoiser = steps.solver, made.model, made.denoiser
     if named is not None and named.endswith(".json"):
@@ -276,7 +279,7 @@ def _tuned(made: Recipe, steps: StepOptions, deterministic: bool) -> TunedSolver
         return None
     nfe = steps.nfe or 20
     if named == CHOSEN:
-        return taken(model, denoiser, nfe, made.cond(range(CHOOSING)), CHOOSING, made.seed, progress=True)
+        return taken(model, denoiser, nfe, made.cond(range(CHOOSING)), CHOOSING, made.seed, progress)
     return fitting(model, denoiser, nfe) if named is None and deterministic else None
 
 

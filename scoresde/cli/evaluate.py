@@ -69,7 +69,7 @@ def run(options: EvaluateOptions) -> None:
             about: dict[str, Any] = {"samples from": str(source)}
         else:
             check_measurable(metrics, samples=n, data=len(measure.reference))
-            made = recipe(how, steps, model)
+            made = recipe(how, steps, model, progress=session.progress)
             about = {"samples from": made.describe()}
             found = draw_all(made, n, how.batch_size, session.progress)
             if found is None:  # the first process does the rest

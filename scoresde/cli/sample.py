@@ -60,7 +60,7 @@ def run(options: SampleOptions) -> None:
     check_count(**options.given("n", "columns"))
     with session.start() as device:
         model = options.model.open(session, device)
-        made = recipe(how, options.samples.steps, model)
+        made = recipe(how, options.samples.steps, model, progress=session.progress)
         if made.told is not None and how.condition_from is None:
             session.say("conditions are those of what the network was trained on: --condition-from names other items")
         if isinstance(made.solver, TunedSolver):

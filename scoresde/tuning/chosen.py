@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import ArgumentError, check_count, check_whole
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.entries import entries_of
-from scoresde.grid import Grid
+from scoresde.grid import Grid, standard_time
 from scoresde.noise import derive_seed, noise_source
 from scoresde.run import check_solver, initial, process
 from scoresde.sampling import sample
-from scoresde.schedules import VPSDE
 from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
 from scoresde.solvers.exponential import DEIS, IPNDM, Adams, DPMSolverPP, ExponentialAB, UniPC
@@ -42,9 +40,8 @@ Spacing = Callable[[SDE, int], Grid]
 
 def _power(power: float, reach: float, sde: SDE, steps: int) -> Grid:
     """`Grid.power` whose last step, to t = 0, is `reach` times as long as the others in tau^(1 / power)."""
-    standard = VPSDE().half_log_snr(torch.tensor((reach / steps) ** power, dtype=torch.float64, device="cpu"))
-    last = float(sde.time_at(standard - math.log(sde.data_scale)))
-    return Grid.power(sde, steps, power=power, last=min(max(last, sde.t_min), 0.9 * sde.t_max))
+    last = standard_time(sde, (reach / steps) ** power, 0.9 * sde.t_max)
+    return Grid.power(sde, steps, power=power, last=last)
 
 
 SPACINGS: dict[str, Spacing] = {
@@ -140,10 +137,10 @@ class _Try(NamedTuple):
     @property
     def landing_otherwise(self) -> _Try | None:
         """With the other last step, if it has a choice."""
-        if not is_dataclass(self.solver) or "landing" not in [field.name for field in fields(self.solver)]:
+        solver: Any = self.solver
+        if (landing := getattr(solver, "landing", None)) is None:
             return None
-        other = "denoise" if getattr(self.solver, "landing") == "polynomial" else "polynomial"  # noqa: B009
-        return self._replace(solver=replace(self.solver, landing=other))
+        return self._replace(solver=replace(solver, landing="denoise" if landing == "polynomial" else "polynomial"))
 
 
 class _Trial:
