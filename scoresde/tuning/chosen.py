@@ -97,6 +97,7 @@ def choose(
         ValueError: if there are fewer than 8 samples; if a solver draws noise or chooses its own times; if none can be
             run within the budget.
 
+    >>> import torch
     >>> from scoresde import VPSDE, sample
     >>> from scoresde.exact import Gaussian
     >>> denoiser = Gaussian(torch.zeros(3), std=torch.tensor([0.05, 0.3, 1.0])).denoiser(VPSDE())
