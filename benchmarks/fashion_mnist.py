@@ -8,7 +8,8 @@ The networks are those of benchmarks/networks.py, VP (predicts eps) and EDM.
              with --long), VP
     race     solvers at 5, 8, 10, 20 and 50 evaluations on their default grids, of both networks, with means clipped to
              the data's range and without
-    grids    DPM-Solver++(2M) and UniPC-3 on their default grid, on that of version 0.1 and on evenly spaced times
+    grids    DPM-Solver++(2M) and UniPC-3 on their default grid, on that of version 0.1 and on evenly spaced times, and
+             what `scoresde.tuning.choose` finds for 5, 8 and 10 evaluations on samples of other noise
     bits     bits/dim of held-out images through the probability-flow ODE
 
 Samples are judged by their Frechet distance to the 10,000 held-out images, in the features of the classifier that comes
@@ -36,7 +37,7 @@ from kept import Clock, Numbers, Score, Scores, floor, made_on, published_table,
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scoresde import VPSDE, Grid, NetworkDenoiser, bits_per_dim, sample
+from scoresde import VPSDE, Denoiser, Grid, NetworkDenoiser, bits_per_dim, sample
 from scoresde.data import fashion_mnist_levels, scaled
 from scoresde.info import environment
 from scoresde.levels import to_levels
@@ -48,8 +49,11 @@ from scoresde.pictures import write_png
 from scoresde.report import log_ticks, table, write_json
 from scoresde.sde import SDE
 from scoresde.solvers import DDIM, DDPM, ERSDE, DPMSolverPP, Solver, UniPC
+from scoresde.solvers.catalogue import call_of
 from scoresde.training import load
 from scoresde.training.model import opened
+from scoresde.tuning import TunedSolver, choose
+from scoresde.variance.table import fingerprint
 from scoresde.wrappers import Clip
 
 matplotlib.use("Agg")
@@ -83,6 +87,8 @@ SOLVERS: dict[str, Solver] = {
 }
 NFE = (5, 8, 10, 20, 50)
 GRIDDED = ("DPM-Solver++(2M)", "UniPC-3")  # of one evaluation a step
+CHOSEN_AT = (5, 8, 10)
+SAMPLES, SEED = 64, 10**6  # of the choice
 CLIPS = {"means as they are": False, "clipped means": True}
 
 # NLL in bits/dim on CIFAR-10 through the ODE, DDPM++ continuous (Song et al., 2021, table 2).
@@ -178,9 +184,22 @@ class Experiment:
     def clock(self, name: str) -> Clock:
         return self.clocks.setdefault(name, Clock(self.folder / f"seconds-{name}.json"))
 
+    def clipped(self, name: str, clip: bool) -> Denoiser:
+        return Clip(self.model(name)) if clip else self.model(name)
+
+    def chosen(self, name: str, nfe: int, clip: bool) -> TunedSolver:
+        """The solver and grid that are chosen for a network, kept in a file of their own."""
+        model, path = self.clipped(name, clip), self.folder / f"{name}-{nfe}{'-clipped' * clip}.json"
+        if path.exists() and (found := TunedSolver.load(path, model.sde)).model == fingerprint(model):
+            return found
+        with self.clock(name)("choosing"):
+            found = choose(model, (SAMPLES, *self.held_out.shape[1:]), nfe=nfe, seed=SEED)
+        found.save(path)
+        return found
+
     def draw(self, name: str, solver: Solver, grid: Grid | int, clip: bool, number: int, n: int) -> Tensor:
         """One set of samples, clipped or as they come; the same x_T and noise for every solver."""
-        made = Clip(self.model(name)) if clip else self.model(name)
+        made = self.clipped(name, clip)
         how = {"nfe": grid} if isinstance(grid, int) else {"grid": grid}
         x = sample(made, (n, *self.held_out.shape[1:]), solver, **how, seed=derive_seed(number, n)).x.cpu()
         return x.clamp(-1, 1) if clip else x
@@ -223,16 +242,21 @@ class Experiment:
 
     def grids(self, names: Sequence[str] = NETWORKS) -> dict[tuple[str, str], Scores]:
         """As `race`; a grid that is the default one has its numbers."""
-        return {
-            (name, how): {
-                (f"{row}, {spacing}", nfe): self._gridded(name, row, spacing, nfe, clip)
-                for nfe in tqdm(NFE, desc=f"grids, {name}, {how}", unit="column")
-                for row in GRIDDED
-                for spacing in GRIDS
-            }
-            for name in names
-            for how, clip in CLIPS.items()
-        }
+        found: dict[tuple[str, str], Scores] = {}
+        for name in names:
+            for how, clip in CLIPS.items():
+                scores: Scores = {}
+                for nfe in tqdm(NFE, desc=f"grids, {name}, {how}", unit="column"):
+                    for row in GRIDDED:
+                        for spacing in GRIDS:
+                            scores[f"{row}, {spacing}", nfe] = self._gridded(name, row, spacing, nfe, clip)
+                    if nfe in CHOSEN_AT:
+                        best = self.chosen(name, nfe, clip)
+                        grid = Grid(best.sde, best.times)
+                        row = f"{call_of(best.solver)} at {best.times[1]:.6g}, ..."
+                        scores["chosen", nfe] = self.frechet("grids", name, row, nfe, best, grid, clip)
+                found[name, how] = scores
+        return found
 
     def _gridded(self, name: str, row: str, spacing: str, nfe: int, clip: bool) -> Score:
         sde, solver = self.model(name).sde, SOLVERS[row]
@@ -337,7 +361,16 @@ def report(experiment: Experiment, out: Path) -> str:
         "## Grids",
         "",
         "The default one, that of version 0.1 (quadratic in t up to 10 steps, closer to the data with more), and times "
-        "evenly spaced in t.",
+        f"evenly spaced in t. Chosen: what `scoresde.tuning.choose` finds on {SAMPLES} samples of other noise, by the "
+        "distance from the model's own fine solution:",
+        "",
+        *[
+            f"- {name}, {how}, {nfe}: {best.story}"
+            for name in NETWORKS
+            for how, clip in CLIPS.items()
+            for nfe in CHOSEN_AT
+            for best in [experiment.chosen(name, nfe, clip)]
+        ],
         *[
             line
             for key, scores in grids.items()

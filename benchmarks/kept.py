@@ -126,12 +126,15 @@ def made_on(about: Mapping[str, str]) -> str:
 
 def score_table(scores: Scores, head: str, apart: tuple[str, ...] = ()) -> list[str]:
     """Means with standard errors, a row a method, the best of each column in bold: of methods whose names do not start
-    with what sets them apart.
+    with what sets them apart. What was not measured is left empty.
     """
     rows, columns = (list(dict.fromkeys(key[i] for key in scores)) for i in (0, 1))
-    best = {c: min(scores[row, c].mean for row in rows if not row.startswith(apart)) for c in columns}
+    raced = [(column, score.mean) for (row, column), score in scores.items() if not row.startswith(apart)]
+    best = {c: min(mean for column, mean in raced if column == c) for c in columns}
 
     def cell(row: str, column: int) -> str:
+        if (row, column) not in scores:
+            return ""
         score = scores[row, column]
         bold = score.mean == best[column] and not row.startswith(apart)
         text = f"**{number(score.mean)}**" if bold else number(score.mean)

@@ -6,8 +6,9 @@ Nothing is chosen after the race: `solver_at` says which solver is taken at whic
 `sample(nfe=)`, and `peers.USUAL` lists the peers' samplers with the spacings that their packages give them. All start
 from the same noise, on a VP SDE and on a chain, and the error is rms |x - x*| / sqrt(d) to the exact flow: at t = 0,
 and at the first noisy time (t = 1e-3 of VP, the chain's first node). A cell is our error over that of the best of the
-peers; where both are within three times the reference's own error, it is a tie. Solvers that draw noise have no
-endpoint: their laws at t = 0 are compared, as in the race (step_counts.py).
+peers; where both are within three times the reference's own error, it is a tie. Beside the default stands what
+`scoresde.tuning.choose` finds for the problem and the budget, on other noise than that of the race. Solvers that draw
+noise have no endpoint: their laws at t = 0 are compared, as in the race (step_counts.py).
 
 Written into --out: README.md, results.json, and runs/ with every finished cell. A cell is computed anew where the code
 or a package behind it has changed.
@@ -37,6 +38,7 @@ from scoresde.info import environment
 from scoresde.report import table, write_json
 from scoresde.run import choose, process
 from scoresde.solvers import ERSDE, Adams, DPMSolverPP, Solver, UniPC
+from scoresde.tuning import choose as tuned
 
 NFE = [5, 8, 10, 15, 20, 25, 50, 100]
 FIXED = [8, 10, 15, 20, 25, 50]
@@ -54,6 +56,10 @@ def solver_at(nfe: int) -> Solver:
 def noisy_at(nfe: int) -> Solver:
     """The solver with noise that is recommended at that number of evaluations."""
     return ERSDE()
+
+
+CHOSEN = "chosen"
+SAMPLES, SEED = 64, 101  # of the choice
 
 
 BESIDE: list[Solver] = [DPMSolverPP(2), UniPC(3), UniPC(4, "v")]
@@ -128,6 +134,13 @@ def race(store: Store, names: Iterable[str], budgets: Sequence[int]) -> dict[Cel
 
             return make
 
+        def chosen(problem: Problem, nfe: int = nfe) -> Any:
+            shape = (SAMPLES, *problem.x.shape[1:])
+            found = tuned(problem.denoiser, shape, nfe=nfe, end=problem.end, seed=SEED)
+            made, grid = Ours(found.solver, True), Grid(problem.sde, found.times)
+            return lambda x, draws: made.run(problem.denoiser, x, grid, draws)
+
+        kept(False, HERE, CHOSEN, "its own", chosen)
         for solver in [solver_at(nfe), *BESIDE]:
             kept(False, HERE, "" if solver == solver_at(nfe) else Ours(solver, True).name, DEFAULT, ours(solver))
         noisy = end == 0 and sde == "VP"
@@ -206,14 +219,14 @@ def report(scores: dict[Cell, Score], names: Sequence[str], budgets: Sequence[in
     """Write the page and the numbers; return the page."""
     cells, env = Cells(scores), environment("cpu", torch.float64)
     versions = {name: installed(name) for name in PACKAGES if installed(name)}
-    found = ratios(cells, names, budgets)
+    found, chosen = ratios(cells, names, budgets), ratios(cells, names, budgets, CHOSEN)
     page = ["# The user's view", "", f"`python {env['command']}`", ""]
     many = len({c[2:5] for c in scores if c.race == "endpoint" and c.package != HERE})
     page += [
         f"Errors of `{Ours(solver_at(budgets[0]), True).name}` on its default grid over those of the best of {many} "
         f"defaults of the peers ({', '.join(f'{k} {v}' for k, v in versions.items())}), each on its package's grid, "
         "from the same noise to the same exact flow. Below one ours is nearer. The best of the peers is chosen in each "
-        "cell anew, ours never.",
+        f"cell anew, ours never. Chosen: `scoresde.tuning.choose` on {SAMPLES} samples of other noise.",
     ]
     for place in places():
         page += ["", f"## {title(*place)}", ""]
@@ -221,12 +234,13 @@ def report(scores: dict[Cell, Score], names: Sequence[str], budgets: Sequence[in
         for name in names:
             where = f"{name}, {title(*place)}"
             rows.append([name, *(f"{found[where, nfe]:.2f}" for nfe in budgets)])
+            rows.append([f"{name}, chosen", *(f"{chosen[where, nfe]:.2f}" for nfe in budgets)])
             rows.append(["ours", *(number(cells.ours(where, "endpoint", nfe)) for nfe in budgets)])
             rows.append(["best peer", *(number(cells.peers(where, "endpoint", nfe)[0]) for nfe in budgets)])
         page += table(["evaluations", *budgets], rows)
     page += ["", "## Geometric means and worst cells, over problems, processes and ends", ""]
     rows = []
-    for solver in ["", *(Ours(solver, True).name for solver in BESIDE)]:
+    for solver in ["", CHOSEN, *(Ours(solver, True).name for solver in BESIDE)]:
         own = found if not solver else ratios(cells, names, budgets, solver)
         at = {nfe: [value for (_, n), value in own.items() if n == nfe] for nfe in budgets}
         label = solver or Ours(solver_at(budgets[0]), True).name
@@ -242,6 +256,10 @@ def report(scores: dict[Cell, Score], names: Sequence[str], budgets: Sequence[in
             if c.problem == where and f"{c.solver}, {c.grid}" == name and c.nfe > nfe
         ][:2]
         page.append(f"- {where}, {nfe}: {value:.1f} ({name}: {number(theirs)}, and {', '.join(later)})")
+    behind = {key: value for key, value in chosen.items() if value > 1}
+    page += ["", f"The chosen one is behind the best of the peers in {len(behind)} of {len(chosen)} cells:", ""]
+    page += [f"- {where}, {nfe}: {value:.2f} ({cells.peers(where, 'endpoint', nfe)[1]})"
+             for (where, nfe), value in behind.items()]  # fmt: skip
     page += ["", "## One fixed solver", ""]
     page += [
         "The geometric mean of its errors over all problems, processes and ends, over that of the peer that is best "
@@ -273,6 +291,10 @@ def report(scores: dict[Cell, Score], names: Sequence[str], budgets: Sequence[in
         "ratios": {
             where: " ".join(f"{found[where, nfe]:.3g}" for nfe in budgets)
             for where in dict.fromkeys(w for w, _ in found)
+        },
+        "chosen": {
+            where: " ".join(f"{chosen[where, nfe]:.3g}" for nfe in budgets)
+            for where in dict.fromkeys(w for w, _ in chosen)
         },
         "cells": _nested(scores),
     }

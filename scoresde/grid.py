@@ -135,7 +135,7 @@ class Grid:
         """The spacing customary for the SDE: uniform in t, Karras for `EDMSDE`, strided nodes for `DDPMChain`. With
         another end than 0, a chain's are the nodes nearest to uniform times.
         """
-        if end != 0 and sde.nodes is not None:
+        if end != 0 and sde.customary_grid == "strided":
             return cls(sde, sde.snapped(cls.uniform(sde, steps, end=end).times))
         grid: Grid = getattr(cls, sde.customary_grid)(sde, steps, **({} if end == 0 else {"end": end}))
         return grid

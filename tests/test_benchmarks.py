@@ -543,3 +543,13 @@ def test_the_users_view_takes_what_a_user_gets():
     theirs = sample(problem.denoiser, problem.x, solver, nfe=8)
     assert theirs.grid.steps == 8
     assert problems.rms(theirs.x - problem.endpoint()[0]) < 0.01  # measured 6.5e-3; of the best peer 3.8e-2
+
+
+def test_the_users_view_chooses_on_other_noise(tmp_path):
+    """For each place; nearer than the default on the noise of the race too, in the mean over the places."""
+    store = users_view.Store(tmp_path / "cells.jsonl", dict.fromkeys([users_view.HERE, *peers.PACKAGES], "this"))
+    found = users_view.race(store, ["gaussian"], [5])
+    at = {(cell.problem, cell.solver): score.value for cell, score in found.items() if cell.package == users_view.HERE}
+    wheres = [f"gaussian, {users_view.title(*place)}" for place in users_view.places()]
+    assert users_view.mean([at[where, "chosen"] / at[where, ""] for where in wheres]) < 0.5  # measured 0.2
+    assert users_view.race(store, ["gaussian"], [5]) == found  # kept

@@ -419,6 +419,7 @@ def test_customary_grid_to_noise(name: str, steps: int) -> None:
     grid = Grid.customary(sde, steps, end=sde.t_min)
     assert grid.times[[0, -1]].tolist() == [sde.t_max, sde.t_min]
     assert grid.steps == steps
+    assert Grid.customary(sde.unrounded, steps, end=sde.t_min).steps == steps
     if isinstance(sde, DDPMChain):
         assert torch.equal(grid.times, grid.times.round())
         assert Grid(sde, [*grid.times.tolist(), 0.0]) == Grid.strided(sde, steps + 1, "linspace")

@@ -55,6 +55,19 @@ def test_errors_are_what_the_table_says():
     assert best.error == pytest.approx(expected, rel=0.25)
 
 
+@pytest.mark.parametrize(("sde", "end"), [(VPSDE(), 1e-3), (DDPMChain(), 1.0)])
+def test_it_ends_where_it_is_told_to(sde, end):
+    """With noise left, nearest to the exact flow to there."""
+    denoiser = gaussian(sde)
+    best = choose(denoiser, (1024, 4), nfe=6, end=end, seed=1, **FEW)
+    assert best.times[-1] == end
+    assert 0 < best.error <= best.default
+    law = Law(torch.zeros(4, dtype=torch.float64), STD**2)
+    expected = flow_error(best.solver.tableau(Grid(best.sde, best.times)), law)
+    assert best.error == pytest.approx(expected, rel=0.25)  # as above
+    assert sample(denoiser, (2, 4), best, nfe=6, seed=2).t == end
+
+
 def test_the_same_seed_chooses_the_same():
     denoiser = GaussianMixture(normal(3, 4), std=0.2).denoiser(VPSDE())
     assert choose(denoiser, (8, 4), nfe=5, **FEW) == choose(denoiser, (8, 4), nfe=5, **FEW)
@@ -100,6 +113,8 @@ def test_it_takes_its_own_steps_and_no_others():
         ({"solvers": (AdaptiveODE(), UniPC(3))}, "no table"),
         ({"shape_or_x": (7, 4)}, "8 or more"),
         ({"nfe": 0}, "nfe"),
+        ({"end": 2.0}, "expected 0 <= end < 1.0"),
+        ({"end": math.nan}, "expected 0 <= end"),
         ({"default": "unipc3"}, "solver must be"),
     ],
 )

@@ -17,6 +17,7 @@ from scoresde.entries import entries_of
 from scoresde.grid import Grid, standard_time
 from scoresde.noise import derive_seed, noise_source
 from scoresde.run import check_solver, initial, process
+from scoresde.run import choose as steps_of
 from scoresde.sampling import sample
 from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
@@ -35,19 +36,30 @@ SOLVERS: tuple[Solver, ...] = (
 )  # fmt: skip
 """Solvers that are tried by default; the first two find the grids."""
 
-Spacing = Callable[[SDE, int], Grid]
+Spacing = Callable[..., Grid]
+"""A grid of (sde, steps), and of (sde, steps, end=t) where it is to end with noise left."""
 
 
-def _power(power: float, reach: float, sde: SDE, steps: int) -> Grid:
-    """`Grid.power` whose last step, to t = 0, is `reach` times as long as the others in tau^(1 / power)."""
+def _power(power: float, reach: float, sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+    """`Grid.power` whose last step, to t = 0, is `reach` times as long as the others in tau^(1 / power); where noise is
+    left there is no such step.
+    """
+    if end:
+        return Grid.power(sde, steps, power=power, end=end)
     last = standard_time(sde, (reach / steps) ** power, 0.9 * sde.t_max)
     return Grid.power(sde, steps, power=power, last=last)
+
+
+def _karras(sde: SDE, steps: int, *, end: float = 0.0) -> Grid:
+    """`Grid.karras` whose last noisy time has sigma / alpha = 0.01 data scales, as the standard VP at tau = 1e-3."""
+    return Grid.karras(sde, steps, **({"end": end} if end else {"last": standard_time(sde, 1e-3, 0.9 * sde.t_max)}))
 
 
 SPACINGS: dict[str, Spacing] = {
     "customary": Grid.customary,
     "uniform": Grid.uniform,
     "power 4": Grid.power,
+    "karras": _karras,
     **{
         f"power {power:g}, reach {reach:g}": partial(_power, power, reach)
         for power in (1.0, 1.5, 2.0, 3.0)
@@ -62,6 +74,7 @@ def choose(
     shape_or_x: Sequence[int] | Tensor,
     *,
     nfe: int,
+    end: float = 0.0,
     seed: int = 0,
     cond: Mapping[str, Any] | None = None,
     default: Solver | None = None,
@@ -81,6 +94,7 @@ def choose(
         denoiser: the model, wrapped as it will be used: guidance, clipping.
         shape_or_x: (B, ...), B some dozens, to draw x_T from the prior; or x_T itself.
         nfe: the budget.
+        end: where the steps end, with noise left if > 0.
         seed: of x_T.
         cond: conditions, as for `sample`.
         default: what is to be beaten; by default the first of `solvers`, on its own grid.
@@ -94,8 +108,8 @@ def choose(
         are of samples that chose nothing.
 
     Raises:
-        ValueError: if there are fewer than 8 samples; if a solver draws noise or chooses its own times; if none can be
-            run within the budget.
+        ValueError: if there are fewer than 8 samples; if `end` is not within the SDE's times; if a solver draws noise
+            or chooses its own times; if none can be run within the budget.
 
     >>> import torch
     >>> from scoresde import VPSDE, sample
@@ -108,18 +122,20 @@ def choose(
     check_denoiser(denoiser)
     check_count(nfe=nfe)
     check_whole(seed=seed)
+    if not 0 <= end < denoiser.sde.t_max:
+        raise ArgumentError(f"end={end}: expected 0 <= end < {denoiser.sde.t_max} of {denoiser.sde!r}")
     solvers = tuple(solvers)
     default = solvers[0] if default is None else default
     for solver in (*solvers, default):
         check_solver(solver)
         if solver.adaptive or not solver.has_table:
             raise ArgumentError(f"{solver!r} has no table of steps: only such solvers can be tried")
-    with _Trial(denoiser, shape_or_x, nfe, seed, cond, reference_nfe, progress) as trial:
+    with _Trial(denoiser, shape_or_x, nfe, end, seed, cond, reference_nfe, progress) as trial:
         first = trial.ranked(trial.of(solvers[:2], spacings), trial.few)
         grids = list(dict.fromkeys(found.spacing for found in first))[:3]
         more = trial.of(solvers[2:], {name: spacings[name] for name in grids if name in spacings})
         second = trial.ranked([*first[:4], *more], trial.few)
-        landed = [other for found in second[:6] if (other := found.landing_otherwise) is not None]
+        landed = [] if end else [other for found in second[:6] if (other := found.landing_otherwise) is not None]
         third = trial.ranked([*second[:6], *landed], trial.half)
         usual = trial.of([default], {})
         best = trial.ranked([*third[:4], *usual], trial.half)
@@ -152,14 +168,15 @@ class _Trial:
         denoiser: Denoiser,
         shape_or_x: Sequence[int] | Tensor,
         nfe: int,
+        end: float,
         seed: int,
         cond: Mapping[str, Any] | None,
         reference_nfe: int | None,
         progress: bool,
     ) -> None:
-        self.denoiser, self.nfe, self.cond = denoiser, nfe, cond
+        self.denoiser, self.nfe, self.end, self.cond = denoiser, nfe, end, cond
         reference_nfe = reference_nfe or max(12 * nfe, 120)
-        fine, grid = Adams().within(process(denoiser, Adams(), reference_nfe), reference_nfe)
+        fine, grid = self._own(Adams(), reference_nfe)
         n = len(shape_or_x) if isinstance(shape_or_x, Tensor) else int(shape_or_x[0])
         if n < 8:
             raise ArgumentError(f"shape_or_x has {n} samples: expected 8 or more, half of them to choose by")
@@ -182,24 +199,30 @@ class _Trial:
         self.bar.update(found.nfe)
         return found.x
 
+    def _own(self, solver: Solver, nfe: int) -> tuple[Solver, Grid]:
+        """With the steps that it takes by itself within a budget."""
+        return steps_of(process(self.denoiser, solver, nfe), solver, nfe=nfe, end=self.end)
+
     def of(self, solvers: Iterable[Solver], spacings: Mapping[str, Spacing]) -> list[_Try]:
         """The solvers on their own grids and on these, as many steps as fit the budget; without what cannot be."""
-        found = []
+        found: list[_Try] = []
         for solver in solvers:
-            sde = process(self.denoiser, solver, self.nfe)
+            sde, made = process(self.denoiser, solver, self.nfe), set()
             for name, spacing in {"": None, **spacings}.items():
                 try:
                     if spacing is None:
-                        used, grid = solver.within(sde, self.nfe)
+                        used, grid = self._own(solver, self.nfe)
                     else:
-                        used = solver
-                        grid = spacing(sde, solver.steps_within(sde, self.nfe, spacing=spacing))
+                        spaced = partial(spacing, end=self.end) if self.end else spacing
+                        used, grid = solver, spaced(sde, solver.steps_within(sde, self.nfe, spacing=spaced))
                     noisy = bool((used.tableau(grid).c > 0).any())
                 except ValueError:  # too few evaluations, or too few nodes
                     continue
                 if noisy:
                     raise ArgumentError(f"{solver!r} draws noise: its samples cannot be told from a fine solution")
-                found.append(_Try(used, name, grid))
+                if (key := (used, tuple(grid.times.tolist()))) not in made:  # spacings of other names may be the same
+                    made.add(key)
+                    found.append(_Try(used, name, grid))
         return found
 
     def squares(self, one: _Try, part: slice) -> Tensor:
