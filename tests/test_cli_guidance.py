@@ -121,6 +121,18 @@ def test_guidance_is_the_librarys(guided_run, here):
     torch.testing.assert_close(found("in.npz"), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_run_of_two_terms_is_guided(runs, here, capsys):
+    """Told and not told in every batch, by the bound of a chain; it goes on, and with another weight it is refused."""
+    words = ["--classes", "--sde", "ddpm", "--set", "loss.weighting=bound", "--set", "loss.unconditional=0.25"]
+    path = trained(runs / "two", *words)
+    assert run("sample", path, "--n", 2, "--nfe", 2, "--class", 3, "--guidance", 2, *CPU, "--out", "x.png") == 0
+    assert run("train", "--out", path, "--steps", 4, "--set", "loss.unconditional=0.5") != 0
+    assert "loss.unconditional" in capsys.readouterr().err
+    for wrong in (["--classes", "--drop", 0.1], []):
+        assert run("train", "--data", "digits", *wrong, "--set", "loss.unconditional=0.1", "--out", here / "no") != 0
+        assert "loss.unconditional=0.1" in capsys.readouterr().err
+
+
 def test_conditions_are_dropped_with_the_class(runs, here):
     path = trained(runs / "sr", "--classes", "--drop", 0.2, "--condition", "super-resolution:2")
     assert run("sample", path, "--n", 4, "--nfe", 3, "--guidance", 2, "--float", "--out", "a.npz", *CPU) == 0

@@ -84,6 +84,7 @@ BARE = {
     "sdedit": lambda: editing.sdedit(NET, X, DDIM(), strength=0.5, steps=3),
     "sn_loss": lambda: losses.sn_loss(NET, None, X),
     "training_loss": lambda: losses.training_loss(losses.sn_loss, NET),
+    "two_term_loss": lambda: training.two_term_loss(NET, X, {"label": X}, unconditional=1.0),
     "variations": lambda: editing.variations(NET, X, 2, DDIM(), steps=3),
 }
 METHODS = {

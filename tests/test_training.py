@@ -18,23 +18,27 @@ from scoresde import (
     EDMDenoiser,
     EpsDenoiser,
     FlowSDE,
+    Grid,
     ScoreDenoiser,
     VDenoiser,
     VelocityDenoiser,
     X0Denoiser,
 )
 from scoresde.exact import Gaussian, GaussianMixture
+from scoresde.solvers import DDPM
 from scoresde.training import (
     ImportanceTimes,
     LogNormalTimes,
     OnX0,
     Part,
     UniformTimes,
+    discrete_bound,
     dsm_loss,
     edm,
     likelihood,
     min_snr,
     simple,
+    two_term_loss,
     uniform_in,
 )
 
@@ -210,6 +214,57 @@ def test_a_linear_model_trained_on_a_gaussian_is_the_true_score(adapter, half_lo
     assert error.item() < 6 * 0.02
 
 
+# Two terms: told, and not told.
+
+
+def conditional(classes, sde):
+    """A network that shifts by its class, and for nothing, the class after the last, by a number of its own."""
+    table = torch.nn.Embedding(classes + 1, 1).double()
+    return table, EpsDenoiser(lambda x, t, *, label: x * 0.3 + table(label), sde)
+
+
+def test_two_terms_are_the_mean_of_dropping():
+    """L(told) + u L(not told), of the same times and noise: (1 + u) times what dropping with probability u / (1 + u)
+    has in the mean, its gradient too.
+    """
+    torch.manual_seed(0)
+    table, denoiser = conditional(3, VPSDE())
+    x0, cond, u = normal(8, 1), {"label": torch.arange(8) % 3}, 0.25
+    options = {"weighting": min_snr(), "times": LogNormalTimes()}
+    both = two_term_loss(denoiser, x0, cond, unconditional=u, num_classes=3, generator=generator(5), **options)
+    (grad,) = torch.autograd.grad(both, table.weight)
+    told, blind = (
+        dsm_loss(denoiser, x0, cond=c, generator=generator(5), **options)
+        for c in (cond, {"label": torch.full((8,), 3)})
+    )
+    (expected,) = torch.autograd.grad((1 + u) * (told + u * blind) / (1 + u), table.weight)
+    torch.testing.assert_close(both, told + u * blind, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-15)
+    assert grad[3].abs() > 0
+
+
+def test_two_terms_of_a_part_are_those_of_the_batch():
+    _, denoiser = conditional(3, DDPMChain())
+    x0, label = normal(6, 1), torch.arange(6) % 3
+    run = {"unconditional": 0.5, "num_classes": 3, "reduction": "none"}
+    whole = two_term_loss(denoiser, x0, {"label": label}, generator=generator(1), **run)
+    parts = [
+        two_term_loss(denoiser, x0[i : i + 3], {"label": label[i : i + 3]}, generator=Part(generator(1), i, 6), **run)
+        for i in (0, 3)
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"unconditional": -1.0}, "unconditional"), ({"cond": {}}, "no condition"), ({"num_classes": None}, "null class")],
+)
+def test_two_terms_that_are_none(wrong, says):
+    run = {"cond": {"label": torch.zeros(2, dtype=torch.long)}, "unconditional": 0.1, "num_classes": 3, **wrong}
+    with pytest.raises(ValueError, match=says):
+        two_term_loss(conditional(3, VPSDE())[1], normal(2, 1), run.pop("cond"), **run)
+
+
 # Weights and times.
 
 
@@ -224,6 +279,29 @@ def test_weightings_are_their_definitions(sde):
     torch.testing.assert_close(likelihood(sde, t), -2 * slope, rtol=1e-4, atol=1e-12)
     torch.testing.assert_close(edm(0.7)(sde, t), (s**2 + 0.7**2) / (s * 0.7) ** 2 * s**2)
     torch.testing.assert_close(min_snr(2.0)(sde, t), snr.clamp(max=2.0) / snr)
+
+
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_the_bound_of_a_chain_is_that_of_its_steps(variance):
+    """KL(q(x_{n-1} | x_n, x_0) | p(x_{n-1} | x_n)) of two Gaussians of one variance is the squared distance of their
+    means, read from DDPM's table, over 2 c^2; and the first node's decoder has variance beta_1 = sigma_1^2.
+    """
+    sde = DDPMChain()
+    table = DDPM(variance).tableau(Grid(sde, torch.arange(1000.0, -1, -1, dtype=torch.float64)))
+    assert torch.equal(table.p, torch.zeros(1000).double())  # rows in D itself
+    t, b, c2 = table.t, table.b[:, 0], table.c**2
+    c2[-1] = sde.sigma(torch.ones(()).double()) ** 2
+    of_x0 = discrete_bound(variance)(sde, t) * (sde.alpha(t) / sde.sigma(t)) ** 2
+    torch.testing.assert_close(of_x0, b**2 / (2 * c2), rtol=1e-9, atol=0)
+    limit = likelihood(VPSDE(), t[:900] / 1000) / 2
+    torch.testing.assert_close(discrete_bound(variance)(sde, t)[:900] * 1000, limit, rtol=0.03, atol=0)
+
+
+def test_the_bound_of_a_chain_is_refused_elsewhere():
+    with pytest.raises(ValueError, match="discrete_bound is of a chain"):
+        dsm_loss(X0Denoiser(lambda x, t: x, VPSDE()), normal(2, 3), weighting=discrete_bound())
+    with pytest.raises(ValueError, match="variance"):
+        discrete_bound("both")
 
 
 KS_99_9999 = 2.6  # sqrt(n) times the Kolmogorov-Smirnov distance exceeds this with probability 2.7e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -25,6 +26,7 @@ from scoresde.training.weights import (
     TimeSampler,
     UniformTimes,
     Weighting,
+    discrete_bound,
     edm,
     likelihood,
     min_snr,
@@ -180,23 +182,28 @@ class LossConfig:
 
     Args:
         weighting: weight 1 on the error of the noise ("simple"), x0, v, velocity or score; "min-snr", "edm" (with the
-            model's sigma_data) or "likelihood".
+            model's sigma_data), "likelihood", or on a chain "bound", that of its steps with the posterior variance.
         gamma: of "min-snr".
         times: "uniform", "log-normal" or "importance" (for "likelihood").
         mean, std: of "log-normal" times, of log(sigma / alpha).
         stratified: spread each batch evenly over the times.
+        unconditional: weight of a second term, the loss of a network that is told nothing, in every batch
+            (`two_term_loss`): for guidance without a classifier, instead of data.drop.
     """
 
-    weighting: Literal["simple", "min-snr", "edm", "likelihood", "x0", "v", "velocity", "score"] = "simple"
+    weighting: Literal["simple", "min-snr", "edm", "likelihood", "bound", "x0", "v", "velocity", "score"] = "simple"
     gamma: float = 5.0
     times: Literal["uniform", "log-normal", "importance"] = "uniform"
     mean: float = -1.2
     std: float = 1.2
     stratified: bool = True
+    unconditional: float = 0.0
 
     def __post_init__(self) -> None:
         self.weight(None)
         self.sampler()
+        if not 0 <= self.unconditional < math.inf:
+            raise ArgumentError(f"unconditional={self.unconditional}: expected a weight >= 0")
 
     def weight(self, sigma_data: float | None) -> Weighting:
         """The weighting, sigma_data being the model's."""
@@ -204,7 +211,9 @@ class LossConfig:
             return min_snr(self.gamma)
         if self.weighting == "edm":
             return edm() if sigma_data is None else edm(sigma_data)
-        plain: dict[str, Callable[[SDE, Tensor], Tensor]] = {"simple": simple, "likelihood": likelihood}
+        plain: dict[str, Callable[[SDE, Tensor], Tensor]] = {
+            "simple": simple, "likelihood": likelihood, "bound": discrete_bound(),
+        }  # fmt: skip
         return plain[self.weighting] if self.weighting in plain else uniform_in(self.weighting)
 
     def sampler(self) -> TimeSampler:
@@ -258,6 +267,19 @@ class RunConfig:
     train: TrainConfig
     loss: LossConfig = field(default_factory=LossConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        if self.loss.unconditional and self.data.drop:
+            raise ArgumentError(
+                f"loss.unconditional={self.loss.unconditional}, data.drop={self.data.drop}: give one of them"
+            )
+        if self.loss.unconditional and not (self.data.classes or self.data.conditions):
+            raise ArgumentError(f"loss.unconditional={self.loss.unconditional}: there is no condition to leave out")
+
+    @property
+    def blind(self) -> bool:
+        """Whether the network is told nothing at times."""
+        return self.data.drop > 0 or self.loss.unconditional > 0
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> RunConfig:

@@ -300,13 +300,13 @@ def _guided(guidance: Guidance, made: Recipe) -> Denoiser:
     Raises:
         ValueError: if the network is told nothing, or was never trained with that.
     """
-    cond, own = made.cond(range(1)), made.model.data()
+    cond = made.cond(range(1))
     if not cond:
         raise ValueError(
             f"--guidance {guidance.weight:g}: the model has no classes and no condition (`scoresde train --classes "
             "--drop 0.1` makes one to be guided)"
         )
-    if own is not None and own.drop == 0:
+    if made.model.blind is False:
         raise ValueError(
             f"--guidance {guidance.weight:g}: the network was never trained without its condition; `scoresde train "
             "--drop 0.1` does so in a tenth of all cases"

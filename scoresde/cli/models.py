@@ -141,6 +141,13 @@ class Model:
         return found if skipped is None else replace(found, skip=skipped)
 
     @property
+    def blind(self) -> bool | None:
+        """Whether its run told it nothing at times; None if that is not known."""
+        if self.folder is None or not (self.folder / CONFIG).exists():
+            return None
+        return run_config(self.folder).blind
+
+    @property
     def background(self) -> str | None:
         """Of its run's images, where they are transparent."""
         return None if (own := self.data()) is None else own.background

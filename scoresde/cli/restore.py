@@ -309,8 +309,7 @@ def _job(options: RestoreOptions, model: Model) -> _Job:
             "without --condition"
         )
     if made.label is None and model.about.num_classes is not None:
-        own = model.data()
-        if own is None or own.drop == 0:
+        if not model.blind:
             raise ValueError("the model has classes: say which, --class K (a run with --drop needs none)")
         made = replace(made, label=model.about.num_classes)  # the null class
     A, noise_std = operator_of(options.operator, shape), options.noise_std

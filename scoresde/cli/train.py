@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,7 @@ from scoresde.cli.config import (
     SECTIONS,
     DataConfig,
     EvaluateConfig,
+    LossConfig,
     RunConfig,
     check_installed,
     check_sections,
@@ -34,7 +36,7 @@ from scoresde.cli.models import About, Model, parameters
 from scoresde.cli.options import Options, option, part
 from scoresde.data import Given, TrainingData
 from scoresde.data.pictures import Mode
-from scoresde.denoiser import NetworkDenoiser
+from scoresde.denoiser import Denoiser, NetworkDenoiser
 from scoresde.diagnose import left_of_data
 from scoresde.errors import NonFiniteError
 from scoresde.levels import to_levels
@@ -42,10 +44,11 @@ from scoresde.metrics import evaluate
 from scoresde.pictures import grid, write_png
 from scoresde.processes import SDES
 from scoresde.solvers.catalogue import solver_of
-from scoresde.training import Trainer, parallel
+from scoresde.training import Trainer, parallel, two_term_loss
 from scoresde.training.folder import MismatchError, checkpoints
 from scoresde.training.lock import held_by_first
-from scoresde.training.step import check_trainable
+from scoresde.training.loss import Draws
+from scoresde.training.step import Loss, check_trainable
 from scoresde.wrappers import Clip
 
 TEXT = """train a network on images, vectors or a built-in data set; goes on where it stopped
@@ -227,13 +230,13 @@ def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.devi
     evaluation = Evaluation.of(config, data, out, device)
     if device.type == "cuda" and isinstance(data.x, torch.Tensor) and data.x.nbytes < 2**31 and not data.lazy:
         data = data.to(device)
+    loss: dict[str, Any] = {"weighting": config.loss.weight(config.model.sigma_data), "times": config.loss.sampler()}
     try:
         return Trainer(
             denoiser,
             data,
             config.train,
-            weighting=config.loss.weight(config.model.sigma_data),
-            times=config.loss.sampler(),
+            **({"loss": two_terms(config.loss, data.num_classes, loss)} if config.loss.unconditional else loss),
             folder=out,
             evaluate=evaluation,
             model=config.model,
@@ -241,6 +244,17 @@ def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.devi
         )
     except MismatchError as error:
         raise mismatch(error, out, config) from error
+
+
+def two_terms(config: LossConfig, num_classes: int | None, options: Mapping[str, Any]) -> Loss:
+    """What loss.unconditional asks for; a checkpoint knows it by its name."""
+
+    def train(denoiser: Denoiser, x0: torch.Tensor, draws: Draws, cond: Mapping[str, Any]) -> torch.Tensor:
+        run: dict[str, Any] = {"unconditional": config.unconditional, "num_classes": num_classes, "generator": draws}
+        return two_term_loss(denoiser, x0, cond, **run, **options)
+
+    train.__name__ = f"two terms of {config}"
+    return train
 
 
 def remarks(

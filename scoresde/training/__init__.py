@@ -4,7 +4,7 @@ from scoresde.errors import CheckpointError
 from scoresde.training import weights
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource
-from scoresde.training.loss import Part, dsm_loss
+from scoresde.training.loss import Part, dsm_loss, two_term_loss
 from scoresde.training.model import ModelConfig, load, load_ema
 from scoresde.training.parallel import start
 from scoresde.training.snapshots import averaged
@@ -13,5 +13,5 @@ from scoresde.training.trainer import Trainer
 from scoresde.training.weights import *
 
 __all__ = ["CheckpointError", "DataSource", "ModelConfig", "NonFiniteLossError", "Part", "TrainConfig", "Trainer"]
-__all__ += ["averaged", "dsm_loss", "load", "load_ema", "start"]
+__all__ += ["averaged", "dsm_loss", "load", "load_ema", "start", "two_term_loss"]
 __all__ += weights.__all__

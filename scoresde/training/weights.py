@@ -8,6 +8,7 @@ SNR = (alpha / sigma)^2 = e^{2 lambda}:
     likelihood  g^2 / sigma^2 = -2 lambda'  Song, Durkan, Murray and Ermon (2021): |score error|^2 weighted by g^2
     edm         (s^2 + sd^2) / sd^2         Karras et al. (2022), table 1: |D - x_0|^2 times (s^2 + sd^2) / (s sd)^2
     min_snr     min(SNR, gamma) / SNR       Hang et al. (2023): |D - x_0|^2 weighted by min(SNR, gamma)
+    discrete_bound   beta^2 / (2 c^2 alpha (1 - abar))    Ho et al. (2020), eq. 12: a chain's variational bound
 
 with s = sigma / alpha, since |D - x_0|^2 = s^2 |eps_hat - eps|^2. `uniform_in(view)` is weight 1 on the error of x0, v,
 velocity (flow matching's loss) or score instead. Mind the first for an x0 network: its error counts as 1 / s^2 times
@@ -26,6 +27,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +44,7 @@ __all__ = [
     "TimeSampler",
     "UniformTimes",
     "Weighting",
+    "discrete_bound",
     "edm",
     "likelihood",
     "min_snr",
@@ -97,6 +100,35 @@ def _likelihood(sde: SDE, t: Tensor) -> Tensor:
 likelihood = OnX0(_likelihood)
 """Weight g^2 / sigma^2 on the noise error (Song et al., 2021, "Maximum Likelihood Training of Score-Based Diffusion
 Models", theorem 1): half of its integral over t bounds the KL divergence, per dimension, in nats."""
+
+
+def discrete_bound(variance: Literal["posterior", "beta"] = "posterior") -> Weighting:
+    """A chain's variational bound, L_{n-1} per dimension in nats, where the step n -> n - 1 has a fixed variance c^2:
+
+        beta_n^2 / (2 c^2 alpha_n (1 - abar_n))        alpha_n = 1 - beta_n
+
+    on the noise error (Ho et al., 2020, eq. 12; "simple" leaves it out), which is (SNR_{n-1} - SNR_n) / 2 on the error
+    of x_0 if c^2 is the posterior variance. N times the mean over the N nodes is what of the bound depends on the
+    network, for `likelihood`'s integral over t is twice its limit. The step from the first node to the data, where the
+    posterior variance is 0, has beta_1.
+
+    Args:
+        variance: c^2, as `DDPM` names it: "posterior", beta tilde, or "beta".
+
+    Raises:
+        ValueError: on another variance; by the loss, on a process that is no chain.
+    """
+    check_option(("posterior", "beta"), variance=variance)
+
+    def root(sde: SDE, t: Tensor) -> Tensor:
+        if sde.nodes is None:
+            raise ValueError(f"discrete_bound is of a chain's steps, and {sde!r} has none: take likelihood, its limit")
+        s, sigma = t - 1, sde.sigma(t)
+        snr, before = (sde.alpha(t) / sigma) ** 2, (sde.alpha(s) / sde.sigma(s)) ** 2
+        beta = (sde.alpha(s) / sigma) ** 2 * (1 - snr / before) / 2
+        return torch.where(before.isfinite() & (variance == "posterior"), (before - snr) / 2, beta).sqrt()
+
+    return OnX0(root)
 
 
 def edm(sigma_data: float = 0.5) -> Weighting:
