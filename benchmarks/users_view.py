@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from kept import small as number
 from peers import PACKAGES, USUAL, Peer, installed, peers, usual_grid
-from problems import EXACT, Draws, Problem
+from problems import EXACT, Draws, Normals, Problem
 from step_counts import HERE, Cell, Ours, Score, Store, best, fingerprints
 from torch import Tensor
 from tqdm import tqdm
@@ -135,8 +135,9 @@ def race(store: Store, names: Iterable[str], budgets: Sequence[int]) -> dict[Cel
             return make
 
         def chosen(problem: Problem, nfe: int = nfe) -> Any:
-            shape = (SAMPLES, *problem.x.shape[1:])
-            found = tuned(problem.denoiser, shape, nfe=nfe, end=problem.end, seed=SEED)
+            like = problem.x[:1].expand(SAMPLES, *problem.x.shape[1:])
+            x_T = problem.sde.prior_std_at(problem.sde.t_max) * Normals(SEED)(0, like)
+            found = tuned(problem.denoiser, x_T, nfe=nfe, end=problem.end)
             made, grid = Ours(found.solver, True), Grid(problem.sde, found.times)
             return lambda x, draws: made.run(problem.denoiser, x, grid, draws)
 

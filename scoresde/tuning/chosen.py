@@ -68,6 +68,9 @@ SPACINGS: dict[str, Spacing] = {
 }
 """Grids that are tried by default, beside each solver's own."""
 
+COMMON = ("karras",)
+"""Those that all solvers are tried on."""
+
 
 def choose(
     denoiser: Denoiser,
@@ -87,7 +90,7 @@ def choose(
     the model's own fine solution from the same noise: rms per dimension.
 
     Half of the samples chooses: first a grid, for two solvers and on a quarter of them, then a solver, for the best
-    grids, then a landing. The other half says how good it is, beside the default; where the choice is not better on it,
+    grids and Karras', then a landing. The other half says how good it is, beside the default; where the choice is not better on it,
     the default is returned. Only deterministic solvers can be told from a fine solution this way.
 
     Args:
@@ -132,7 +135,7 @@ def choose(
             raise ArgumentError(f"{solver!r} has no table of steps: only such solvers can be tried")
     with _Trial(denoiser, shape_or_x, nfe, end, seed, cond, reference_nfe, progress) as trial:
         first = trial.ranked(trial.of(solvers[:2], spacings), trial.few)
-        grids = list(dict.fromkeys(found.spacing for found in first))[:3]
+        grids = [*list(dict.fromkeys(found.spacing for found in first))[:3], *COMMON]
         more = trial.of(solvers[2:], {name: spacings[name] for name in grids if name in spacings})
         second = trial.ranked([*first[:4], *more], trial.few)
         landed = [] if end else [other for found in second[:6] if (other := found.landing_otherwise) is not None]
