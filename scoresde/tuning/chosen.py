@@ -90,8 +90,8 @@ def choose(
     the model's own fine solution from the same noise: rms per dimension.
 
     Half of the samples chooses: first a grid, for two solvers and on a quarter of them, then a solver, for the best
-    grids and Karras', then a landing. The other half says how good it is, beside the default; where the choice is not better on it,
-    the default is returned. Only deterministic solvers can be told from a fine solution this way.
+    grids and Karras', then a landing. The other half says how good it is, beside the default; where the choice is not
+    better on it, the default is returned. Only deterministic solvers can be told from a fine solution this way.
 
     Args:
         denoiser: the model, wrapped as it will be used: guidance, clipping.
