@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/restoration"), help="results (runs/restoration)")
     parser.add_argument("--model", type=Path, help="a run folder; by default runs/guidance/model, trained if need be")
     parser.add_argument("--data", default="digits", help="images by name or path; of the digits, held-out ones")
-    parser.add_argument("--images", type=int, default=10, help="images restored (10)")
+    parser.add_argument("--images", type=int, default=24, help="images restored, at least 2 (24)")
     parser.add_argument("--draws", type=int, default=6, help="for each image and method, at least 2 (6)")
     parser.add_argument("--steps", type=int, default=100, help="of DDPM (100)")
     parser.add_argument("--noise", type=float, default=0.05, help="its standard deviation, of data in [-1, 1] (0.05)")
@@ -172,12 +172,12 @@ def restored(denoiser: Denoiser, problem: Problem, truth: Tensor, args: argparse
         known = A(torch.ones_like(truth)).ne(0).double().mean() if isinstance(A, Mask) else torch.ones(())
         x = solution.x.cpu().unflatten(0, (len(truth), args.draws))
         mean, M = x.mean(1), args.draws
-        error = (mean - truth).square().mean() / (1 + 1 / M)  # the truth being one more draw, of its expectation
+        error = (mean - truth).square() / (1 + 1 / M)  # the truth being one more draw, of its expectation
         row = {
             "method": name,
             "psnr": psnr(x, truth[:, None]),
             "psnr_of_mean": psnr(mean, truth),
-            "spread": round(float(x.var(1).mean() / error), 3),
+            "spread": ratio(x.var(1), error),
             "residual": round(float((residual.square().mean() / known).sqrt() / max(noise_std, 1e-9)), 2),
             "nfe": solution.nfe,
             "seconds": round(seconds, 1),
@@ -188,9 +188,17 @@ def restored(denoiser: Denoiser, problem: Problem, truth: Tensor, args: argparse
     return {"rows": rows, "x": drawn}
 
 
-def psnr(x: Tensor, truth: Tensor) -> float:
-    """10 log10 of the range squared over the mean squared error over all images, in decibels."""
-    return round(10 * math.log10(4 / float((x.clamp(-1, 1) - truth).square().mean())), 2)
+def ratio(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Of the means over images, and its standard error over them, to first order."""
+    a, b = (each.flatten(1).double().mean(1) for each in (a, b))
+    value = float(a.mean() / b.mean())
+    return value, value * float((a / a.mean() - b / b.mean()).std()) / math.sqrt(len(a))
+
+
+def psnr(x: Tensor, truth: Tensor) -> tuple[float, float]:
+    """10 log10 of the range squared over the mean squared error of all images, in decibels; and its standard error."""
+    value, stderr = ratio((x.clamp(-1, 1) - truth).square(), torch.full_like(truth, 4))
+    return -10 * math.log10(value), 10 / math.log(10) * stderr / value
 
 
 def shown(A: LinearOperator, y: Tensor) -> Tensor:
@@ -202,11 +210,12 @@ def report(results: dict) -> str:
     """The table, as Markdown."""
     about = results["environment"]
     head = ["", "method", "PSNR of a draw", "of their mean", "spread", "residual", "evaluations", "seconds"]
-    forms = {**dict.fromkeys(("psnr", "psnr_of_mean", "spread", "residual"), ".2f"), "nfe": "", "seconds": ""}
-    rows = (
-        [row["problem"], row["method"], *(format(row[key], form) if key in row else "" for key, form in forms.items())]
-        for row in results["rows"]
-    )
+
+    def cell(value: object) -> str:
+        return "{:.2f} ({:.1g})".format(*value) if isinstance(value, tuple) else str(value)
+
+    keys = ("psnr", "psnr_of_mean", "spread", "residual", "nfe", "seconds")
+    rows = ([row["problem"], row["method"], *(cell(row.get(key, "")) for key in keys)] for row in results["rows"])
     operators = "\n".join(f"- {name}: `{operator}`" for name, operator in results["problems"].items())
     return f"""# Restoration with an unconditional model
 
@@ -215,7 +224,8 @@ scoresde {about["scoresde"]}, commit {about["commit"]}; {results["seconds"]:.0f}
 
 {results["images"]} images of {results["data"]}, {results["draws"]} draws for each, {results["steps"]} steps of DDPM,
 noise {results["noise"]:g} in y, images being in [-1, 1] with a standard deviation of {results["data_std"]} per pixel.
-PSNR in decibels, over all images at once. Spread: 1 where the draws are as far from each other as from the truth, less
+PSNR in decibels, over all images at once; in brackets standard errors over the images. Methods share images and noise.
+Spread: 1 where the draws are as far from each other as from the truth, less
 where they are too sure; residual: 1 where they explain y and no more. DPS is not told the noise: its step size is
 {results["zeta"]:g}. Replacement and RePaint take a noisy y only where A has one singular value, so not under blur. No
 model: A^T (A A^T + rho)^-1 y with rho = (noise / standard deviation)^2.
@@ -245,7 +255,7 @@ def draw(truth: Tensor, drawn: dict, results: dict, path: Path, most: int = 3) -
     for line, (problem, (y, x)) in zip(axes, drawn.items(), strict=True):
         scores = {row["method"]: row for row in results["rows"] if row["problem"] == problem}
         panels = {"truth": tile(truth[:n], 1), "measured": tile(y[:n], 1)}
-        panels |= {f"{name}, {scores[name]['psnr']:.1f} dB": tile(x[name][:n, :2].flatten(0, 1), 2) for name in x}
+        panels |= {f"{name}, {scores[name]['psnr'][0]:.1f} dB": tile(x[name][:n, :2].flatten(0, 1), 2) for name in x}
         for axis in line:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)

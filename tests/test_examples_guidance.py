@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,9 @@ def test_scores_of_restoration_on_gaussian_data():
     rows = {row["method"]: row for row in found["rows"]}
     for name in ("moment matching", "PiGDM"):
         # 60 x 4 squares of the hole and their like for the truth: a relative standard deviation of 0.11.
-        assert abs(rows[name]["spread"] - 1) < 0.5
+        spread, stderr = rows[name]["spread"]
+        assert abs(spread - 1) < 0.5
+        assert 0.04 < stderr < 0.25  # over images, to first order
         # 60 x 12 known pixels; of E |y - A x|^2 = n (1 + ...) the posterior's share is small.
         assert abs(rows[name]["residual"] - 1) < 0.15
 
@@ -114,7 +117,12 @@ def test_psnr_and_what_is_shown():
     import restoration
 
     truth = torch.zeros(2, 1, 4, 4)
-    assert restoration.psnr(truth + 0.2, truth) == 20.0
+    assert restoration.psnr(truth + 0.2, truth) == pytest.approx((20.0, 0.0), abs=1e-4)
+    off = torch.linspace(0.15, 0.25, 1000).reshape(-1, 1, 1, 1)
+    value, stderr = restoration.psnr(off.expand(1000, 1, 4, 4), torch.zeros(1000, 1, 4, 4))
+    square = off.double().square()
+    assert value == pytest.approx(10 * math.log10(4 / float(square.mean())), abs=1e-5)
+    assert stderr == pytest.approx(10 / math.log(10) * float(square.std() / square.mean()) / 1000**0.5, rel=1e-4)
     A = restoration.hole((1, 4, 4))
     picture = restoration.shown(A, A(truth))
     assert picture.isnan().sum() == 2 * 4
