@@ -8,8 +8,8 @@ The networks are those of benchmarks/networks.py, VP (predicts eps) and EDM.
              with --long), VP
     race     solvers at 5, 8, 10, 20 and 50 evaluations on their default grids, of both networks, with means clipped to
              the data's range and without
-    grids    DPM-Solver++(2M) and UniPC-3 on their default grid, on that of version 0.1 and on evenly spaced times, and
-             what `scoresde.tuning.choose` finds for 5, 8 and 10 evaluations on samples of other noise
+    grids    Adams, DPM-Solver++(2M) and UniPC-3 on their default grid, on that of version 0.1 and on evenly spaced
+             times, and what `scoresde.tuning.choose` finds for 5, 8 and 10 evaluations on samples of other noise
     bits     bits/dim of held-out images through the probability-flow ODE
 
 Samples are judged by their Frechet distance to the 10,000 held-out images, in the features of the classifier that comes
@@ -48,7 +48,7 @@ from scoresde.pictures import grid as side_by_side
 from scoresde.pictures import write_png
 from scoresde.report import log_ticks, table, write_json
 from scoresde.sde import SDE
-from scoresde.solvers import DDIM, DDPM, ERSDE, DPMSolverPP, Solver, UniPC
+from scoresde.solvers import DDIM, DDPM, ERSDE, Adams, DPMSolverPP, Solver, UniPC
 from scoresde.solvers.catalogue import call_of
 from scoresde.training import load
 from scoresde.training.model import opened
@@ -80,13 +80,14 @@ S = (10, 20, 50, 100, 1000)
 
 SOLVERS: dict[str, Solver] = {
     "DDIM": DDIM(),
+    "Adams": Adams(),
     "DPM-Solver++(2M)": DPMSolverPP(),
     "UniPC-3": UniPC(),
     "DPM-Solver++(2M) SDE": DPMSolverPP(stochastic=True),
     "ER-SDE-3": ERSDE(),
 }
 NFE = (5, 8, 10, 20, 50)
-GRIDDED = ("DPM-Solver++(2M)", "UniPC-3")  # of one evaluation a step
+GRIDDED = ("Adams", "DPM-Solver++(2M)", "UniPC-3")  # of one evaluation a step
 CHOSEN_AT = (5, 8, 10)
 SAMPLES, SEED = 64, 10**6  # of the choice
 CLIPS = {"means as they are": False, "clipped means": True}
