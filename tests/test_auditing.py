@@ -418,6 +418,29 @@ def test_orders_are_judged_by_what_is_claimed(claimed, verdict):
     assert low < 1.0 < high
 
 
+@pytest.mark.parametrize(("by_ratio", "verdict"), [(True, RIGHT), (False, WRONG)])
+def test_weights_that_take_even_steps_for_granted_are_found(by_ratio, verdict):
+    """Adams-Bashforth of two steps in sigma: of second order where log sigma is even if its weights are those of that
+    one ratio; on steps of any ratio only with its own.
+    """
+
+    def two_steps(model, x, sigmas, nfe):
+        even, before = float(sigmas[0] / sigmas[1]), None  # the ratio of one step to the next, where they are even
+        for i, (s, t) in enumerate(pairwise(sigmas)):
+            slope = (x - model(x, s)) / s
+            r = float((t - s) / (s - sigmas[i - 1])) if by_ratio and i else 1 / even
+            x = x + (t - s) * (slope if before is None else slope + r / 2 * (slope - before))
+            before = slope
+        return x
+
+    tested = bench(two_steps, order=2)
+    curve = curve_of(*tested.errors([20, 40, 80, 160]), 0.0)
+    assert curve.order == pytest.approx(2.0, abs=0.2)
+    (figure,) = convergence._uneven(tested, curve)
+    assert figure.verdict == verdict
+    assert figure.value == pytest.approx(2.0 if by_ratio else 1.0, abs=0.25)
+
+
 def test_the_limit_on_a_mixture_is_that_of_the_flow():
     """A method of fourth order is near the reference, and one of first order goes there as 1 / N."""
     fine = Bench(form_of("rk4-lambda", "sigmas"), quick=True)

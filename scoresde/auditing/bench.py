@@ -114,6 +114,7 @@ class Bench:
         data, target: the Gaussian, as a law and as a target, of events (1, 2, 3).
         size: root mean square of the data.
         first: samples of the sampler's first call, to see whether later ones are others.
+        known: whether its table is that of a solver of this library.
     """
 
     data = spectrum()
@@ -126,6 +127,7 @@ class Bench:
         self.form, self.given, self.quick, self.tick = form, sde, quick, tick
         self.limit, self._began = 15.0 if quick else 120.0, _now()
         self.first: Tensor | None = None
+        self.known = False
         self._tables: dict[Any, Responses | str] = {}
 
     @property
@@ -151,6 +153,11 @@ class Bench:
         if to_zero:
             return Grid.log_snr(sde, steps, start=high, last=max(float(sde.time_at(LAST - shift)), sde.t_min))
         return Grid.log_snr(sde, steps, start=high, end=float(sde.time_at(end - shift)))
+
+    def uneven(self, steps: int) -> Grid:
+        """The same ends, with steps of h and 2 h by turns."""
+        even = self.grid(3 * (steps // 2))
+        return Grid(even.sde, even.times[[i for i in range(len(even)) if i % 3 != 2]])
 
     def table(self, grid: Grid) -> Responses | str:
         """Its table on a grid, or why it has none."""

@@ -77,6 +77,7 @@ def figures(bench: Bench) -> Iterator[Figure]:
     else:
         yield _limit(bench, curve, "Gaussian")
         yield _order(bench, curve, "Gaussian")
+        yield from _uneven(bench, curve)
     if not bench.noisy:
         yield from _on_mixtures(bench)
     yield _other_unit(bench, curve, sampled)
@@ -120,6 +121,22 @@ def _order(bench: Bench, curve: Curve, problem: str) -> Figure:
     claims = "no order is claimed" if claimed is None else f"order {claimed} is claimed"
     text = f"{'W2' if bench.noisy else 'the rms error'} falls as steps^-{curve.order:.2f}; {claims}"
     return Figure(_ORDER, name, verdict, text, curve.order, curve.interval, data=curve.data)
+
+
+def _uneven(bench: Bench, curve: Curve) -> Iterator[Figure]:
+    """Whether the order holds where a step is twice or half as long as the one before, or weights take even steps for
+    granted: steps of one length hide what is wrong in their ratios. Not asked of what is known, or draws noise.
+    """
+    if bench.why_no_table is not None or bench.known or bench.noisy or not curve.order > 1.3:
+        return
+    bench.tick("order on uneven steps")
+    found = curve_of(*bench.within(bench.ladder(20), lambda n: bench.error(bench.uneven(n))), 3e-12 * bench.size)
+    lost = curve.interval[0] - found.interval[1]
+    verdict = NOT_DECIDED if math.isnan(lost) else WRONG if lost > 0.2 else RIGHT
+    text = (
+        f"the error falls as steps^-{found.order:.2f} where steps are h and 2 h by turns, -{curve.order:.2f} where even"
+    )
+    yield Figure(_ORDER, "order on uneven steps", verdict, text, found.order, found.interval, data=found.data)
 
 
 def _on_mixtures(bench: Bench) -> Iterator[Figure]:
