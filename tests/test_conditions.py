@@ -23,6 +23,7 @@ from scoresde.data import (
     ImageFolder,
     Inpainting,
     JPEGRestoration,
+    OneOf,
     Order,
     Shown,
     SuperResolution,
@@ -55,6 +56,7 @@ TASKS = {
     "jpeg": JPEGRestoration(),
     "super-resolution": SuperResolution(4),
     "super-resolution 3": SuperResolution(3),
+    "one of": OneOf((Inpainting(), Uncropping(0.3, fill="noise"), Colourisation(), JPEGRestoration())),
 }
 MIRRORED = {"colourisation", "super-resolution"}  # the condition of a mirrored item is the mirrored condition
 
@@ -104,7 +106,7 @@ def test_a_condition_is_an_image_of_the_items_size_in_any_batch(task, size):
     assert torch.equal(data.first(5).batch(items[:5], 3).cond["image"], whole.cond["image"][:5])
 
 
-@pytest.mark.parametrize("task", ["inpainting", "three boxes", "uncropping", "jpeg"])
+@pytest.mark.parametrize("task", ["inpainting", "three boxes", "uncropping", "jpeg", "one of"])
 def test_what_is_random_follows_seed_epoch_and_item(task):
     x = levels((16, 16), n=1).expand(40, -1, -1, -1).contiguous()  # one image, shown 40 times
 
@@ -276,6 +278,29 @@ def test_several_images_are_concatenated():
     batch = data.batch(torch.arange(N))
     assert data.network_options == {"image_condition": 4 + 3 + 2}
     assert torch.equal(batch.cond["image"], torch.cat([one(batch.x, shown) for one in conditions], 1))
+
+
+def test_one_of_several_tasks_is_that_task():
+    """With m = 1 behind it where nothing is masked; each as often as the others; and its random numbers are not those
+    by which it was chosen.
+    """
+    tasks = (Inpainting(), Colourisation(), JPEGRestoration(10, 29), SuperResolution(2))
+    n = 400
+    x = scaled(levels((8, 8), n=1)).expand(n, -1, -1, -1)
+    shown = Shown(torch.arange(n), n, 1, seed=4)
+    found = OneOf(tasks)(x, shown)
+    alone = [OneOf((task,))(x, shown) for task in tasks]
+    for task, y in zip(tasks, alone, strict=True):
+        own = task(x, shown)
+        assert torch.equal(y[:, : max(3, own.shape[1])], own.expand(-1, max(3, own.shape[1]), -1, -1))
+        assert bool((y[:, 3] == 1).all()) == (own.shape[1] < 4)
+    counts = [(found == y).flatten(1).all(1) for y in alone]
+    assert torch.equal(torch.stack(counts).sum(0), torch.ones(n, dtype=torch.long))
+    # Binomial(400, 1/4) is outside of 100 +- 45 with probability 3e-7.
+    assert all(55 <= int(count.sum()) <= 145 for count in counts)
+    qualities = shown.uniform(1)[counts[2], 0]  # uniform still: their mean is outside of 1/2 +- 0.15 with 2e-6 or less
+    assert 0.35 < float(qualities.mean()) < 0.65
+    assert condition_of("inpainting+colourisation+jpeg:10-29+super-resolution:2") == OneOf(tasks)
 
 
 def test_what_was_measured_is_what_would_have_been_told():
@@ -503,6 +528,10 @@ def test_what_does_not_go_together_is_refused(arguments, words):
         (lambda: condition_of("colourisation:3"), "no argument"),
         (lambda: condition_of("inpainting:ones"), "fill='ones'"),
         (lambda: condition_of("given:"), "given:PATH"),
+        (lambda: condition_of("jpeg+colour"), "'colour': expected"),
+        (lambda: OneOf(()), "one or more"),
+        (lambda: OneOf((Given(X),)), "functions of the item"),
+        (lambda: OneOf((Colourisation(),)).channels((1, 8, 8)), "3 channels"),
         (lambda: Shown(torch.tensor([0, 4]), 4), "items 0 to 4: there are 4"),
         (lambda: Shown(torch.tensor([0, 1]), 4, torch.tensor([0, 1, 2])), r"epochs of shape \(3,\)"),
         (lambda: Inpainting()(X, Shown(torch.arange(3), 4)), "x has 4 items, but 3 are shown"),

@@ -29,6 +29,7 @@ UNETS: dict[str, dict[str, Any]] = {
     "colour": {"image_channels": 3, **SMALL},
     "classes": {**SMALL, "num_classes": 4},
     "vector and image, twice the channels": {**SMALL, "vector": 5, "image_condition": 2, "out_channels": 2},
+    "an image with an encoder of its own": {**SMALL, "image_condition": 2, "image_blocks": 1},
     "filtered convolutions": {**SMALL, **FIR, "fourier": 0.01},
     "blocks that resample": {**BLOCK, "multipliers": (1, 2, 2), "skip_scale": 0.5**0.5},
     "blocks that filter": {**BLOCK, **FIR},
@@ -447,6 +448,25 @@ def test_an_image_condition_is_further_channels_of_x(kind: Callable[..., nn.Modu
     assert torch.equal(net(**batch), plain(torch.cat([x, image], dim=1), time))
 
 
+@pytest.mark.parametrize("patch", [1, 2])
+def test_two_encodings_that_are_convolutions_are_one_of_both(patch: int) -> None:
+    """F(x) + G(image) = conv([x, image]) without blocks, and with blocks as they start."""
+    plain = randomised(UNet(1, **SMALL, patch=patch, image_condition=2))
+    weight = plain.inward.weight
+    for blocks in (0, 2):
+        net = UNet(1, **SMALL, patch=patch, image_condition=2, image_blocks=blocks).eval()
+        assert net.encoder is not None
+        own = {name: value for name, value in plain.state_dict().items() if name != "inward.weight"}
+        own |= {"inward.weight": weight[:, : patch**2], "encoder.inward.weight": weight[:, patch**2 :]}
+        missing, unexpected = net.load_state_dict(own, strict=False)
+        assert not unexpected
+        assert all(name.startswith("encoder") for name in missing)
+        with torch.no_grad():
+            net.encoder.inward.bias.zero_()
+        batch = image_batch({"image_condition": 2}, 8)
+        torch.testing.assert_close(net(**batch), plain(**batch), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "call", "message"),
     [
@@ -777,6 +797,8 @@ def test_an_event_of_an_int_is_one_of_that_length() -> None:
         (lambda: UNet(fir=(0, 0)), "one positive sum"),
         (lambda: UNet(dropout=1.0), "dropout=1.0"),
         (lambda: UNet(image_condition=-1), "image_condition=-1"),
+        (lambda: UNet(image_blocks=1), "image_blocks=1, image_condition=0"),
+        (lambda: UNet(image_condition=1, image_blocks=-1), "image_blocks=-1"),
         (lambda: UNet(skip_scale=0.0), "skip_scale=0.0"),
         (lambda: UNet(vector=0), "vector=0"),
         (lambda: UNet(fourier=-1.0), "fourier=-1.0"),

@@ -88,7 +88,8 @@ class ShortOptions(Options):
     classes: bool = option("data.classes=true: conditional on the data's classes", dest="data.classes")
     condition: str | None = option(
         "data.condition, an image that the network is told of: super-resolution:4, inpainting, uncropping, "
-        "colourisation, jpeg:5-30, or given:PATH, one for each item",
+        "colourisation, jpeg:5-30, several of these with + between (one of them for each item), or given:PATH, one for "
+        "each item",
         metavar="TASK",
         dest="data.condition",
     )

@@ -14,10 +14,10 @@ from torch import Tensor
 from scoresde.noise import derive_seed
 from scoresde.tensors import told
 
-__all__ = ["Shown", "drops", "flips", "mirrored"]
+__all__ = ["Shown", "choices", "drops", "flips", "mirrored"]
 
 # Streams beside that of the epoch's permutation, derive_seed(seed, 0, epoch).
-_FLIPS, _DROPS, _TASK, _NOISE = 1, 2, 3, 4
+_FLIPS, _DROPS, _TASK, _NOISE, _CHOICE = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,11 @@ class Shown:
     def __len__(self) -> int:
         return len(self.items)
 
+    def some(self, which: Tensor) -> Shown:
+        """Those of the items, at these places (B'), int64, as they are shown here."""
+        mirrored = None if self.mirrored is None else self.mirrored[which.to(self.mirrored.device)]
+        return Shown(self.items[which], self.of, torch.as_tensor(self.epochs)[which], self.seed, mirrored)
+
     def uniform(self, count: int, stream: int = _TASK) -> Tensor:
         """`count` numbers in [0, 1) for each item: float32, shape (B, count), on the CPU.
 
@@ -97,6 +102,11 @@ def flips(shown: Shown) -> Tensor:
 def drops(shown: Shown, probability: float) -> Tensor:
     """Of which items a network is told nothing: bool, shape (B,)."""
     return shown.chosen(probability, _DROPS)
+
+
+def choices(shown: Shown, n: int) -> Tensor:
+    """One of n for each item, all alike likely: int64, shape (B,)."""
+    return (shown.uniform(1, _CHOICE)[:, 0] * n).long()
 
 
 def mirrored(x: Tensor, which: Tensor | None) -> Tensor:

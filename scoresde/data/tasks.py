@@ -5,6 +5,7 @@
     colourisation      0.299 R + 0.587 G + 0.114 B
     JPEG restoration   decode(encode(x, quality u))
     super-resolution   up(down(x)), both bicubic
+    several            one of them for each item: [what is left of it, m], m = 1 wherever nothing is masked
 
 The tasks are those of Palette (Saharia et al., 2022, "Palette: Image-to-image diffusion models") and SR3 (Saharia et
 al., 2022, "Image super-resolution via iterative refinement"). Palette takes the loss of its first two in the unknown
@@ -28,11 +29,20 @@ from torch.nn import functional as F
 from scoresde.checks import ArgumentError, check_count, check_option, one_of
 from scoresde.data.conditions import Condition, Given, same_number
 from scoresde.data.folder import ImageFolder
-from scoresde.data.shown import Shown
+from scoresde.data.shown import Shown, choices
 from scoresde.data.sources import find_data
 from scoresde.levels import scaled
 
-__all__ = ["TASKS", "Colourisation", "Inpainting", "JPEGRestoration", "SuperResolution", "Uncropping", "condition_of"]
+__all__ = [
+    "TASKS",
+    "Colourisation",
+    "Inpainting",
+    "JPEGRestoration",
+    "OneOf",
+    "SuperResolution",
+    "Uncropping",
+    "condition_of",
+]
 
 Fill = Literal["zeros", "noise"]
 
@@ -279,6 +289,49 @@ def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bicubic", antialias=True)
 
 
+@dataclass(frozen=True)
+class OneOf(Condition):
+    """One of several tasks for each item, in each epoch anew and all alike likely: for one network that does them all
+    (Palette, section 5.4), and is not told which it is.
+
+    An item of C channels has C + 1: what a task leaves of it, a single channel being repeated, and m, 1 where nothing
+    is masked. With one task alone it is that task in this form.
+
+    Args:
+        tasks: of this module.
+
+    Raises:
+        ValueError: if there is none, or one is an image that was given.
+    """
+
+    tasks: tuple[Condition, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        if not self.tasks or any(isinstance(task, Given | OneOf) for task in self.tasks):
+            raise ValueError(f"tasks={self.tasks!r}: expected one or more that are functions of the item")
+
+    @property
+    def lazy(self) -> bool:
+        return any(task.lazy for task in self.tasks)
+
+    def channels(self, shape: Sequence[int]) -> int:
+        for task in self.tasks:
+            if (found := task.channels(shape)) not in (1, shape[0], shape[0] + 1):
+                raise ValueError(f"{task!r} has {found} channels: expected 1, {shape[0]} or, masked, {shape[0] + 1}")
+        return shape[0] + 1
+
+    def __call__(self, x: Tensor, shown: Shown) -> Tensor:
+        same_number(x, shown)
+        found = x.new_ones(len(x), x.shape[1] + 1, *x.shape[2:])
+        chosen = choices(shown, len(self.tasks))
+        for k, task in enumerate(self.tasks):
+            if len(mine := (chosen == k).nonzero()[:, 0]):
+                y = task(x[mine.to(x.device)], shown.some(mine))
+                found[mine.to(x.device), : max(y.shape[1], x.shape[1])] = y
+        return found
+
+
 # --- in words --------------------------------------------------------------------------------------------------------
 
 
@@ -327,8 +380,9 @@ def condition_of(
     """A condition by name.
 
     Args:
-        text: super-resolution:4, inpainting or inpainting:noise, uncropping likewise, colourisation, jpeg:5-30; or
-            given:PATH, a file .npy, .npz or .safetensors, or a folder of images.
+        text: super-resolution:4, inpainting or inpainting:noise, uncropping likewise, colourisation, jpeg:5-30; several
+            of them with + between, for one of them each (`OneOf`); or given:PATH, a file .npy, .npz or .safetensors,
+            or a folder of images.
         size, background, skip: of such a folder's images; see `ImageFolder`.
         lazy: they are decoded when they are wanted; False: once, into memory.
 
@@ -338,8 +392,12 @@ def condition_of(
 
     >>> condition_of("super-resolution:2"), condition_of("jpeg:10")
     (SuperResolution(factor=2), JPEGRestoration(lowest=10, highest=10))
+    >>> condition_of("super-resolution:2+colourisation")
+    OneOf(tasks=(SuperResolution(factor=2), Colourisation()))
     """
     name, _, argument = text.partition(":")
+    if name != "given" and "+" in text:
+        return OneOf(tuple(condition_of(part) for part in text.split("+")))
     if name == "given" and argument:
         alike: dict[str, Any] = {"size": size, "background": background, "skip": skip}
         found = find_data(argument, **alike if Path(argument).is_dir() else {})

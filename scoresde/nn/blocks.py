@@ -24,6 +24,7 @@ from scoresde.checks import check_option
 __all__ = [
     "Attention",
     "Double",
+    "Encoder",
     "GroupNorm",
     "Halve",
     "ResidualBlock",
@@ -32,6 +33,7 @@ __all__ = [
     "conv",
     "filter_taps",
     "group_norm",
+    "image_of",
     "shuffle",
     "unshuffle",
     "zero",
@@ -98,8 +100,11 @@ def shuffle(x: Tensor, patch: int) -> Tensor:
     return x.reshape(*x.shape[:2], *(n * patch for n in size))
 
 
-def concatenate(x: Tensor, image: Tensor | None, dims: int, channels: int) -> Tensor:
-    """x with the `channels` of image after its own: conditioning on an image.
+# Conditioning on an image.
+
+
+def image_of(x: Tensor, image: Tensor | None, dims: int, channels: int) -> Tensor | None:
+    """The image that a network is conditional on, in the dtype of x; None where it takes none.
 
     Raises:
         ValueError: if x has not `dims` axes, or image is missing, unexpected or of another shape.
@@ -109,12 +114,51 @@ def concatenate(x: Tensor, image: Tensor | None, dims: int, channels: int) -> Te
     if not channels:
         if image is not None:
             raise ValueError("this network takes no image: build it with image_condition= channels to pass one")
-        return x
+        return None
     expected = (len(x), channels, *x.shape[2:])
     if image is None or image.shape != expected:
         found = "none" if image is None else f"shape {tuple(image.shape)}"
         raise ValueError(f"this network is conditional on an image: pass image= of shape {expected}, not {found}")
-    return torch.cat([x, image.to(x.dtype)], dim=1)
+    return image.to(x.dtype)
+
+
+def concatenate(x: Tensor, image: Tensor | None, dims: int, channels: int) -> Tensor:
+    """x with the `channels` of image after its own. Errors: `image_of`."""
+    image = image_of(x, image, dims, channels)
+    return x if image is None else torch.cat([x, image], dim=1)
+
+
+class Encoder(nn.Module):
+    """An image as features: h = conv(image), then residual blocks h + conv(SiLU(norm(conv(SiLU(norm(h)))))), the last
+    convolution of each starting at zero.
+
+    Args:
+        inputs, outputs: channels of the image and of the features.
+        blocks: how many; with none it is one convolution.
+        dims: axes of the data.
+    """
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, *, dims: int = 2) -> None:
+        super().__init__()
+        self.inward = conv(dims, inputs, outputs, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                group_norm(outputs),
+                nn.SiLU(),
+                conv(dims, outputs, outputs, 3),
+                group_norm(outputs),
+                nn.SiLU(),
+                zero(conv(dims, outputs, outputs, 3)),
+            )
+            for _ in range(blocks)
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B, inputs, ...) to (B, outputs, ...)."""
+        h: Tensor = self.inward(image)
+        for block in self.blocks:
+            h = h + block(h)
+        return h
 
 
 # Attention

@@ -9,6 +9,13 @@ way up resizes to the skip it meets.
     DDPM++    resample="block", skip_scale=0.5**0.5
     NCSN++    the same, with fir=(1, 3, 3, 1) and fourier=16 on the label log sigma
     ADM       resample="block", attention at 32, 16 and 8 pixels, 64 features per head
+
+An image c that it is conditional on meets x at the entrance, in one of two ways:
+
+    h = conv([x, c])        Palette, SR3 (Saharia et al., 2022): concatenated
+    h = F(x) + G(c)         SegDiff (Amit et al., 2021): two encodings, added; F is a convolution, G has residual blocks
+
+Both are the same where G is a convolution, too.
 """
 
 from __future__ import annotations
@@ -25,12 +32,14 @@ from scoresde.checks import check_count, check_option
 from scoresde.nn.blocks import (
     Attention,
     Double,
+    Encoder,
     Halve,
     ResidualBlock,
     concatenate,
     conv,
     filter_taps,
     group_norm,
+    image_of,
     shuffle,
     unshuffle,
     zero,
@@ -116,7 +125,9 @@ class UNet(nn.Module):
         fir: the filter with which sizes are halved and doubled, as (1, 3, 3, 1) (Karras et al., 2020), or None.
         skip_scale: factor of every residual sum; 1/sqrt(2) = 0.5**0.5 keeps the variance.
         vector: length of a vector that the network is conditional on, or None.
-        image_condition: channels of an image, of the size of x, that it is conditional on by concatenation.
+        image_condition: channels of an image, of the size of x, that it is conditional on: by concatenation, or
+        image_blocks: by adding G(image) to the encoding of x, G with so many residual blocks (`Encoder`); 0 is a
+            convolution alone, and None concatenates.
         fourier: scale of Gaussian time frequencies, or None for sinusoidal features; see `TimeEmbedding`.
         out_channels: channels of the result; twice those of x for improved DDPM's learned variances.
 
@@ -143,6 +154,7 @@ class UNet(nn.Module):
         skip_scale: float = 1.0,
         vector: int | None = None,
         image_condition: int = 0,
+        image_blocks: int | None = None,
         fourier: float | None = None,
         out_channels: int | None = None,
     ) -> None:
@@ -159,6 +171,11 @@ class UNet(nn.Module):
                 f"image_condition={image_condition}, dropout={dropout}, skip_scale={skip_scale}: expected channels "
                 ">= 0, a probability below 1 and a positive factor"
             )
+        if image_blocks is not None and (image_blocks < 0 or not image_condition):
+            raise ValueError(
+                f"image_blocks={image_blocks}, image_condition={image_condition}: expected blocks >= 0 of an encoder, "
+                "and channels of the image that it encodes"
+            )
         widths = [channels * m for m in multipliers]
         if not widths or any(level not in range(len(widths)) for level in attention):
             raise ValueError(
@@ -170,7 +187,11 @@ class UNet(nn.Module):
         embedding = 4 * channels
         self.time = TimeEmbedding(embedding, num_classes=num_classes, vector=vector, fourier=fourier)
         self.dims, self.image_condition, self.patch, self.blocks = dims, image_condition, patch, blocks
-        self.inward = conv(dims, (image_channels + image_condition) * patch**dims, channels, 3)
+        self.encoder: Encoder | None = None
+        if image_blocks is not None:
+            self.encoder = Encoder(image_condition * patch**dims, channels, image_blocks, dims=dims)
+        concatenated = image_channels + (image_condition if image_blocks is None else 0)
+        self.inward = conv(dims, concatenated * patch**dims, channels, 3)
 
         def stage(inputs: int, outputs: int, attend: bool) -> _Stage:
             return _Stage(inputs, outputs, embedding, dropout, heads if attend else None, dims, skip_scale)
@@ -244,9 +265,13 @@ class UNet(nn.Module):
         image: Tensor | None = None,
     ) -> Tensor:
         """The last feature map, (B, outward.in_channels, H / patch, W / patch): what a further head can read."""
-        x = unshuffle(concatenate(x, image, self.dims, self.image_condition), self.patch)
+        if self.encoder is None:
+            h = self.inward(unshuffle(concatenate(x, image, self.dims, self.image_condition), self.patch))
+        else:
+            image = image_of(x, image, self.dims, self.image_condition)
+            assert image is not None
+            h = self.inward(unshuffle(x, self.patch)) + self.encoder(unshuffle(image, self.patch))
         embedding = self.time(time, label, vector)
-        h = self.inward(x)
         skips = [h]
         for i, stage in enumerate(self.down):
             h = stage(h, embedding)
