@@ -1,0 +1,398 @@
+"""One network for five tasks: colour, holes, edges, JPEG's blocks and few pixels, and what drawing samples is for.
+
+    python examples/palette.py             some ten minutes on one core, nearly all of it training; --help
+
+Palette (Saharia et al., 2022) trains one conditional diffusion model on colourisation, inpainting, uncropping and JPEG
+restoration, and SR3 (Saharia et al., 2022) one on super-resolution; here one network does all five, and is not told
+which it is: `OneOf` gives it what a task has left of the image x, and a channel m, 1 where nothing is masked,
+concatenated to x_t. Beside it stands a **regression**: the same network with x_t = 0 and the loss |N(y) - x|^2, as many
+steps on the same images. It finds E[x | y], the best guess; the diffusion model draws from p(x | y).
+
+**The images** are Fashion-MNIST, halved to 16 x 16 and coloured by a law that is known. A garment's grey level g in
+[0, 1] mixes a ground and a cloth, x = (1 - g) b + g c, of luma 0.1 and 0.6; their hues in the plane of Cb and Cr are
+opposite, and the cloth's is one of two, theta and theta + 180 degrees, with probability 1/2 each, theta = 0 for tops
+and dresses, 60 for trousers and bags, 120 for shoes. So the luma says nothing of the colour but by the shape of the
+garment: given it, one of the two colours is as likely as the other, their mean is grey, and so is the best guess.
+
+Measured on held-out images: PSNR, Frechet distance, and the diversity of samples beside the distance to the truth. Of
+draws from p(x | y) two are as far from each other as each is from the truth, which is one more draw: E|x' - x''|^2 =
+E|x' - x|^2, their ratio is 1.
+
+Writes palette.png, results.json and README.md into --out. A run that is killed goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from guidance import tile
+from torch import Tensor
+from torch.nn import functional as F
+
+from scoresde import Denoiser, sample
+from scoresde.data import (
+    Colourisation,
+    Condition,
+    Inpainting,
+    JPEGRestoration,
+    OneOf,
+    SuperResolution,
+    TrainingData,
+    Uncropping,
+    read_data,
+)
+from scoresde.denoiser import NetworkDenoiser
+from scoresde.info import environment
+from scoresde.metrics import RandomFeatures, evaluate
+from scoresde.metrics.errors import psnr
+from scoresde.noise import derive_seed
+from scoresde.report import table, write_json
+from scoresde.solvers import Adams
+from scoresde.training import CheckpointError, ModelConfig, TrainConfig, Trainer, min_snr
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SIZE, KINDS = 16, ("tops and dresses", "trousers and bags", "shoes")
+KIND = torch.tensor([0, 1, 0, 0, 0, 2, 0, 2, 1, 2])  # of each class of Fashion-MNIST
+CLOTH, GROUND = (0.6, 0.22), (0.1, 0.055)  # luma and chroma, of colours in [0, 1]
+TASKS: dict[str, Condition] = {
+    "colourisation": Colourisation(),
+    "inpainting": Inpainting(),
+    "uncropping": Uncropping(),
+    "JPEG restoration": JPEGRestoration(5, 30),
+    "super-resolution": SuperResolution(4),
+}
+NETWORK = {"image_channels": 3, "channels": 32, "multipliers": (1, 2), "blocks": 1, "patch": 2, "image_condition": 4}
+DIFFUSION = ModelConfig(options=NETWORK, predicts="v", time_scale=999)
+REGRESSION = ModelConfig(options=NETWORK, predicts="x0", time_scale=999)
+SOLVER = Adams()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/palette"), help="results (runs/palette)")
+    parser.add_argument("--models", type=Path, default=Path("runs/palette"), help="folder of the two runs")
+    parser.add_argument("--data", nargs=2, default=["fashion-mnist", "fashion-mnist-test"], metavar="NAME",
+                        help="Fashion-MNIST to train on, and held out, by name or path")  # fmt: skip
+    parser.add_argument("--train-steps", type=int, default=2000, help="of each network, 128 images a step (2000)")
+    parser.add_argument("--images", type=int, default=1000, help="held-out images for each task (1000)")
+    parser.add_argument("--several", type=int, default=100, help="of these, images of which several are drawn (100)")
+    parser.add_argument("--draws", type=int, default=8, help="how many (8)")
+    parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample (20)")
+    parser.add_argument("--seed", type=int, default=0, help="of colours, weights, training and samples (0)")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    start = time.perf_counter()
+    training = TrainingData(coloured(args.data[0], args.seed)[0], levels=256, seed=args.seed,
+                            conditions=(OneOf(tuple(TASKS.values())),))  # fmt: skip
+    nets = {
+        "diffusion": trained(DIFFUSION, training, args.models / "diffusion", args.train_steps, args.seed),
+        "regression": trained(
+            REGRESSION, training, args.models / "regression", args.train_steps, args.seed, squared_error
+        ),
+    }
+    ready = time.perf_counter()
+    rows, law, drawn, reference = measured(nets, args)
+    results = {
+        "environment": environment(),
+        "seconds": {"train": round(ready - start, 1), "measure": round(time.perf_counter() - ready, 1)},
+        "parameters": sum(p.numel() for p in nets["diffusion"].net.parameters()),
+        "model": DIFFUSION.to_dict(),
+        "solver": repr(SOLVER),
+        "tasks": {name: repr(task) for name, task in TASKS.items()},
+        **{name: getattr(args, name) for name in ("train_steps", "images", "several", "draws", "nfe", "seed")},
+        "reference": reference,
+        "rows": rows,
+        "law": law,
+    }
+    write_json(args.out / "results.json", results)
+    (args.out / "README.md").write_text(report(results))
+    draw(drawn, args.out / "palette.png")
+    print("\n" + report(results) + f"\nwrote {args.out}/palette.png, results.json and README.md")
+
+
+# --- the images ------------------------------------------------------------------------------------------------------
+
+
+def coloured(source: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, uint8, (N, 3, 16, 16), coloured by the law; g of each pixel, (N, 1, 16, 16); and each item's kind."""
+    found = read_data(source, labels=True)
+    assert found.labels is not None
+    g = F.avg_pool2d(F.pad(found.x.float() / 255, (2, 2, 2, 2)), 2)
+    kind = KIND[found.labels]
+    end = torch.randint(2, (len(g),), generator=torch.Generator().manual_seed(seed))
+    hue = (math.pi / 3 * kind + math.pi * end).reshape(-1, 1, 1, 1)
+    x = (1 - g) * color(*GROUND, hue + math.pi) + g * color(*CLOTH, hue)
+    return x.mul(255).round().to(torch.uint8), g, kind
+
+
+def color(luma: float, chroma: float, hue: Tensor) -> Tensor:
+    """RGB in [0, 1] of luma, and of Cb + i Cr = chroma exp(i hue) (ITU-R BT.601, as JPEG's): hue (B, 1, 1, 1)."""
+    Cb, Cr = chroma * hue.cos(), chroma * hue.sin()
+    return luma + torch.cat([1.402 * Cr, -0.344136 * Cb - 0.714136 * Cr, 1.772 * Cb], dim=1)
+
+
+def chroma_of(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean of Cb + i Cr of images in [-1, 1], where weight (B, 1, H, W) is: complex, (B,)."""
+    red, green, blue = (x / 2).split(1, dim=1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    chroma = torch.complex((blue - luma) / 1.772, (red - luma) / 1.402)
+    return (chroma * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+
+
+# --- the networks ----------------------------------------------------------------------------------------------------
+
+
+def squared_error(denoiser: NetworkDenoiser, x0: Tensor, draws: object, cond: Mapping[str, Any]) -> Tensor:
+    """|N(y) - x_0|^2 of the network as a regression; a `Loss`."""
+    return (guess(denoiser, cond, x0.shape) - x0).square().mean()
+
+
+def guess(denoiser: NetworkDenoiser, cond: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor:
+    """N(y), the network being told nothing else: x_t = 0, and a time that is always the same."""
+    image = cond["image"]
+    out: Tensor = denoiser.net(image.new_zeros(shape), image.new_zeros(shape[0]), image=image)
+    return out
+
+
+def trained(
+    model: ModelConfig,
+    data: TrainingData,
+    folder: Path,
+    steps: int,
+    seed: int,
+    loss: Callable[..., Tensor] | None = None,
+    batch_size: int = 128,
+) -> NetworkDenoiser:
+    """The denoiser with averaged weights, trained or continued in a run folder; by default by its own loss."""
+    denoiser = model.build(seed)
+    denoiser.net.to(memory_format=torch.channels_last)
+    config = TrainConfig(steps=steps, batch_size=batch_size, lr=2e-3, ema_decay=0.998, seed=seed, workers=0)
+    how = {"weighting": min_snr(5.0)} if loss is None else {"loss": loss}
+    try:
+        trainer = Trainer(denoiser, data, config, folder=folder, model=model, **how)
+    except CheckpointError as error:
+        raise SystemExit(f"{error}\n(--models names another folder)") from error
+    if trainer.step < steps:
+        print(f"training on {len(data)} images, step {trainer.step} to {steps}, into {folder}", flush=True)
+    return trainer.fit().ema
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def drawn_of(denoiser: Denoiser, image: Tensor, draws: int, event: tuple[int, ...], nfe: int, seed: int) -> Tensor:
+    """Samples given each image, in [-1, 1]: (B, draws, *event)."""
+    parts = []
+    for k, part in enumerate(image.repeat_interleave(draws, 0).split(500)):
+        x = sample(denoiser, (len(part), *event), SOLVER, nfe=nfe, seed=derive_seed(seed, k), cond={"image": part}).x
+        parts.append(x.clamp(-1, 1))
+    return torch.cat(parts).unflatten(0, (len(image), draws))
+
+
+def mean_and_error(values: Tensor) -> list[float]:
+    """The mean of one number for each image, and its standard error."""
+    values = values.double()
+    return [float(values.mean()), float(values.std() / len(values) ** 0.5)]
+
+
+def ratio_of(a: Tensor, b: Tensor) -> list[float]:
+    """mean a / mean b of two numbers for each image, with its standard error to first order."""
+    ratio = float(a.double().mean() / b.double().mean())
+    return [ratio, mean_and_error(a - ratio * b)[1] / float(b.mean())]
+
+
+def measured(nets: dict[str, NetworkDenoiser], args: argparse.Namespace) -> tuple[list[dict], dict, dict, int]:
+    """The rows of the table, the colours of colourisation, the images of the picture, and how many images the Frechet
+    distances are to.
+    """
+    levels, g, kind = coloured(args.data[1], args.seed + 1)
+    order = torch.randperm(len(levels), generator=torch.Generator().manual_seed(args.seed))
+    chosen, others = order[: args.images], order[args.images :]
+    event = tuple(levels.shape[1:])
+    every = TrainingData(levels, levels=256).batch(others).x
+    reference, real = every[: len(every) // 2], every[len(every) // 2 :]
+    features = RandomFeatures(event)
+    score = partial(evaluate, reference=reference, metrics=["frechet"], features=features, floor=real, floors=20)
+    rows, law, pictures = [], {}, {}
+    for name, task in TASKS.items():
+        data = TrainingData(levels, levels=256, seed=args.seed, conditions=(OneOf((task,)),))
+        x, cond = data.batch(chosen)
+        y = cond["image"]
+        how = (event, args.nfe, args.seed)
+        one = drawn_of(nets["diffusion"], y, 1, *how)[:, 0]
+        several, some = drawn_of(nets["diffusion"], y[: args.several], args.draws, *how), x[: args.several]
+        with torch.no_grad():
+            best = torch.cat([guess(nets["regression"], {"image": p}, (len(p), *event)) for p in y.split(500)])
+        best = best.clamp(-1, 1)
+        to_truth = (several - some[:, None]).square().flatten(1).mean(1)  # E|x' - x|^2 of each image
+        apart = 2 * several.var(1).flatten(1).mean(1)  # E|x' - x''|^2
+        guessed, mean = psnr(best[: args.several], some), psnr(several.mean(1), some)
+        for way, images in (("diffusion", one), ("regression", best), ("condition", y[:, :3])):
+            found = score(images)["frechet"]
+            row = {"task": name, "way": way, "psnr": mean_and_error(psnr(images, x))}
+            row |= {"frechet": [found.value, found.stderr], "floor": [found.floor, found.floor_std]}
+            rows.append(row)
+        sampled, guesses = rows[-3], rows[-2]
+        sampled |= {"psnr_of_mean": mean_and_error(mean), "apart": mean_and_error(apart.sqrt())}
+        sampled |= {"ratio": ratio_of(apart, to_truth)}
+        guesses |= {"psnr_of_those": mean_and_error(guessed), "lead_of_regression": mean_and_error(guessed - mean)}
+        for row in rows[-3:]:
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        if name == "colourisation":
+            those = chosen[: args.several]
+            images = {"truth": some[:, None], "samples": several, "regression": best[: args.several, None]}
+            law, points = colours(images, g[those], kind[those])
+        masked = y[:, 3:] == 0
+        pictures[name] = (torch.where(masked, math.nan, y[:, :3]), several, best, x)
+    return rows, law, {"images": pictures, "colours": points}, len(reference)
+
+
+def colours(images: dict[str, Tensor], g: Tensor, kind: Tensor) -> tuple[dict, dict]:
+    """Of images (B, draws, 3, H, W) of garments, those that are not too dark: how vivid the cloth is, whether it has
+    one of its two colours (within 30 degrees), how often the first, and whether the ground has the opposite one; and
+    the cloths' Cb + i Cr, as shares of the law's chroma.
+    """
+    bright = (g - 0.5).clamp(min=0).flatten(1).sum(1) >= 1  # at g = 0.2 the two colours make grey
+    g, kind, images = g[bright], kind[bright], {name: x[bright] for name, x in images.items()}
+    found: dict[str, Any] = {"garments": len(g)}
+    points = {}
+    inside, outside = (g - 0.5).clamp(min=0), (0.05 - g).clamp(min=0)
+    share = (inside * g).flatten(1).sum(1) / inside.flatten(1).sum(1)
+    # Of a pixel: g times the cloth's less (1 - g) times the ground's, which is opposite.
+    unit = (share * CLOTH[1] - (1 - share) * GROUND[1])[:, None]
+    theta = torch.exp(1j * math.pi / 3 * kind)[:, None]
+    for name, x in images.items():
+        n = x.shape[1]
+        cloth = chroma_of(x.flatten(0, 1), inside.repeat_interleave(n, 0)).unflatten(0, (-1, n)) / unit
+        ground = chroma_of(x.flatten(0, 1), outside.repeat_interleave(n, 0)).unflatten(0, (-1, n))
+        along, facing = cloth * theta.conj(), -ground * cloth.conj()
+        near = math.cos(math.pi / 6)
+        right = (along.real.abs() > along.abs() * near).double()
+        opposite = (facing.real > facing.abs() * near).double()
+        first = (along.real > 0).double()
+        found[name] = {
+            key: mean_and_error(value.mean(1))
+            for key, value in {"vivid": cloth.abs(), "right": right, "first": first, "opposite": opposite}.items()
+        }
+        if n > 1:  # of draws of one image: the variance of their number, beside the coin's
+            found[name]["coin"] = mean_and_error(first.var(1) / 0.25)
+        points[name] = cloth.flatten()
+    return found, points
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def cell(value: list[float] | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value[0]:.{digits}f} ({value[1]:.{digits}f})"
+
+
+def report(results: dict) -> str:
+    """The tables, as Markdown."""
+    about, law = results["environment"], results["law"]
+    head = ["task", "", "PSNR", "PSNR of the mean", "Frechet distance", "apart", "ratio"]
+    titles = {"diffusion": "a sample", "regression": "regression", "condition": "the condition"}
+    lines = []
+    for row in results["rows"]:
+        mean = row.get("psnr_of_mean", row.get("psnr_of_those"))
+        first = row["task"] if row["way"] == "diffusion" else ""
+        lines.append([first, titles[row["way"]], cell(row["psnr"]), cell(mean), cell(row["frechet"]),
+                      cell(row.get("apart"), 3), cell(row.get("ratio"))])  # fmt: skip
+    floor = results["rows"][0]["floor"]
+    leads = {row["task"]: row["lead_of_regression"] for row in results["rows"] if row["way"] == "regression"}
+    said = "; ".join(f"{task} {lead:+.2f} ({error:.2f})" for task, (lead, error) in leads.items())
+    keys = {"vivid": "chroma", "right": "one of the two colours", "first": "the first of them", "opposite": "ground"}
+    names = {"truth": "truth", "samples": "samples", "regression": "regression"}
+    colour = [[title, *(cell(law[name][key], 3) for key in keys)] for name, title in names.items()]
+    return f"""# One network, five tasks
+
+`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
+scoresde {about["scoresde"]}, commit {about["commit"]}. Training {results["seconds"]["train"]:.0f} s of the wall clock
+(nothing where it was done before), samples and scores {results["seconds"]["measure"]:.0f} s.
+
+Fashion-MNIST at 16 x 16, in the two colours of a known law (`examples/palette.py`); one U-Net of
+{results["parameters"]:,} parameters for all tasks, which is told what a task has left of the image and what is masked,
+and not which task it is; the regression is the same network, told the same, with a squared loss. Both were trained for
+{results["train_steps"]} steps of 128 images. {results["images"]} held-out images for each task, {results["nfe"]}
+evaluations of `{results["solver"]}`.
+
+- PSNR in dB, of the whole image: its mean over the {results["images"]} images.
+- PSNR of the mean: of the mean of {results["draws"]} samples, for {results["several"]} of the images; of the regression
+  for the same images.
+- Frechet distance: in 64 random features of colour images, to {results["reference"]:,} other held-out images;
+  as many real ones, of none of these, have {floor[0]:.2f} (std {floor[1]:.2f} over choices of them).
+- Apart: root mean square distance of two samples for one condition, in [-1, 1]. Ratio: mean square distance of two
+  samples over that of a sample from the truth: 1 where samples are as uncertain as they should be.
+
+In brackets the standard error over images, of Frechet distances over random halves.
+
+{chr(10).join(table(head, lines))}
+
+The regression's PSNR less that of the mean of {results["draws"]} samples, image by image, in dB: {said}. Of exact draws
+it would be about {10 * math.log10(1 + 1 / results["draws"]):.2f}, as the mean of {results["draws"]} of them has
+1/{results["draws"]} more of the variance in its error than E[x | y].
+
+![Condition, samples, regression and truth of each task](palette.png)
+
+## Colours
+
+By the law a grey garment is one of two opposite colours with probability 1/2 each. Chroma: of the cloth, 1 where it is
+as vivid as the law's. One of the two colours: share within 30 degrees of either; by chance it would be 1/3. The first
+of them: share of those on that side. Ground: share whose ground has the opposite hue, within 30 degrees.
+Of the {law["garments"]} of the {results["several"]} garments that are bright enough to have a colour.
+
+{chr(10).join(table(["", *keys.values()], colour))}
+
+Among the {results["draws"]} samples of one garment the choice has a variance of {cell(law["samples"]["coin"])} of a
+coin's, 1 where they are tossed for each sample anew.
+
+Tasks: {", ".join(f"`{task}`" for task in results["tasks"].values())}.
+"""
+
+
+def draw(drawn: dict, path: Path, images: int = 4, samples: int = 3) -> None:
+    """A panel a task: a row for each of some images, with the condition, samples, the regression's guess, the truth;
+    and the colours of the cloths.
+    """
+    samples = min(samples, drawn["images"]["colourisation"][1].shape[1])
+    titles = ["given", *["sample"] * samples, "regression", "truth"]
+    figure, axes = plt.subplots(2, 3, figsize=(14, 1.5 * images + 1.4), layout="constrained")
+    for axis, (name, (given, several, best, truth)) in zip(axes.flat, drawn["images"].items(), strict=False):
+        lines = [torch.stack([given[i], *several[i, :samples], best[i], truth[i]]) for i in range(images)]
+        axis.imshow(tile(torch.cat(lines), len(titles)))
+        axis.set_xticks([68 * k + 34 for k in range(len(titles))], labels=titles, fontsize=9)
+        axis.set_yticks([])
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set_title(name, fontsize=12)
+    axis = axes.flat[-1]
+    law = torch.exp(1j * math.pi / 3 * torch.arange(6))
+    shown = color(*CLOTH, law.angle().reshape(-1, 1, 1, 1)).flatten(1).clamp(0, 1)
+    axis.scatter(law.real, law.imag, s=340, c=shown.numpy(), edgecolors="none", label="the law's six", zorder=1)
+    styles = {"samples": ("0.1", "o", 5), "regression": ("#D55E00", "x", 26)}
+    for name, (edge, marker, size) in styles.items():
+        z = drawn["colours"][name]
+        axis.scatter(z.real, z.imag, s=size, c=edge, marker=marker, linewidths=1, label=name, zorder=2)
+    axis.set(xlim=(-1.7, 1.7), ylim=(-1.4, 1.4), aspect="equal", xlabel="Cb", ylabel="Cr", xticks=[0], yticks=[0])
+    axis.grid(color="0.9")
+    axis.set_axisbelow(True)
+    axis.spines[:].set_visible(False)
+    axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.92, 1.0))
+    axis.set_title("colours of the cloths, colourised", fontsize=12)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
