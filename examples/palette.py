@@ -55,7 +55,7 @@ from scoresde.metrics import RandomFeatures, evaluate
 from scoresde.metrics.errors import psnr
 from scoresde.noise import derive_seed
 from scoresde.report import table, write_json
-from scoresde.solvers import Adams
+from scoresde.solvers import DPMSolverPP
 from scoresde.training import CheckpointError, ModelConfig, TrainConfig, Trainer, min_snr
 
 matplotlib.use("Agg")
@@ -74,7 +74,7 @@ TASKS: dict[str, Condition] = {
 NETWORK = {"image_channels": 3, "channels": 32, "multipliers": (1, 2), "blocks": 1, "patch": 2, "image_condition": 4}
 DIFFUSION = ModelConfig(options=NETWORK, predicts="v", time_scale=999)
 REGRESSION = ModelConfig(options=NETWORK, predicts="x0", time_scale=999)
-SOLVER = Adams()
+SOLVER = DPMSolverPP(order=2, stochastic=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=1000, help="held-out images for each task (1000)")
     parser.add_argument("--several", type=int, default=100, help="of these, images of which several are drawn (100)")
     parser.add_argument("--draws", type=int, default=8, help="how many (8)")
-    parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample (20)")
+    parser.add_argument("--nfe", type=int, default=30, help="evaluations of a sample (30)")
     parser.add_argument("--seed", type=int, default=0, help="of colours, weights, training and samples (0)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
