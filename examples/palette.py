@@ -51,11 +51,11 @@ from scoresde.data import (
 )
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.info import environment
-from scoresde.metrics import RandomFeatures, evaluate
+from scoresde.metrics import Evaluation, RandomFeatures, evaluate
 from scoresde.metrics.errors import psnr
 from scoresde.noise import derive_seed
 from scoresde.report import table, write_json
-from scoresde.solvers import DPMSolverPP
+from scoresde.solvers import Adams, DPMSolverPP, Solver
 from scoresde.training import CheckpointError, ModelConfig, TrainConfig, Trainer, min_snr
 
 matplotlib.use("Agg")
@@ -74,7 +74,7 @@ TASKS: dict[str, Condition] = {
 NETWORK = {"image_channels": 3, "channels": 32, "multipliers": (1, 2), "blocks": 1, "patch": 2, "image_condition": 4}
 DIFFUSION = ModelConfig(options=NETWORK, predicts="v", time_scale=999)
 REGRESSION = ModelConfig(options=NETWORK, predicts="x0", time_scale=999)
-SOLVER = DPMSolverPP(order=2, stochastic=True)
+SOLVERS: dict[str, Solver] = {"SDE": DPMSolverPP(order=2, stochastic=True), "ODE": Adams()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=1000, help="held-out images for each task (1000)")
     parser.add_argument("--several", type=int, default=100, help="of these, images of which several are drawn (100)")
     parser.add_argument("--draws", type=int, default=8, help="how many (8)")
-    parser.add_argument("--nfe", type=int, default=30, help="evaluations of a sample (30)")
+    parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample (20)")
     parser.add_argument("--seed", type=int, default=0, help="of colours, weights, training and samples (0)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         "seconds": {"train": round(ready - start, 1), "measure": round(time.perf_counter() - ready, 1)},
         "parameters": sum(p.numel() for p in nets["diffusion"].net.parameters()),
         "model": DIFFUSION.to_dict(),
-        "solver": repr(SOLVER),
+        "solvers": {name: repr(solver) for name, solver in SOLVERS.items()},
         "tasks": {name: repr(task) for name, task in TASKS.items()},
         **{name: getattr(args, name) for name in ("train_steps", "images", "several", "draws", "nfe", "seed")},
         "reference": reference,
@@ -191,11 +191,13 @@ def trained(
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
-def drawn_of(denoiser: Denoiser, image: Tensor, draws: int, event: tuple[int, ...], nfe: int, seed: int) -> Tensor:
+def drawn_of(
+    denoiser: Denoiser, image: Tensor, draws: int, event: tuple[int, ...], nfe: int, seed: int, solver: Solver
+) -> Tensor:
     """Samples given each image, in [-1, 1]: (B, draws, *event)."""
     parts = []
     for k, part in enumerate(image.repeat_interleave(draws, 0).split(500)):
-        x = sample(denoiser, (len(part), *event), SOLVER, nfe=nfe, seed=derive_seed(seed, k), cond={"image": part}).x
+        x = sample(denoiser, (len(part), *event), solver, nfe=nfe, seed=derive_seed(seed, k), cond={"image": part}).x
         parts.append(x.clamp(-1, 1))
     return torch.cat(parts).unflatten(0, (len(image), draws))
 
@@ -210,6 +212,13 @@ def ratio_of(a: Tensor, b: Tensor) -> list[float]:
     """mean a / mean b of two numbers for each image, with its standard error to first order."""
     ratio = float(a.double().mean() / b.double().mean())
     return [ratio, mean_and_error(a - ratio * b)[1] / float(b.mean())]
+
+
+def scores(images: Tensor, truth: Tensor, score: Callable[[Tensor], Evaluation]) -> dict[str, list[float]]:
+    """PSNR and Frechet distance, each with its standard error; and what real images have, with a standard deviation."""
+    found = score(images)["frechet"]
+    psnrs = mean_and_error(psnr(images, truth))
+    return {"psnr": psnrs, "frechet": [found.value, found.stderr], "floor": [found.floor, found.floor_std]}
 
 
 def measured(nets: dict[str, NetworkDenoiser], args: argparse.Namespace) -> tuple[list[dict], dict, dict, int]:
@@ -229,32 +238,30 @@ def measured(nets: dict[str, NetworkDenoiser], args: argparse.Namespace) -> tupl
         data = TrainingData(levels, levels=256, seed=args.seed, conditions=(OneOf((task,)),))
         x, cond = data.batch(chosen)
         y = cond["image"]
-        how = (event, args.nfe, args.seed)
-        one = drawn_of(nets["diffusion"], y, 1, *how)[:, 0]
-        several, some = drawn_of(nets["diffusion"], y[: args.several], args.draws, *how), x[: args.several]
         with torch.no_grad():
             best = torch.cat([guess(nets["regression"], {"image": p}, (len(p), *event)) for p in y.split(500)])
-        best = best.clamp(-1, 1)
-        to_truth = (several - some[:, None]).square().flatten(1).mean(1)  # E|x' - x|^2 of each image
-        apart = 2 * several.var(1).flatten(1).mean(1)  # E|x' - x''|^2
-        guessed, mean = psnr(best[: args.several], some), psnr(several.mean(1), some)
-        for way, images in (("diffusion", one), ("regression", best), ("condition", y[:, :3])):
-            found = score(images)["frechet"]
-            row = {"task": name, "way": way, "psnr": mean_and_error(psnr(images, x))}
-            row |= {"frechet": [found.value, found.stderr], "floor": [found.floor, found.floor_std]}
-            rows.append(row)
-        sampled, guesses = rows[-3], rows[-2]
-        sampled |= {"psnr_of_mean": mean_and_error(mean), "apart": mean_and_error(apart.sqrt())}
-        sampled |= {"ratio": ratio_of(apart, to_truth)}
-        guesses |= {"psnr_of_those": mean_and_error(guessed), "lead_of_regression": mean_and_error(guessed - mean)}
-        for row in rows[-3:]:
+        best, some = best.clamp(-1, 1), x[: args.several]
+        guessed, several = psnr(best[: args.several], some), {}
+        for way, solver in SOLVERS.items():
+            how = (event, args.nfe, args.seed, solver)
+            one = drawn_of(nets["diffusion"], y, 1, *how)[:, 0]
+            several[way] = z = drawn_of(nets["diffusion"], y[: args.several], args.draws, *how)
+            to_truth = (z - some[:, None]).square().flatten(1).mean(1)  # E|x' - x|^2 of each image
+            apart, mean = 2 * z.var(1).flatten(1).mean(1), psnr(z.mean(1), some)  # E|x' - x''|^2
+            row = {"task": name, "way": way, **scores(one, x, score), "psnr_of_mean": mean_and_error(mean)}
+            row |= {"lead": mean_and_error(mean - guessed), "apart": mean_and_error(apart.sqrt())}
+            rows.append(row | {"ratio": ratio_of(apart, to_truth)})
+        guesses = {"psnr_of_mean": mean_and_error(guessed)}
+        rows.append({"task": name, "way": "regression", **scores(best, x, score), **guesses})
+        rows.append({"task": name, "way": "condition", **scores(y[:, :3], x, score)})
+        for row in rows[-4:]:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if name == "colourisation":
             those = chosen[: args.several]
-            images = {"truth": some[:, None], "samples": several, "regression": best[: args.several, None]}
+            images = {"truth": some[:, None], **several, "regression": best[: args.several, None]}
             law, points = colours(images, g[those], kind[those])
         masked = y[:, 3:] == 0
-        pictures[name] = (torch.where(masked, math.nan, y[:, :3]), several, best, x)
+        pictures[name] = (torch.where(masked, math.nan, y[:, :3]), several["SDE"], best, x)
     return rows, law, {"images": pictures, "colours": points}, len(reference)
 
 
@@ -294,26 +301,26 @@ def colours(images: dict[str, Tensor], g: Tensor, kind: Tensor) -> tuple[dict, d
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def cell(value: list[float] | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value[0]:.{digits}f} ({value[1]:.{digits}f})"
+def cell(value: list[float] | None, digits: int = 2, sign: str = "") -> str:
+    return "" if value is None else f"{value[0]:{sign}.{digits}f} ({value[1]:.{digits}f})"
 
 
 def report(results: dict) -> str:
     """The tables, as Markdown."""
     about, law = results["environment"], results["law"]
-    head = ["task", "", "PSNR", "PSNR of the mean", "Frechet distance", "apart", "ratio"]
-    titles = {"diffusion": "a sample", "regression": "regression", "condition": "the condition"}
-    lines = []
+    head = ["task", "", "PSNR", "PSNR of the mean", "its lead", "Frechet distance", "apart", "ratio"]
+    titles = {"SDE": "a sample, SDE", "ODE": "a sample, ODE"} | {w: w for w in ("regression", "condition")}
+    lines, task = [], ""
     for row in results["rows"]:
-        mean = row.get("psnr_of_mean", row.get("psnr_of_those"))
-        first = row["task"] if row["way"] == "diffusion" else ""
-        lines.append([first, titles[row["way"]], cell(row["psnr"]), cell(mean), cell(row["frechet"]),
-                      cell(row.get("apart"), 3), cell(row.get("ratio"))])  # fmt: skip
+        first, task = row["task"] if row["task"] != task else "", row["task"]
+        lines.append([first, titles[row["way"]], cell(row["psnr"]), cell(row.get("psnr_of_mean")),
+                      cell(row.get("lead"), sign="+"), cell(row["frechet"], 3), cell(row.get("apart"), 3),
+                      cell(row.get("ratio"))])  # fmt: skip
     floor = results["rows"][0]["floor"]
-    leads = {row["task"]: row["lead_of_regression"] for row in results["rows"] if row["way"] == "regression"}
-    said = "; ".join(f"{task} {lead:+.2f} ({error:.2f})" for task, (lead, error) in leads.items())
+    solvers = " and ".join(f"`{solver.partition(', rule')[0].rstrip(')')})` ({name})" for name, solver in
+                           results["solvers"].items())  # fmt: skip
     keys = {"vivid": "chroma", "right": "one of the two colours", "first": "the first of them", "opposite": "ground"}
-    names = {"truth": "truth", "samples": "samples", "regression": "regression"}
+    names = {"truth": "truth", "SDE": "samples, SDE", "ODE": "samples, ODE", "regression": "regression"}
     colour = [[title, *(cell(law[name][key], 3) for key in keys)] for name, title in names.items()]
     return f"""# One network, five tasks
 
@@ -324,24 +331,23 @@ scoresde {about["scoresde"]}, commit {about["commit"]}. Training {results["secon
 Fashion-MNIST at 16 x 16, in the two colours of a known law (`examples/palette.py`); one U-Net of
 {results["parameters"]:,} parameters for all tasks, which is told what a task has left of the image and what is masked,
 and not which task it is; the regression is the same network, told the same, with a squared loss. Both were trained for
-{results["train_steps"]} steps of 128 images. {results["images"]} held-out images for each task, {results["nfe"]}
-evaluations of `{results["solver"]}`.
+{results["train_steps"]} steps of 128 images. {results["images"]} held-out images for each task; samples by
+{results["nfe"]} evaluations of {solvers}.
 
 - PSNR in dB, of the whole image: its mean over the {results["images"]} images.
 - PSNR of the mean: of the mean of {results["draws"]} samples, for {results["several"]} of the images; of the regression
-  for the same images.
-- Frechet distance: in 64 random features of colour images, to {results["reference"]:,} other held-out images;
-  as many real ones, of none of these, have {floor[0]:.2f} (std {floor[1]:.2f} over choices of them).
+  for the same images. Its lead: over the regression, image by image. That of exact draws would be about
+  {-10 * math.log10(1 + 1 / results["draws"]):.2f}: the mean of {results["draws"]} of them has 1/{results["draws"]} more
+  of the variance in its error than E[x | y], which the regression stands for.
+- Frechet distance: in 64 random features of colour images, to {results["reference"]:,} other held-out images; as many
+  real ones, of none of these, have {floor[0]:.3f} (standard deviation {floor[1]:.3f} over choices of them).
 - Apart: root mean square distance of two samples for one condition, in [-1, 1]. Ratio: mean square distance of two
   samples over that of a sample from the truth: 1 where samples are as uncertain as they should be.
 
-In brackets the standard error over images, of Frechet distances over random halves.
+In brackets the standard error over images, of Frechet distances over random halves. The colours of the test images are
+tossed by another seed than those of the training images.
 
 {chr(10).join(table(head, lines))}
-
-The regression's PSNR less that of the mean of {results["draws"]} samples, image by image, in dB: {said}. Of exact draws
-it would be about {10 * math.log10(1 + 1 / results["draws"]):.2f}, as the mean of {results["draws"]} of them has
-1/{results["draws"]} more of the variance in its error than E[x | y].
 
 ![Condition, samples, regression and truth of each task](palette.png)
 
@@ -354,8 +360,8 @@ Of the {law["garments"]} of the {results["several"]} garments that are bright en
 
 {chr(10).join(table(["", *keys.values()], colour))}
 
-Among the {results["draws"]} samples of one garment the choice has a variance of {cell(law["samples"]["coin"])} of a
-coin's, 1 where they are tossed for each sample anew.
+Among the {results["draws"]} samples of one garment the choice of the colour has the variance of a coin's toss times
+{cell(law["SDE"]["coin"])} (SDE) and {cell(law["ODE"]["coin"])} (ODE): 1 where it is tossed for each sample anew.
 
 Tasks: {", ".join(f"`{task}`" for task in results["tasks"].values())}.
 """
@@ -380,10 +386,11 @@ def draw(drawn: dict, path: Path, images: int = 4, samples: int = 3) -> None:
     law = torch.exp(1j * math.pi / 3 * torch.arange(6))
     shown = color(*CLOTH, law.angle().reshape(-1, 1, 1, 1)).flatten(1).clamp(0, 1)
     axis.scatter(law.real, law.imag, s=340, c=shown.numpy(), edgecolors="none", label="the law's six", zorder=1)
-    styles = {"samples": ("0.1", "o", 5), "regression": ("#D55E00", "x", 26)}
+    styles = {"SDE": ("0.1", "o", 5), "regression": ("#D55E00", "x", 26)}
+    names = {"SDE": "samples", "regression": "regression"}
     for name, (edge, marker, size) in styles.items():
         z = drawn["colours"][name]
-        axis.scatter(z.real, z.imag, s=size, c=edge, marker=marker, linewidths=1, label=name, zorder=2)
+        axis.scatter(z.real, z.imag, s=size, c=edge, marker=marker, linewidths=1, label=names[name], zorder=2)
     axis.set(xlim=(-1.7, 1.7), ylim=(-1.4, 1.4), aspect="equal", xlabel="Cb", ylabel="Cr", xticks=[0], yticks=[0])
     axis.grid(color="0.9")
     axis.set_axisbelow(True)

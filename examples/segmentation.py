@@ -34,7 +34,7 @@ from typing import Any
 import matplotlib
 import torch
 from guidance import split, tile
-from palette import SOLVER, cell, drawn_of, guess, mean_and_error, ratio_of, trained
+from palette import SOLVERS, cell, drawn_of, guess, mean_and_error, ratio_of, trained
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,6 +56,7 @@ MODELS = {
     "supervised": ModelConfig(options=ADDED, predicts="x0", time_scale=999),
 }
 FOLDERS = {"F(x) + G(c)": "added", "[x, c]": "concatenated", "supervised": "supervised"}
+SOLVER = SOLVERS["SDE"]
 DRAWN = ("F(x) + G(c)", "[x, c]")
 
 
@@ -161,7 +162,9 @@ def measured(
 ) -> tuple[list[dict], dict[str, Tensor]]:
     """A row for each contrast, and for all; the samples and the supervised network's logits."""
     image, mask, contrast = held_out
-    drawn = {name: drawn_of(nets[name], image, args.draws, mask.shape[1:], args.nfe, args.seed) for name in DRAWN}
+    drawn = {
+        name: drawn_of(nets[name], image, args.draws, mask.shape[1:], args.nfe, args.seed, SOLVER) for name in DRAWN
+    }
     with torch.no_grad():
         drawn["supervised"] = torch.cat(
             [guess(nets["supervised"], {"image": c}, (len(c), *mask.shape[1:])) for c in image.split(500)]

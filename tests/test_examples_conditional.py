@@ -74,7 +74,7 @@ def test_five_tasks_are_trained_once_and_shown(garments, tmp_path, capsys):
     palette.main([*arguments, *quick])
     assert capsys.readouterr().out.count("training on 60 images") == 2
     results = json.loads((tmp_path / "out/results.json").read_text())
-    ways = ["diffusion", "regression", "condition"]
+    ways = ["SDE", "ODE", "regression", "condition"]
     assert [(row["task"], row["way"]) for row in results["rows"]] == [(t, w) for t in palette.TASKS for w in ways]
     assert (tmp_path / "out/palette.png").read_bytes()[:4] == b"\x89PNG"
     value, error = results["rows"][0]["psnr"]
