@@ -305,6 +305,11 @@ def cell(value: list[float] | None, digits: int = 2, sign: str = "") -> str:
     return "" if value is None else f"{value[0]:{sign}.{digits}f} ({value[1]:.{digits}f})"
 
 
+def short(solver: str) -> str:
+    """Its repr with its first options alone."""
+    return solver.partition(", rule=")[0].rstrip(")") + ")"
+
+
 def report(results: dict) -> str:
     """The tables, as Markdown."""
     about, law = results["environment"], results["law"]
@@ -317,8 +322,7 @@ def report(results: dict) -> str:
                       cell(row.get("lead"), sign="+"), cell(row["frechet"], 3), cell(row.get("apart"), 3),
                       cell(row.get("ratio"))])  # fmt: skip
     floor = results["rows"][0]["floor"]
-    solvers = " and ".join(f"`{solver.partition(', rule')[0].rstrip(')')})` ({name})" for name, solver in
-                           results["solvers"].items())  # fmt: skip
+    solvers = " and ".join(f"`{short(solver)}` ({name})" for name, solver in results["solvers"].items())
     keys = {"vivid": "chroma", "right": "one of the two colours", "first": "the first of them", "opposite": "ground"}
     names = {"truth": "truth", "SDE": "samples, SDE", "ODE": "samples, ODE", "regression": "regression"}
     colour = [[title, *(cell(law[name][key], 3) for key in keys)] for name, title in names.items()]
@@ -344,8 +348,8 @@ and not which task it is; the regression is the same network, told the same, wit
 - Apart: root mean square distance of two samples for one condition, in [-1, 1]. Ratio: mean square distance of two
   samples over that of a sample from the truth: 1 where samples are as uncertain as they should be.
 
-In brackets the standard error over images, of Frechet distances over random halves. The colours of the test images are
-tossed by another seed than those of the training images.
+In brackets the standard error over images, of Frechet distances over random halves; each network was trained once.
+The colours of the test images are tossed by another seed than those of the training images.
 
 {chr(10).join(table(head, lines))}
 

@@ -34,7 +34,7 @@ from typing import Any
 import matplotlib
 import torch
 from guidance import split, tile
-from palette import SOLVERS, cell, drawn_of, guess, mean_and_error, ratio_of, trained
+from palette import SOLVERS, cell, drawn_of, guess, mean_and_error, ratio_of, short, trained
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -239,12 +239,13 @@ scoresde {about["scoresde"]}, commit {about["commit"]}. Training {results["secon
 Scenes of real digits on random textures of standard deviation {TEXTURE} (`examples/segmentation.py`, seed
 {results["seed"]}): {results["scenes"]:,} to train on, {results["held_out"]} held out, of digits that are in no
 training scene. Three U-Nets, each trained for {results["train_steps"]} steps of 64 scenes; parameters: {sizes}.
-{results["draws"]} samples for each scene, {results["nfe"]} evaluations of `{results["solver"]}`.
+{results["draws"]} samples for each scene, {results["nfe"]} evaluations of `{short(results["solver"])}`.
 
 ## Intersection over union
 
 Of one sample (the mean over {results["draws"]} samples of each scene), of the mean of {results["draws"]} samples, cut
-at 0, and of the supervised network, cut at probability 1/2. In brackets the standard error over scenes.
+at 0, and of the supervised network, cut at probability 1/2. In brackets the standard error over scenes; each network
+was trained once, for some minutes; longer training was not tried.
 
 {chr(10).join(scores)}
 
