@@ -1,6 +1,7 @@
-"""Why noise is annealed: two failures of Langevin dynamics at one noise level (Song and Ermon, 2019, section 3.2).
+"""Why noise is annealed: two failures of Langevin dynamics at one noise level (Song and Ermon, 2019, section 3.2); and
+why there is noise in its steps.
 
-    python examples/langevin.py            fifteen seconds on one core; --help
+    python examples/langevin.py            twenty seconds on one core; --help
 
 The data is a mixture of two far Gaussians with weights 0.2 and 0.8, in two dimensions, where everything is known.
 
@@ -8,15 +9,17 @@ The data is a mixture of two far Gaussians with weights 0.2 and 0.8, in two dime
    there its score is right, and between and beyond the modes, where a chain has to start, it is not.
 2. Wrong weights. The score of a mixture hardly depends on the weights where the modes do not overlap. With the exact
    score, chains that start anywhere stay with the nearest mode and find the two about equally likely. From level to
-   level, from much noise to little, they share themselves out rightly, at the same number of evaluations.
+   level, from much noise to little, they share themselves out rightly, at the same number of evaluations: the solver
+   `AnnealedLangevin`, by the step rule of their algorithm 1.
+3. The noise left out. Without it a step is one of gradient ascent, and the chains end on the modes, all in one point,
+   where with it they spread as the data does.
 
-Writes langevin.png and langevin.json into --out.
+Writes langevin.png, langevin.json and README.md into --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -25,11 +28,12 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
-from scoresde import VESDE, Denoiser, ScoreDenoiser
+from scoresde import VESDE, Denoiser, Grid, ScoreDenoiser, sample
 from scoresde.exact import GaussianMixture
 from scoresde.info import environment
 from scoresde.noise import derive_seed
-from scoresde.report import write_json
+from scoresde.report import table, write_json
+from scoresde.solvers import AnnealedLangevin
 from scoresde.solvers.langevin import langevin
 from scoresde.training import dsm_loss
 
@@ -39,7 +43,11 @@ import matplotlib.pyplot as plt
 SDE = VESDE(sigma_min=0.01, sigma_max=20.0)
 DATA = GaussianMixture(means=[[-5.0, -5.0], [5.0, 5.0]], weights=[0.2, 0.8], std=1.0)
 SMALL, LARGE, LEVELS = 0.3, 10.0, 10  # noise levels
+VARIANCE = 1 + SMALL**2  # of a mode, at the small level
+STEP = 0.1  # of Langevin dynamics there
+BIAS = 1 / (1 - STEP / (4 * VARIANCE)) - 1  # of the variance that such steps leave, on a Gaussian
 HALF = 8.0  # the square [-8, 8]^2
+PLACES = ("over_data", "over_square")
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, for any eyes
 
 
@@ -58,21 +66,27 @@ def main(argv: list[str] | None = None) -> None:
     learned = train(args.train_steps, args.seed)
     errors = score_errors(learned, exact, args.seed)
     chains = run_chains(exact, args)
+    names = ("Langevin", "Langevin, noise left out")
     results = {
         "environment": environment(),
         "seconds": round(time.perf_counter() - start, 1),
         "data": "0.2 N((-5, -5), I) + 0.8 N((5, 5), I)",
         "noise_level": SMALL,
         "score": {"train_steps": args.train_steps, **errors},
-        "share_of_the_smaller_mode": {"truth": 0.2, **{name: share(path[-1]) for name, path in chains.items()}},
+        "share_of_the_smaller_mode": {
+            "truth": 0.2,
+            **{name: share(path[-1]) for name, path in chains.items() if name != names[1]},
+        },
+        "variance_within_a_mode": {"truth": VARIANCE, **{name: variance(chains[name][-1]) for name in names}},
         "chains": args.chains,
         "evaluations": args.steps,
         "standard_error_of_a_share": round(math.sqrt(0.16 / args.chains), 4),
+        "standard_error_of_a_variance": round(VARIANCE / math.sqrt(args.chains), 4),
     }
     write_json(args.out / "langevin.json", results)
+    (args.out / "README.md").write_text(report(results))
     draw(learned, exact, chains, results, args.out / "langevin.png", args.seed)
-    print(json.dumps({key: results[key] for key in ("score", "share_of_the_smaller_mode")}, indent=1))
-    print(f"wrote {args.out}/langevin.json and langevin.png")
+    print(report(results) + f"\nwrote {args.out}/langevin.json, langevin.png and README.md")
 
 
 def time_of(sigma: float) -> float:
@@ -100,34 +114,45 @@ def train(steps: int, seed: int) -> Denoiser:
 
 @torch.no_grad()
 def score_errors(learned: Denoiser, exact: Denoiser, seed: int) -> dict[str, float]:
-    """Root mean square of |learned score - exact score|, over the data and over the square that chains start from."""
+    """Root mean square of |learned score - exact score|, over the data and over the square that chains start from, and
+    standard errors over the points."""
     generator = torch.Generator().manual_seed(derive_seed(seed, 1))
     t = time_of(SMALL)
     x_t = SDE.perturb(DATA.sample(20_000, generator), t, torch.randn(20_000, 2, generator=generator))
     everywhere = HALF * (2 * torch.rand(20_000, 2, generator=generator) - 1)
-    return {
-        f"rms_{what}_{where}": round(float(score.square().sum(1).mean().sqrt()), 3)
-        for where, x in (("over_data", x_t), ("over_square", everywhere))
-        for what, score in (("error", learned.score(x, t) - exact.score(x, t)), ("score", exact.score(x, t)))
-    }
+    found = {}
+    for where, x in zip(PLACES, (x_t, everywhere), strict=True):
+        score = exact.score(x, t)
+        for what, y in (("error", learned.score(x, t) - score), ("score", score)):
+            squares = y.square().sum(1).double()
+            rms = float(squares.mean().sqrt())
+            found[f"rms_{what}_{where}"] = round(rms, 3)
+            found[f"stderr_{what}_{where}"] = float(f"{float(squares.std()) / (2 * rms * len(x) ** 0.5):.1g}")
+    return found
 
 
 def run_chains(denoiser: Denoiser, args: argparse.Namespace) -> dict[str, Tensor]:
-    """All states, (steps + 1, chains, 2), of plain and of annealed Langevin dynamics from the same uniform start."""
+    """The states from the same uniform start: all (steps + 1, chains, 2) at one level, with noise and without;
+    annealed, (levels, chains, 2), the start and those after the second level and each that follows.
+    """
     generator = torch.Generator().manual_seed(derive_seed(args.seed, 2))
     start = HALF * (2 * torch.rand(args.chains, 2, generator=generator) - 1)
 
-    def run(x: Tensor, sigma: float, step_size: float, steps: int) -> Tensor:
-        t = time_of(sigma)
-        return langevin(denoiser, x, t, step_size=step_size, steps=steps, generator=generator, trajectory=True)
-
-    plain = run(start, SMALL, 0.1, args.steps)
-    annealed = start[None]
-    for sigma in torch.logspace(math.log10(LARGE), math.log10(SMALL), LEVELS).tolist():
-        # A step in proportion to the variance, as in their algorithm 1: the same share of each level's width.
-        path = run(annealed[-1], sigma, 0.2 * sigma**2, args.steps // LEVELS)
-        annealed = torch.cat([annealed, path[1:]])
-    return {"Langevin": plain, "annealed Langevin": annealed}
+    # A step in proportion to the variance, as in their algorithm 1: the same share of each level's width.
+    levels = torch.logspace(math.log10(LARGE), math.log10(SMALL), LEVELS)
+    annealing = AnnealedLangevin(args.steps // LEVELS, 0.2 * SMALL**2, "ncsn")
+    grid = Grid(SDE, [time_of(sigma) for sigma in levels.tolist()])
+    seed = derive_seed(args.seed, 4)
+    annealed = sample(denoiser, start, annealing, grid=grid, seed=seed, trajectory=True).trajectory
+    assert annealed is not None
+    plain = {"step_size": STEP, "steps": args.steps, "trajectory": True}
+    return {
+        "Langevin": langevin(denoiser, start, time_of(SMALL), generator=generator, **plain),
+        "annealed Langevin": annealed,
+        "Langevin, noise left out": langevin(
+            denoiser, start, time_of(SMALL), noise=lambda k, x: torch.zeros_like(x), **plain
+        ),
+    }
 
 
 def share(x: Tensor) -> float:
@@ -135,10 +160,67 @@ def share(x: Tensor) -> float:
     return round(float((x.sum(-1) < 0).double().mean()), 4)
 
 
+def variance(x: Tensor) -> float:
+    """Mean square of a coordinate of x (..., 2) less that of the mode on its side of the line."""
+    mode = 5.0 * x.sum(-1, keepdim=True).sign()
+    return float(f"{float((x - mode).double().square().mean()):.3g}")
+
+
+def report(results: dict) -> str:
+    """The numbers, as Markdown."""
+    about, rms, n = results["environment"], results["score"], results["chains"]
+    shares, spread = results["share_of_the_smaller_mode"], results["variance_within_a_mode"]
+    scores = table(
+        ["", "over the data", "over the square [-8, 8]^2"],
+        [
+            [f"rms of the {name}", *(f"{rms[f'rms_{what}_{at}']} ({rms[f'stderr_{what}_{at}']:.1g})" for at in PLACES)]
+            for what, name in (("error", "learned score's error"), ("score", "score itself"))
+        ],
+    )
+
+    def cell(name: str, found: dict, error: float) -> str:
+        if name not in found:
+            return ""
+        return f"{found[name]:.3g} ({error:.1g})" if found[name] > error else f"{found[name]:.1e}"
+
+    errors = results["standard_error_of_a_share"], results["standard_error_of_a_variance"]
+    chains = table(
+        ["", "share of the smaller mode", "variance within a mode"],
+        [
+            ["truth", f"{shares['truth']:.3g}", f"{spread['truth']:.3g}"],
+            *(
+                [name, cell(name, shares, errors[0]), cell(name, spread, errors[1])]
+                for name in dict.fromkeys([*shares, *spread])
+                if name != "truth"
+            ),
+        ],
+    )
+    return f"""# Langevin dynamics, and why it is annealed
+
+`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
+scoresde {about["scoresde"]}, commit {about["commit"]}; {results["seconds"]:.0f} s.
+
+The data are {results["data"]}, seen at the noise level {SMALL}. A network learns the score there, in
+{rms["train_steps"]} steps: it is right where data are, and not elsewhere. Root mean squares, in brackets the standard
+error over the points at which one network was looked at:
+
+{chr(10).join(scores)}
+
+{n} chains of {results["evaluations"]} evaluations of the exact score, from a uniform start in the square; annealed, by
+`AnnealedLangevin` over {LEVELS} levels from {LARGE:g} on. In brackets the standard error that so many independent
+points of the truth would have. Steps of {STEP} at the one level raise the variance by {BIAS:.1%}; without their noise
+nothing is left of it.
+
+{chr(10).join(chains)}
+
+![Scores, chains, and chains without noise](langevin.png)
+"""
+
+
 @torch.no_grad()
 def draw(learned: Denoiser, exact: Denoiser, chains: dict[str, Tensor], results: dict, path: Path, seed: int) -> None:
     t, shares, rms = time_of(SMALL), results["share_of_the_smaller_mode"], results["score"]
-    figure, axes = plt.subplots(2, 4, figsize=(15.5, 8), layout="constrained")
+    figure, axes = plt.subplots(3, 4, figsize=(15.5, 12), layout="constrained")
     line = torch.linspace(-HALF, HALF, 161)
     points = torch.cartesian_prod(line, line)
     grid = {"extent": (-HALF, HALF, -HALF, HALF), "origin": "lower"}
@@ -201,19 +283,50 @@ def draw(learned: Denoiser, exact: Denoiser, chains: dict[str, Tensor], results:
         for y, part in ((-1.2, share(x)), (1.2, 1 - share(x))):
             axis.text(math.copysign(5, y), y, f"{part:.1%}", ha="center", va="center", fontsize=13, weight="bold")
         title(axis, name, remark)
-    for axis in (*axes[0], *axes[1, :3]):
-        axis.set(xlim=(-HALF, HALF), ylim=(-HALF, HALF), aspect="equal", xticks=[-5, 0, 5], yticks=[-5, 0, 5])
-
     axis = axes[1, 3]
     for name, color in (("Langevin", ORANGE), ("annealed Langevin", GREEN)):
-        below = (chains[name].sum(-1) < 0).double().mean(1)
-        axis.plot(below, color=color, linewidth=1.8, label=f"{name}: {shares[name]:.3f}")
+        path_of = chains[name]
+        below = (path_of.sum(-1) < 0).double().mean(1)
+        calls = range(len(path_of))
+        if name != "Langevin":
+            calls = [results["evaluations"] // LEVELS * i for i in (0, *range(2, LEVELS + 1))]
+        marker = None if name == "Langevin" else "o"
+        axis.plot(calls, below, color=color, linewidth=1.8, marker=marker, label=f"{name}: {shares[name]:.3f}")
     axis.axhline(0.2, color="0.35", linestyle=":", label="truth: 0.200")
     axis.set(xlabel="score evaluations", ylabel="share of samples in the small mode", ylim=(0, 0.6))
     axis.legend(loc="lower left", frameon=False)
     levels = f"noise {LARGE:.0f} to {SMALL} in {LEVELS} levels, or {SMALL} alone"
     title(axis, "2. with the exact score, from a uniform start", levels)
-    figure.suptitle("Two failures of Langevin dynamics at one small noise level, and what annealing mends", fontsize=14)
+
+    spread = results["variance_within_a_mode"]
+    both = (("Langevin", "with noise", ORANGE), ("Langevin, noise left out", "noise left out", BLUE))
+    for axis, (name, remark, color) in zip(axes[2], both, strict=False):
+        for chain in range(12):
+            axis.plot(*chains[name][: 1 + results["evaluations"] // 5, chain].T, color=color, linewidth=0.7, alpha=0.8)
+        axis.scatter(*chains[name][0, :12].T, s=14, color="black", zorder=3)
+        contours(axis, "0.7")
+        title(
+            axis, f"3. paths of 12 chains, {remark}", f"their first {results['evaluations'] // 5} steps from the dots"
+        )
+    axis = axes[2, 2]
+    contours(axis, "0.7")
+    axis.scatter(*chains[both[1][0]][-1].T, s=14, color=BLUE, linewidths=0)
+    title(axis, f"{n} chains, noise left out", f"variance within a mode {spread[both[1][0]]:.1g}, truth {VARIANCE:.2f}")
+    for axis in (*axes[0], *axes[1, :3], *axes[2, :3]):
+        axis.set(xlim=(-HALF, HALF), ylim=(-HALF, HALF), aspect="equal", xticks=[-5, 0, 5], yticks=[-5, 0, 5])
+    axis = axes[2, 3]
+    for name, remark, color in both:
+        mode = 5.0 * chains[name].sum(-1, keepdim=True).sign()
+        within = (chains[name] - mode).square().mean((1, 2))
+        axis.semilogy(within, color=color, linewidth=1.8, label=f"{remark}: {spread[name]:.2g}")
+    axis.axhline(VARIANCE, color="0.35", linestyle=":", label=f"truth: {VARIANCE:.2f}")
+    axis.set(xlabel="score evaluations", ylabel="variance within a mode", ylim=(1e-6, 100), xlim=(0, 250))
+    axis.legend(loc="lower left", frameon=False)
+    title(axis, "3. without noise the steps climb to the mode", "mean square of a coordinate's distance to its mode")
+    figure.suptitle(
+        "Two failures of Langevin dynamics at one small noise level, what annealing mends, and what its noise is for",
+        fontsize=14,
+    )
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -11,7 +11,17 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from scoresde.nn import MLP, DiT, TimeEmbedding, UNet
-from scoresde.nn.blocks import Attention, Double, Halve, ResidualBlock, attend, shuffle, unshuffle
+from scoresde.nn.blocks import (
+    Attention,
+    Double,
+    Halve,
+    InstanceNorm,
+    ResidualBlock,
+    attend,
+    conv,
+    shuffle,
+    unshuffle,
+)
 from scoresde.nn.dit import positions
 from scoresde.variance.trunk import TrunkWithHead
 
@@ -33,7 +43,9 @@ UNETS: dict[str, dict[str, Any]] = {
     "filtered convolutions": {**SMALL, **FIR, "fourier": 0.01},
     "blocks that resample": {**BLOCK, "multipliers": (1, 2, 2), "skip_scale": 0.5**0.5},
     "blocks that filter": {**BLOCK, **FIR},
+    "ncsn": {**SMALL, "norm": "instance", "resample": "dilate"},
     "one axis": {**SMALL, "dims": 1, "multipliers": (1, 2, 2)},
+    "one axis, dilated": {**SMALL, "dims": 1, "resample": "dilate"},
     "one axis, filtered": {**BLOCK, **FIR, "dims": 1},
     "three axes, blocks": {**BLOCK, "dims": 3},
     "three axes, filtered, all conditions": {
@@ -562,6 +574,62 @@ def test_resampling_commutes_with_flips_and_shifts(fir: Any) -> None:
 # Attention knows no order, and a DiT's order is its positions
 
 
+@pytest.mark.parametrize(
+    ("dims", "size", "dilation"), [(1, (7,), 2), (2, (9, 6), 2), (2, (8, 8), 4), (3, (5, 4, 6), 2)]
+)
+def test_a_dilated_convolution_is_one_of_every_so_many_pixels(dims: int, size: tuple[int, ...], dilation: int) -> None:
+    """Of the image of every d-th pixel it makes what the plain one does, from whichever pixel one starts."""
+    dilated, plain = conv(dims, 2, 3, 3, dilation=dilation).double(), conv(dims, 2, 3, 3).double()
+    plain.load_state_dict(dilated.state_dict())
+    x = normal(2, 2, *size).double()
+    out = dilated(x)
+    assert out.shape[2:] == x.shape[2:]
+    for first in torch.cartesian_prod(*dims * [torch.arange(dilation)]).reshape(-1, dims).tolist():
+        part = (..., *(slice(i, None, dilation) for i in first))
+        torch.testing.assert_close(out[part], plain(x[part]), rtol=1e-12, atol=1e-12)
+
+
+def test_a_dilated_unet_halves_nothing() -> None:
+    """No layer of it gives another size than that of its input; that of one level is the plain one."""
+    net, shapes = UNet(channels=8, multipliers=(1, 2, 2), blocks=1, resample="dilate"), []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, out: shapes.append((inputs[0].shape[2:], out.shape[2:])))
+    net(normal(2, 1, 9, 7), torch.ones(2))
+    assert {size for pair in shapes for size in pair} == {(9, 7)}
+    assert {m.dilation[0] for m in net.modules() if isinstance(m, nn.Conv2d)} == {1, 2, 4}
+    one, plain = (UNet(channels=8, multipliers=(1,), resample=how) for how in ("dilate", "conv"))
+    plain.load_state_dict(one.state_dict())
+    x, time = normal(2, 1, 6, 6), torch.ones(2)
+    assert torch.equal(randomised(one)(x, time), randomised(plain)(x, time))
+
+
+@pytest.mark.parametrize("size", [(5,), (4, 3), (2, 3, 4)])
+def test_instance_norm_has_the_statistics_that_it_is_told(size: tuple[int, ...]) -> None:
+    """Over the pixels channel k has standard deviation |gamma_k| and mean beta_k + alpha_k u_k, the u of mean 0 and
+    variance 1; a label of its own for each sample; and no image's scale or offset is seen.
+    """
+    norm, (x, told) = InstanceNorm(6, 8, eps=0.0).double(), (normal(3, 6, *size).double(), normal(3, 8).double())
+    out = norm(x, told)
+    gamma, beta, alpha = norm.modulate(F.silu(told)).chunk(3, dim=1)
+    flat = out.flatten(2)
+    torch.testing.assert_close(flat.std(2, correction=0), (1 + gamma).abs(), rtol=1e-9, atol=1e-9)
+    u = (flat.mean(2) - beta) / (1 + alpha)
+    torch.testing.assert_close(u.mean(1), torch.zeros(3).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(u.var(1, correction=0), torch.ones(3).double(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(norm(3 * x - 2, told), out, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(norm(x, told.flip(0))[1], out[1], rtol=1e-12, atol=1e-12)
+    assert float((norm(x, told.flip(0)) - out)[0].detach().abs().max()) > 0.1
+
+
+def test_without_the_means_it_is_torchs_instance_norm() -> None:
+    norm, x = InstanceNorm(6, 8), normal(3, 6, 4, 5)
+    with torch.no_grad():
+        norm.modulate.weight.zero_()
+        norm.modulate.bias.copy_(torch.tensor([0.0, 0.0, -1.0]).repeat_interleave(6))
+    torch.testing.assert_close(norm(x, torch.ones(3, 8)), F.instance_norm(x), rtol=1e-5, atol=1e-5)
+
+
 def test_attention_commutes_with_any_order_of_the_pixels() -> None:
     net, x, order = randomised(Attention(8, 2)), normal(2, 8, 3, 4), torch.randperm(12)
 
@@ -787,6 +855,8 @@ def test_an_event_of_an_int_is_one_of_that_length() -> None:
         (lambda: TimeEmbedding(8, fourier=0.0), "fourier=0.0: expected a positive scale"),
         (lambda: UNet(dims=4), "dims=4: expected one of 1, 2, 3"),
         (lambda: UNet(resample="nearest"), "resample='nearest': expected one of 'conv', 'block'"),
+        (lambda: UNet(resample="dilate", fir=(1, 1)), "nothing is halved"),
+        (lambda: UNet(norm="batch"), "norm='batch': expected one of 'group', 'instance'"),
         (lambda: UNet(blocks=0), "blocks=0: expected a whole number >= 1"),
         (lambda: UNet(channels=0), "channels=0"),
         (lambda: UNet(patch=0), "patch=0"),

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from common import SDES, Nonlinear, end_of, normal, start_of
+from scipy import stats
 
 from scoresde import (
     EDMSDE,
@@ -25,7 +26,7 @@ from scoresde import (
 )
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.solvers import DDIM, DDPM, Euler, EulerMaruyama, ExponentialSDE, Heun, RungeKutta
-from scoresde.solvers.annealed import AnnealedLangevin, langevin_rows
+from scoresde.solvers.annealed import AnnealedLangevin, langevin_rows, levels_for, step_for
 from scoresde.solvers.composite import EDMStochastic, Restart, TimeTravel
 from scoresde.solvers.runge_kutta import METHODS, VARIABLES
 from scoresde.solvers.single_step import DPMSolver, ExponentialHeun
@@ -439,6 +440,42 @@ def test_annealed_langevin_converges_to_the_last_marginal(sde):
         assert variance == pytest.approx(v / (1 - r**2 * sigma**2 / v), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("published", "ratio", "L", "T"), [(6.2, 5e3, 232, 5), (3.3, 9e3, 500, 5), (1.8, 19e3, 1086, 3)]
+)
+def test_steps_are_those_of_ncsnv2(published, ratio, L, T):
+    """Of CIFAR-10, CelebA and LSUN (Song and Ermon, 2020, table 2), in units of 1e-6 sigma_L^2 / 0.01^2; and they leave
+    the noise of one level nearest to that of the next: on a single point as data each step is linear.
+    """
+    gamma, sde = ratio ** (1 / (L - 1)), VESDE()
+    r = step_for(gamma, T)
+    assert 2 * r**2 * 100 == pytest.approx(published, abs=0.06)
+
+    def left(r):
+        grid = Grid(sde, [0.5, sde.time_at(sde.half_log_snr(0.5) + math.log(gamma))])
+        table = AnnealedLangevin(T, r).tableau(grid)
+        variance = float(sde.sigma(0.5)) ** 2
+        for i in range(T, 2 * T):  # eps = x / sigma
+            gain = table.p[i] + table.q[i] * 0
+            variance = float((table.a[i] + table.b[i, 0] * gain) ** 2 * variance + table.c[i] ** 2)
+        return abs(variance / float(sde.sigma(grid.times[1])) ** 2 - 1)
+
+    assert left(r) < min(left(0.97 * r), left(1.03 * r))
+
+
+@pytest.mark.parametrize("dimensions", [50, 3072])
+def test_half_of_a_levels_noise_is_as_long_as_that_of_the_level_before(dimensions):
+    """By the distribution of lengths itself, chi's, whose normal limit the rule takes."""
+    L = levels_for(1000.0, dimensions)
+    for levels, above in ((L, True), (L - 1, False)):
+        gamma = 1000.0 ** (1 / (levels - 1))
+        reach = gamma * (dimensions**0.5 + torch.tensor([-3.0, 3.0]).double() / 2**0.5)
+        low, high = stats.chi(dimensions).cdf(reach.numpy())
+        assert (high - low > 0.5 - 0.04) if above else (high - low < 0.5 + 0.04)
+    assert levels_for(5000, 3072) == pytest.approx(232, rel=0.07)
+    assert levels_for(1000.0, 2) == 2
+
+
 def test_langevin_rows_make_songs_step_with_the_expected_norms():
     """tau = 2 (r |z| / |score|)^2 where |score| = |z| / sigma: 2 (r sigma)^2, one step at the time given."""
     sde, t = VPSDE(), torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64)
@@ -455,6 +492,8 @@ def test_langevin_rows_make_songs_step_with_the_expected_norms():
     ("make", "message"),
     [
         (lambda: DPMSolver(4), "order=4"),
+        (lambda: levels_for(1.0, 64), "ratio=1.0"),
+        (lambda: step_for(0.9, 5), "gamma=0.9"),
         (lambda: DPMSolver(view="v"), "view='v'"),
         (lambda: DPMSolver(orders=(3, 0)), "order=0"),
         (lambda: DPMSolver(2.0), "order=2.0"),
@@ -490,7 +529,7 @@ def test_langevin_rows_make_songs_step_with_the_expected_norms():
         (lambda: AnnealedLangevin(5, 0.1, "song"), "step_rule='song'"),
         (lambda: AnnealedLangevin(5, 1.5).tableau(Grid.uniform(VPSDE(), 3)), "expected r < 1"),
     ],
-    ids=[str(i) for i in range(35)],
+    ids=[str(i) for i in range(37)],
 )
 def test_bad_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

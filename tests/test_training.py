@@ -25,9 +25,10 @@ from scoresde import (
     X0Denoiser,
 )
 from scoresde.exact import Gaussian, GaussianMixture
-from scoresde.solvers import DDPM
+from scoresde.solvers import DDPM, AnnealedLangevin
 from scoresde.training import (
     ImportanceTimes,
+    LevelTimes,
     LogNormalTimes,
     OnX0,
     Part,
@@ -385,7 +386,48 @@ def test_a_chain_is_trained_on_its_nodes():
     assert torch.equal(labels[0].unique(), torch.arange(10))
 
 
-@pytest.mark.parametrize("times", [UniformTimes(), ImportanceTimes(), LogNormalTimes(stratified=False)])
+@pytest.mark.parametrize("sde", FINITE.values(), ids=FINITE)
+def test_levels_are_those_that_annealed_langevin_steps_at(sde):
+    """A geometric sequence of sigma / alpha, ends included, each as often as the others, none else."""
+    n, L = 7, 12
+    t = LevelTimes(L).draw(sde, n * L, generator(0))
+    levels, counts = t.unique(return_counts=True)
+    solver = AnnealedLangevin(2)
+    table = solver.tableau(solver.grid(sde, L))
+    assert torch.equal(table.t.unique(), levels)
+    assert torch.equal(counts, torch.full((L,), n))
+    assert (float(levels[0]), float(levels[-1])) == (sde.t_min, sde.t_max)
+    steps = sde.half_log_snr(levels).diff()
+    torch.testing.assert_close(steps, steps.mean().expand(L - 1), rtol=1e-6, atol=1e-9)
+    # Without strata a level's count is binomial: beyond 6 standard deviations with probability 2e-9.
+    drawn = LevelTimes(4, stratified=False).draw(sde, 4000, generator(1)).unique(return_counts=True)[1]
+    assert len(drawn) == 4
+    assert float((drawn - 1000).abs().max()) < 6 * (4000 * 3 / 16) ** 0.5
+    assert float(LevelTimes(1).draw(sde, 3, generator(2)).min()) == sde.t_max
+
+
+@pytest.mark.parametrize("power", [0, 1, 2, 3])
+def test_the_loss_of_ncsn(power):
+    """(1 / 2L) sum_i lambda(sigma_i) E |s(x~, sigma_i) + (x~ - x) / sigma_i^2|^2 (Song and Ermon, 2019, eqs. 5 and 6);
+    lambda = sigma^2, which they take, is `simple`, lambda = 1 is `uniform_in("score")`, and any other a function too.
+    """
+    sde, L = VESDE(0.1, 5.0), 6
+    model = Nonlinear(sde)
+    x0, noise = normal(4 * L, 2, 3, seed=1), normal(4 * L, 2, 3, seed=2)
+    t = LevelTimes(L).draw(sde, 4 * L, generator(0))
+    sigma = torch.logspace(math.log10(5.0), -1, L, base=10, dtype=torch.float64).flip(0).repeat_interleave(4)
+    noisy = x0 + sigma[:, None, None] * noise
+    target = (noisy - x0) / sigma[:, None, None] ** 2
+    squared = (model.score(noisy, t) + target).square().flatten(1).sum(1)
+    papers = (sigma**power * squared).mean() / 2
+    weighting = {2: simple, 0: uniform_in("score")}.get(power, lambda sde, t: sde.sigma(t) ** (power - 2))
+    ours = dsm_loss(model, x0, t=t, noise=noise, weighting=weighting)
+    torch.testing.assert_close(6 / 2 * ours, papers, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "times", [UniformTimes(), ImportanceTimes(), LogNormalTimes(stratified=False), LevelTimes(stratified=False)]
+)
 def test_the_parts_of_a_batch_draw_what_the_whole_batch_does(times):
     model, x0 = Nonlinear(VPSDE()), normal(10, 2, 3)
     options = {"times": times, "reduction": "none"}
@@ -419,6 +461,8 @@ def test_dsm_loss_leaves_the_global_generator_and_reproduces():
         (lambda d, x: uniform_in("noise"), "expected one of"),
         (lambda d, x: dsm_loss(Nonlinear(FlowSDE()), x, times=ImportanceTimes()), "half_log_snr is -inf"),
         (lambda d, x: LogNormalTimes(std=0.0), "std=0"),
+        (lambda d, x: LevelTimes(0), "levels=0: expected a whole number >= 1"),
+        (lambda d, x: dsm_loss(Nonlinear(FlowSDE()), x, times=LevelTimes()), "half_log_snr is infinite"),
         (lambda d, x: edm(0.0), "sigma_data"),
         (lambda d, x: min_snr(-1.0), "gamma"),
     ],

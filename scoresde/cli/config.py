@@ -22,6 +22,7 @@ from scoresde.training.config import TrainConfig
 from scoresde.training.model import ModelConfig
 from scoresde.training.weights import (
     ImportanceTimes,
+    LevelTimes,
     LogNormalTimes,
     TimeSampler,
     UniformTimes,
@@ -184,20 +185,22 @@ class LossConfig:
         weighting: weight 1 on the error of the noise ("simple"), x0, v, velocity or score; "min-snr", "edm" (with the
             model's sigma_data), "likelihood", or on a chain "bound", that of its steps with the posterior variance.
         gamma: of "min-snr".
-        times: "uniform", "log-normal" or "importance" (for "likelihood").
+        times: "uniform", "log-normal", "importance" (for "likelihood") or "levels".
         mean, std: of "log-normal" times, of log(sigma / alpha).
         stratified: spread each batch evenly over the times.
         unconditional: weight of a second term, the loss of a network that is told nothing, in every batch
             (`two_term_loss`): for guidance without a classifier, instead of data.drop.
+        levels: how many "levels" there are.
     """
 
     weighting: Literal["simple", "min-snr", "edm", "likelihood", "bound", "x0", "v", "velocity", "score"] = "simple"
     gamma: float = 5.0
-    times: Literal["uniform", "log-normal", "importance"] = "uniform"
+    times: Literal["uniform", "log-normal", "importance", "levels"] = "uniform"
     mean: float = -1.2
     std: float = 1.2
     stratified: bool = True
     unconditional: float = 0.0
+    levels: int = 10
 
     def __post_init__(self) -> None:
         self.weight(None)
@@ -220,6 +223,8 @@ class LossConfig:
         """The distribution of times."""
         if self.times == "log-normal":
             return LogNormalTimes(self.mean, self.std, self.stratified)
+        if self.times == "levels":
+            return LevelTimes(self.levels, self.stratified)
         return (UniformTimes if self.times == "uniform" else ImportanceTimes)(self.stratified)
 
 

@@ -1,6 +1,7 @@
 """What the networks are built of, for data of one, two or three axes, (B, C, n_1, ..., n_dims).
 
     residual     s (x + conv(SiLU(norm(conv(SiLU(norm(x)))) (1 + scale) + shift))),    (scale, shift) from the embedding
+    instance     z_k = gamma_k (x_k - mu_k) / s_k + beta_k + alpha_k (mu_k - m) / v,    gamma, beta, alpha likewise
     attention    s (x + project(softmax(q k^T / sqrt(d)) v))
     halve        y_i = sum_k f_k x_{2 i + k - p},     p = (len(f) - 1) // 2
     double       y_i = 2 sum_j f_{i + p - 2 j} x_j
@@ -27,6 +28,7 @@ __all__ = [
     "Encoder",
     "GroupNorm",
     "Halve",
+    "InstanceNorm",
     "ResidualBlock",
     "attend",
     "concatenate",
@@ -42,10 +44,14 @@ __all__ = [
 M = TypeVar("M", bound=nn.Module)
 
 
-def conv(dims: int, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    """A convolution over `dims` axes, of an odd kernel, that keeps the size or halves it, rounding up."""
+def conv(
+    dims: int, inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1
+) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    """A convolution over `dims` axes, of an odd kernel, that keeps the size or halves it, rounding up. Its taps are
+    `dilation` pixels apart: with stride 1 it treats every dilation-th pixel as an image of its own.
+    """
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    return kind(inputs, outputs, kernel, stride=stride, padding=kernel // 2)
+    return kind(inputs, outputs, kernel, stride=stride, padding=dilation * (kernel // 2), dilation=dilation)
 
 
 def zero(module: M) -> M:
@@ -69,6 +75,45 @@ class GroupNorm(nn.GroupNorm):
 def group_norm(channels: int) -> GroupNorm:
     """At most 32 groups, of at least four channels where the number allows."""
     return GroupNorm(math.gcd(channels, max(1, min(32, channels // 4))), channels)
+
+
+class InstanceNorm(nn.Module):
+    """Conditional instance normalisation++ (Song and Ermon, 2019, appendix A.1):
+
+        z_k = gamma_k (x_k - mu_k) / s_k + beta_k + alpha_k (mu_k - m) / v
+
+    mu_k and s_k are mean and standard deviation of channel k over the pixels, m and v those of the mu_k over the
+    channels: without the last term the means of the channels would be lost. gamma = 1 + ..., beta and alpha = 1 + ...
+    are affine in the embedding of what the network is told: there a table with a row for each noise level.
+
+    Args:
+        channels: of x.
+        embedding: width of the embedding.
+        eps: added to the variances.
+    """
+
+    def __init__(self, channels: int, embedding: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.modulate, self.eps = nn.Linear(embedding, 3 * channels), eps
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (B, channels, ...) and embedding (B, embedding) to the shape of x."""
+        gamma, beta, alpha = _modulation(self.modulate, x, embedding).chunk(3, dim=1)
+        mu, pixels = _standardised(x, range(2, x.dim()), self.eps)
+        return (1 + gamma) * pixels + beta + (1 + alpha) * _standardised(mu, (1,), self.eps)[1]
+
+
+def _standardised(x: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    """The mean over axes, which stay, and x less it over the standard deviation."""
+    mean = x.mean(tuple(axes), keepdim=True)
+    centred = x - mean
+    return mean, centred * (centred.square().mean(tuple(axes), keepdim=True) + eps).rsqrt()
+
+
+def _modulation(layer: nn.Linear, x: Tensor, embedding: Tensor) -> Tensor:
+    """What the layer makes of the embedding, for every pixel of x."""
+    found: Tensor = layer(F.silu(embedding))
+    return found.reshape(*found.shape, *(x.dim() - 2) * (1,))
 
 
 # Patches: squares of pixels as channels.
@@ -288,6 +333,8 @@ class ResidualBlock(nn.Module):
         resample: "down" halves x and the branch before its first convolution, "up" doubles them (BigGAN's blocks).
         fir: the filter for that, or None.
         skip_scale: s.
+        norm: "group", or "instance": both norms are `InstanceNorm`, scale and shift their own.
+        dilation: of both convolutions.
     """
 
     def __init__(
@@ -301,24 +348,33 @@ class ResidualBlock(nn.Module):
         resample: Literal["down", "up"] | None = None,
         fir: Sequence[float] | None = None,
         skip_scale: float = 1.0,
+        norm: Literal["group", "instance"] = "group",
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         check_option(("down", "up", None), resample=resample)
+        check_option(("group", "instance"), norm=norm)
         self.skip_scale = skip_scale
-        self.norm1, self.conv1 = group_norm(inputs), conv(dims, inputs, outputs, 3)
-        self.modulate = nn.Linear(embedding, 2 * outputs)
-        self.norm2, self.conv2 = group_norm(outputs), zero(conv(dims, outputs, outputs, 3))
+        grouped = norm == "group"
+        self.norm1 = group_norm(inputs) if grouped else InstanceNorm(inputs, embedding)
+        self.conv1 = conv(dims, inputs, outputs, 3, dilation=dilation)
+        self.modulate = nn.Linear(embedding, 2 * outputs) if grouped else None
+        self.norm2 = group_norm(outputs) if grouped else InstanceNorm(outputs, embedding)
+        self.conv2 = zero(conv(dims, outputs, outputs, 3, dilation=dilation))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Identity() if inputs == outputs else conv(dims, inputs, outputs, 1)
         self.resample = None if resample is None else {"down": Halve, "up": Double}[resample](dims, fir)
 
     def forward(self, x: Tensor, embedding: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """x (B, inputs, ...) and embedding (B, embedding) to (B, outputs, ...); of that size where it doubles."""
-        h = F.silu(self.norm1(x))
+        h = F.silu(self.norm1(x) if self.modulate is not None else self.norm1(x, embedding))
         if self.resample is not None:
             h, x = self.resample(h, size), self.resample(x, size)
         h = self.conv1(h)
-        modulation = self.modulate(F.silu(embedding))
-        scale, shift = modulation.reshape(*modulation.shape, *(x.dim() - 2) * (1,)).chunk(2, dim=1)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
+        if self.modulate is None:
+            h = self.norm2(h, embedding)
+        else:
+            scale, shift = _modulation(self.modulate, x, embedding).chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
         return _scaled(self.skip(x) + h, self.skip_scale)

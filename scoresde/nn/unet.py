@@ -16,6 +16,9 @@ An image c that it is conditional on meets x at the entrance, in one of two ways
     h = F(x) + G(c)         SegDiff (Amit et al., 2021): two encodings, added; F is a convolution, G has residual blocks
 
 Both are the same where G is a convolution, too.
+
+What NCSN's network (Song and Ermon, 2019) is told and how it sees far are options too: norm="instance", conditional
+instance norm, and resample="dilate", dilated convolutions (patch=2 for the one time that it halves).
 """
 
 from __future__ import annotations
@@ -75,16 +78,16 @@ PRESETS: dict[int, dict[str, Any]] = {
 
 
 class _Stage(nn.Module):
-    """A residual block, then attention where `heads` is given."""
+    """A residual block of these options, then attention where `heads` is given."""
 
     def __init__(
-        self, inputs: int, outputs: int, embedding: int, dropout: float, heads: int | None, dims: int, skip_scale: float
+        self, inputs: int, outputs: int, embedding: int, dropout: float, heads: int | None, **options: Any
     ) -> None:
         super().__init__()
-        self.block = ResidualBlock(inputs, outputs, embedding, dropout, dims=dims, skip_scale=skip_scale)
+        self.block = ResidualBlock(inputs, outputs, embedding, dropout, **options)
         self.attention: nn.Module = nn.Identity()
         if heads is not None:
-            self.attention = Attention(outputs, heads, dims=dims, skip_scale=skip_scale)
+            self.attention = Attention(outputs, heads, dims=options["dims"], skip_scale=options["skip_scale"])
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h: Tensor = self.attention(self.block(x, embedding))
@@ -121,7 +124,8 @@ class UNet(nn.Module):
             of the work with 2. H and W are multiples of it.
         dims: axes of the data, 1, 2 or 3.
         resample: "conv": between levels a strided convolution, and nearest neighbours with a convolution; "block":
-            inside a residual block, as BigGAN does (Brock et al., 2019).
+            inside a residual block, as BigGAN does (Brock et al., 2019); "dilate": every level has the size of the
+            first, and level l convolves with taps 2^l pixels apart, so that it sees as far.
         fir: the filter with which sizes are halved and doubled, as (1, 3, 3, 1) (Karras et al., 2020), or None.
         skip_scale: factor of every residual sum; 1/sqrt(2) = 0.5**0.5 keeps the variance.
         vector: length of a vector that the network is conditional on, or None.
@@ -130,6 +134,8 @@ class UNet(nn.Module):
             convolution alone, and None concatenates.
         fourier: scale of Gaussian time frequencies, or None for sinusoidal features; see `TimeEmbedding`.
         out_channels: channels of the result; twice those of x for improved DDPM's learned variances.
+        norm: of the residual blocks: "group", or "instance", conditional instance norm (`InstanceNorm` of
+            `scoresde.nn.blocks`).
 
     Raises:
         ValueError: if an option is not one of those, there is no level, an attention level does not exist, or heads do
@@ -149,7 +155,7 @@ class UNet(nn.Module):
         patch: int = 1,
         *,
         dims: int = 2,
-        resample: Literal["conv", "block"] = "conv",
+        resample: Literal["conv", "block", "dilate"] = "conv",
         fir: Sequence[float] | None = None,
         skip_scale: float = 1.0,
         vector: int | None = None,
@@ -157,15 +163,18 @@ class UNet(nn.Module):
         image_blocks: int | None = None,
         fourier: float | None = None,
         out_channels: int | None = None,
+        norm: Literal["group", "instance"] = "group",
     ) -> None:
         super().__init__()
         outputs = image_channels if out_channels is None else out_channels
         check_count(image_channels=image_channels, channels=channels, blocks=blocks, heads=heads, patch=patch)
         check_count(out_channels=outputs)
         check_option((1, 2, 3), dims=dims)
-        check_option(("conv", "block"), resample=resample)
+        check_option(("conv", "block", "dilate"), resample=resample)
         if fir is not None:
             filter_taps(fir)
+            if resample == "dilate":
+                raise ValueError(f"fir={tuple(fir)} with resample='dilate': nothing is halved that it could filter")
         if image_condition < 0 or not 0 <= dropout < 1 or not 0 < skip_scale < math.inf:
             raise ValueError(
                 f"image_condition={image_condition}, dropout={dropout}, skip_scale={skip_scale}: expected channels "
@@ -193,14 +202,21 @@ class UNet(nn.Module):
         concatenated = image_channels + (image_condition if image_blocks is None else 0)
         self.inward = conv(dims, concatenated * patch**dims, channels, 3)
 
-        def stage(inputs: int, outputs: int, attend: bool) -> _Stage:
-            return _Stage(inputs, outputs, embedding, dropout, heads if attend else None, dims, skip_scale)
+        options: dict[str, Any] = {"dims": dims, "skip_scale": skip_scale, "norm": norm}
 
-        def between(width: int, way: Literal["down", "up"]) -> nn.Module:
+        def apart(level: int) -> int:
+            return 2**level if resample == "dilate" else 1
+
+        def stage(inputs: int, outputs: int, level: int, attend: bool) -> _Stage:
+            return _Stage(
+                inputs, outputs, embedding, dropout, heads if attend else None, **options, dilation=apart(level)
+            )
+
+        def between(width: int, level: int, way: Literal["down", "up"]) -> nn.Module:
+            if resample == "dilate":
+                return conv(dims, width, width, 3, dilation=apart(level))
             if resample == "block":
-                return ResidualBlock(
-                    width, width, embedding, dropout, dims=dims, resample=way, fir=fir, skip_scale=skip_scale
-                )
+                return ResidualBlock(width, width, embedding, dropout, **options, resample=way, fir=fir)
             if way == "up":
                 return conv(dims, width, width, 3)
             if fir is None:
@@ -212,19 +228,20 @@ class UNet(nn.Module):
         skips, width = [channels], channels
         for level, w in enumerate(widths):
             for _ in range(blocks):
-                self.down.append(stage(width, w, level in attention))
+                self.down.append(stage(width, w, level, level in attention))
                 width = w
                 skips.append(width)
             if level < len(widths) - 1:
-                self.shrink.append(between(width, "down"))
+                self.shrink.append(between(width, level, "down"))
                 skips.append(width)
-        self.middle = nn.ModuleList([stage(width, width, True), stage(width, width, False)])
+        bottom = len(widths) - 1
+        self.middle = nn.ModuleList([stage(width, width, bottom, True), stage(width, width, bottom, False)])
         for level, w in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.up.append(stage(width + skips.pop(), w, level in attention))
+                self.up.append(stage(width + skips.pop(), w, level, level in attention))
                 width = w
             if level > 0:
-                self.grow.append(between(width, "up"))
+                self.grow.append(between(width, level - 1, "up"))
         self.enlarge = Double(dims, fir if resample == "conv" else None)
         self.norm, self.outward = group_norm(width), zero(conv(dims, width, outputs * patch**dims, 3))
 

@@ -32,13 +32,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_finite, check_option, check_positive
+from scoresde.checks import check_count, check_finite, check_option, check_positive
+from scoresde.grid import Grid
 from scoresde.sde import SDE
 from scoresde.tensors import drawn_from
 from scoresde.views import VIEWS, view_of_mean
 
 __all__ = [
     "ImportanceTimes",
+    "LevelTimes",
     "LogNormalTimes",
     "OnX0",
     "TimeSampler",
@@ -77,7 +79,9 @@ class OnX0:
 
 
 def simple(sde: SDE, t: Tensor) -> Tensor:
-    """Weight 1 on the noise error: the simple loss (Ho et al., 2020, eq. 14)."""
+    """Weight 1 on the noise error: the simple loss (Ho et al., 2020, eq. 14). It is NCSN's, lambda(sigma) = sigma^2 on
+    |s - grad log q|^2 (Song and Ermon, 2019, section 4.2), since sigma s = -eps_hat; lambda = 1 is uniform_in("score").
+    """
     return torch.ones_like(t)
 
 
@@ -185,6 +189,34 @@ class UniformTimes(TimeSampler):
         if sde.nodes is not None:
             return (u * len(sde.nodes)).floor() + 1
         return sde.t_min + (sde.t_max - sde.t_min) * u
+
+
+@dataclass(frozen=True)
+class LevelTimes(TimeSampler):
+    """L noise levels, each as often as the others: sigma / alpha in a geometric sequence from t_max to t_min (Song and
+    Ermon, 2019, section 4.2). They are those of `Grid.log_snr(sde, levels)`, at which `AnnealedLangevin` steps.
+
+    Args:
+        levels: L: 10 in that paper; for the next one's choice see `scoresde.solvers.annealed.levels_for`.
+        stratified: spread the batch evenly over the levels.
+
+    Raises:
+        ValueError: unless levels is a whole number >= 1; by the draw, where alpha is zero at t_max.
+
+    >>> from scoresde import EDMSDE
+    >>> LevelTimes(3, stratified=True).draw(EDMSDE(t_min=0.25, t_max=4.0), 6, None)
+    tensor([0.2500, 0.2500, 1.0000, 1.0000, 4.0000, 4.0000], dtype=torch.float64)
+    """
+
+    levels: int = 10
+    stratified: bool = True
+
+    def __post_init__(self) -> None:
+        check_count(levels=self.levels)
+
+    def quantile(self, sde: SDE, u: Tensor) -> Tensor:
+        rising = Grid.log_snr(sde, self.levels).times[:-1].flip(0).to(u.device)
+        return rising[(u * self.levels).long()]
 
 
 @dataclass(frozen=True)
