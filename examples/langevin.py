@@ -239,7 +239,7 @@ def draw(learned: Denoiser, exact: Denoiser, chains: dict[str, Tensor], results:
                 axis.plot(centre + r * angle.cos(), centre + r * angle.sin(), color=color, linewidth=0.8)
 
     log10 = log_density / math.log(10)
-    axes[0, 0].imshow(log10.clamp(min=-22), cmap="cividis", **grid)
+    axes[0, 0].imshow(log10.clamp(min=-22).numpy(), cmap="cividis", **grid)
     lines = axes[0, 0].contour(line, line, log10, levels=[-20, -15, -10, -5], colors="white", linewidths=0.7)
     axes[0, 0].clabel(lines, fmt=lambda level: f"$10^{{{level:.0f}}}$", fontsize=9)
     axes[0, 0].scatter(*DATA.sample(500, generator).T, s=3, color="black", linewidths=0)
@@ -255,7 +255,7 @@ def draw(learned: Denoiser, exact: Denoiser, chains: dict[str, Tensor], results:
         axis.quiver(*at.T, *arrows.T, color=BLUE if denoiser is exact else ORANGE, angles="xy", scale=45, width=0.005)
         title(axis, name, "length of an arrow: root of |score|, up to 8")
     error = (learned.score(points, t) - exact.score(points, t)).norm(dim=1).reshape(161, 161).T
-    image = axes[0, 3].imshow(error.clamp(0.05, 10).log10(), cmap="viridis", vmin=-1.3, vmax=1, **grid)
+    image = axes[0, 3].imshow(error.clamp(0.05, 10).log10().numpy(), cmap="viridis", vmin=-1.3, vmax=1, **grid)
     bar = figure.colorbar(image, ax=axes[0, 3], label="|learned score - exact score|", shrink=0.75)
     bar.set_ticks([-1, 0, 1], labels=["0.1", "1", "10"])
     contours(axes[0, 3], "white")

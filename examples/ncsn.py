@@ -37,6 +37,7 @@ from scoresde.data import digits
 from scoresde.info import environment
 from scoresde.levels import to_levels
 from scoresde.metrics import classifier_features, evaluate
+from scoresde.noise import derive_seed
 from scoresde.pictures import grid as tiled
 from scoresde.report import Cells, table, write_json
 from scoresde.solvers import DDIM, DDPM, Adams, AnnealedLangevin, Solver
@@ -76,8 +77,8 @@ class Paper:
             sde="ve", sde_options=sde, options=NET, predicts="eps", time_scale=999.0 if self.told else 0.0
         )
 
-    def samplers(self, denoiser: Denoiser) -> dict[str, tuple[Solver, Grid]]:
-        """By name, each with its grid."""
+    def samplers(self, denoiser: Denoiser, nfe: int) -> dict[str, tuple[Solver, Grid]]:
+        """By name, each with its grid; those of no paper with nfe evaluations, and a fifth of them."""
         sde, L, T = denoiser.sde, self.levels, self.steps_per_level
         levels = Grid.log_snr(sde, L)
         own = levels if self.denoise else Grid.log_snr(sde, L - 1, end=sde.t_min)
@@ -89,10 +90,10 @@ class Paper:
             "annealed Langevin, technique 4, T = 5": (AnnealedLangevin(5, step_for(gamma, 5)), levels),
             "annealed Langevin, technique 4, T = 1": (AnnealedLangevin(1, step_for(gamma, 1)), levels),
             "reverse SDE, DDPM's step, at the levels": (DDPM(), levels),
-            "reverse SDE, DDPM's step": (DDPM(), Grid.log_snr(sde, 100)),
+            "reverse SDE, DDPM's step": (DDPM(), Grid.log_snr(sde, nfe)),
             "ODE, DDIM, at the levels": (DDIM(), levels),
-            "ODE, DDIM": (DDIM(), Grid.log_snr(sde, 100)),
-            "ODE, Adams": (Adams(), Grid.log_snr(sde, 20)),
+            "ODE, DDIM": (DDIM(), Grid.log_snr(sde, nfe)),
+            "ODE, Adams": (Adams(), Grid.log_snr(sde, max(1, nfe // 5))),
         }
         if self.denoise and T == 5:  # technique 4 is its own
             del found["annealed Langevin, technique 4, T = 5"]
@@ -117,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/ncsn/models"), help="run folder of the networks")
     parser.add_argument("--train-steps", type=int, default=2000, help="training steps of each (2000)")
     parser.add_argument("--samples", type=int, default=500, help="by each sampler (500)")
+    parser.add_argument("--nfe", type=int, default=100, help="evaluations of the SDE and the ODE (100)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, training and sampling (0)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -124,15 +126,15 @@ def main(argv: list[str] | None = None) -> None:
     images, _ = digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # as the classifier's
     training, held_out = images[order[500:]], images[order[:500]]
-    made_for = {"train_steps": args.train_steps, "samples": args.samples, "seed": args.seed}
+    made_for = {name: getattr(args, name) for name in ("train_steps", "samples", "nfe", "seed")}
     cells = Cells(args.out / "cells.jsonl", "ncsn", "samples", made_for, lambda row: (row["network"], row["sampler"]))
     losses, paths = {}, {}
     for name, paper in papers(training).items():
         denoiser = trained(paper, training, args.model / name, args.train_steps, args.seed)
         losses[name] = terms(denoiser, held_out, paper.levels)
-        solver, grid = next(iter(paper.samplers(denoiser).values()))
+        solver, grid = next(iter(paper.samplers(denoiser, args.nfe).values()))
         paths[name] = path(denoiser, solver, grid, args.seed)
-        for sampler, (solver, grid) in paper.samplers(denoiser).items():
+        for sampler, (solver, grid) in paper.samplers(denoiser, args.nfe).items():
             if (name, sampler) not in cells.done:
                 cells.write({"network": name, "sampler": sampler, **score(denoiser, solver, grid, held_out, args)})
             row = cells.done[name, sampler]
@@ -144,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         "networks": {name: vars(paper) for name, paper in papers(training).items()},
         "net": NET,
         "losses": losses,
+        "rms": round(float(training.square().mean().sqrt()), 3),
         "real": {"frechet": round(floor["frechet"].floor, 3), "std": round(floor["frechet"].floor_std, 3)},
         "rows": [{key: value for key, value in row.items() if key != "shown"} for row in cells.done.values()],
     }
@@ -178,14 +181,19 @@ def terms(denoiser: Denoiser, x: Tensor, levels: int) -> dict[str, list[float]]:
 
 def path(denoiser: Denoiser, solver: Solver, grid: Grid, seed: int) -> Tensor:
     """States of ten chains along the levels, (10, 10, 1, 8, 8)."""
-    states = sample(denoiser, (10, 1, 8, 8), solver, grid=grid, seed=seed, trajectory=True).trajectory
+    states = sample(denoiser, noise(denoiser, 10, seed), solver, grid=grid, seed=seed, trajectory=True).trajectory
     assert states is not None
     return states[torch.linspace(0, len(states) - 1, 10).round().long()]
 
 
+def noise(denoiser: Denoiser, n: int, seed: int) -> Tensor:
+    """x_T: the largest level's noise, though after it there is still something to be seen of the data at NCSN's."""
+    return denoiser.sde.prior((n, 1, 8, 8), torch.Generator().manual_seed(derive_seed(seed, 1)))
+
+
 def score(denoiser: Denoiser, solver: Solver, grid: Grid, held_out: Tensor, args: argparse.Namespace) -> dict:
     """Frechet distance of samples with its standard error, evaluations, and the first digits as levels."""
-    found = sample(denoiser, (args.samples, *held_out.shape[1:]), solver, grid=grid, seed=args.seed)
+    found = sample(denoiser, noise(denoiser, args.samples, args.seed), solver, grid=grid, seed=args.seed)
     x = found.x.clamp(-1, 1)
     frechet = evaluate(x, held_out, ["frechet"], classifier_features("digits"), floors=0)["frechet"]
     numbers = {"frechet": round(frechet.value, 4), "stderr": round(frechet.stderr, 4)}
@@ -203,8 +211,9 @@ torch {about["torch"]}, scoresde {about["scoresde"]}, commit {about["commit"]}.
 Two networks of one architecture, conditional instance norm and dilated convolutions, {results["train_steps"]} steps
 each; what sets them apart is in the program's first lines. {n} digits by each sampler against 500 held-out ones, in the
 features of the library's classifier; in brackets the standard error over both sets, by random halves. {n} digits of the
-training set have {real["frechet"]:.2f} (standard deviation {real["std"]:.2f} over choices of them). Published, on
-CIFAR-10 in Inception's features, another scale: NCSN 25.3, NCSNv2 10.9 (Song and Ermon, 2019 and 2020).
+training set have {real["frechet"]:.2f} (standard deviation {real["std"]:.2f} over choices of them). All begin with
+noise of the largest level alone; digits, whose root mean square is {results["rms"]:.2f}, would still be seen in NCSN's.
+Published, on CIFAR-10 in Inception's features, another scale: NCSN 25.3, NCSNv2 10.9 (Song and Ermon, 2019 and 2020).
 
 {chr(10).join(section(name, results) for name in results["networks"])}
 ![Annealing, samples and scores](ncsn.png)
@@ -242,7 +251,7 @@ def draw(rows: list[dict], paths: dict[str, Tensor], results: dict, file: Path) 
     left, middle, right = figure.subfigures(1, 3, width_ratios=[1.0, 1.5, 1.0])
 
     def show(axis: plt.Axes, images: Tensor, columns: int, title: str) -> None:
-        axis.imshow(tiled(images, columns)[0], cmap="gray", vmin=0, vmax=255)
+        axis.imshow(tiled(images, columns)[0].numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(title, fontsize=9, loc="left")
         axis.axis("off")
 
