@@ -1,7 +1,7 @@
 """Noise-conditional score networks from end to end (Song and Ermon, 2019, and their second paper, 2020): levels of
 noise, one loss for all, and annealed Langevin dynamics beside what came after it, on the same networks.
 
-    python examples/ncsn.py            twelve minutes on one core, half of them training; --help
+    python examples/ncsn.py            ten minutes on one core, four of them training; --help
 
 Two networks s(x, sigma) learn 1,297 real digits at L levels in geometric sequence (`LevelTimes`) by the loss
 
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ncsn"), help="folder of results (runs/ncsn)")
     parser.add_argument("--model", type=Path, default=Path("runs/ncsn/models"), help="run folder of the networks")
-    parser.add_argument("--train-steps", type=int, default=2000, help="training steps of each (2000)")
+    parser.add_argument("--train-steps", type=int, default=1500, help="training steps of each (1500)")
     parser.add_argument("--samples", type=int, default=500, help="by each sampler (500)")
     parser.add_argument("--nfe", type=int, default=100, help="evaluations of the SDE and the ODE (100)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, training and sampling (0)")

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/spiral"), help="folder of results (runs/spiral)")
     parser.add_argument("--model", type=Path, default=Path("runs/spiral/model"), help="run folder of the network")
     parser.add_argument("--data", choices=sorted(TOYS), default="swiss-roll", help="points in the plane (swiss-roll)")
-    parser.add_argument("--train-steps", type=int, default=6000, help="training steps (6000)")
+    parser.add_argument("--train-steps", type=int, default=2500, help="training steps (2500)")
     parser.add_argument("--points", type=int, default=2000, help="in each set (2000)")
     parser.add_argument("--sets", type=int, default=10, help="of points, for the errors (10)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, training and points (0)")
@@ -162,7 +162,7 @@ def draw(denoiser: Denoiser, forth: Tensor, back: Tensor, path: Path) -> None:
         axis.scatter(*forth[step].T, s=3, color="0.8", linewidths=0)
         axis.quiver(*at.T, *arrows.T, arrows.norm(dim=1), cmap="plasma", angles="xy", width=0.006)
         longest = float(arrows.norm(dim=1).max())
-        axis.set_title(f"step {step} to {step - 1}: the longest arrow moves by {longest:.2f}", fontsize=10)
+        axis.set_title(f"step {step} to {step - 1}, longest arrow {longest:.2f}", fontsize=10)
         axes[0, column].set_title(f"t = {t}" + {0: ": data", T: ": noise"}.get(t, ""), fontsize=12)
     for axis, name in zip(axes[:, 0], ("forth: q", "back: p", "drift mu(x, t) - x"), strict=True):
         axis.set_ylabel(name, fontsize=12)
