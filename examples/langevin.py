@@ -209,7 +209,7 @@ error over the points at which one network was looked at:
 {n} chains of {results["evaluations"]} evaluations of the exact score, from a uniform start in the square; annealed, by
 `AnnealedLangevin` over {LEVELS} levels from {LARGE:g} on. In brackets the standard error that so many independent
 points of the truth would have. Steps of {STEP} at the one level raise the variance by {BIAS:.1%}; without their noise
-nothing is left of it.
+rounding is all that is left of it.
 
 {chr(10).join(chains)}
 
@@ -320,8 +320,8 @@ def draw(learned: Denoiser, exact: Denoiser, chains: dict[str, Tensor], results:
         within = (chains[name] - mode).square().mean((1, 2))
         axis.semilogy(within, color=color, linewidth=1.8, label=f"{remark}: {spread[name]:.2g}")
     axis.axhline(VARIANCE, color="0.35", linestyle=":", label=f"truth: {VARIANCE:.2f}")
-    axis.set(xlabel="score evaluations", ylabel="variance within a mode", ylim=(1e-6, 100), xlim=(0, 250))
-    axis.legend(loc="lower left", frameon=False)
+    axis.set(xlabel="score evaluations", ylabel="variance within a mode", ylim=(1e-6, 100), xlim=(0, 400))
+    axis.legend(loc="center right", frameon=False)
     title(axis, "3. without noise the steps climb to the mode", "mean square of a coordinate's distance to its mode")
     figure.suptitle(
         "Two failures of Langevin dynamics at one small noise level, what annealing mends, and what its noise is for",

@@ -127,6 +127,11 @@ def report(results: dict) -> str:
         [f"t = {t}", *("{:.2g} ({:.1g})".format(*found[t][which]) for which in ("back", "forth"))]
         for t in reversed(found)
     ]
+    apart = [
+        f"t = {t}"
+        for t, of in found.items()
+        if of["back"][0] - of["forth"][0] > 2 * math.hypot(of["back"][1], of["forth"][1])
+    ]
     return f"""# A roll, into noise and back
 
 `{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]};
@@ -140,6 +145,8 @@ time, and of two independent sets of the latter: means over {results["sets"]} se
 in brackets the standard error.
 
 {chr(10).join(table(["", "back, to forth", "forth, to forth"], rows))}
+
+By more than two standard errors of the difference the way back is further off at: {", ".join(apart) or "none"}.
 
 ![The points forth and back, and the drift of the steps back](spiral.png)
 """
