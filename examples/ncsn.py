@@ -16,8 +16,8 @@ Both are U-Nets with conditional instance norm and dilated convolutions, and giv
 From each, digits are drawn by `AnnealedLangevin`, as its paper does and by the other's step rule, by the reverse SDE
 and by the probability-flow ODE: Frechet distance to 500 held-out digits, in the features of the library's classifier.
 
-Writes ncsn.png, results.json and README.md into --out, networks and finished numbers into --model. A run that is killed goes on: with
-the training from its last checkpoint, with the samplers after the last that was measured.
+Writes ncsn.png, results.json and README.md into --out, networks and finished numbers into --model. A run
+that is killed goes on: with the training from its last checkpoint, with the samplers after the last that was measured.
 """
 
 from __future__ import annotations
@@ -208,12 +208,12 @@ def report(results: dict) -> str:
     if len(own) == 2:
         first, second = own["NCSN"], own["NCSNv2"]
         apart = (first["frechet"] - second["frechet"]) / math.hypot(first["stderr"], second["stderr"])
-        found = "a tie" if abs(apart) < 2 else "the same order" if apart > 0 else "the other order"
-        order = (
-            f"Here, each by its own sampler, they are in {found}: {first['frechet']:.2f} and {second['frechet']:.2f}.\n"
-            "Levels, what the network is told and evaluations differ together, so that the table does not say which of\n"
-            "them is the cause; neither network was trained to convergence."
-        ).replace("in a tie", "a tie")
+        found = "a tie" if abs(apart) < 2 else "the same order" if apart > 0 else "the opposite order"
+        order = f"""
+Here, each by its own sampler, {found}: {first["frechet"]:.2f} ({first["stderr"]:.2f}) and {second["frechet"]:.2f}
+({second["stderr"]:.2f}). Levels, what the network is told, and evaluations differ at once, so that the table does not
+say which of them is the cause, nor what longer training would change.
+"""
     return f"""# Noise-conditional score networks on the digits
 
 `{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]};
