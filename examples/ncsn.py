@@ -226,7 +226,6 @@ training set have {real["frechet"]:.2f} (standard deviation {real["std"]:.2f} ov
 noise of the largest level alone; digits, whose root mean square is {results["rms"]:.2f}, would still be seen in NCSN's.
 Published, on CIFAR-10 in Inception's features, another scale: NCSN 25.3, NCSNv2 10.9 (Song and Ermon, 2019 and 2020).
 {order}
-
 {chr(10).join(section(name, results) for name in results["networks"])}
 ![Annealing, samples and scores](ncsn.png)
 """
@@ -298,7 +297,8 @@ def draw(rows: list[dict], paths: dict[str, Tensor], results: dict, file: Path) 
             )
     below.axhline(results["real"]["frechet"], color="0.4", linestyle=":", label="training digits")
     below.set(xscale="log", yscale="log", xlabel="evaluations", title="Frechet distance, with standard errors")
-    below.legend(frameon=False, fontsize=8, loc="upper right")
+    below.set_ylim(bottom=0.12 * results["real"]["frechet"])
+    below.legend(frameon=False, fontsize=8, loc="lower left")
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
