@@ -17,11 +17,14 @@ from scoresde.cli import main
 from scoresde.cli.drawing import Recipe
 from scoresde.cli.restore import METHODS
 from scoresde.data import digit_levels, digits
+from scoresde.guidance.classifier import Classifier
 from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.guidance.operators import Blur, Downsample, FourierSampling, LinearOperator, Mask
 from scoresde.guidance.operators.words import OPERATORS, operator_of
 from scoresde.guidance.posterior_sampling import PiGDM
+from scoresde.guidance.trained import TrainedClassifier
 from scoresde.levels import to_levels
+from scoresde.nn import NoisyClassifier
 from scoresde.noise import derive_seed, seeds_of
 from scoresde.sampling import sample
 from scoresde.solvers import DDPM, Adams
@@ -211,6 +214,98 @@ def test_guidance_that_cannot_be_is_status_2(guided_run, classes_run, plain_run,
         out, err = capsys.readouterr()
         assert (out, words in err, "Traceback" in err) == ("", True, False), err
     assert list(here.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def guide(runs):
+    """A classifier of noisy digits, hardly trained, and its file."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = NoisyClassifier(10, channels=8)
+    path = runs / "guide.safetensors"
+    TrainedClassifier.of(net, scoresde.VPSDE(), (1, 8, 8), time_scale=999.0).save(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["plain", "guided"])
+def test_guidance_by_a_classifier_is_the_librarys(kind, request, guide, here):
+    """A model without classes has the classifier's; one with classes is told them; --guidance is inside."""
+    path, classes = request.getfixturevalue(f"{kind}_run"), kind == "guided"
+    options = ["sample", path, "--n", 5, "--nfe", 3, "--class", 3, "--float", "--classifier", guide, *CPU]
+    assert run(*options, "--classifier-scale", 4, "--out", "a.npz") == 0
+    net, model = TrainedClassifier.load(guide), scoresde.load(path)
+    cond = {"label": torch.full((5,), 3)}
+
+    def drawn(denoiser, scale, around=lambda guided: guided):
+        guided = Classifier(denoiser, net.net, scale, time=lambda t: 999.0 * t, conditional=classes)
+        return sample(around(guided), (5, 1, 8, 8), Adams(), nfe=3, seed=seeds(5), cond=cond).x
+
+    torch.testing.assert_close(found("a.npz"), drawn(model, 4.0), rtol=1e-5, atol=1e-5)
+    assert found("a.npz", "labels").tolist() == [3] * 5
+    assert (drawn(model, 4.0) - drawn(model, 0.0)).abs().max() > 1e-3
+    if classes:
+        assert run(*options, "--guidance", 2, "--clip", "--out", "b.npz") == 0
+        expected = drawn(ClassifierFree(model, 2.0), 1.0, scoresde.Clip)
+        torch.testing.assert_close(found("b.npz"), expected, rtol=1e-5, atol=1e-5)
+    else:
+        own = ["--input", "digits", "--limit", 1, "--nfe", 2, "--class", 3, "--classifier", guide, *CPU, "--out"]
+        assert run("restore", path, "--operator", "down:2", "--method", "ddnm", "--n", 2, *own, "c.npz") == 0
+        assert run("edit", path, *own, "d.npz") == 0
+        assert run("edit", path, "--encode", "--to-class", 3, *own, "e.npz") == 2
+        assert found("c.npz", "labels").tolist() == [3, 3]
+
+
+def test_a_race_knows_its_classifier(plain_run, guide, here, capsys):
+    options = ["compare", plain_run, "--solvers", "ddim", "--nfe", 2, "--n", 12, "--limit", 20, "--out", "race", *CPU,
+               "--classifier", guide, "--metrics", "spatial_frechet", "entropy_score"]  # fmt: skip
+    assert run(*options) == 0
+    assert run(*options, "--classifier-scale", 3) == 2
+    assert "holds cells of another run: scale of the classifier:" in capsys.readouterr().err
+    assert run("evaluate", plain_run, "--n", 12, "--nfe", 2, "--limit", 20, "--out", "a.json", "--class", 3,
+               "--classifier", guide, "--metrics", "entropy_score", *CPU) == 0  # fmt: skip
+    about = json.loads(Path("a.json").read_text())
+    assert 1 <= about["scores"]["entropy_score"]["value"] <= 10
+    assert about["samples from"]["classifier"] == TrainedClassifier.load(guide).digest
+    assert run("evaluate", plain_run, "--metrics", "entropy_score", "--features", "random", *CPU) == 2
+    assert "entropy_score needs features with `logits`" in capsys.readouterr().err
+
+
+def test_a_classifier_that_cannot_guide_is_status_2(plain_run, classes_run, guide, here, capsys):
+    net = TrainedClassifier.load(guide).net
+    few = NoisyClassifier(3, channels=8)
+    for name, made in {
+        "sde": TrainedClassifier.of(net, scoresde.VPSDE(beta_max=10.0), (1, 8, 8)),
+        "shape": TrainedClassifier.of(net, scoresde.VPSDE(), (1, 28, 28)),
+        "few": TrainedClassifier.of(few, scoresde.VPSDE(), (1, 8, 8)),
+    }.items():
+        made.save(f"{name}.safetensors")
+    content = guide.read_bytes()
+    Path("cut.safetensors").write_bytes(content[: len(content) // 2])
+    Path("changed.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    np.savez("other.npz", x=np.zeros(3))
+    before = set(here.iterdir())
+    for path, arguments, words in (
+        (plain_run, ["--classifier", "sde.safetensors"], "made for another SDE: VPSDE, alpha"),
+        (
+            plain_run,
+            ["--classifier", "shape.safetensors"],
+            "another item: (1, 28, 28), and the denoiser's is (1, 8, 8)",
+        ),
+        (classes_run, ["--classifier", "few.safetensors"], "another number of classes: 3, and the denoiser's is 10"),
+        (plain_run, ["--classifier", "few.safetensors", "--class", 3], "there are 3, 0 to 2"),
+        (plain_run, ["--classifier", "cut.safetensors"], "cut.safetensors cannot be read as a classifier"),
+        (plain_run, ["--classifier", "changed.safetensors"], "its weights are not those that were saved"),
+        (plain_run, ["--classifier", "other.npz"], "other.npz cannot be read as a classifier of noisy data"),
+        (plain_run, ["--classifier", "none.safetensors"], "there is no such file"),
+        (plain_run, ["--classifier-scale", 2], "--classifier-scale is the scale of --classifier FILE"),
+        (plain_run, ["--classifier", guide, "--classifier-scale", "nan"], "scale=nan"),
+        (plain_run, ["--classifier", guide, "--variance", __file__], "without --classifier"),
+        (plain_run, ["--classifier", guide, "--guidance", 2], "no classes and no condition"),
+    ):
+        assert run("sample", path, *arguments, "--nfe", 2, "--out", "a.npz", *CPU) == 2
+        out, err = capsys.readouterr()
+        assert (out, words in err, "Traceback" in err) == ("", True, False), err
+    assert set(here.iterdir()) == before
 
 
 # --- restoring -------------------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ pytest.importorskip("safetensors")
 
 from scoresde import VPSDE
 from scoresde.exact import Gaussian
+from scoresde.guidance import TrainedClassifier
 from scoresde.training import ModelConfig, TrainConfig, Trainer, load
 
-QUICK = ["--train-steps", "2", "--weights", "0", "1", "3", "--samples", "16", "--nfe", "2", "--scales", "1", "-1"]
+QUICK = ["--train-steps", "2", "--weights", "0", "1", "3", "--samples", "16", "--nfe", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +45,9 @@ def test_the_sweep_is_written_and_a_second_run_trains_nothing(folder, capsys):
         (3.0, None),
         (3.0, [0.3, 2.0]),
     ]
-    assert [row["scale"] for row in results["low_density"]["rows"]] == [1, -1]
     report = (folder / "README.md").read_text()
     assert f"| {results['rows'][2]['frechet']:.2f} +- {results['rows'][2]['frechet_stderr']:.2f} |" in report
-    for name in ("guidance.png", "low_density.png"):
-        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "guidance.png").read_bytes()[:4] == b"\x89PNG"
     again = guidance.trained(folder / "model", steps=2)
     assert capsys.readouterr().out == ""
     for p, q in zip(again.net.parameters(), load(folder / "model").net.parameters(), strict=True):
@@ -56,6 +55,56 @@ def test_the_sweep_is_written_and_a_second_run_trains_nothing(folder, capsys):
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(SystemExit, match="--model names another folder"):
         guidance.trained(folder / "model", steps=2, seed=7)
+
+
+def test_a_classifier_guides_both_models(folder, capsys, monkeypatch):
+    import classifier_guidance
+    import guidance
+
+    monkeypatch.setattr(classifier_guidance, "FORMS", {"eps (DDIM)": classifier_guidance.FORMS["eps (DDIM)"]})
+    guidance.trained(folder / "model", steps=2)
+    out = folder / "by_classifier"
+    arguments = ["--out", str(out), "--model", str(folder / "model"), "--guide", str(out / "guide"), "--steps", "2"]
+    quick = ["--train-steps", "2", "--guide-steps", "2", "--samples", "16", "--scales", "0", "10", "--halves", "2"]
+    classifier_guidance.main([*arguments, *quick])
+    results = json.loads((out / "results.json").read_text())
+    rows = [(row["conditional"], row["form"], row["scale"]) for row in results["rows"]]
+    assert rows == [(conditional, "eps (DDIM)", scale) for conditional in (False, True) for scale in (0, 10)]
+    report = (out / "README.md").read_text()
+    assert "{:.2f} +- {:.2f}".format(*results["rows"][3]["entropy_score"]) in report
+    assert "| unconditional, 0 to 10 | down: " in report
+    assert (out / "classifier_guidance.png").read_bytes()[:4] == b"\x89PNG"
+    guide = TrainedClassifier.load(out / "guide" / "classifier.safetensors")
+    assert guide.guide(load(folder / "model"), shape=(1, 8, 8), classes=10).scale == 1
+    # A run that was killed has the rows that it had.
+    lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
+    (out / "rows.jsonl").write_text("".join(lines[:-1]))
+    capsys.readouterr()
+    classifier_guidance.main([*arguments, *quick])
+    assert capsys.readouterr().out.count("'frechet': [") == 1
+    assert json.loads((out / "results.json").read_text())["rows"] == results["rows"]
+
+
+def test_rare_digits_are_measured_in_units_of_those_held_out(folder):
+    import guidance
+    import low_density
+
+    guidance.trained(folder / "model", steps=2)
+    out = folder / "low_density"
+    arguments = ["--out", str(out), "--model", str(folder / "model"), "--guide", str(out / "guide.npz"), "--nfe", "2"]
+    quick = ["--train-steps", "2", "--epochs", "1", "--samples", "16", "--distance", "1", "--contrast", "2"]
+    low_density.main([*arguments, *quick])
+    results = json.loads((out / "results.json").read_text())
+    assert [row["energy"] for row in results["rows"]] == ["none, w = 1", "none, w = 2", "distance", "contrast"]
+    assert (out / "low_density.png").read_bytes()[:4] == b"\x89PNG"
+    (_, _), (x, _) = guidance.split()
+    training = guidance.split()[0][0]
+    nearest = torch.cdist(x.flatten(1), training.flatten(1)).amin(1)
+    assert results["held_out"]["nearest_in_pixels"][0] == pytest.approx(float(nearest.mean()), abs=1e-4)
+    kept = {name: [1.1, 0.04] for name in low_density.RARITY} | {"accuracy": [0.95, 0.01]}
+    assert low_density.rare(kept)
+    assert not low_density.rare(kept | {"accuracy": [0.94, 0.01]})
+    assert not low_density.rare(kept | {"nearest_in_pixels": [1.1, 0.06]})
 
 
 def test_every_problem_is_restored(folder):

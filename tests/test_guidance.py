@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from inspect import isfunction, signature
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,10 +39,11 @@ from scoresde.guidance.branches import Conditioned
 from scoresde.guidance.classifier import Classifier, classifier_loss
 from scoresde.guidance.classifier_free import Autoguidance, ClassifierFree
 from scoresde.guidance.composition import Mixture, Product
-from scoresde.guidance.energy import Energy, class_means, distance, similarity
+from scoresde.guidance.energy import Energy, class_means, contrast, distance, similarity
 from scoresde.guidance.gradients import gradient
 from scoresde.guidance.rules import RULES, Rule
-from scoresde.nn import MLP, DiT, UNet
+from scoresde.guidance.trained import TrainedClassifier
+from scoresde.nn import MLP, DiT, NoisyClassifier, UNet
 from scoresde.solvers import (
     DDIM,
     DDPM,
@@ -869,6 +871,10 @@ def test_ready_energies() -> None:
     cosine = -(x * y).flatten(1).sum(1) / (x.flatten(1).norm(dim=1) * y.flatten(1).norm(dim=1))
     assert torch.allclose(similarity(lambda x: x, y)(x), cosine, rtol=1e-12)
     assert torch.allclose(similarity(lambda x, t: t * x, y[:1])(x, 2.0)[0], cosine[0], rtol=1e-12)
+    inner = similarity(lambda x: x, y, normalised=False)
+    assert torch.allclose(inner(x), cosine * x.flatten(1).norm(dim=1) * y.flatten(1).norm(dim=1), rtol=1e-12)
+    assert torch.allclose(similarity(lambda x: 5 * x, 3 * y)(x), cosine, rtol=1e-12)  # lengths do not matter to it,
+    assert torch.allclose(inner(5 * x), 5 * inner(x), rtol=1e-12)  # and do to the inner product
     assert torch.allclose(distance(y)(x), (x - y).flatten(1).square().sum(1) / 2, rtol=1e-12)
     std = torch.tensor([1.0, 2.0, 4.0]).double()
     scaled = distance(y[0], lambda x, t: t * x, std)(x, 3.0)
@@ -887,6 +893,36 @@ def test_ready_energies() -> None:
         class_means(features[:2], torch.tensor([0, 2]))
 
 
+def test_an_inner_product_tilts_a_gaussian_exactly() -> None:
+    """Of linear features f = A x, at scale 1 through the denoiser: N(m, C) e^{y . A x} is N(m + C A^T y, C)."""
+    m, A, y = normal(3), normal(4, 3, seed=1), normal(1, 4, seed=2)
+    C = torch.tensor([[1.0, 0.3, 0.0], [0.3, 0.5, 0.1], [0.0, 0.1, 0.8]]).double()
+    energy = similarity(lambda x: x @ A.T, y, normalised=False)
+    guided = Energy(Gaussian(m, cov=C).denoiser(VPSDE()), energy, clean=True)
+    expected, x = Gaussian(m + C @ A.T @ y[0], cov=C).denoiser(VPSDE()), normal(5, 3, seed=3)
+    assert torch.allclose(guided(x, 0.4).mean, expected(x, 0.4).mean, rtol=1e-9, atol=1e-9)
+
+
+def test_contrast_is_the_cross_entropy_of_distances_with_a_bounded_gradient() -> None:
+    x, m, y = 3 * normal(6, 2, 2), normal(4, 2, 2, seed=1), torch.tensor([0, 3, 1, 1, 2, 0])
+    x.requires_grad_()
+    d = torch.stack([distance(m[k : k + 1], std=0.7)(x) for k in range(4)], 1)
+    energy = contrast(m, y, std=0.7)(x)
+    assert torch.allclose(energy, (d.exp().sum(1) / d.gather(1, y[:, None]).exp()[:, 0]).log(), rtol=1e-9)
+    (g,) = torch.autograd.grad(energy.sum(), x)
+    assert torch.allclose(g, torch.einsum("bk,kij->bij", d.softmax(1), -m) / 0.49 + m[y] / 0.49, rtol=1e-9)
+    shift = normal(1, 2, 2, seed=2)
+    assert torch.allclose(contrast(m + shift, y, std=0.7)(x + shift), energy, rtol=1e-9)
+    assert torch.allclose(contrast(m[:1].expand(4, 2, 2), 2)(x), torch.full((6,), math.log(4)).double())
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.allclose(contrast(m[order], order.argsort()[y], lambda x, t: t * x, 1.4)(x, 2.0),
+                          contrast(m / 2, y, std=0.7)(x), rtol=1e-9)  # fmt: skip
+    with pytest.raises(ValueError, match="label has 2 entries for 6 samples"):
+        contrast(m, y[:2])(x)
+    with pytest.raises(ValueError, match="point has shape"):
+        contrast(m[:, 0], y)(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_class_means_of_many_do_not_overflow(dtype: torch.dtype) -> None:
     features = torch.tensor([[200, 100]]).expand(1000, 2).clone()
@@ -894,6 +930,34 @@ def test_class_means_of_many_do_not_overflow(dtype: torch.dtype) -> None:
     means = class_means(features.to(dtype), torch.zeros(1000, dtype=torch.long))
     assert means.dtype == (dtype if dtype.is_floating_point else torch.float64)
     assert means.double().tolist() == [[210.0, 100.0]]
+
+
+def test_a_trained_classifier_comes_back_from_its_file_and_knows_what_it_is_for(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = NoisyClassifier(3, channels=8).eval()
+    made = TrainedClassifier.of(net, VPSDE(), (1, 4, 4), 999.0, {"data": "mine"})
+    made.save(tmp_path / "a.safetensors")
+    found = TrainedClassifier.load(tmp_path / "a.safetensors")
+    assert (found.sde, found.shape, found.time_scale, found.about) == (made.sde, (1, 4, 4), 999.0, {"data": "mine"})
+    assert (found.classes, found.digest) == (3, made.digest)
+    x, label = normal(2, 1, 4, 4, dtype=torch.float32), torch.tensor([2, 0])
+    assert torch.equal(found.net(x, torch.tensor([3.0, 900.0])), net(x, torch.tensor([3.0, 900.0])))
+    exact = Gaussian(torch.zeros(1, 4, 4), std=0.5).denoiser(VPSDE())
+    guided = Classifier(exact, net, 3.0, time=lambda t: 999.0 * t)
+    assert torch.equal(found.guide(exact, 3.0)(x, 0.4, label=label).mean, guided(x, 0.4, label=label).mean)
+    found.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    for other in (VESDE(), VPSDE(beta_max=19.0)):
+        with pytest.raises(ValueError, match="made for another SDE"):
+            found.guide(Gaussian(torch.zeros(1, 4, 4), std=0.5).denoiser(other))
+    with pytest.raises(TypeError, match="expected a Denoiser"):
+        found.guide(torch.nn.Linear(2, 2))
+    with torch.no_grad():
+        net.outward.bias[0] = math.nan
+    with pytest.raises(ValueError, match=r"outward\.bias are not finite"):
+        made.save(tmp_path / "c.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------- off, and likelihoods

@@ -27,7 +27,9 @@ from scoresde.metrics import (
     RandomFeatures,
     Statistics,
     classifier_features,
+    embedded,
     energy_distance,
+    entropy_score,
     evaluate,
     frechet_distance,
     inception,
@@ -611,6 +613,26 @@ def test_every_distance_refuses_what_is_no_features(name: str) -> None:
             DISTANCES[name](a, b)
 
 
+# The entropy score
+
+
+def test_the_entropy_score_is_entropies_and_between_one_and_the_classes() -> None:
+    logits = 3 * features(50, 7, 1)
+    p = logits.softmax(1)
+    entropy = lambda p: -(p * p.log()).sum(-1)  # noqa: E731
+    score = entropy_score(logits)
+    assert score == pytest.approx(math.exp(float(entropy(p.mean(0)) - entropy(p).mean())))
+    assert 1 < score < 7
+    for same in (logits.flip(0), logits.roll(2, 1), logits + features(50, 1, 2), logits.repeat(3, 1), p.log()):
+        assert entropy_score(same) == pytest.approx(score, rel=1e-12)
+    assert entropy_score(logits[:1]) == pytest.approx(1, abs=1e-12)
+    sure = torch.tensor([[1e4, 0.0, -1e4], [-1e4, 1e4, 0.0]])  # where exp is 0
+    assert entropy_score(sure) == pytest.approx(2)
+    assert entropy_score(sure.repeat_interleave(torch.tensor([1, 3]), 0)) == pytest.approx(4 / 3**0.75)
+    with pytest.raises(ValueError, match=r"logits is torch\.int64"):
+        entropy_score(torch.eye(3).long())
+
+
 # Feature spaces
 
 
@@ -690,6 +712,9 @@ def test_the_classifiers_of_the_package(name: str) -> None:
     assert float(found.min()) == 0
     assert repr(space) == f"NetworkFeatures({name})"
     assert torch.allclose(net.head(found.float()), net(images[:40]), atol=1e-4)
+    assert torch.allclose(space.logits(images[:40]).float(), net(images[:40]), atol=1e-4)
+    assert torch.allclose(net.hidden(space.spatial(images[:40]).float()).double(), found, atol=1e-4)
+    assert repr(space.spatial) == f"NetworkFeatures({name}, spatial)"
     assert int((found.std(0) > 0).sum()) > 55  # units that are not dead
     with pytest.raises(ValueError, match="expected"):
         space(images[:2, :, 1:])
@@ -804,11 +829,14 @@ def test_an_evaluation_has_what_its_parts_have() -> None:
     x, y = (normal(n, 6, seed).reshape(n, 2, 3) + shift for n, seed, shift in ((60, 1, 0.2), (80, 2, 0.0)))
     space, state = RandomFeatures((2, 3), features=8), torch.get_rng_state()
     options: dict[str, Any] = {"halves": 3, "floors": 2, "k": 3, "projections": 16, "kid_subsets": 6}
+    space.spatial, space.logits = (lambda x: x.flatten(1)), (lambda x: 3 * x[:, 0])
     found = evaluate(x, y, METRICS, space, seed=4, kid_subset_size=20, **options)
     a, b = space(x), space(y)
     expected = dict(zip(("precision", "recall", "density", "coverage"), precision_recall(a, b, 3), strict=True))
     expected |= {
         "frechet": frechet_distance(a, b),
+        "spatial_frechet": frechet_distance(x.flatten(1), y.flatten(1)),
+        "entropy_score": entropy_score(3 * x[:, 0]),
         "kid": kid(a, b, 6, 20, seed=4).value,
         "mmd": mmd(a, b, GaussianKernel(median_distance(b))),
         "sliced_wasserstein": sliced_wasserstein(a, b, 16, seed=4),
@@ -820,7 +848,23 @@ def test_an_evaluation_has_what_its_parts_have() -> None:
     assert found["kid"].stderr == kid(a, b, 6, 20, seed=4).stderr
     assert (found.samples, found.reference, found.floor_sizes, found.dimension) == (60, 80, (40, 40), 8)
     assert found == evaluate(x, y, METRICS, space, seed=4, kid_subset_size=20, batch_size=7, **options)
+    real = embedded(y, space, METRICS)  # once, for many
+    assert found == evaluate(x, real, METRICS, space, seed=4, kid_subset_size=20, **options)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_evaluation_of_a_mirror_image() -> None:
+    """Pooled features do not know left from right, those before do; and what every space has not is refused."""
+    x = normal(60, 12, 1).reshape(60, 1, 3, 4) + torch.tensor([1.0, 0.0, 0.0, 0.0])
+    pooled = NetworkFeatures(lambda x: x.sum(3), "pooled", spatial=Pixels(), dtype=torch.float64)
+    found = evaluate(x.flip(3), x, ["frechet", "spatial_frechet"], pooled, halves=2, floors=0)
+    assert found["frechet"].value == pytest.approx(0, abs=1e-9)
+    assert found["spatial_frechet"].value == pytest.approx(frechet_distance(x.flip(3).flatten(1), x.flatten(1)))
+    assert found["spatial_frechet"].value > 3 * 2 * 0.5  # of the means alone, in three rows two columns move by about 1
+    with pytest.raises(ValueError, match=r"entropy_score needs features with `logits`.*NetworkFeatures\(pooled\)"):
+        evaluate(x, x, ["entropy_score"], pooled)
+    with pytest.raises(ValueError, match="samples has 4 items: expected 8 at least"):
+        evaluate(embedded(x[:4], pooled), x, ["frechet"], pooled)
 
 
 def test_the_floor_is_what_real_data_scores() -> None:

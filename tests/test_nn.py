@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from scoresde.nn import MLP, DiT, TimeEmbedding, UNet
+from scoresde.nn import MLP, DiT, NoisyClassifier, TimeEmbedding, UNet
 from scoresde.nn.blocks import (
     Attention,
     Double,
@@ -914,3 +914,38 @@ def test_one_class_for_the_whole_batch() -> None:
     expected = net(time, torch.full((3,), 2))
     for label in (2, torch.tensor(2), torch.tensor([2])):
         assert torch.equal(net(time, label), expected)
+
+
+@pytest.mark.parametrize(("dims", "size"), [(1, (9,)), (2, (8, 6)), (3, (4, 5, 2))])
+def test_a_classifier_of_noisy_data(dims: int, size: tuple[int, ...]) -> None:
+    """A row of logits for each item by itself, that depends on all of x and on the time, at any size; every parameter
+    takes a gradient after one step, and its options make it again."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = NoisyClassifier(5, 2, 8, (1, 2), dims=dims)
+        x, time = torch.randn(3, 2, *size, requires_grad=True), torch.tensor([0.0, 400.0, 999.0])
+    for _ in range(2):
+        logits = net(x, time)
+        gradients = torch.autograd.grad(logits.logsumexp(1).sum() + logits[:, 0].sum(), [x, *net.parameters()])
+        with torch.no_grad():
+            for p, g in zip(net.parameters(), gradients[1:], strict=True):
+                p -= 0.1 * g
+    assert logits.shape == (3, 5)
+    assert all(bool((g != 0).any()) for g in gradients)
+    assert bool((gradients[0] != 0).all())
+    assert torch.allclose(net(x[1:2], time[1:2]), net(x, time)[1:2], atol=1e-5)
+    assert not torch.allclose(net(x[:1], time[:1]), net(x[:1], time[1:2]), atol=1e-4)
+    again = NoisyClassifier(**net.options)
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(x, time), net(x, time))
+
+
+def test_a_classifier_of_noisy_data_refuses() -> None:
+    for options, words in (
+        ({"classes": 0}, "classes=0"),
+        ({"classes": 2, "dropout": 1.0}, "a probability below 1"),
+        ({"classes": 2, "multipliers": ()}, "a level"),
+        ({"classes": 2, "dims": 4}, "dims=4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            NoisyClassifier(**options)

@@ -21,7 +21,7 @@ from scoresde.cli.measuring import Measure, MeasureOptions, check_measurable, me
 from scoresde.cli.models import Model, ModelOptions, digest, sha
 from scoresde.cli.options import Options, option, part
 from scoresde.files import write_whole
-from scoresde.metrics import METRICS, evaluate
+from scoresde.metrics import METRICS, Embedded, embedded, evaluate
 from scoresde.metrics.evaluate import title
 from scoresde.report import Cells, log_ticks, table, write_json
 from scoresde.solvers.catalogue import solver_of
@@ -116,17 +116,17 @@ class Race:
             for nfe in self.budgets
         ]
         check_measurable(self.names, samples=options.n, data=len(by.reference))
-        self.told = recipe(
-            options.draw, StepOptions(solver="ddim", nfe=1000, steps=None, grid="default"), model
-        ).told  # which checks the rest of the options
-        self._real: Tensor | None = None
+        # Which checks the rest of the options.
+        made = recipe(options.draw, StepOptions(solver="ddim", nfe=1000, steps=None, grid="default"), model)
+        self.told, self._model_made_for = made.told, made.model.made_for
+        self._real: Embedded | None = None
 
     def made_for(self) -> dict[str, Any]:
         """What the cells depend on."""
         how, by = self.options.draw, self.by
         label = "in turn" if how.label is None else how.label
         return {
-            **self.model.made_for,
+            **self._model_made_for,
             "data": f"{by.data.source}, {digest(by.reference)}",
             "floor": "half of the data" if by.floor is None else digest(by.floor),
             "features": title(by.features),
@@ -134,6 +134,7 @@ class Race:
             "samples": f"{self.options.n} from seed {how.seed}, class {label}",
             **({} if self.told is None else {"conditions of": self.told.fingerprint}),
             **({} if how.guidance is None else {"guidance": repr(how.guidance)}),
+            **({} if how.classifier is None else {"scale of the classifier": how.classifier.scale}),
             "clip": how.clip,
             "variance": "none" if how.variance is None else sha(how.variance.read_bytes()),
             "device": self.model.denoiser.device.type,
@@ -188,14 +189,10 @@ class Race:
 
     def scores(self, x: Tensor, floors: int) -> Any:
         """The metrics in the feature space; the real data are embedded once."""
+        features, names = self.by.features, self.names
         if self._real is None:
-            self._real = self.embedded(self.by.reference)
-        floor = self.embedded(self.by.floor) if floors and self.by.floor is not None else None
-        return evaluate(self.embedded(x), self._real, self.names, floor=floor, floors=floors)
-
-    def embedded(self, x: Tensor) -> Tensor:
-        """Their features, float64, (N, d)."""
-        return torch.cat([self.by.features(part).double().cpu() for part in x.split(512)])
+            self._real = embedded(self.by.reference, features, names, name="reference")
+        return evaluate(x, self._real, names, features, floor=self.by.floor if floors else None, floors=floors)
 
     # ---- what is written ----
 

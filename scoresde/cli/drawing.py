@@ -22,6 +22,7 @@ from scoresde.errors import NonFiniteError
 from scoresde.grid import SPACINGS
 from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.guidance.rules import RULES
+from scoresde.guidance.trained import TrainedClassifier
 from scoresde.levels import to_levels
 from scoresde.noise import derive_seed
 from scoresde.sampling import sample
@@ -166,6 +167,55 @@ class Guidance(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ByClassifier(Options):
+    """Guidance by a classifier of noisy data, as `TrainedClassifier.guide` takes it.
+
+    Raises:
+        ValueError: if there is a scale, and no file.
+    """
+
+    file: Path = option(
+        "a classifier of noisy data that guides, written by `scoresde.guidance.TrainedClassifier.save`: the model "
+        "needs no classes then; around --guidance, where both are given", metavar="FILE.safetensors",
+        flags=("--classifier",), dest="classifier", reads=True)  # fmt: skip
+    scale: float | None = option("of its gradient (1, which is Bayes' rule; above, more typical of the class)",
+        metavar="W", flags=("--classifier-scale",), dest="classifier_scale")  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.file is None and self.scale is not None:
+            raise ValueError("--classifier-scale is the scale of --classifier FILE: give that, too")
+
+    def open(self, model: Model) -> tuple[Model, TrainedClassifier]:
+        """The classifier, and the model with its classes.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        found = TrainedClassifier.load(self.file, model.denoiser.device)
+        about = model.about
+        if about.num_classes is None:
+            about = replace(about, num_classes=found.classes)
+        return replace(model, about=about, made_for={**model.made_for, "classifier": found.digest}), found
+
+    def around(self, guide: TrainedClassifier, denoiser: Denoiser, model: Model) -> Denoiser:
+        """The model's denoiser, perhaps wrapped, guided.
+
+        Raises:
+            ValueError: if the classifier was made for another SDE, other items or classes.
+        """
+        try:
+            return guide.guide(
+                denoiser,
+                1.0 if self.scale is None else self.scale,
+                shape=model.about.shape,
+                classes=model.about.num_classes,
+                conditional=model.about.num_classes is not None,
+            )
+        except ValueError as error:
+            raise ValueError(f"--classifier {self.file}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepOptions(Options):
     """The solver and its steps."""
 
@@ -197,6 +247,7 @@ class DrawOptions(Options):
     seed: int = option("of the samples (0)", 0)
     label: str | None = option(f"{CLASS_HELP} (each class in turn)", metavar="K", flags=("--class",))
     guidance: Guidance | None
+    classifier: ByClassifier | None
     condition_from: str | None = option(
         "items whose conditions the network is told, sample i that of item i: of a run of `scoresde train --condition` "
         "(what it was trained on)", metavar="DATA")  # fmt: skip
@@ -233,21 +284,25 @@ def recipe(
 
     Raises:
         ValueError: if they do not go together, or with the model.
-        FileNotFoundError, CheckpointError: if the table of --variance cannot be read.
+        FileNotFoundError, CheckpointError: if the table of --variance, or the file of --classifier, cannot be read.
     """
     counts = steps.given("nfe", "steps")
     check_count(batch_size=options.batch_size, **counts)
     check_whole(seed=options.seed)
-    label, named = model.class_of(options.label), steps.solver or DEFAULT_SOLVER
+    told, guide = (model, None) if options.classifier is None else options.classifier.open(model)
+    label, named = told.class_of(options.label), steps.solver or DEFAULT_SOLVER
     own_steps = named == CHOSEN or named.endswith(".json")
     if own_steps and not tuned:
         raise ValueError(f"--solver {named} has steps of its own, and other ones are needed here: name a solver")
     solver = solver_of(DEFAULT_SOLVER if own_steps else named)
     made = Recipe(model, model.denoiser, solver, {}, options.seed, label, _told(options, model, label is None))
     denoiser = model.denoiser if options.guidance is None else _guided(options.guidance, made)
+    if options.classifier is not None and guide is not None:
+        denoiser = options.classifier.around(guide, denoiser, model)
     if options.variance is not None:
-        if options.guidance is not None:
-            raise ValueError("--variance was estimated without --guidance, and is not right with it")
+        for flag, given in (("--guidance", options.guidance), ("--classifier", options.classifier)):
+            if given is not None:
+                raise ValueError(f"--variance was estimated without {flag}, and is not right with it")
         if own_steps:
             raise ValueError(f"--variance is for solvers that draw noise, and --solver {named} draws none")
         table = VarianceTable.load(options.variance, denoiser.sde)
@@ -257,7 +312,7 @@ def recipe(
         denoiser = Clip(denoiser)
     if len(counts) == 2:
         raise ValueError("give one of --nfe and --steps")
-    made = replace(made, denoiser=denoiser)
+    made = replace(made, model=told, denoiser=denoiser)
     if tuned and (own := _tuned(made, steps, options.variance is None, progress)):
         return replace(made, solver=own, options={"nfe": own.nfe})
     return replace(made, solver=solver, options=steps.counts(solver, denoiser))

@@ -119,6 +119,8 @@ def _check(options: EditOptions) -> None:
         raise ValueError(f"--beside is for a picture, FILE.png, not --out {options.out.out}")
     if guided and (options.interpolate is not None or (options.encode and options.variations is not None)):
         raise ValueError("--guidance is for edits by noise, and for --encode --to-class K, which encodes without it")
+    if encodes and options.draw.classifier is not None:
+        raise ValueError("--classifier is for edits by noise: without --encode and --interpolate")
     if options.keep is not None and options.variations is not None:
         raise ValueError("--keep does not go with --variations: repeat the input, with other seeds")
 
@@ -161,7 +163,9 @@ class _Job:
 def _job(options: EditOptions, model: Model) -> _Job:
     """The edit that the arguments want; all of them are checked."""
     made = recipe(options.draw, options.steps, model, tuned=False)
-    up = recipe(replace(options.draw, guidance=None), options.steps, model, tuned=False)
+    up, model = made, made.model
+    if options.encode:
+        up = recipe(replace(options.draw, guidance=None), options.steps, model, tuned=False)
     source, classes = model.class_of(options.from_class, "--from-class"), model.about.num_classes is not None
     if made.label is None:
         made = replace(made, label=source)

@@ -16,7 +16,7 @@ from scoresde.cli.models import Model
 from scoresde.cli.options import Options, option, part
 from scoresde.data.pictures import Mode
 from scoresde.data.training import Batch
-from scoresde.metrics import METRICS, PCA, Pixels, RandomFeatures, classifier_features, inception
+from scoresde.metrics import METRICS, PCA, Pixels, RandomFeatures, check_space, classifier_features, inception
 from scoresde.metrics.classifier import WEIGHTS
 from scoresde.metrics.evaluate import least_size
 from scoresde.report import attribute, theirs
@@ -90,7 +90,8 @@ class MeasureOptions(DataOptions):
             device: of networks.
 
         Raises:
-            ValueError: if there are none, or they are no items of the model's shape; as `features_of`.
+            ValueError: if there are none, or they are no items of the model's shape, or a metric needs another feature
+                space; as `features_of`.
             FileNotFoundError, ImportError: if a file or a package is missing.
         """
         own = None if model is None else model.data()
@@ -103,6 +104,7 @@ class MeasureOptions(DataOptions):
                 f"{chosen.source} has items {tuple(reference.shape[1:])}, the model's are {model.about.shape}"
             )
         features = features_of(self.features, chosen.source, reference, device)
+        check_space(self.metrics, features)
         floor = None if self.floor is None else reference_of(self.config(own, self.floor))
         return Measure(chosen, reference, floor, features)
 

@@ -308,10 +308,10 @@ def _job(options: RestoreOptions, model: Model) -> _Job:
             f"{options.inputs.input} --measured` restores with it, and `scoresde restore` with one that was trained "
             "without --condition"
         )
-    if made.label is None and model.about.num_classes is not None:
+    if made.label is None and made.model.about.num_classes is not None:
         if not model.blind:
             raise ValueError("the model has classes: say which, --class K (a run with --drop needs none)")
-        made = replace(made, label=model.about.num_classes)  # the null class
+        made = replace(made, label=made.model.about.num_classes)  # the null class
     A, noise_std = operator_of(options.operator, shape), options.noise_std
     if options.known:
         with torch.no_grad():

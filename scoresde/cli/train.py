@@ -40,7 +40,7 @@ from scoresde.denoiser import Denoiser, NetworkDenoiser
 from scoresde.diagnose import left_of_data
 from scoresde.errors import NonFiniteError
 from scoresde.levels import to_levels
-from scoresde.metrics import evaluate
+from scoresde.metrics import check_space, evaluate
 from scoresde.pictures import grid, write_png
 from scoresde.processes import SDES
 from scoresde.solvers.catalogue import solver_of
@@ -332,7 +332,9 @@ class Evaluation:
             raise ValueError(f"evaluate.data {wanted.data}: items {tuple(reference.shape[1:])}, not {about.shape}")
         if told is not None and not any(isinstance(condition, Given) for condition in data.conditions):
             told = config.data.told(wanted.data)
-        return cls(wanted, about, told, out, reference, features_of(wanted.features, wanted.data, reference, device))
+        features = features_of(wanted.features, wanted.data, reference, device)
+        check_space(wanted.metrics, features)
+        return cls(wanted, about, told, out, reference, features)
 
     def __call__(self, denoiser: NetworkDenoiser, step: int) -> dict[str, float]:
         """A picture of samples, and metrics by name."""

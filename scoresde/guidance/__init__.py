@@ -14,6 +14,7 @@ from scoresde.guidance import (
     posterior_sampling,
     projections,
     replacement,
+    trained,
 )
 from scoresde.guidance.branches import Conditioned
 from scoresde.guidance.classifier import *
@@ -26,6 +27,7 @@ from scoresde.guidance.posterior_sampling import *
 from scoresde.guidance.projections import *
 from scoresde.guidance.replacement import *
 from scoresde.guidance.rules import RULES, Rule
+from scoresde.guidance.trained import *
 
 __all__ = [
     "RULES",
@@ -46,3 +48,4 @@ __all__ += operators.__all__
 __all__ += posterior_sampling.__all__
 __all__ += projections.__all__
 __all__ += replacement.__all__
+__all__ += trained.__all__

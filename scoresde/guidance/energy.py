@@ -14,8 +14,9 @@ much: data of isotropic posterior variance v_t (a Gaussian's) and E(x_0) = a |x_
 so E(D) with the scale w(t) = 1 / (1 + a v_t) is exact, and with w = 1 too strong wherever the noise is not small.
 
 Ready energies: `similarity` of two encoders (the CLIP form; Nichol et al., 2022, GLIDE), `distance` to a point, of an
-encoder's features too. A negative scale leads away from it: from a class's mean, to where data is rare (Sehwag et al.,
-2022).
+encoder's features too. A negative scale leads away from it, from a class's mean say, to where data is rare; `contrast`
+does so relative to the means of other classes (in the manner of Sehwag et al., 2022, "Generating high fidelity data
+from low-density regions using diffusion models").
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from scoresde.guidance.base import Guidance, Scale
 from scoresde.guidance.gradients import guided_by, usable
 from scoresde.tensors import Time, precise
 
-__all__ = ["Energy", "class_means", "distance", "similarity"]
+__all__ = ["Energy", "class_means", "contrast", "distance", "similarity"]
 
 
 class Energy(Guidance):
@@ -85,15 +86,16 @@ class Energy(Guidance):
         return f"Energy({self.denoiser!r}, {name}, scale={self.scale!r}, clean={self.clean})"
 
 
-def similarity(encoder: Callable[..., Tensor], target: Tensor) -> Callable[..., Tensor]:
-    """The energy -cos(f(x), y): f an encoder of the data, y the other encoder's output, of a text say.
+def similarity(encoder: Callable[..., Tensor], target: Tensor, *, normalised: bool = True) -> Callable[..., Tensor]:
+    """The energy -cos(f(x), y), or -f(x) . y: f an encoder of the data, y the other encoder's output, of a text say.
 
     Args:
         encoder: f(x) to features (B, ...); f(x, t) where the energy is called with t, as one of noisy data is.
         target: y, shape (1, ...) for all samples or (B, ...).
+        normalised: the cosine, of features of any length; if not, the inner product, which long features make larger.
 
     Returns:
-        The energy, a function of x, or of x and t, to shape (B,), in [-1, 1].
+        The energy, a function of x, or of x and t, to shape (B,); a cosine is in [-1, 1].
 
     Raises:
         ValueError: by the call, if the features' shapes do not fit.
@@ -101,7 +103,7 @@ def similarity(encoder: Callable[..., Tensor], target: Tensor) -> Callable[..., 
 
     def energy(x: Tensor, *t: Time) -> Tensor:
         f, y = _pair(encoder(x, *t), target, "target")
-        return -F.cosine_similarity(f, y, dim=1)
+        return -F.cosine_similarity(f, y, dim=1) if normalised else -(f * y).sum(1)
 
     return energy
 
@@ -128,6 +130,45 @@ def distance(
         flat, m = _pair(f, point if point.ndim == f.ndim else point[None], "point")
         width = usable(std).to(f) if isinstance(std, Tensor) else std
         return (((flat - m).reshape(f.shape) / width) ** 2).reshape(len(f), -1).sum(1) / 2
+
+    return energy
+
+
+def contrast(
+    points: Tensor, label: int | Tensor, encoder: Callable[..., Tensor] | None = None, std: float | Tensor = 1.0
+) -> Callable[..., Tensor]:
+    """The energy log sum_k e^{d_k - d_y}, d_k = |f(x) - m_k|^2 / (2 std^2): away from the point m_y of the own class,
+    relative to the points m_k of the others.
+
+    It is the cross-entropy of y under softmax(d), p_k say, and its gradient in the features is
+
+        sum_k p_k (m_y - m_k) / std^2
+
+    whose length is bounded, where that of `distance` grows with the distance. A positive scale leads away from m_y, to
+    the side of those points that are farthest.
+
+    Args:
+        points: m, one for each class, shape (K, ...) of samples or of their features: `class_means`.
+        label: y, a class or one per sample (B,).
+        encoder, std: as for `distance`.
+
+    Returns:
+        The energy, a function of x, or of x and t, to shape (B,), >= 0.
+
+    Raises:
+        ValueError: by the call, if the features' shapes or the labels do not fit.
+
+    >>> points = torch.tensor([[0.0], [2.0]])
+    >>> contrast(points, 0)(torch.tensor([[1.0], [-3.0]]))  # as far from both; 4 further from the other one
+    tensor([0.6931, 8.0003])
+    """
+
+    def energy(x: Tensor, *t: Time) -> Tensor:
+        f = x if encoder is None else encoder(x, *t)
+        classes = torch.as_tensor(label, device=f.device)
+        check_entries("label", classes, len(f))
+        d = torch.stack([distance(m[None], std=std)(f) for m in points], 1)
+        return F.cross_entropy(d, classes.expand(len(f)), reduction="none")
 
     return energy
 

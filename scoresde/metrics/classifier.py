@@ -13,7 +13,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,8 @@ def _widened(value: Tensor) -> Tensor:
 def classifier_features(
     source: str | Path, *, batch_size: int = 256, device: torch.device | str = "cpu"
 ) -> NetworkFeatures:
-    """The feature space of a trained `Classifier`.
+    """The feature space of a trained `Classifier`: its hidden layer; `spatial` the last convolution, whose features are
+    each at a place of the image, and `logits` its classes.
 
     Args:
         source: "digits" or "fashion-mnist", for those of this package (images as `scoresde.data.digits` and
@@ -159,10 +160,11 @@ def classifier_features(
     if source not in WEIGHTS and not str(source).endswith(".npz"):
         check_option([*WEIGHTS, "a .npz file"], source=source)
     net, about = load_classifier(WEIGHTS.get(str(source), Path(source)))
-    return NetworkFeatures(
-        net.to(device).embed,
-        str(about.get("data", source)),
-        event_shape=net.event_shape,
-        batch_size=batch_size,
-        device=device,
-    )
+    net.to(device)
+    name = str(about.get("data", source))
+
+    def space(layer: Callable[[Tensor], Tensor], what: str = "", **beside: Any) -> NetworkFeatures:
+        own: dict[str, Any] = {"event_shape": net.event_shape, "batch_size": batch_size, "device": device}
+        return NetworkFeatures(layer, name + what, **own, **beside)
+
+    return space(net.embed, spatial=space(net.convolutions, ", spatial"), logits=space(net, ", logits"))

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from scoresde.checks import check_count, check_option, check_whole
 from scoresde.errors import not_finite, some
+from scoresde.metrics.entropy import entropy_score
 from scoresde.metrics.features import Features, Pixels
 from scoresde.metrics.frechet import frechet_distance
 from scoresde.metrics.kernel import GaussianKernel, kid, median_distance, mmd
 from scoresde.metrics.neighbours import precision_recall
+from scoresde.metrics.spaces import Embedded, check_space, embedded
 from scoresde.metrics.transport import energy_distance, sliced_wasserstein
 from scoresde.noise import derive_seed
 from scoresde.tensors import check_batch
@@ -32,8 +34,9 @@ __all__ = ["METRICS", "Evaluation", "Score", "evaluate", "least_size", "title"]
 
 _NEIGHBOURS = ("precision", "recall", "density", "coverage")
 
-METRICS = ("frechet", "kid", "mmd", *_NEIGHBOURS, "sliced_wasserstein", "energy")
-"""The names that `evaluate` knows; "precision_recall" stands for the four of nearest neighbours."""
+METRICS = ("frechet", "spatial_frechet", "kid", "mmd", *_NEIGHBOURS, "sliced_wasserstein", "energy", "entropy_score")
+"""The names that `evaluate` knows; "precision_recall" stands for the four of nearest neighbours. "spatial_frechet" and
+"entropy_score" are of a classifier's features before pooling, and of its logits: `classifier_features` has both."""
 
 
 class Score(NamedTuple):
@@ -114,13 +117,13 @@ class Evaluation:
 
 
 def evaluate(
-    samples: Tensor,
-    reference: Tensor,
+    samples: Tensor | Embedded,
+    reference: Tensor | Embedded,
     metrics: Sequence[str] = ("frechet", "kid", "precision_recall"),
     features: Features | None = None,
     *,
     seed: int = 0,
-    floor: Tensor | None = None,
+    floor: Tensor | Embedded | None = None,
     halves: int = 20,
     floors: int = 5,
     k: int = 5,
@@ -132,9 +135,10 @@ def evaluate(
     """Distances of samples from real data, with standard errors and the floor.
 
     Args:
-        samples: (N, *event), floating point, N >= 8 (with neighbours 2 k + 2, too).
+        samples: (N, *event), floating point, N >= 8 (with neighbours 2 k + 2, too). Of each set what `embedded` makes
+            of it will do, in the same feature space.
         reference: real data of the same event shape, M >= 8 of them, best such as no model was trained on.
-        metrics: names out of `METRICS`.
+        metrics: names out of `METRICS`. "entropy_score" is of the samples alone, and larger is better.
         features: a function of a batch (B, *event) to (B, d): `RandomFeatures`, `PCA`, `classifier_features(...)`,
             `inception()`, or your own; by default the flattened events.
         seed: of all random choices; the same gives the same numbers.
@@ -150,7 +154,7 @@ def evaluate(
 
     Raises:
         ValueError: if samples, reference or floor are no such tensors, are too few, or not finite (it names the set
-            and the samples), or on another metric.
+            and the samples), or on another metric, or one that needs what the feature space has not.
 
     >>> x, y = (torch.randn(500, 2, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     >>> evaluation = evaluate(x + 1, y, ["frechet", "energy"])
@@ -163,25 +167,30 @@ def evaluate(
         raise ValueError(f"halves={halves}, floors={floors}: expected no halves or two at least, and floors >= 0")
     names = _names(metrics)
     sets = {"samples": samples, "reference": reference} | ({} if floor is None else {"floor": floor})
+    features = Pixels() if features is None else features
+    check_space(names, features)
     for name, z in sets.items():
         _check_set(name, z, reference, least=least_size(names, k))
-    features = Pixels() if features is None else features
-    embedded = {name: _embed(features, z, batch_size, name) for name, z in sets.items()}
-    x, y = embedded["samples"], embedded["reference"]
+    found = {
+        name: z if isinstance(z, Embedded) else embedded(z, features, names, batch_size=batch_size, name=name)
+        for name, z in sets.items()
+    }
+    x, y = found["samples"], found["reference"]
 
-    kernel = GaussianKernel(median_distance(y)) if "mmd" in names else None  # one for all sets that y is compared with
+    # One for all sets that y is compared with.
+    kernel = GaussianKernel(median_distance(y.features)) if "mmd" in names else None
     measure = _Measure(names, k, projections, kid_subsets, kid_subset_size, kernel, seed)
     values = measure(x, y)
     stderr = _stderr(replace(measure, names=[name for name in names if name != "kid"]), x, y, halves, seed)
     if "kid" in names:
         stderr["kid"] = values["kid stderr"]
-    floors_of, sizes = _floors(measure, x, y, embedded.get("floor"), floors, seed)
+    floors_of, sizes = _floors(measure, x, y, found.get("floor"), floors, seed)
     scores = {
         name: Score(values[name], stderr.get(name, math.nan), *_mean_std([found[name] for found in floors_of]))
         for name in names
     }
     subset = measure.subset_size(x, y) if "kid" in names else None
-    return Evaluation(scores, len(x), len(y), sizes, title(features), x.shape[1], seed, k, subset)
+    return Evaluation(scores, len(x), len(y), sizes, title(features), x.features.shape[1], seed, k, subset)
 
 
 def least_size(metrics: Sequence[str], k: int = 5) -> int:
@@ -195,7 +204,7 @@ def least_size(metrics: Sequence[str], k: int = 5) -> int:
 
 @dataclass(frozen=True)
 class _Measure:
-    """The distances of two sets of features, with their options."""
+    """The distances of two sets, with their options."""
 
     names: list[str]
     k: int
@@ -205,14 +214,17 @@ class _Measure:
     kernel: GaussianKernel | None
     seed: int
 
-    def __call__(self, x: Tensor, y: Tensor) -> dict[str, float]:
+    def __call__(self, of_x: Embedded, of_y: Embedded) -> dict[str, float]:
         found: dict[str, float] = {}
+        x, y = of_x.features, of_y.features
         if set(self.names) & set(_NEIGHBOURS):
             found |= precision_recall(x, y, self.k)._asdict()
         if "kid" in self.names:
-            found["kid"], found["kid stderr"], _ = kid(x, y, self.kid_subsets, self.subset_size(x, y), self.seed)
+            found["kid"], found["kid stderr"], _ = kid(x, y, self.kid_subsets, self.subset_size(of_x, of_y), self.seed)
         by_name: dict[str, Callable[[], float]] = {
             "frechet": lambda: frechet_distance(x, y),
+            "spatial_frechet": lambda: frechet_distance(of_x.parts["spatial"], of_y.parts["spatial"]),
+            "entropy_score": lambda: entropy_score(of_x.parts["logits"]),
             "mmd": lambda: mmd(x, y, self.kernel),
             "sliced_wasserstein": lambda: sliced_wasserstein(x, y, self.projections, seed=self.seed),
             "energy": lambda: energy_distance(x, y),
@@ -220,35 +232,35 @@ class _Measure:
         found |= {name: by_name[name]() for name in self.names if name in by_name}
         return found
 
-    def subset_size(self, x: Tensor, y: Tensor) -> int:
+    def subset_size(self, x: Embedded, y: Embedded) -> int:
         return min(self.kid_subset_size, len(x) // 2, len(y) // 2)
 
 
-def _stderr(measure: _Measure, x: Tensor, y: Tensor, halves: int, seed: int) -> dict[str, float]:
+def _stderr(measure: _Measure, x: Embedded, y: Embedded, halves: int, seed: int) -> dict[str, float]:
     """By the spread over random halves of both sets."""
     if halves == 0 or not measure.names:
         return {}
     found = []
     for i in range(halves):
         a, b = (_order(len(z), seed, i, side)[: len(z) // 2] for side, z in enumerate((x, y)))
-        found.append(measure(x[a.to(x.device)], y[b.to(y.device)]))
+        found.append(measure(x.take(a), y.take(b)))
     return {name: _mean_std([values[name] for values in found])[1] for name in measure.names}
 
 
 def _floors(
-    measure: _Measure, x: Tensor, y: Tensor, real: Tensor | None, floors: int, seed: int
+    measure: _Measure, x: Embedded, y: Embedded, real: Embedded | None, floors: int, seed: int
 ) -> tuple[list[dict[str, float]], tuple[int, int] | None]:
     """The distances of real data from the reference, over random choices, and how many each were."""
     if floors == 0:
         return [], None
     if real is None:
         n = min(len(x), len(y) // 2)
-        orders = [_order(len(y), seed, i, 2).to(y.device) for i in range(floors)]
-        return [measure(y[order[:n]], y[order[n:]]) for order in orders], (n, len(y) - n)
+        orders = [_order(len(y), seed, i, 2) for i in range(floors)]
+        return [measure(y.take(order[:n]), y.take(order[n:])) for order in orders], (n, len(y) - n)
     n = min(len(x), len(real))
     choices = floors if n < len(real) else 1
-    orders = [_order(len(real), seed, i, 2).to(real.device) for i in range(choices)]
-    return [measure(real[order[:n]], y) for order in orders], (n, len(y))
+    orders = [_order(len(real), seed, i, 2) for i in range(choices)]
+    return [measure(real.take(order[:n]), y) for order in orders], (n, len(y))
 
 
 def _mean_std(numbers: list[float]) -> tuple[float, float]:
@@ -272,28 +284,18 @@ def _names(metrics: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _check_set(name: str, x: Tensor, reference: Tensor, least: int) -> None:
+def _check_set(name: str, x: Tensor | Embedded, reference: Tensor | Embedded, least: int) -> None:
+    if isinstance(x, Embedded):
+        if len(x) < least:
+            raise ValueError(f"{name} has {len(x)} items: expected {least} at least")
+        return
     check_batch(x, name)
     if len(x) < least:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {least} at least")
-    if x.shape[1:] != reference.shape[1:]:
+    if isinstance(reference, Tensor) and x.shape[1:] != reference.shape[1:]:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, the reference {tuple(reference.shape)}: of other events")
     if bad := not_finite(x):
         raise ValueError(f"{name} {some(bad)} not finite: the run that they are from has failed there")
-
-
-def _embed(features: Features, x: Tensor, batch_size: int, name: str) -> Tensor:
-    parts = []
-    for given in x.detach().split(batch_size):
-        part = features(given)
-        if not isinstance(part, Tensor) or part.ndim != 2 or len(part) != len(given):
-            found = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            raise ValueError(f"the features of {len(given)} {name} are {found}: expected a tensor (B, d)")
-        parts.append(part.to(torch.float64, copy=True))  # a network may reuse the memory of its output
-    embedded = torch.cat(parts)
-    if bad := not_finite(embedded):
-        raise ValueError(f"the features of {name} {some(bad)} are not finite")
-    return embedded
 
 
 def title(features: Features) -> str:

@@ -141,6 +141,8 @@ class NetworkFeatures:
         event_shape: shape of one sample, checked where it is given.
         batch_size: how many samples the network takes at a time.
         device, dtype: what it computes on and in.
+        spatial, logits: spaces of their own, of the same samples: the features before pooling, each at its place, and
+            what classes they are taken for. Some metrics need them (`scoresde.metrics.spaces`).
     """
 
     def __init__(
@@ -152,8 +154,11 @@ class NetworkFeatures:
         batch_size: int = 256,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        spatial: Features | None = None,
+        logits: Features | None = None,
     ) -> None:
         check_count(batch_size=batch_size)
+        self.spatial, self.logits = spatial, logits
         self.net: Callable[[Tensor], Tensor] = net.to(device, dtype).eval() if isinstance(net, nn.Module) else net
         self.name = type(net).__name__ if name is None else name
         self.event_shape = None if event_shape is None else tuple(event_shape)

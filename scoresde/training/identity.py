@@ -15,7 +15,7 @@ from scoresde.training.config import TrainConfig
 from scoresde.training.step import Loss
 from scoresde.training.weights import TimeSampler, Weighting
 
-__all__ = ["FREE", "identity", "identity_of_run", "network_name", "probe", "values_of", "versions"]
+__all__ = ["FREE", "identity", "identity_of_run", "network_name", "probe", "sde_in_words", "values_of", "versions"]
 
 # What may differ between two sessions of a run, rounding aside.
 FREE = (
@@ -29,13 +29,18 @@ def probe(sde: SDE) -> Tensor:
     return torch.linspace(sde.t_min, sde.t_min + 0.9 * (sde.t_max - sde.t_min), 4, dtype=torch.float64)
 
 
+def sde_in_words(sde: SDE) -> str:
+    """Its class, and its scales at a few times."""
+    t = probe(sde)
+    return f"{type(sde).__name__}, alpha {values_of(sde.alpha(t))}, sigma {values_of(sde.sigma(t))} at t {values_of(t)}"
+
+
 def identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
     """What a network's weights are only good for."""
-    sde, t = denoiser.sde, probe(denoiser.sde)
+    t = probe(denoiser.sde)
     assert isinstance(denoiser.net, nn.Module)
     return {
-        "sde": f"{type(sde).__name__}, alpha {values_of(sde.alpha(t))}, sigma {values_of(sde.sigma(t))} at t "
-        f"{values_of(t)}",
+        "sde": sde_in_words(denoiser.sde),
         "parameterisation": type(denoiser).__name__,
         "scale of the output": values_of(denoiser.affine(t)[1]),
         "time label": values_of(denoiser.label(t)),
