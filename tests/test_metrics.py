@@ -865,6 +865,9 @@ def test_an_evaluation_of_a_mirror_image() -> None:
         evaluate(x, x, ["entropy_score"], pooled)
     with pytest.raises(ValueError, match="samples has 4 items: expected 8 at least"):
         evaluate(embedded(x[:4], pooled), x, ["frechet"], pooled)
+    for features, metrics in ((pooled, ["spatial_frechet"]), (Pixels(), ["frechet"])):
+        with pytest.raises(ValueError, match=r"samples is features of NetworkFeatures\(pooled\): expected features"):
+            evaluate(embedded(x, pooled), x, metrics, features)
 
 
 def test_the_floor_is_what_real_data_scores() -> None:

@@ -22,7 +22,7 @@ from scoresde.cli.models import Model, ModelOptions, digest, sha
 from scoresde.cli.options import Options, option, part
 from scoresde.files import write_whole
 from scoresde.metrics import METRICS, Embedded, embedded, evaluate
-from scoresde.metrics.evaluate import title
+from scoresde.metrics.spaces import title
 from scoresde.report import Cells, log_ticks, table, write_json
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel

@@ -25,12 +25,12 @@ from scoresde.metrics.features import Features, Pixels
 from scoresde.metrics.frechet import frechet_distance
 from scoresde.metrics.kernel import GaussianKernel, kid, median_distance, mmd
 from scoresde.metrics.neighbours import precision_recall
-from scoresde.metrics.spaces import Embedded, check_space, embedded
+from scoresde.metrics.spaces import Embedded, check_space, embedded, title
 from scoresde.metrics.transport import energy_distance, sliced_wasserstein
 from scoresde.noise import derive_seed
 from scoresde.tensors import check_batch
 
-__all__ = ["METRICS", "Evaluation", "Score", "evaluate", "least_size", "title"]
+__all__ = ["METRICS", "Evaluation", "Score", "evaluate", "least_size"]
 
 _NEIGHBOURS = ("precision", "recall", "density", "coverage")
 
@@ -154,7 +154,8 @@ def evaluate(
 
     Raises:
         ValueError: if samples, reference or floor are no such tensors, are too few, or not finite (it names the set
-            and the samples), or on another metric, or one that needs what the feature space has not.
+            and the samples), or on another metric, or one that needs what the feature space has not; if an
+            `Embedded` set is of another space.
 
     >>> x, y = (torch.randn(500, 2, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     >>> evaluation = evaluate(x + 1, y, ["frechet", "energy"])
@@ -171,10 +172,10 @@ def evaluate(
     check_space(names, features)
     for name, z in sets.items():
         _check_set(name, z, reference, least=least_size(names, k))
-    found = {
-        name: z if isinstance(z, Embedded) else embedded(z, features, names, batch_size=batch_size, name=name)
-        for name, z in sets.items()
-    }
+    found = {}
+    for name, z in sets.items():
+        found[name] = z if isinstance(z, Embedded) else embedded(z, features, names, batch_size=batch_size, name=name)
+        found[name].check(names, features, name)
     x, y = found["samples"], found["reference"]
 
     # One for all sets that y is compared with.
@@ -296,9 +297,3 @@ def _check_set(name: str, x: Tensor | Embedded, reference: Tensor | Embedded, le
         raise ValueError(f"{name} has shape {tuple(x.shape)}, the reference {tuple(reference.shape)}: of other events")
     if bad := not_finite(x):
         raise ValueError(f"{name} {some(bad)} not finite: the run that they are from has failed there")
-
-
-def title(features: Features) -> str:
-    """What a feature space is called: its repr, or its name where that has an address in it."""
-    text = repr(features)
-    return getattr(features, "__qualname__", type(features).__name__) if " at 0x" in text else text

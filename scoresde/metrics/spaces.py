@@ -11,7 +11,7 @@ from torch import Tensor
 from scoresde.errors import not_finite, some
 from scoresde.metrics.features import Features
 
-__all__ = ["NEEDS", "Embedded", "check_space", "embedded"]
+__all__ = ["NEEDS", "Embedded", "check_space", "embedded", "title"]
 
 NEEDS = {"spatial_frechet": "spatial", "entropy_score": "logits"}
 """What a metric needs of a feature space beside its features: the attribute of that name, another feature space."""
@@ -23,9 +23,11 @@ class Embedded:
 
     Attributes:
         parts: "features", (N, d), and those of "spatial" and "logits" that were asked for, all float64.
+        space: what the feature space is called.
     """
 
     parts: Mapping[str, Tensor]
+    space: str
 
     @property
     def features(self) -> Tensor:
@@ -36,7 +38,16 @@ class Embedded:
 
     def take(self, items: Tensor) -> Embedded:
         """Those of these numbers."""
-        return Embedded({name: part[items.to(part.device)] for name, part in self.parts.items()})
+        return Embedded({name: part[items.to(part.device)] for name, part in self.parts.items()}, self.space)
+
+    def check(self, metrics: Sequence[str], features: Features, name: str) -> None:
+        """Raises ValueError if it is of another feature space, or lacks what the metrics look at."""
+        lacking = [NEEDS[metric] for metric in metrics if NEEDS.get(metric, "features") not in self.parts]
+        if self.space != title(features) or lacking:
+            raise ValueError(
+                f"{name} is {', '.join(self.parts)} of {self.space}: expected {', '.join(['features', *lacking])} of "
+                f"{title(features)}, as embedded(x, features, metrics) gives them"
+            )
 
 
 def check_space(metrics: Sequence[str], features: Features) -> None:
@@ -45,7 +56,7 @@ def check_space(metrics: Sequence[str], features: Features) -> None:
         if metric in NEEDS and getattr(features, NEEDS[metric], None) is None:
             raise ValueError(
                 f"{metric} needs features with `{NEEDS[metric]}`, as those of a classifier have them "
-                f"(`classifier_features`, --features digits, fashion-mnist or FILE.npz), not {features!r}"
+                f"(`classifier_features`, --features digits, fashion-mnist or FILE.npz), not {title(features)}"
             )
 
 
@@ -67,7 +78,14 @@ def embedded(
     check_space(metrics, features)
     wanted = dict.fromkeys(NEEDS[metric] for metric in metrics if metric in NEEDS)
     spaces = {"features": features, **{part: getattr(features, part) for part in wanted}}
-    return Embedded({part: _embed(space, x, batch_size, f"the {part} of", name) for part, space in spaces.items()})
+    parts = {part: _embed(space, x, batch_size, f"the {part} of", name) for part, space in spaces.items()}
+    return Embedded(parts, title(features))
+
+
+def title(features: Features) -> str:
+    """What a feature space is called: its repr, or its name where that has an address in it."""
+    text = repr(features)
+    return getattr(features, "__qualname__", type(features).__name__) if " at 0x" in text else text
 
 
 def _embed(features: Features, x: Tensor, batch_size: int, what: str, name: str) -> Tensor:
