@@ -95,7 +95,7 @@ def test_rare_digits_are_measured_in_units_of_those_held_out(folder):
     quick = ["--train-steps", "2", "--epochs", "1", "--samples", "16", "--distance", "1", "--contrast", "2"]
     low_density.main([*arguments, *quick])
     results = json.loads((out / "results.json").read_text())
-    assert [row["energy"] for row in results["rows"]] == ["none, w = 1", "none, w = 2", "distance", "contrast"]
+    assert [row["energy"] for row in results["rows"]] == ["none, w = 1", "none, w = 3", "distance", "contrast"]
     assert (out / "low_density.png").read_bytes()[:4] == b"\x89PNG"
     (_, _), (x, _) = guidance.split()
     training = guidance.split()[0][0]
