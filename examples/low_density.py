@@ -52,6 +52,7 @@ RARITY = {
     "nearest_in_pixels": "in pixels",
 }
 KEPT = 0.95  # of the class
+NONE = "none, w = {:g}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,22 +121,28 @@ def sweep(denoiser: Denoiser, guide: Classifier, args: argparse.Namespace) -> tu
     centres = class_means(guide.embed(training), of)
     s = float((guide.embed(held_out) - centres[classes]).norm(dim=1).mean())
     guided = ClassifierFree(denoiser, weight=args.weight)
-    todo: list[tuple[str, float, Denoiser]] = [("none, w = 1", 0, denoiser), (f"none, w = {args.weight:g}", 0, guided)]
-    for name, energy, sign in (
-        ("distance", distance(centres[label], guide.embed, std=s), -1),
-        ("contrast", contrast(centres, label, guide.embed, std=s), 1),
-    ):
-        todo += [(name, scale, Energy(guided, energy, sign * scale, clean=True)) for scale in getattr(args, name)]
 
+    def led(name: str, scale: float, n: int) -> Denoiser:
+        """The model of a row, for the first n samples."""
+        if name == "distance":
+            return Energy(guided, distance(centres[label[:n]], guide.embed, std=s), -scale, clean=True)
+        if name == "contrast":
+            return Energy(guided, contrast(centres, label[:n], guide.embed, std=s), scale, clean=True)
+        return denoiser if name == NONE.format(1) else guided
+
+    todo = [(NONE.format(1), 0.0), (NONE.format(args.weight), 0.0)]
+    todo += [(name, scale) for name in ("distance", "contrast") for scale in getattr(args, name)]
     made_for = {name: getattr(args, name) for name in ("weight", "samples", "nfe", "seed", "train_steps")}
     kept = Cells(
         args.out / "rows.jsonl", "examples/low_density.py", "rows", made_for, lambda r: (r["energy"], r["scale"])
     )
-    for name, scale, model in todo:
+    for name, scale in todo:
         if (name, scale) in kept.done:
             continue
         shape, cond = (args.samples, *held_out.shape[1:]), {"label": label}
-        x = sample(model, shape, SOLVER, nfe=args.nfe, seed=args.seed, cond=cond).x.clamp(-1, 1)
+        x = sample(led(name, scale, args.samples), shape, SOLVER, nfe=args.nfe, seed=args.seed, cond=cond).x.clamp(
+            -1, 1
+        )
         row: dict[str, Any] = {"energy": name, "scale": scale}
         for key, (value, error) in distances(x, label).items():
             mean, own = unit[key]
@@ -144,14 +151,14 @@ def sweep(denoiser: Denoiser, guide: Classifier, args: argparse.Namespace) -> tu
         p = judge.accuracy(x, label)
         row["accuracy"] = [p, round(math.sqrt(p * (1 - p) / args.samples), 4)]
         first = {"seed": args.seed, "cond": {"label": label[:10]}}  # the same x_T as in the whole batch
-        fine = sample(model, (len(label[:10]), *shape[1:]), SOLVER, nfe=4 * args.nfe, **first).x.clamp(-1, 1)
+        fine = sample(led(name, scale, 10), (10, *shape[1:]), SOLVER, nfe=4 * args.nfe, **first).x.clamp(-1, 1)
         row["solver_error"] = round(float((x[:10] - fine).square().mean().sqrt()), 4)
         found = evaluate(x, held_out, ["precision"], features, k=3, floors=0)["precision"]
         row["precision"] = [round(found.value, 4), round(found.stderr, 4)]
         kept.write({**row, "digits": to_levels(x[:20]).flatten().tolist()})
         print(row, flush=True)
     real = {name: [round(value, 4), round(error, 4)] for name, (value, error) in unit.items()}
-    return [kept.done[name, scale] for name, scale, _ in todo], real
+    return [kept.done[at] for at in todo], real
 
 
 def rare(row: dict[str, Any]) -> bool:
@@ -195,8 +202,8 @@ being the means of the classes there and s the mean distance of held-out digits 
 down -d_y, "contrast" down log sum_k exp(d_k - d_y). Distances are means in units of what the 500 held-out digits have,
 with standard errors that count those of the held-out digits too, in pixels and in the features of the package's
 classifier, which guides nothing; the accuracy, and the precision against the held-out digits (nearest neighbours with
-k = 3), are that classifier's as well. Rows share their x_T. Error of the solver: root mean square of the difference to 4
-times as many steps, of ten digits, per pixel in [-1, 1].
+k = 3), are that classifier's as well. Rows share their x_T. Error of the solver: root mean square of the difference to
+4 times as many steps, of ten digits, per pixel in [-1, 1].
 
 {chr(10).join(table(head, rows))}
 
