@@ -132,7 +132,7 @@ def sweep(denoiser: Denoiser, guide: Classifier, args: argparse.Namespace) -> tu
 
     todo = [(NONE.format(1), 0.0), (NONE.format(args.weight), 0.0)]
     todo += [(name, scale) for name in ("distance", "contrast") for scale in getattr(args, name)]
-    made_for = {name: getattr(args, name) for name in ("weight", "samples", "nfe", "seed", "train_steps")}
+    made_for = {name: getattr(args, name) for name in ("weight", "samples", "nfe", "seed", "train_steps", "epochs")}
     kept = Cells(
         args.out / "rows.jsonl", "examples/low_density.py", "rows", made_for, lambda r: (r["energy"], r["scale"])
     )
