@@ -226,8 +226,8 @@ held-out digits.
 
 ## What was published
 
-Dhariwal and Nichol (2021, table 4), 50,000 images of ImageNet at 256 pixels, in Inception's features. Other data,
-another network and other features: the directions may be compared, not the numbers.
+Dhariwal and Nichol (2021, table 4): ImageNet at 256 pixels, in Inception's features. Other data, another network and
+other features: the directions may be compared, not the numbers.
 
 {chr(10).join(published)}
 
