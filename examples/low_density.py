@@ -9,8 +9,8 @@ and m_k the mean of class k in them:
     distance    E = -d_y,  d_k = |f - m_k|^2 / (2 s^2)    away from the mean of the own class
     contrast    E = log sum_k e^{d_k - d_y}               the same, relative to the means of the other classes
 
-The sampler is DDPM; rows with twice the steps say what its steps cost. Rare is what is further than held-out digits from
-the mean of its class and from the nearest training digit. That is measured in pixels and in the features of the
+The sampler is DDPM; rows with twice the steps say what its steps cost. Rare is what is further than held-out digits
+from the mean of its class and from the nearest training digit. That is measured in pixels and in the features of the
 package's classifier, which guides nothing: the one that does is trained here, from another seed, and the accuracy is
 the package's too.
 
@@ -177,8 +177,8 @@ def report(results: dict[str, Any]) -> str:
         found = [row for row in results["rows"] if rare(row, errors)]
         own = [f"{row['energy']} at {row['scale']:g} with {row['steps']} steps" for row in found]
         listed.append(", ".join(own) or "none")
-    text = f"""Rows with an accuracy of {KEPT:.0%} or more, looked for afterwards, whose four distances are all above those
-of held-out digits: {listed[0]}. By two standard errors each: {listed[1]}."""
+    text = f"""Rows with an accuracy of {KEPT:.0%} or more, looked for afterwards, whose four distances are all above
+those of held-out digits: {listed[0]}. By two standard errors each: {listed[1]}."""
     return f"""# Where data is rare
 
 `{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
