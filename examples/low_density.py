@@ -213,7 +213,7 @@ def draw(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> Non
     draw_grid(axis, digits, labels)
     axis.set_title("the same noise in a column; energy, scale and how many are of their class", fontsize=10)
 
-    for axis, name in zip(right.subplots(2, 1, sharex=True), ("mean_in_pixels", "nearest_in_pixels"), strict=True):
+    for axis, name in zip(right.subplots(2, 2, sharey=True).flat, RARITY, strict=True):
         for energy, color, marker in (("distance", ORANGE, "s"), ("contrast", BLUE, "o")):
             own = [row for row in rows if row["energy"] in (energy, rows[1]["energy"])]
             (x, dx), (y, dy) = (zip(*(row[of] for row in own), strict=True) for of in (name, "accuracy"))
@@ -222,10 +222,13 @@ def draw(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> Non
         axis.errorbar(x, y, dy, dx, color="0.3", marker="D", label="w = 1, no energy")
         axis.axvline(1, color="0.4", linestyle=":", label="held-out digits")
         axis.axhline(KEPT, color="0.7", linestyle="--", linewidth=1, label=f"{KEPT:.0%} kept")
-        axis.set_xlabel(f"distance {RARITY[name.replace('pixels', 'features')].split(',')[0]}, in pixels")
-        axis.set_ylabel("accuracy")
+        of, _, space = name.partition("_in_")
+        axis.set_xlabel(f"to the {'mean' if of == 'mean' else 'nearest training digit'}, in {space}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
+        if space == "features":
+            axis.set_ylabel("accuracy", fontsize=9)
+    right.suptitle("distances, those of held-out digits being 1", fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
