@@ -190,7 +190,7 @@ class LossConfig:
         stratified: spread each batch evenly over the times.
         unconditional: weight of a second term, the loss of a network that is told nothing, in every batch
             (`two_term_loss`): for guidance without a classifier, instead of data.drop.
-        levels: how many "levels" there are.
+        noise_levels: how many "levels" there are.
     """
 
     weighting: Literal["simple", "min-snr", "edm", "likelihood", "bound", "x0", "v", "velocity", "score"] = "simple"
@@ -200,7 +200,7 @@ class LossConfig:
     std: float = 1.2
     stratified: bool = True
     unconditional: float = 0.0
-    levels: int = 10
+    noise_levels: int = 10
 
     def __post_init__(self) -> None:
         self.weight(None)
@@ -224,7 +224,7 @@ class LossConfig:
         if self.times == "log-normal":
             return LogNormalTimes(self.mean, self.std, self.stratified)
         if self.times == "levels":
-            return LevelTimes(self.levels, self.stratified)
+            return LevelTimes(self.noise_levels, self.stratified)
         return (UniformTimes if self.times == "uniform" else ImportanceTimes)(self.stratified)
 
 
