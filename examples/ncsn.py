@@ -30,10 +30,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from guidance import split
 from torch import Tensor
 
 from scoresde import Denoiser, Grid, sample
-from scoresde.data import digits
 from scoresde.info import environment
 from scoresde.levels import to_levels
 from scoresde.metrics import classifier_features, evaluate
@@ -123,9 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    images, _ = digits()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # as the classifier's
-    training, held_out = images[order[500:]], images[order[:500]]
+    (training, _), (held_out, _) = split()
     made_for = {name: getattr(args, name) for name in ("train_steps", "samples", "nfe", "seed")}
     cells = Cells(args.model / "cells.jsonl", "ncsn", "samples", made_for, lambda row: (row["network"], row["sampler"]))
     losses, paths = {}, {}

@@ -134,7 +134,7 @@ class Race:
             "samples": f"{self.options.n} from seed {how.seed}, class {label}",
             **({} if self.told is None else {"conditions of": self.told.fingerprint}),
             **({} if how.guidance is None else {"guidance": repr(how.guidance)}),
-            **({} if how.classifier is None else {"scale of the classifier": how.classifier.by}),
+            **({} if how.classifier is None else {"scale of the classifier": how.classifier.gradient_scale}),
             "clip": how.clip,
             "variance": "none" if how.variance is None else sha(how.variance.read_bytes()),
             "device": self.model.denoiser.device.type,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from scoresde.checks import ArgumentError, check_count, check_keys, check_option, one_of
+from scoresde.checks import ArgumentError, check_count, check_keys, check_nonnegative, check_option, one_of
 from scoresde.data import Condition, Given, ImageFolder, Shown, TrainingData, condition_of, training_data
 from scoresde.files import parsed, write_whole
 from scoresde.metrics import METRICS
@@ -205,8 +204,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         self.weight(None)
         self.sampler()
-        if not 0 <= self.unconditional < math.inf:
-            raise ArgumentError(f"unconditional={self.unconditional}: expected a weight >= 0")
+        check_nonnegative(unconditional=self.unconditional)
 
     def weight(self, sigma_data: float | None) -> Weighting:
         """The weighting, sigma_data being the model's."""

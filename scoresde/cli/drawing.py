@@ -178,11 +178,11 @@ class ByClassifier(Options):
         "a classifier of noisy data that guides, written by `scoresde.guidance.TrainedClassifier.save`: the model "
         "needs no classes then; around --guidance, where both are given", metavar="FILE.safetensors",
         flags=("--classifier",), dest="classifier", reads=True)  # fmt: skip
-    by: float | None = option("scale of its gradient (1, which is Bayes' rule; above, more typical of the class)",
+    gradient_scale: float | None = option("of its gradient (1, which is Bayes' rule; above, more typical of the class)",
         metavar="W", flags=("--classifier-scale",), dest="classifier_scale")  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.file is None and self.by is not None:
+        if self.file is None and self.gradient_scale is not None:
             raise ValueError("--classifier-scale is the scale of --classifier FILE: give that, too")
 
     def open(self, model: Model) -> tuple[Model, TrainedClassifier]:
@@ -206,7 +206,7 @@ class ByClassifier(Options):
         try:
             return guide.guide(
                 denoiser,
-                1.0 if self.by is None else self.by,
+                1.0 if self.gradient_scale is None else self.gradient_scale,
                 shape=model.about.shape,
                 classes=model.about.num_classes,
                 conditional=model.about.num_classes is not None,

@@ -133,19 +133,21 @@ class Model:
         """Of its run, or None."""
         return None if self.checkpoint is None else folder_of(self.checkpoint)
 
+    @property
+    def config(self) -> RunConfig | None:
+        """Of its run, if it is known."""
+        return run_config(self.folder) if self.folder is not None and (self.folder / CONFIG).exists() else None
+
     def data(self) -> DataConfig | None:
         """The data of its run, if it is known: without the files that it left out."""
-        if self.folder is None or not (self.folder / CONFIG).exists():
+        if (config := self.config) is None:
             return None
-        found, skipped = run_config(self.folder).data, self.about.skipped
-        return found if skipped is None else replace(found, skip=skipped)
+        return config.data if self.about.skipped is None else replace(config.data, skip=self.about.skipped)
 
     @property
     def blind(self) -> bool | None:
         """Whether its run told it nothing at times; None if that is not known."""
-        if self.folder is None or not (self.folder / CONFIG).exists():
-            return None
-        return run_config(self.folder).blind
+        return None if (config := self.config) is None else config.blind
 
     @property
     def background(self) -> str | None:

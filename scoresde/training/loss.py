@@ -11,7 +11,6 @@ x_0 there, are refused.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.checks import check_nonnegative
 from scoresde.data.conditions import nothing
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.entries import check_cond
@@ -150,8 +150,7 @@ def two_term_loss(
     """
     if not cond:
         raise ValueError("two_term_loss: there is no condition to leave out")
-    if not 0 <= unconditional < math.inf:
-        raise ValueError(f"unconditional={unconditional}: expected a weight >= 0")
+    check_nonnegative(unconditional=unconditional)
     part = Part.of(generator, len(x0), x0.device)
     again = replace(part, generator=part.generator.clone_state())
     told = dsm_loss(denoiser, x0, cond=cond, generator=part, **options)
