@@ -16,6 +16,7 @@ FLOORS = [
     ("runs, exact laws, log p", "run analysis likelihood"),
     ("samples and edits", "sampling variance guidance editing tuning"),
     ("judges of samplers", "textbook auditing"),
+    ("networks of elsewhere", "interop"),
     ("the command line", "cli"),
 ]
 

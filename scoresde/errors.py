@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def narrowed(x: Tensor, dtype: torch.dtype, what: str, batch: int = 0) -> Tensor
     return out
 
 
-def some(samples: list[int]) -> str:
+def some(samples: Sequence[object]) -> str:
     """The first of them, for a message."""
     return ", ".join(map(str, samples[:8])) + (f", ... ({len(samples)} in all)" if len(samples) > 8 else "")
 

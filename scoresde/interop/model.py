@@ -1,0 +1,84 @@
+"""`Published`: a network of elsewhere as a denoiser, with what its files say of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from scoresde.denoiser import Denoiser
+from scoresde.diagnose import diagnose
+from scoresde.grid import Grid
+from scoresde.wrappers import SameMean
+
+__all__ = ["Published", "published"]
+
+
+class Published(SameMean):
+    """What the functions of `scoresde.interop` return: a denoiser like any other, so that every solver, likelihood,
+    wrapper and guidance takes it.
+
+    >>> model = from_diffusers("path/to/a/pipeline")                                        # doctest: +SKIP
+    >>> images = sample(model, (16, *model.shape), UniPC(), nfe=20).x                       # doctest: +SKIP
+
+    Attributes:
+        denoiser: the network's, without what only its files say.
+        shape: of an item of the diffusion, C H W of an image or latent; `sample` takes (B, *shape). None where neither
+            file nor caller said it.
+        about: where it comes from and what was read: "format", "files" (their sha256 by name), "parameters",
+            "predicts", "sde", what the configuration said and, where data was given, "diagnosis". JSON can hold it.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: Sequence[int] | None,
+        about: Mapping[str, Any],
+        grid: Callable[[int], Grid] | None = None,
+    ) -> None:
+        super().__init__(denoiser)
+        self.shape = None if shape is None else tuple(int(n) for n in shape)
+        self.about = dict(about)
+        self._grid = grid
+
+    def grid(self, steps: int) -> Grid:
+        """The times on which its own toolkit steps, for `sample(model, shape, solver, grid=model.grid(50))`; without
+        it a solver takes the grid of its own.
+        """
+        return Grid.customary(self.sde, steps) if self._grid is None else self._grid(steps)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Data x (B, ...) as the state of the diffusion: the latent, or x itself where it diffuses data."""
+        codec = getattr(self.denoiser, "codec", None)
+        return x if codec is None else codec.encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The way back: data of the state."""
+        codec = getattr(self.denoiser, "codec", None)
+        return z if codec is None else codec.decode(z)
+
+    def __repr__(self) -> str:
+        return f"Published({self.about.get('format')}, {self.denoiser!r}, shape={self.shape})"
+
+
+def published(
+    denoiser: Denoiser,
+    shape: Sequence[int] | None,
+    about: Mapping[str, Any],
+    grid: Callable[[int], Grid] | None = None,
+    *,
+    data: Tensor | None = None,
+    cond: Mapping[str, Any] | None = None,
+) -> Published:
+    """The model, its wiring checked on items of data, in the range that it was trained on, where there are any; warns
+    where the check is not passed.
+    """
+    model = Published(denoiser, shape, about, grid)
+    if data is not None:
+        verdict = diagnose(model.denoiser, model.encode(data), cond=cond, seed=0)
+        model.about["diagnosis"] = str(verdict)
+        if verdict.suspicious:
+            warnings.warn(f"the network does not fit its data: {verdict}", stacklevel=3)
+    return model
