@@ -25,10 +25,22 @@ from scoresde.checks import check_count
 from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, going_on, record
 from scoresde.cli.config import DataConfig
 from scoresde.cli.measuring import DataOptions
-from scoresde.cli.models import About, DenoiserOptions, Model, check_takes, digest, is_run, open_run
+from scoresde.cli.models import (
+    NAME_HELP,
+    RUN_HELP,
+    About,
+    DenoiserOptions,
+    Model,
+    check_takes,
+    digest,
+    is_run,
+    open_published,
+    open_run,
+)
 from scoresde.cli.options import Options, option, part
 from scoresde.data import Data, TrainingData, read_data
 from scoresde.errors import NonFiniteError
+from scoresde.interop.source import source_of
 from scoresde.levels import outer_edges
 from scoresde.likelihood.bits import Dequantize, bits_per_dim, dequantized, log_density, mean_and_stderr
 from scoresde.likelihood.bound import elbo
@@ -102,14 +114,13 @@ class LevelOptions(Options):
 class LikelihoodOptions(Options):
     """The arguments of `likelihood`."""
 
-    source: str | None = option(
-        "a run folder of `scoresde train`; with --denoiser, the data", metavar="RUN", flags=("source",), nargs="?"
-    )
+    source: str | None = option(f"{RUN_HELP}; with --denoiser, the data", metavar="RUN", flags=("source",), nargs="?")
     out: Path = option("result; finished batches are kept beside it", metavar="FILE.json", required=True)
     data: DataOptions = part(
         data={"help": f"what is measured (what the run was trained on): {DATA_HELP}"}, levels=False
     )
     own: DenoiserOptions
+    name: str | None = option(NAME_HELP)
     average: int = option("which averaged weights of a run (0)", 0, "I")
     fresh: bool = option("forget the finished batches of an earlier run")
     limit: int | None = option("the first N items (all)", metavar="N")
@@ -177,9 +188,12 @@ def _job(options: LikelihoodOptions, device: torch.device) -> _Job:
         return _Job(replace(options, data=replace(which, data=source)), model, data, None)
     if options.source is None:
         raise ValueError("name a run folder, or data and --denoiser MODULE:NAME")
-    if not is_run(Path(options.source)):
+    if source_of(options.source):
+        model = open_published(options.source, options.name, device)
+    elif is_run(Path(options.source)):
+        model = open_run(Path(options.source), options.average, device)
+    else:
         raise ValueError(f"{options.source} is no run folder: name one, or the data and --denoiser MODULE:NAME")
-    model = open_run(Path(options.source), options.average, device)
     about, chosen = model.about, which.config(model.data())
     data = _read(replace(chosen, classes=about.num_classes is not None))
     if tuple(data.x.shape[1:]) != about.shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -23,6 +24,7 @@ from scoresde.data import TrainingData
 from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser, networks
 from scoresde.files import sealed, unsealed, warn_unsealed, write_whole
+from scoresde.interop.source import FORMATS, from_source, source_of
 from scoresde.pictures import is_picture
 from scoresde.report import attribute, theirs
 from scoresde.training import CheckpointError
@@ -33,6 +35,8 @@ from scoresde.training.whole_files import weights_file
 __all__ = [
     "ABOUT",
     "CONFIG",
+    "NAME_HELP",
+    "RUN_HELP",
     "About",
     "DenoiserOptions",
     "Model",
@@ -41,10 +45,13 @@ __all__ = [
     "digest",
     "folder_of",
     "load_denoiser",
+    "open_published",
     "run_config",
 ]
 
 ABOUT = "data.json"
+RUN_HELP = f"a run folder of `scoresde train`; or FORMAT:PATH, a network of elsewhere: {', '.join(FORMATS)}"
+NAME_HELP = "of a FORMAT:PATH that does not say what network it is: a published one's, or a file .json of its flags"
 
 
 @dataclass(frozen=True)
@@ -251,7 +258,8 @@ class DenoiserOptions(Options):
 class ModelOptions(DenoiserOptions):
     """Which model: a run folder, or --denoiser."""
 
-    run: Path | None = option("a run folder of `scoresde train`", flags=("run",), group="", nargs="?")
+    run: Path | None = option(RUN_HELP, flags=("run",), group="", nargs="?")
+    name: str | None = option(NAME_HELP)
     shape: list[int] | None = option("of an item, C H W of images: with --denoiser", metavar="N", nargs="+")
     average: int = option("which averaged weights of a run (0)", 0, "I")
 
@@ -264,6 +272,10 @@ class ModelOptions(DenoiserOptions):
         """
         if (self.run is None) == (self.denoiser is None):
             raise ValueError("name one model: a run folder, or --denoiser MODULE:NAME")
+        if self.run is not None and source_of(self.run):
+            return open_published(str(self.run), self.name, device, self.shape)
+        if self.name is not None:
+            raise ValueError(f"--name {self.name} is for FORMAT:PATH, a network of another toolkit")
         if self.run is not None:
             return open_run(self.run, self.average, device, self.shape)
         if not self.shape:
@@ -295,6 +307,20 @@ def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", s
         about = About(tuple(shape), 256 if is_picture(shape) else None, options.get("num_classes"))
     weights = {"weights": _weights_digest(denoiser), "sde": repr(denoiser.sde), "denoiser": type(denoiser).__name__}
     return Model(denoiser, about, weights, found)
+
+
+def open_published(text: str, name: str | None, device: torch.device | str, shape: list[int] | None = None) -> Model:
+    """The model of FORMAT:PATH, a network of another toolkit.
+
+    Raises:
+        ValueError, FileNotFoundError, CheckpointError: as `from_source`; and if neither the file nor --shape says what
+            shape its items have.
+    """
+    model = from_source(text, name, device)
+    if (items := model.data_shape or tuple(shape or ())) == ():
+        raise ValueError(f"{text} does not say what shape its items have: give --shape, that of one item")
+    about = About(items, 256 if is_picture(items) else None, model.about.get("classes"))
+    return Model(model, about, {"files": json.dumps(model.about["files"], sort_keys=True), "sde": repr(model.sde)})
 
 
 def folder_of(found: Checkpoint) -> Path:

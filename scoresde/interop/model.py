@@ -43,6 +43,11 @@ class Published(SameMean):
         self.about = dict(about)
         self._grid = grid
 
+    @property
+    def data_shape(self) -> tuple[int, ...] | None:
+        """Of an item of data, which is that of the state where there is no codec."""
+        return self.shape
+
     def grid(self, steps: int) -> Grid:
         """The times on which its own toolkit steps, for `sample(model, shape, solver, grid=model.grid(50))`; without
         it a solver takes the grid of its own.
