@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
-from scoresde.checks import ArgumentError, check_count
+from scoresde.checks import ArgumentError, check_count, check_whole
 from scoresde.pictures import html_table
 from scoresde.schedules import VPSDE
 from scoresde.sde import SDE
+from scoresde.strides import BETWEEN, Spacing, Toolkit, stride
 
 __all__ = ["SPACINGS", "Grid", "standard_time"]
 
@@ -250,37 +252,45 @@ class Grid:
 
     @classmethod
     def strided(
-        cls, chain: DDPMChain, steps: int, spacing: Literal["leading", "trailing", "linspace", "quadratic"] = "trailing"
+        cls,
+        chain: DDPMChain,
+        steps: int | Sequence[int],
+        spacing: Spacing = "trailing",
+        *,
+        like: Toolkit | None = None,
+        offset: int = 0,
+        end: float = 0.0,
     ) -> Grid:
-        """A sub-sequence of a chain's nodes, then t = 0 (Song, Meng and Ermon, 2021, section 4.2 and appendix D.2).
+        """A sub-sequence of a chain's nodes, then the end (Song, Meng and Ermon, 2021, section 4.2 and appendix D.2).
 
         Args:
             chain: the chain, of N nodes.
-            steps: K, at most N.
+            steps: K, at most N; of guided-diffusion also a list of numbers, for sections of the chain.
             spacing: "trailing" (N, N - N/K, ..., rounded) and "linspace" (N..1, rounded; "even" in Analytic-DPM) start
                 at N; "leading" (1, 1 + N//K, ...; DDIM's uniform) and "quadratic" (ends near 0.8 N) do not: the prior
                 is then taken for a time at which the data is not quite noise.
+            like: whose rounding, of the table in `scoresde.strides`, "diffusers" or "guided-diffusion" say. Where their
+                sequence is longer than K, repeats a node or leaves the chain, a warning tells what is done instead:
+                each node is evaluated once. Between nodes, where two of them stand, the noise levels are theirs.
+            offset: of "leading", diffusers' steps_offset: how many nodes further up it is.
+            end: where the last step goes: 0, the data, or 1, the first node: diffusers' set_alpha_to_one=False,
+                final_sigmas_type="sigma_min", and its DEIS always.
 
         Raises:
-            ValueError: if chain is not a DDPMChain, steps exceeds its length, or rounded nodes collide.
+            ValueError: if chain is not a DDPMChain, there is no such sub-sequence, steps exceeds the chain's length,
+                or nodes of this library's own rounding collide.
         """
         if not isinstance(chain, DDPMChain):
             raise ValueError(f"strided grids are sub-sequences of a DDPMChain; for {chain!r} use Grid.uniform")
-        N, K = chain.steps, _check_steps(steps)
-        k = torch.arange(K, dtype=torch.float64, device="cpu")
-        if K > N:
-            raise ArgumentError(f"steps={K}, but the chain has only {N} nodes")
-        if spacing == "leading":
-            nodes = 1 + (N // K) * k.flip(0)
-        elif spacing == "trailing":
-            nodes = (N - k * (N / K)).round()
-        elif spacing == "linspace":
-            nodes = (N - k * (N - 1) / max(K - 1, 1)).round()
-        elif spacing == "quadratic":
-            nodes = 1 + (k * (math.sqrt(0.8 * N) / max(K - 1, 1))).square().floor().flip(0)
-        else:
-            raise ValueError(f"spacing={spacing!r}: expected 'leading', 'trailing', 'linspace' or 'quadratic'")
-        return cls(chain, torch.cat([nodes, nodes.new_zeros(1)]))
+        nodes = stride(chain.steps, steps, spacing, like)
+        check_whole(offset=offset)
+        if offset and spacing != "leading":
+            raise ArgumentError(f"offset={offset} is for spacing='leading': in others theirs counts for nothing")
+        times = torch.from_numpy(nodes + (1 + offset)).flip(0)
+        if like is not None:
+            times = _told_apart(times, end, f"{spacing} of {steps} steps of {chain.steps}, as {like} has it,", steps)
+            times = _at_level(chain, times, BETWEEN.get(like))
+        return cls(chain, torch.cat([times, times.new_tensor([end])]))
 
     @classmethod
     def _spaced(
@@ -330,6 +340,35 @@ def standard_time(sde: SDE, tau: float, most: float) -> float:
     """The time at which x_0 / c has the SNR of the standard `VPSDE` at tau, from t_min to most."""
     near = VPSDE().half_log_snr(torch.tensor(tau, dtype=torch.float64, device="cpu"))
     return min(max(float(sde.time_at(near - math.log(sde.data_scale))), sde.t_min), most)
+
+
+def _told_apart(times: Tensor, end: float, whose: str, steps: int | Sequence[int]) -> Tensor:
+    """A toolkit's nodes before the end, each once, with a warning of what is different."""
+    kept = times.unique_consecutive()
+    kept = kept[kept > max(end, 0.0)]
+    K, said = sum(steps) if isinstance(steps, Sequence) else int(steps), []
+    if (times < 1).any():
+        said.append(
+            "ends with an evaluation at label -1, in a table the last node's: left out here, as t = 0 is the data"
+        )
+    if len(times.unique_consecutive()) < len(times) or (times == end).any():
+        said.append("takes steps from a node to itself: left out here")
+    if len(kept) != K:
+        said.append(f"takes {len(kept)} steps here")
+    if said:
+        warnings.warn(f"{whose} {'; '.join(said)}", stacklevel=3)
+    return kept
+
+
+def _at_level(chain: DDPMChain, times: Tensor, linear: str | None) -> Tensor:
+    """The times of the noise levels on a line from node to node, in sigma / alpha or its logarithm."""
+    whole = times == times.round()
+    if linear is None or bool(whole.all()):
+        return times
+    low, high = (-chain.half_log_snr(node) for node in (times.floor(), times.ceil()))
+    w = times - times.floor()
+    line = torch.lerp(low, high, w) if linear == "half_log_snr" else torch.lerp(low.exp(), high.exp(), w).log()
+    return torch.where(whole, times, chain.time_at(-line))
 
 
 def _last(sde: SDE, end: float, last: float | None) -> float:

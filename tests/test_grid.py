@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -13,6 +14,7 @@ from common import EVERY_SDE, every_pair
 from torch import Tensor
 
 from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, Grid
+from scoresde.strides import stride
 
 SDES: dict[str, SDE] = EVERY_SDE
 ALPHA_VANISHES = {name for name, sde in SDES.items() if float(sde.alpha(sde.t_max)) == 0}
@@ -215,6 +217,147 @@ def test_trailing_starts_at_the_prior_and_never_strays_from_even(N: int) -> None
 def test_strided_with_one_step(spacing: str, node: int) -> None:
     """One node of the formula: its start, which is 1 where the formula runs upward from 1."""
     assert nodes_of(10, 1, spacing) == [node]
+
+
+# As other toolkits round them
+
+THEIRS = {  # crc32 of the sorted numbers, int16, of all K = 1..1000 steps of 1000 nodes, by diffusers 0.42.1 itself
+    ("diffusers", "leading"): 2921502615,
+    ("diffusers", "trailing"): 3479454445,
+    ("diffusers", "linspace"): 2170432359,
+    ("diffusers-multistep", "leading"): 1917271494,
+    ("diffusers-multistep", "trailing"): 3479454445,
+    ("diffusers-multistep", "linspace"): 1855724235,
+    ("diffusers-sigmas", "leading"): 2921502615,
+    ("diffusers-sigmas", "trailing"): 3479454445,
+    ("guided-diffusion", "linspace"): 3313071379,  # and by its space_timesteps
+}
+
+
+@pytest.mark.parametrize(("like", "spacing"), THEIRS)
+def test_every_count_is_rounded_as_theirs(like: Any, spacing: Any) -> None:
+    numbers = np.concatenate([stride(1000, K, spacing, like) for K in range(1, 1001)])
+    assert zlib.crc32(numbers.astype(np.int16).tobytes()) == THEIRS[like, spacing]
+
+
+def test_every_count_is_that_of_diffusers() -> None:
+    """Where it is installed: its own numbers, counted from 0, are our nodes less one."""
+    schedulers = pytest.importorskip("diffusers.schedulers", reason="its schedulers are compared with")
+    for like, kind in (("diffusers", "DDIM"), ("diffusers-multistep", "UniPCMultistep")):
+        for spacing, offset in itertools.product(["leading", "trailing", "linspace"], [0, 1]):
+            theirs = getattr(schedulers, f"{kind}Scheduler")(timestep_spacing=spacing, steps_offset=offset)
+            for K in (1, 2, 7, 15, 30, 50, 250, 999):
+                theirs.set_timesteps(K)
+                numbers = stride(1000, K, spacing, like) + offset * (spacing == "leading")
+                assert theirs.timesteps.tolist() == numbers[::-1].tolist()
+
+
+def test_how_much_the_names_hide() -> None:
+    """The same spacing, steps and chain: other nodes."""
+    other = {"trailing": 0, "linspace": 0}
+    for spacing in other:
+        for K in range(1, 1001):
+            ours, theirs = stride(1000, K, spacing), stride(1000, K, spacing, "diffusers")  # type: ignore[arg-type]
+            other[spacing] += not np.array_equal(ours, theirs)
+    assert other == {"trailing": 111, "linspace": 450}
+
+
+def test_integer_strides_of_guided_diffusion() -> None:
+    """ "ddimK" is the smallest stride i with len(range(0, N, i)) == K, or an error."""
+    for N, K in itertools.product((10, 97, 1000), range(2, 100)):
+        found = [range(0, N, i) for i in range(1, N) if len(range(0, N, i)) == K]
+        if found:
+            assert stride(N, K, "leading", "guided-diffusion").tolist() == list(found[0])
+        else:
+            with pytest.raises(ValueError, match=f"steps={K}: no integer stride|only {N} nodes"):
+                stride(N, K, "leading", "guided-diffusion")
+
+
+def test_sections_of_guided_diffusion() -> None:
+    """Its own example: of 300 nodes, 10 in the first hundred, 15 in the second, 20 in the third."""
+    nodes = Grid.strided(DDPMChain.linear(300), [10, 15, 20], "linspace", like="guided-diffusion").times
+    assert len(nodes) == 46
+    for low, K in ((0, 10), (100, 15), (200, 20)):
+        part = [n for n in nodes.tolist() if low < n <= low + 100]
+        running = itertools.accumulate([0.0] + [99 / (K - 1)] * (K - 1))  # a sum, whose rounding breaks ties
+        assert part[::-1] == [low + 1 + round(s) for s in running]
+    assert stride(10, [2, 1, 3], "linspace", "guided-diffusion").tolist() == [0, 3, 4, 7, 8, 9]
+    with pytest.raises(ValueError, match="section 1"):
+        Grid.strided(DDPMChain.linear(10), [2, 6], "linspace", like="guided-diffusion")
+
+
+@pytest.mark.parametrize("K", [1, 3, 10, 30, 97, 100, 1000])
+def test_strides_of_ddim(K: int) -> None:
+    """range(0, N, N // K), which is longer than K where K is no divisor, and linspace(0, sqrt(0.8 N), K)^2."""
+    assert stride(1000, K, "leading", "ddim").tolist() == list(range(0, 1000, 1000 // K))
+    assert stride(1000, K, "quadratic", "ddim").tolist() == [int(s) for s in np.linspace(0, np.sqrt(800), K) ** 2]
+
+
+def test_an_offset_and_an_end_at_the_first_node() -> None:
+    """Stable Diffusion's DDIM: steps_offset=1 and set_alpha_to_one=False. Their number k is our node k + 1."""
+    grid = Grid.strided(DDPMChain(), 50, "leading", like="diffusers", offset=1, end=1)
+    assert grid.times.tolist() == [*(k + 1 for k in range(981, 0, -20)), 1]
+    assert Grid.strided(DDPMChain(), 50, "leading", offset=1, end=1) == grid
+    assert Grid.strided(DDPMChain(), 4, end=1).times.tolist() == [1000, 750, 500, 250, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "message"),
+    [
+        # numpy.arange(1000, 0, -1000 / 61) has 62 numbers, and 0 - 1 is an index of the noisiest node
+        ({"steps": 61, "spacing": "trailing", "like": "diffusers"}, 61, "label -1"),
+        ({"steps": 30, "spacing": "leading", "like": "ddim"}, 31, "takes 31 steps"),
+        ({"steps": 100, "spacing": "quadratic", "like": "ddim"}, 96, "from a node to itself.*takes 96 steps"),
+        ({"steps": 1000, "spacing": "linspace", "like": "diffusers-multistep"}, 999, "from a node to itself"),
+        # set_alpha_to_one=False without an offset: the last step is from the first node to itself
+        ({"steps": 10, "spacing": "leading", "like": "diffusers", "end": 1}, 9, "from a node to itself"),
+    ],
+)
+def test_where_theirs_cannot_be_a_grid_it_is_told(options: dict[str, Any], steps: int, message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as told:
+        grid = Grid.strided(DDPMChain(), **options)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    assert grid.steps == steps
+    theirs = stride(1000, options["steps"], options["spacing"], options["like"]) + 1
+    assert set(grid.times.tolist()) == {k for k in theirs if k > 0} | {options.get("end", 0)}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("like", ["k-diffusion", "diffusers-sigmas"])
+def test_between_nodes_the_levels_are_theirs(like: Any) -> None:
+    """sigma / alpha at K numbers from N - 1 to 0: its logarithm is linear between nodes (k-diffusion), or it is."""
+    chain = DDPMChain.linear(50)
+    u = (chain.sigma(chain.nodes) / chain.alpha(chain.nodes)).numpy()
+    for K in (1, 2, 4, 9, 20, 50):
+        at = np.linspace(0, 49, K)[::-1]
+        if like == "k-diffusion":
+            expected = np.exp(np.interp(at, np.arange(50), np.log(u)))
+        else:
+            expected = np.interp(at, np.arange(50), u)
+        grid = Grid.strided(chain, K, "linspace", like=like)
+        np.testing.assert_allclose((chain.sigma(grid.times) / chain.alpha(grid.times))[:-1], expected, rtol=1e-12)
+        assert float((grid.times[:-1] - 1 - torch.tensor(at.copy())).abs().max()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"like": "diffuser"}, "expected 'diffusers'"),
+        ({"like": "ddim"}, "ddim has no spacing='trailing', but 'leading' and 'quadratic'"),
+        ({"offset": 1}, "offset=1 is for spacing='leading'"),
+        ({"offset": -1, "spacing": "leading"}, "whole number >= 0"),
+        ({"offset": 991, "spacing": "leading"}, r"1892.* outside"),
+        ({"end": 100}, "strictly decrease"),
+        ({"end": -1}, "outside"),
+        ({"steps": [4, 4]}, "steps="),
+        ({"steps": [4, 4], "like": "diffusers"}, "steps="),
+        ({"steps": 1001, "like": "diffusers"}, "only 1000 nodes"),
+    ],
+)
+def test_strides_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Grid.strided(DDPMChain(), **{"steps": 10, **options})
 
 
 # A user's own times
