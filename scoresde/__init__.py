@@ -24,7 +24,7 @@ from scoresde.schedules import *
 from scoresde.sde import *
 from scoresde.tableau import State, Tableau
 from scoresde.training import load
-from scoresde.wrappers import Clip, DynamicThreshold
+from scoresde.wrappers import Clip, DynamicThreshold, Latent
 
 __version__ = version("scoresde")
 
@@ -33,6 +33,7 @@ __all__ = [
     "Clip",
     "DynamicThreshold",
     "Grid",
+    "Latent",
     "NonFiniteError",
     "Solution",
     "State",

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import Denoiser, NetworkDenoiser, contents
+from scoresde.denoiser import Denoiser, NetworkDenoiser
+from scoresde.networks import contents
 
 __all__ = ["Steps", "in_steps", "label_in_steps"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_positive
+from scoresde.codecs import Codec
 from scoresde.entries import check_cond
 from scoresde.errors import given_to, items_of, not_finite, some
+from scoresde.networks import Holder, first_parameter, networks
 from scoresde.sde import SDE
 from scoresde.tensors import Time, as_time, check_batch, dtype_of_label, expand_like, known_any, precise, told, widen
 from scoresde.views import Affine, check_time, combine, first_where, mean_of_view, tells_nothing, view_of_mean
@@ -52,7 +54,7 @@ class Posterior(NamedTuple):
         return told(self)
 
 
-class Denoiser(ABC):
+class Denoiser(Holder, ABC):
     """E[x_0 | x_t] and its affine views. Subclasses set `sde` and implement `posterior`.
 
     Call it as `denoiser(x, t, **cond)` with x of shape (B, ...), floating point, of any rank, and t of shape () or
@@ -82,6 +84,11 @@ class Denoiser(ABC):
         """Var[x_0 | x_t] where it is one number for all x_t and all entries, known beforehand: float64 of the shape of
         t. None where it is not: `posterior` may know it all the same.
         """
+        return None
+
+    @property
+    def codec(self) -> Codec | None:
+        """Between data and x, which is a state z then; None where x is of the space of data (`scoresde.Latent`)."""
         return None
 
     @property
@@ -181,16 +188,11 @@ class NetworkDenoiser(Denoiser):
 
     @property
     def device(self) -> torch.device:
-        parameter = self._parameter()
+        parameter = first_parameter(self.net)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def _parameter(self) -> Tensor | None:
-        """The network's first floating-point parameter: its dtype and device, as they are now."""
-        parameters = self.net.parameters() if isinstance(self.net, torch.nn.Module) else iter(())
-        return next((p for p in parameters if p.is_floating_point()), None)
-
     def check_times(self, t: Tensor) -> None:
-        (r, s), parameter = self.affine(t), self._parameter()
+        (r, s), parameter = self.affine(t), first_parameter(self.net)
         dtype = torch.float64 if parameter is None else torch.promote_types(parameter.dtype, torch.float32)
         # D = r x + s N has no digit where 1 / r is below the rounding of x and N.
         if known_any(lost := (r.abs() * torch.finfo(dtype).eps >= 1) | (s.abs() > torch.finfo(dtype).max)):
@@ -212,7 +214,7 @@ class NetworkDenoiser(Denoiser):
 
     def frozen_state(self) -> dict[str, Any]:
         """What the rows of a table are made of (`scoresde.tensors.frozen`): of the network its dtype alone."""
-        return vars(self) | {"net": getattr(self._parameter(), "dtype", None)}
+        return vars(self) | {"net": getattr(first_parameter(self.net), "dtype", None)}
 
     def with_net(self, net: Callable[..., Tensor]) -> NetworkDenoiser:
         """The same denoiser around another network, an averaged copy say."""
@@ -234,7 +236,7 @@ class NetworkDenoiser(Denoiser):
             return self.outputs(as_time(t).reshape(1))(0, x, cond)
         times = precise(t).reshape(-1)
         scale = self.input_scale(times)
-        dtype = getattr(self._parameter(), "dtype", x.dtype)
+        dtype = getattr(first_parameter(self.net), "dtype", x.dtype)
         label = self.label(times)
         time = label.to(device=x.device, dtype=dtype_of_label(label, dtype)).expand(len(x), *label.shape[1:])
         return self._evaluate(x, x if scale is None else expand_like(scale, x) * x, time, dtype, cond)
@@ -245,7 +247,7 @@ class NetworkDenoiser(Denoiser):
         # Numbers, not tensors: a copy to a GPU would stall it.
         labels = label.tolist() if label.ndim == 1 else None
         scales = None if scale is None else scale.tolist()
-        parameter = self._parameter()
+        parameter = first_parameter(self.net)
         label_dtypes: dict[torch.dtype, torch.dtype] = {}
 
         def at(i: int, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
@@ -394,21 +396,6 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
             raise ValueError(f"what is given is not finite in samples {some(bad)}: no evaluation is made")
     check_cond(cond, len(x))
     _warn_of_training_mode(denoiser)
-
-
-def contents(denoiser: Denoiser) -> Iterator[Denoiser | torch.nn.Module]:
-    """The modules and denoisers that a denoiser holds, itself or in the denoisers that it wraps."""
-    for attribute in vars(denoiser).values():
-        for value in attribute if isinstance(attribute, list | tuple) else [attribute]:
-            if isinstance(value, Denoiser | torch.nn.Module):
-                yield value
-            if isinstance(value, Denoiser):
-                yield from contents(value)
-
-
-def networks(denoiser: Denoiser) -> Iterator[torch.nn.Module]:
-    """Of these the modules."""
-    return (value for value in contents(denoiser) if isinstance(value, torch.nn.Module))
 
 
 def _warn_of_training_mode(denoiser: Denoiser) -> None:

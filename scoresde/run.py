@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from scoresde.checks import ArgumentError
 from scoresde.continuity import label_in_steps
 from scoresde.denoiser import Denoiser
-from scoresde.errors import NonFiniteError, not_finite, some
+from scoresde.errors import NonFiniteError, all_finite, not_finite, some
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.pictures import html_of
@@ -23,7 +23,7 @@ from scoresde.solvers.kept import grid_of
 from scoresde.tableau import State
 from scoresde.tensors import check_batch, told, widen
 
-__all__ = ["Solution", "check_solver", "choose", "initial", "locate", "process"]
+__all__ = ["Solution", "check_solver", "choose", "decoded", "encoded", "initial", "locate", "process"]
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,18 @@ class Solution:
     """What `sample` returns.
 
     Attributes:
-        x: the samples, shape (B, ...), at grid.times[-1].
+        x: the samples, shape (B, ...), at grid.times[-1]; decoded where the denoiser has a codec (`scoresde.Latent`)
+            and the grid decreases: data, of the shape of data.
+        latent: the states that x is decoded of, z at grid.times[-1]: what another run goes on from. None without codec.
         nfe: evaluations of the denoiser that were made, each on the whole batch.
         grid: the grid that was stepped on.
-        trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...); fewer if not complete.
+        trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...), of z where there is a codec; fewer
+            if not complete.
         status: "complete", or "max_nfe" where an adaptive solver's budget ran out before the grid's end.
         t: the time that x stands at: grid.times[-1] if complete; else, where samples have steps of their own, that of
             the least advanced.
-        log_prob: if asked for, log p_t(x) in nats, shape (B,), NaN if not complete.
+        log_prob: if asked for, log p_t(x) in nats, shape (B,), NaN if not complete. With a codec without volume that of
+            `latent`, else of x.
         log_prob_stderr: its standard error from the probes, shape (B,).
     """
 
@@ -50,6 +54,7 @@ class Solution:
     t: float = 0.0
     log_prob: Tensor | None = None
     log_prob_stderr: Tensor | None = None
+    latent: Tensor | None = None
 
     __repr__ = told
 
@@ -148,6 +153,33 @@ def initial(
             stacklevel=3,  # the caller of `sample`
         )
     return source.prior(sde, shape_or_x, torch.float32, t), torch.float32
+
+
+def encoded(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) -> Tensor:
+    """Data as the states of the denoiser's diffusion, in float32 or wider: z where it has a codec, else x itself.
+
+    Raises:
+        NonFiniteError: if z is not finite where x is.
+    """
+    return widen(x) if denoiser.codec is None else _mapped("encode", denoiser.codec.encode, widen(x), cond)
+
+
+def decoded(denoiser: Denoiser, z: Tensor, cond: Mapping[str, Any] | None) -> Tensor:
+    """States as data, the other way."""
+    return z if denoiser.codec is None else _mapped("decode", denoiser.codec.decode, z, cond)
+
+
+def _mapped(name: str, function: Callable[..., Tensor], x: Tensor, cond: Mapping[str, Any] | None) -> Tensor:
+    y = function(x, **dict(cond or {}))
+    if y.dtype != x.dtype or len(y) != len(x):
+        raise ValueError(
+            f"the codec's {name} made {y.dtype} of shape {tuple(y.shape)} of {x.dtype} of shape {tuple(x.shape)}: "
+            "expected as many items, in the dtype of what is given"
+        )
+    if not all_finite(y):
+        bad = not_finite(y)
+        raise NonFiniteError(f"the codec's {name} made samples {some(bad)} non-finite", None, None, bad)
+    return y
 
 
 def locate(run: Callable[[], Iterator[State]], source: NoiseSource, end: Tensor) -> NonFiniteError:

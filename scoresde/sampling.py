@@ -17,7 +17,7 @@ from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.flow import density_run
 from scoresde.noise import Noise, NoiseSource, noise_source
-from scoresde.run import Solution, check_solver, choose, initial, locate, process
+from scoresde.run import Solution, check_solver, choose, decoded, encoded, initial, locate, process
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
 
@@ -44,6 +44,9 @@ def sample(
     log_prob: bool | str | Divergence = False,
 ) -> Solution:
     """Solve from t_max (or the grid's start) to the grid's end: up from data to noise on a `Grid.reversed`.
+
+    Where the denoiser has a codec (`scoresde.Latent`) the run is of its states z: what stands at the end of the grid
+    with less noise is data, decoded or, on an increasing grid, encoded; shapes, x_T and the trajectory are of z.
 
     Args:
         denoiser: the model.
@@ -98,6 +101,9 @@ def sample(
         raise ValueError("an increasing grid encodes data: give x, not a shape")
     x_T, out_dtype = initial(denoiser, shape_or_x, grid, source)
     check_call(denoiser, x_T, cond)
+    if grid.increasing:
+        with torch.set_grad_enabled(differentiable):
+            x_T = encoded(denoiser, x_T, cond)
     if log_prob:
         if trajectory or path or noise is not None:
             raise ValueError("log_prob= does not go with trajectory=, path= or noise=: give seed= or generator=")
@@ -123,14 +129,26 @@ def sample(
     if not all_finite(x):
         raise locate(run, source, x)
     kept = narrowed(torch.stack(states), out_dtype, "the trajectory", batch=1) if trajectory else None
+    x, latent = _results(denoiser, x, out_dtype, grid, cond, differentiable)
     return Solution(
-        narrowed(x, out_dtype, "the result"),
+        x,
         last.nfe,
         grid,
         kept,
         status="complete" if complete else "max_nfe",
         t=float(grid.times[-1]) if complete else last.t,
+        latent=latent,
     )
+
+
+def _results(
+    denoiser: Denoiser, z: Tensor, dtype: torch.dtype, grid: Grid, cond: Mapping[str, Any] | None, differentiable: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What `Solution` has of a run's end: its x, and the latent."""
+    with torch.set_grad_enabled(differentiable):
+        x = z if grid.increasing else decoded(denoiser, z, cond)
+    latent = None if denoiser.codec is None else narrowed(z, dtype, "the latent")
+    return narrowed(x, dtype, "the result"), latent
 
 
 def _shown(states: Iterator[State], solver: Solver, grid: Grid) -> Iterator[State]:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.codecs import Chained, Codec
 from scoresde.denoiser import Denoiser, NetworkDenoiser, Posterior, check_denoiser
 from scoresde.tensors import Time, expand_like
 from scoresde.views import Affine
 
-__all__ = ["Clip", "DynamicThreshold", "SameMean", "Wrapper", "lacks_variance"]
+__all__ = ["Clip", "DynamicThreshold", "Latent", "SameMean", "Wrapper", "lacks_variance"]
 
 
 class Wrapper(Denoiser):
@@ -26,6 +27,10 @@ class Wrapper(Denoiser):
     @property
     def device(self) -> torch.device:
         return self.denoiser.device
+
+    @property
+    def codec(self) -> Codec | None:
+        return self.denoiser.codec
 
     @property
     def borrowed(self) -> bool:
@@ -55,6 +60,48 @@ class SameMean(Wrapper):
 
     def check_times(self, t: Tensor) -> None:
         self.denoiser.check_times(t)
+
+
+class Latent(SameMean):
+    """A denoiser of states z whose results are data x, by a codec: z = encode(x), x = decode(z).
+
+    Shapes, x_T, trajectories and grids are of z, `sample` returns data and keeps z in `Solution.latent`, `log_prob`,
+    `elbo` and `bits_per_dim` take data, and so do `encode` and the edits. To go on wrapping it is to wrap the denoiser:
+    `Clip`, guidance and all other wrappers act on z and hand the codec on, unless they say otherwise.
+
+    Args:
+        denoiser: of z, in the shape and scale that it was trained on. If it has a codec itself, that stays next to it:
+            x -> codec -> its codec -> z.
+        codec: between data and z; None takes off the one that there is, so that results are z again.
+
+    >>> import torch
+    >>> from scoresde import VPSDE, sample
+    >>> from scoresde.codecs import Standardise
+    >>> from scoresde.exact import Gaussian
+    >>> from scoresde.solvers import DDIM
+    >>> denoiser = Gaussian(mean=[0.0], std=1.0).denoiser(VPSDE())
+    >>> found = sample(Latent(denoiser, Standardise(mean=100.0, std=5.0)), (1000, 1), DDIM(), steps=20, seed=0)
+    >>> bool((found.x - (100 + 5 * found.latent)).abs().max() < 1e-4)
+    True
+    """
+
+    def __init__(self, denoiser: Denoiser, codec: Codec | None) -> None:
+        super().__init__(denoiser)
+        if codec is not None and not isinstance(codec, Codec):
+            raise TypeError(f"codec is {type(codec).__name__}: expected a Codec of scoresde.codecs, or None")
+        inner = denoiser.codec
+        self._codec = codec if codec is None or inner is None else Chained(codec, inner)
+
+    @property
+    def codec(self) -> Codec | None:
+        return self._codec
+
+    def frozen_state(self) -> dict[str, Any]:
+        """What the rows of a table are made of (`scoresde.tensors.frozen`): the codec has no part in them."""
+        return {"denoiser": self.denoiser}
+
+    def __repr__(self) -> str:
+        return f"Latent({self.denoiser!r}, {self._codec!r})"
 
 
 class Clip(Wrapper):

@@ -22,9 +22,10 @@ from scoresde.cli.kept import CONFIG, run_settings
 from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData
 from scoresde.data.arrays import digest
-from scoresde.denoiser import Denoiser, networks
+from scoresde.denoiser import Denoiser
 from scoresde.files import sealed, unsealed, warn_unsealed, write_whole
 from scoresde.interop.source import FORMATS, from_source, source_of
+from scoresde.networks import networks
 from scoresde.pictures import is_picture
 from scoresde.report import attribute, theirs
 from scoresde.training import CheckpointError

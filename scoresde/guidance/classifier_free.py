@@ -23,10 +23,11 @@ from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_option
 from scoresde.data.conditions import nothing_like, null_of
-from scoresde.denoiser import Denoiser, Posterior, networks
+from scoresde.denoiser import Denoiser, Posterior
 from scoresde.guidance.base import Scale, check_scale, known_all, scale_at
 from scoresde.guidance.branches import Branch, Branching, Combined, evaluate, replaced, times_of
 from scoresde.guidance.rules import RULES, Rule, projected
+from scoresde.networks import networks
 from scoresde.tensors import Time, known_any, precise
 from scoresde.views import combine
 from scoresde.wrappers import lacks_variance

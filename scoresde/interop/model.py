@@ -54,15 +54,15 @@ class Published(SameMean):
         """
         return Grid.customary(self.sde, steps) if self._grid is None else self._grid(steps)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Data x (B, ...) as the state of the diffusion: the latent, or x itself where it diffuses data."""
-        codec = getattr(self.denoiser, "codec", None)
-        return x if codec is None else codec.encode(x)
+    def encode(self, x: Tensor, **cond: Any) -> Tensor:
+        """Data x (B, ...) as states of the diffusion: the latent, or x itself where it diffuses data. An encoder with
+        noise gives its mean. The condition is that of the call, for a codec that knows it.
+        """
+        return x if self.codec is None else self.codec.encode(x, **cond)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, **cond: Any) -> Tensor:
         """The way back: data of the state."""
-        codec = getattr(self.denoiser, "codec", None)
-        return z if codec is None else codec.decode(z)
+        return z if self.codec is None else self.codec.decode(z, **cond)
 
     def __repr__(self) -> str:
         return f"Published({self.about.get('format')}, {self.denoiser!r}, shape={self.shape})"
@@ -82,7 +82,7 @@ def published(
     """
     model = Published(denoiser, shape, about, grid)
     if data is not None:
-        verdict = diagnose(model.denoiser, model.encode(data), cond=cond, seed=0)
+        verdict = diagnose(model.denoiser, model.encode(data, **dict(cond or {})), cond=cond, seed=0)
         model.about["diagnosis"] = str(verdict)
         if verdict.suspicious:
             warnings.warn(f"the network does not fit its data: {verdict}", stacklevel=3)

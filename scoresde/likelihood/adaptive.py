@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.denoiser import networks
 from scoresde.entries import leaves
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.likelihood.divergence import Products
 from scoresde.likelihood.spread import Spread
 from scoresde.likelihood.volume import Progress, Volume
+from scoresde.networks import networks
 from scoresde.solvers.adaptive_ode import underflow
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.motion import Leg, Motion, NonFinite, OutOfBudget

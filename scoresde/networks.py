@@ -1,0 +1,35 @@
+"""What holds networks, denoisers and codecs, and what is asked of the networks in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["Holder", "contents", "first_parameter", "networks"]
+
+
+class Holder:
+    """An object whose attributes, or lists and tuples of them, may be networks, or holders again."""
+
+
+def contents(holder: Holder) -> Iterator[Holder | torch.nn.Module]:
+    """The modules and holders in it: a denoiser's network, the denoisers that it wraps, its codec, ..."""
+    for attribute in vars(holder).values():
+        for value in attribute if isinstance(attribute, list | tuple) else [attribute]:
+            if isinstance(value, Holder | torch.nn.Module):
+                yield value
+            if isinstance(value, Holder):
+                yield from contents(value)
+
+
+def networks(holder: Holder) -> Iterator[torch.nn.Module]:
+    """Of these the modules."""
+    return (value for value in contents(holder) if isinstance(value, torch.nn.Module))
+
+
+def first_parameter(net: object) -> Tensor | None:
+    """A network's first floating-point parameter: its dtype and device, as they are now. None where it has none."""
+    parameters = net.parameters() if isinstance(net, torch.nn.Module) else iter(())
+    return next((p for p in parameters if p.is_floating_point()), None)
