@@ -72,9 +72,9 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-def group_norm(channels: int) -> GroupNorm:
-    """At most 32 groups, of at least four channels where the number allows."""
-    return GroupNorm(math.gcd(channels, max(1, min(32, channels // 4))), channels)
+def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
+    """So many groups; by default at most 32, of at least four channels where the number allows."""
+    return GroupNorm(groups or math.gcd(channels, max(1, min(32, channels // 4))), channels)
 
 
 class InstanceNorm(nn.Module):
@@ -223,10 +223,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over the pixels, added to x; its last layer starts at zero."""
 
-    def __init__(self, channels: int, heads: int, *, dims: int = 2, skip_scale: float = 1.0) -> None:
+    def __init__(
+        self, channels: int, heads: int, *, dims: int = 2, skip_scale: float = 1.0, groups: int | None = None
+    ) -> None:
         super().__init__()
         self.heads, self.skip_scale = heads, skip_scale
-        self.norm, self.qkv = group_norm(channels), conv(dims, channels, 3 * channels, 1)
+        self.norm, self.qkv = group_norm(channels, groups), conv(dims, channels, 3 * channels, 1)
         self.project = zero(conv(dims, channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -335,6 +337,9 @@ class ResidualBlock(nn.Module):
         skip_scale: s.
         norm: "group", or "instance": both norms are `InstanceNorm`, scale and shift their own.
         dilation: of both convolutions.
+        additive: the embedding is added before the second norm, conv(SiLU(norm(conv(SiLU(norm(x))) + shift))), as in
+            DDPM, in place of scale and shift after it.
+        groups: of both group norms; None for `group_norm`'s own choice.
     """
 
     def __init__(
@@ -350,16 +355,18 @@ class ResidualBlock(nn.Module):
         skip_scale: float = 1.0,
         norm: Literal["group", "instance"] = "group",
         dilation: int = 1,
+        additive: bool = False,
+        groups: int | None = None,
     ) -> None:
         super().__init__()
         check_option(("down", "up", None), resample=resample)
         check_option(("group", "instance"), norm=norm)
-        self.skip_scale = skip_scale
+        self.skip_scale, self.additive = skip_scale, additive
         grouped = norm == "group"
-        self.norm1 = group_norm(inputs) if grouped else InstanceNorm(inputs, embedding)
+        self.norm1 = group_norm(inputs, groups) if grouped else InstanceNorm(inputs, embedding)
         self.conv1 = conv(dims, inputs, outputs, 3, dilation=dilation)
-        self.modulate = nn.Linear(embedding, 2 * outputs) if grouped else None
-        self.norm2 = group_norm(outputs) if grouped else InstanceNorm(outputs, embedding)
+        self.modulate = nn.Linear(embedding, (1 if additive else 2) * outputs) if grouped else None
+        self.norm2 = group_norm(outputs, groups) if grouped else InstanceNorm(outputs, embedding)
         self.conv2 = zero(conv(dims, outputs, outputs, 3, dilation=dilation))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Identity() if inputs == outputs else conv(dims, inputs, outputs, 1)
@@ -373,6 +380,8 @@ class ResidualBlock(nn.Module):
         h = self.conv1(h)
         if self.modulate is None:
             h = self.norm2(h, embedding)
+        elif self.additive:
+            h = self.norm2(h + _modulation(self.modulate, x, embedding))
         else:
             scale, shift = _modulation(self.modulate, x, embedding).chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift

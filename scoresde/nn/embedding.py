@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scoresde.checks import check_count
+from scoresde.tensors import known_any
 
 __all__ = ["TimeEmbedding"]
 
@@ -35,10 +36,13 @@ class TimeEmbedding(nn.Module):
             of the label: 16 for log sigma (Song et al.), about 1 for t in [0, 1], 0.001 for 999 t. They are drawn once
             from `seed`, held as a buffer and never trained.
         seed: of those frequencies.
+        time_features: number of the sinusoidal or Fourier features, by default that of the result.
+        null_class: False for a network that was trained with a class always: it then takes no call without one.
 
     Raises:
         ValueError: unless features is even and positive, counts are >= 1 and fourier is positive; by the call, if
-            label or vector is unexpected, the vector is missing, or either has another shape or type.
+            label or vector is unexpected, the vector is missing, or either has another shape or type; and without a
+            class if null_class is False.
     """
 
     frequencies: Tensor | None
@@ -52,21 +56,24 @@ class TimeEmbedding(nn.Module):
         vector: int | None = None,
         fourier: float | None = None,
         seed: int = 0,
+        time_features: int | None = None,
+        null_class: bool = True,
     ) -> None:
         super().__init__()
-        if features < 2 or features % 2:
-            raise ValueError(f"features={features}: expected an even number >= 2")
+        told = features if time_features is None else time_features
+        if told < 2 or told % 2:
+            raise ValueError(f"features={told}: expected an even number >= 2")
         check_count(**{k: n for k, n in {"num_classes": num_classes, "vector": vector}.items() if n is not None})
         if fourier is not None and not 0 < fourier < math.inf:
             raise ValueError(f"fourier={fourier}: expected a positive scale of the frequencies, or None")
-        self.log_step = -math.log(max_period) / (features // 2)
-        self.inward, self.outward = nn.Linear(features, features), nn.Linear(features, features)
+        self.log_step, self.null_class = -math.log(max_period) / (told // 2), null_class
+        self.inward, self.outward = nn.Linear(told, features), nn.Linear(features, features)
         self.classes = None if num_classes is None else nn.Embedding(num_classes, features)
         self.vectors = None if vector is None else nn.Linear(vector, features)
         frequencies = None
         if fourier is not None:
             generator = torch.Generator().manual_seed(seed)
-            frequencies = fourier * torch.randn(features // 2, generator=generator, device="cpu", dtype=torch.float32)
+            frequencies = fourier * torch.randn(told // 2, generator=generator, device="cpu", dtype=torch.float32)
         self.register_buffer("frequencies", frequencies)
 
     @property
@@ -105,6 +112,13 @@ class TimeEmbedding(nn.Module):
         return features
 
     def _check(self, time: Tensor, label: Any, vector: Tensor | None) -> None:
+        if self.classes is not None and not self.null_class:
+            n = self.classes.num_embeddings
+            if label is None or known_any(torch.as_tensor(label) >= n):
+                raise ValueError(
+                    f"label={label}: this network was never trained without a class: pass label= of 0 to {n - 1}, in "
+                    "sampling cond={'label': ...}"
+                )
         if label is not None:
             if self.classes is None:
                 raise ValueError("this network has no classes: build it with num_classes= to pass a label")

@@ -8,7 +8,7 @@ way up resizes to the skip it meets.
     DDPM      attention=(1,)
     DDPM++    resample="block", skip_scale=0.5**0.5
     NCSN++    the same, with fir=(1, 3, 3, 1) and fourier=16 on the label log sigma
-    ADM       resample="block", attention at 32, 16 and 8 pixels, 64 features per head
+    ADM       resample="block", attention at 32, 16 and 8 pixels, head_channels=64
 
 An image c that it is conditional on meets x at the entrance, in one of two ways:
 
@@ -78,16 +78,12 @@ PRESETS: dict[int, dict[str, Any]] = {
 
 
 class _Stage(nn.Module):
-    """A residual block of these options, then attention where `heads` is given."""
+    """A residual block, then attention where there is one."""
 
-    def __init__(
-        self, inputs: int, outputs: int, embedding: int, dropout: float, heads: int | None, **options: Any
-    ) -> None:
+    def __init__(self, block: ResidualBlock, attention: Attention | None) -> None:
         super().__init__()
-        self.block = ResidualBlock(inputs, outputs, embedding, dropout, **options)
-        self.attention: nn.Module = nn.Identity()
-        if heads is not None:
-            self.attention = Attention(outputs, heads, dims=options["dims"], skip_scale=options["skip_scale"])
+        self.block = block
+        self.attention: nn.Module = nn.Identity() if attention is None else attention
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h: Tensor = self.attention(self.block(x, embedding))
@@ -136,6 +132,12 @@ class UNet(nn.Module):
         out_channels: channels of the result; twice those of x for improved DDPM's learned variances.
         norm: of the residual blocks: "group", or "instance", conditional instance norm (`InstanceNorm` of
             `scoresde.nn.blocks`).
+        head_channels: features of each attention head, in place of their number.
+        additive: the embedding is added in a residual block, as in DDPM, in place of scale and shift.
+        groups: of every group norm; by default at most 32, of at least four channels.
+        time_features: number of the sinusoidal or Fourier features of the label, by default `embedding`.
+        embedding: width of the embedding of time, class and vector, by default 4 channels.
+        null_class: False for a network that was trained with a class always: a call without one is an error.
 
     Raises:
         ValueError: if an option is not one of those, there is no level, an attention level does not exist, or heads do
@@ -164,11 +166,18 @@ class UNet(nn.Module):
         fourier: float | None = None,
         out_channels: int | None = None,
         norm: Literal["group", "instance"] = "group",
+        head_channels: int | None = None,
+        additive: bool = False,
+        groups: int | None = None,
+        time_features: int | None = None,
+        embedding: int | None = None,
+        null_class: bool = True,
     ) -> None:
         super().__init__()
         outputs = image_channels if out_channels is None else out_channels
         check_count(image_channels=image_channels, channels=channels, blocks=blocks, heads=heads, patch=patch)
-        check_count(out_channels=outputs)
+        sizes = {"head_channels": head_channels, "groups": groups, "embedding": embedding}
+        check_count(out_channels=outputs, **{name: n for name, n in sizes.items() if n is not None})
         check_option((1, 2, 3), dims=dims)
         check_option(("conv", "block", "dilate"), resample=resample)
         if fir is not None:
@@ -191,10 +200,20 @@ class UNet(nn.Module):
                 f"attention at levels {tuple(attention)} of a U-Net with {len(widths)} levels: expected one level or "
                 "more, of which 0 is the finest"
             )
-        if wrong := [w for level, w in enumerate(widths) if w % heads and (level in attention or w == widths[-1])]:
-            raise ValueError(f"heads={heads} does not divide the {wrong[0]} features of a level with attention")
-        embedding = 4 * channels
-        self.time = TimeEmbedding(embedding, num_classes=num_classes, vector=vector, fourier=fourier)
+        divisor, told = (heads, "heads") if head_channels is None else (head_channels, "head_channels")
+        if wrong := [w for level, w in enumerate(widths) if w % divisor and (level in attention or w == widths[-1])]:
+            raise ValueError(f"{told}={divisor} does not divide the {wrong[0]} features of a level with attention")
+        if groups is not None and (wrong := [w for w in (channels, *widths) if w % groups]):
+            raise ValueError(f"groups={groups} does not divide the {wrong[0]} features of a level")
+        embedding = 4 * channels if embedding is None else embedding
+        self.time = TimeEmbedding(
+            embedding,
+            num_classes=num_classes,
+            vector=vector,
+            fourier=fourier,
+            time_features=time_features,
+            null_class=null_class,
+        )
         self.dims, self.image_condition, self.patch, self.blocks = dims, image_condition, patch, blocks
         self.encoder: Encoder | None = None
         if image_blocks is not None:
@@ -202,21 +221,22 @@ class UNet(nn.Module):
         concatenated = image_channels + (image_condition if image_blocks is None else 0)
         self.inward = conv(dims, concatenated * patch**dims, channels, 3)
 
-        options: dict[str, Any] = {"dims": dims, "skip_scale": skip_scale, "norm": norm}
+        options: dict[str, Any] = {"dims": dims, "skip_scale": skip_scale, "groups": groups}
+        residual: dict[str, Any] = {**options, "norm": norm, "additive": additive}
 
         def apart(level: int) -> int:
             return 2**level if resample == "dilate" else 1
 
         def stage(inputs: int, outputs: int, level: int, attend: bool) -> _Stage:
-            return _Stage(
-                inputs, outputs, embedding, dropout, heads if attend else None, **options, dilation=apart(level)
-            )
+            number = heads if head_channels is None else outputs // head_channels
+            block = ResidualBlock(inputs, outputs, embedding, dropout, **residual, dilation=apart(level))
+            return _Stage(block, Attention(outputs, number, **options) if attend else None)
 
         def between(width: int, level: int, way: Literal["down", "up"]) -> nn.Module:
             if resample == "dilate":
                 return conv(dims, width, width, 3, dilation=apart(level))
             if resample == "block":
-                return ResidualBlock(width, width, embedding, dropout, **options, resample=way, fir=fir)
+                return ResidualBlock(width, width, embedding, dropout, **residual, resample=way, fir=fir)
             if way == "up":
                 return conv(dims, width, width, 3)
             if fir is None:
@@ -243,7 +263,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.grow.append(between(width, level - 1, "up"))
         self.enlarge = Double(dims, fir if resample == "conv" else None)
-        self.norm, self.outward = group_norm(width), zero(conv(dims, width, outputs * patch**dims, 3))
+        self.norm, self.outward = group_norm(width, groups), zero(conv(dims, width, outputs * patch**dims, 3))
 
     @property
     def condition_sizes(self) -> dict[str, int]:
