@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import torch
-from kept import Clock, Numbers, Score, Scores, floor, made_on, published_table, score_table
+from kept import Clock, Numbers, Scores, floor, made_on, published_table, score_table, verdict
 from problems import user_data
 from torch import Tensor
 from tqdm import tqdm
@@ -53,7 +53,6 @@ from scoresde.cli.models import load_denoiser
 from scoresde.data import digits, fashion_mnist
 from scoresde.info import environment
 from scoresde.likelihood import outer_edges
-from scoresde.likelihood.interval import student
 from scoresde.metrics import frechet_distance
 from scoresde.nn import UNet
 from scoresde.noise import derive_seed
@@ -450,15 +449,6 @@ def both_tables(scores: Scores, published: Mapping[str, Sequence[float]]) -> lis
     return [*ours, "", "Published, CIFAR-10:", "", *theirs]
 
 
-def verdict(first: Score, second: Score) -> str:
-    """Whether the first is lower: "yes", "no", or "tie" where the 95 % interval of the paired differences holds 0."""
-    difference = Score.of((first.values - second.values).tolist())
-    wide = float(student(torch.tensor(len(difference.values) - 1.0))) * difference.stderr
-    if not abs(difference.mean) > wide:
-        return "tie"
-    return "yes" if difference.mean < 0 else "no"
-
-
 class Ordering(NamedTuple):
     """That one method is ahead of another: the K at which it was published to be, and what was found here."""
 
@@ -514,9 +504,9 @@ def summary(found: Mapping[str, Sequence[Ordering]], steps: Sequence[int]) -> st
     texts = []
     for kind, title in (("bits", "In bits/dim"), ("frechet", "In Frechet distance")):
         words = f"{title}, of {len(found[kind])} published orderings,"
-        for verdict, said in (("yes", "reproduced"), ("in part", "in part"), ("tie", "a tie"), ("no", "not")):
-            these = [o for o in found[kind] if o.reproduced[0] == verdict]
-            if these and verdict == "in part":
+        for word, said in (("yes", "reproduced"), ("in part", "in part"), ("tie", "a tie"), ("no", "not")):
+            these = [o for o in found[kind] if o.reproduced[0] == word]
+            if these and word == "in part":
                 listed = "; ".join(f"{o.first} before {o.second} ({o.reproduced[1]})" for o in these)
             else:
                 listed = ", ".join(f"{o.first} before {o.second}" for o in these)

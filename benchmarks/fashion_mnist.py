@@ -10,6 +10,7 @@ The networks are those of benchmarks/networks.py, VP (predicts eps) and EDM.
              the data's range and without
     grids    Adams, DPM-Solver++(2M) and UniPC-3 on their default grid, on that of version 0.1 and on evenly spaced
              times, and what `scoresde.tuning.choose` finds for 5, 8 and 10 evaluations on samples of other noise
+    correctors   predictor alone at N and 2 N steps, corrector alone, both: benchmarks/correctors.py
     bits     bits/dim of held-out images through the probability-flow ODE
 
 Samples are judged by their Frechet distance to the 10,000 held-out images, in the features of the classifier that comes
@@ -31,6 +32,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
+import correctors
 import matplotlib
 import torch
 from kept import Clock, Numbers, Score, Scores, floor, made_on, published_table, score_table
@@ -182,6 +184,10 @@ class Experiment:
             self._numbers[part, name] = Numbers(self.folder / f"{part}-{name}.jsonl", about, "fashion-mnist")
         return self._numbers[part, name]
 
+    def commits(self) -> list[str]:
+        """That the numbers were measured at."""
+        return sorted(set().union(*(numbers.commits() for numbers in self._numbers.values())), key=len)
+
     def clock(self, name: str) -> Clock:
         return self.clocks.setdefault(name, Clock(self.folder / f"seconds-{name}.json"))
 
@@ -206,12 +212,20 @@ class Experiment:
         return x.clamp(-1, 1) if clip else x
 
     def frechet(
-        self, part: str, name: str, row: str, nfe: int, solver: Solver, grid: Grid | int, clip: bool = True
+        self,
+        part: str,
+        name: str,
+        row: str,
+        nfe: int,
+        solver: Solver,
+        grid: Grid | int,
+        clip: bool = True,
+        sets: int | None = None,
     ) -> Score:
         """The distances of some sets of samples; sets that are kept are not drawn again."""
         numbers, key = self.numbers(part, name), f"{row}, {'clipped' if clip else 'as it is'}"
         found = list(numbers.get(part, key, nfe) or [])
-        sets = self.size.sets if nfe < 1000 else 1
+        sets = sets or (self.size.sets if nfe < 1000 else 1)
         for number in range(len(found), sets):
             with self.clock(name)(part):
                 x = self.draw(name, solver, grid, clip, number, self.size.set_size)
@@ -323,6 +337,7 @@ def pictures(experiment: Experiment) -> dict[str, Callable[[], Tensor]]:
 def report(experiment: Experiment, out: Path) -> str:
     """Do what is not done yet, and write everything."""
     etas, race, grids, bits = experiment.etas(), experiment.race(), experiment.grids(), experiment.bits()
+    corrected = correctors.correctors(experiment, NETWORKS)
     size, about, (real, real_std) = experiment.size, environment(experiment.device), experiment.real()
     for name, picture in pictures(experiment).items():
         write_png(out / f"samples-{name}.png", side_by_side(to_levels(picture())))
@@ -330,7 +345,8 @@ def report(experiment: Experiment, out: Path) -> str:
     page = [
         "# Samplers on two networks trained on Fashion-MNIST",
         "",
-        f"{made_on(about)} {minutes:.0f} minutes of processor time.",
+        f"{made_on(about)} {minutes:.0f} minutes of processor time. Finished numbers are kept: these were measured at "
+        f"the commits {', '.join(experiment.commits())}.",
         "",
         "The networks, VP and EDM, are those of [networks](../networks). Frechet distance to the 10,000 held-out "
         f"images in the features of the library's classifier, in sets of {size.set_size} samples: mean and, in "
@@ -349,6 +365,8 @@ def report(experiment: Experiment, out: Path) -> str:
         "",
         "VP, clipped means. Sub-sequences are quadratic in t, as the paper's for CIFAR-10; all 1000 steps are evenly "
         "spaced.",
+        "",
+        *correctors.lines(corrected),
         "",
         "## Solvers at few evaluations",
         "",
@@ -401,6 +419,7 @@ def report(experiment: Experiment, out: Path) -> str:
             "size": repr(size),
             "real": {"mean": real, "std": real_std},
             "etas": _listed(etas),
+            "correctors": correctors.listed(corrected),
             "race": [[*key, _listed(scores)] for key, scores in race.items()],
             "grids": [[*key, _listed(scores)] for key, scores in grids.items()],
             "bits": [[name, score.mean, score.stderr, nfe] for name, (score, nfe) in bits.items()],
@@ -433,6 +452,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.only:
         for part in (experiment.race, experiment.grids, experiment.bits):
             part([args.only])
+        correctors.correctors(experiment, [args.only])
         if args.only == "VP":
             experiment.etas()
         return

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde.info import environment
+from scoresde.likelihood.interval import student
 from scoresde.metrics import frechet_distance
 from scoresde.noise import derive_seed
 from scoresde.report import Cells, table, write_json
@@ -65,6 +67,7 @@ class Numbers:
 
     def __init__(self, path: Path, model: str, features: str) -> None:
         self.model, self.features = model, features
+        self.commit = environment()["commit"]
         self.cells = Cells(path, "benchmarks/kept.py", "numbers", {}, lambda found: (found["model"], *found["of"]))
 
     def get(self, kind: str, name: str, K: int) -> list[float] | None:
@@ -73,7 +76,12 @@ class Numbers:
 
     def put(self, kind: str, name: str, K: int, values: Sequence[float]) -> None:
         rounded = [float(f"{value:.7g}") for value in values]
-        self.cells.write({"model": self.model, "of": [self._kind(kind), name, K], "values": rounded})
+        found = {"model": self.model, "of": [self._kind(kind), name, K], "values": rounded, "commit": self.commit}
+        self.cells.write(found)
+
+    def commits(self) -> set[str]:
+        """That the numbers were measured at; "earlier ones" of those that do not say so."""
+        return {found.get("commit", "earlier ones") for found in self.cells.done.values()}
 
     def scores(self, kind: str, steps: Sequence[int]) -> Scores:
         """Those of a kind, for those K."""
@@ -100,6 +108,15 @@ class Score(NamedTuple):
 
 Scores = dict[tuple[str, int], Score]
 """(method, K) to its score."""
+
+
+def verdict(first: Score, second: Score) -> str:
+    """Whether the first is lower: "yes", "no", or "tie" where the 95 % interval of the paired differences holds 0."""
+    difference = Score.of((first.values - second.values).tolist())
+    wide = float(student(torch.tensor(len(difference.values) - 1.0))) * difference.stderr
+    if not abs(difference.mean) > wide:
+        return "tie"
+    return "yes" if difference.mean < 0 else "no"
 
 
 def number(value: float) -> str:

@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import analytic_variance
+import correctors
 import likelihood
 import networks
 import noise
@@ -24,6 +25,7 @@ import problems
 import step_counts
 import users_view
 from common import SDES, Nonlinear, generator, normal
+from kept import Score, verdict
 
 from scoresde import EDMSDE, VESDE, VPSDE, DDPMChain, EpsDenoiser, FlowSDE, Grid, SubVPSDE, sample
 from scoresde.exact import Gaussian, GaussianMixture
@@ -492,12 +494,23 @@ def test_a_quiet_last_step_is_that_of_the_optimal_variance():
 
 
 def test_what_an_ordering_says():
-    lower, higher = analytic_variance.Score.of([1.0, 2.0, 3.0]), analytic_variance.Score.of([1.5, 2.6, 3.5])
-    noisy = analytic_variance.Score.of([3.0, 1.0, 2.0])
-    verdicts = [analytic_variance.verdict(*pair) for pair in ((lower, higher), (higher, lower), (lower, noisy))]
+    lower, higher, noisy = map(Score.of, ([1.0, 2.0, 3.0], [1.5, 2.6, 3.5], [3.0, 1.0, 2.0]))
+    verdicts = [verdict(*pair) for pair in ((lower, higher), (higher, lower), (lower, noisy))]
     assert verdicts == ["yes", "no", "tie"]
     ordering = analytic_variance.Ordering("a", "b", [10, 25], {5: "no", 10: "yes", 25: "no", 50: "no", 100: "tie"})
     assert ordering.reproduced == ("in part", "as published at 10, 50; tie at 100; reversed at 25")
+
+
+def test_what_the_predictor_corrector_table_says():
+    """The paper's own numbers, as runs around their means, are as published wherever its table decides."""
+    for published in correctors.PUBLISHED.values():
+        scores = {
+            correctors.key_of(cell): Score.of([mean + std * z for z in (-0.1, 0.0, 0.1)])
+            for cell, (mean, std) in published.items()
+        }
+        found = correctors.orderings(scores, published)
+        assert all(o.here == o.published for o in found if o.published != "tie")
+        assert sum(o.published == "yes" for o in found) > len(found) / 2
 
 
 def test_networks_are_trained_chosen_and_written(tmp_path, monkeypatch):
