@@ -17,7 +17,8 @@ itself, shows what the solver leaves, and the floor what as many draws of the po
     time          of the processor, over that of the unguided sampler on the same batch; the denoiser here costs next
                   to nothing, so this is mostly the method's own work
 
-Each is a mean over the measurements. Written into --out: README.md, results.json, posterior.png, samples.png.
+Each is a mean over the measurements, errors with their standard error over them. Written into --out: README.md,
+results.json, posterior.png, samples.png.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kept import made_on
+from kept import Score, made_on
 from problems import Counted
 from torch import Tensor
 from tqdm import tqdm
@@ -216,7 +217,8 @@ EXACT, FLOOR = "exact guidance", "floor"
 
 @dataclass(frozen=True)
 class Row:
-    """A method on a problem at one level of noise; see the module. `modes` is None for one component."""
+    """A method on a problem at one level of noise; see the module. `modes` is None for one component; `stderr` has the
+    standard errors of the four."""
 
     method: str
     noise: float
@@ -224,6 +226,7 @@ class Row:
     mean: float
     covariance: float
     modes: float | None
+    stderr: list[float]
     calls: int
     backward: int
     seconds: float
@@ -274,17 +277,21 @@ def run(
     rows, unit = [], found["unguided"][3]
     for name, (x, calls, backward, seconds) in found.items():
         each_error = [errors(problem, *of) for of in zip(x, posteriors, references, strict=True)]
-        sw, mean, cov, modes = (sum(column) / len(y) for column in zip(*each_error, strict=True))
-        share = modes if len(problem.means) > 1 else None
-        rows.append(Row(name, noise, sw, mean, cov, share, calls, backward, seconds, seconds / unit))
+        scores = [Score.of(column) for column in zip(*each_error, strict=True)]
+        sw, mean, cov, modes = (score.mean for score in scores)
+        share, stderr = modes if len(problem.means) > 1 else None, [score.stderr for score in scores]
+        rows.append(Row(name, noise, sw, mean, cov, share, stderr, calls, backward, seconds, seconds / unit))
     return rows, {name: x for name, (x, *_) in found.items()}
 
 
 # --- the page and the pictures ---------------------------------------------------------------------------------------
 
 
-def figures(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if value < 9.995 else f"{value:.3g}"
+def figures(value: float | None, stderr: float = math.nan) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.3f}" if value < 9.995 else f"{value:.3g}"
+    return text if math.isnan(stderr) else f"{text} ({stderr:.1g})"
 
 
 HEAD = ["method", "sliced W2", "mean", "covariance", "modes", "calls", "backward", "time"]
@@ -294,9 +301,24 @@ def errors_table(rows: Sequence[Row]) -> str:
     shown = []
     for row in rows:
         cost = [row.calls, row.backward, f"{row.ratio:.1f}"] if row.calls else ["", "", ""]
-        shown.append([row.method, *map(figures, (row.sliced_w2, row.mean, row.covariance, row.modes)), *cost])
+        errors = map(figures, (row.sliced_w2, row.mean, row.covariance, row.modes), row.stderr)
+        shown.append([row.method, *errors, *cost])
     head, _, *lines = table(HEAD, shown)
     return "\n".join([head, "|---|" + "---:|" * (len(HEAD) - 1), *lines])
+
+
+def diverged(results: dict[str, list[Row]]) -> str:
+    """Which methods are further from the posterior than samples that know nothing of the measurement."""
+    found = []
+    for name, rows in results.items():
+        unguided = {row.noise: row.sliced_w2 for row in rows if row.method == "unguided"}
+        found += [
+            f"{row.method} on {name} at noise {row.noise:g} ({figures(row.sliced_w2)} beside "
+            f"{figures(unguided[row.noise])}" + (", it diverges)" if row.sliced_w2 > 100 * unguided[row.noise] else ")")
+            for row in rows
+            if not row.sliced_w2 <= unguided[row.noise]
+        ]
+    return f"Further from the posterior than unguided samples, by sliced W2: {'; '.join(found) or 'none'}."
 
 
 def report(results: dict[str, list[Row]], args: argparse.Namespace, about: dict[str, str]) -> str:
@@ -312,7 +334,8 @@ def report(results: dict[str, list[Row]], args: argparse.Namespace, about: dict[
         "either is not told apart from the posterior by this test.",
         "![errors](posterior.png)",
         "![samples](samples.png)",
-        "What the columns are, each a mean over the measurements:",
+        diverged(results),
+        "What the columns are, each a mean over the measurements, errors with their standard error over them:",
         "    sliced W2" + meanings,
     ]
     for name, rows in results.items():
