@@ -122,7 +122,8 @@ def diagnose(
 
     Args:
         denoiser: the model. A level is one call of the network on all of x0, and of an adapter about ten.
-        x0: clean data as the model was trained on, shape (B, ...); some hundred samples are plenty, of few dimensions
+        x0: clean data as the network was trained on, shape (B, ...): z = `denoiser.codec.encode(x)` where there is a
+            codec, which is not used here; some hundred samples are plenty, of few dimensions
             thousands: a label off by one of a thousand shows from about 3 10^5 numbers in all on.
         cond: keyword arguments for the network.
         levels: number of noise levels.

@@ -13,7 +13,7 @@ from torch import Tensor
 from scoresde.checks import ArgumentError
 from scoresde.continuity import label_in_steps
 from scoresde.denoiser import Denoiser
-from scoresde.errors import NonFiniteError, all_finite, not_finite, some
+from scoresde.errors import NonFiniteError, all_finite, narrowed, not_finite, some
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
 from scoresde.pictures import html_of
@@ -23,7 +23,7 @@ from scoresde.solvers.kept import grid_of
 from scoresde.tableau import State
 from scoresde.tensors import check_batch, told, widen
 
-__all__ = ["Solution", "check_solver", "choose", "decoded", "encoded", "initial", "locate", "process"]
+__all__ = ["Solution", "check_solver", "choose", "encoded", "initial", "locate", "process", "results"]
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Solution:
         latent: the states that x is decoded of, z at grid.times[-1]: what another run goes on from. None without codec.
         nfe: evaluations of the denoiser that were made, each on the whole batch.
         grid: the grid that was stepped on.
-        trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...), of z where there is a codec; fewer
-            if not complete.
+        trajectory: if asked for, the states at all grid.times, shape (N + 1, B, ...); fewer if not complete. With a
+            codec they are z.
         status: "complete", or "max_nfe" where an adaptive solver's budget ran out before the grid's end.
         t: the time that x stands at: grid.times[-1] if complete; else, where samples have steps of their own, that of
             the least advanced.
-        log_prob: if asked for, log p_t(x) in nats, shape (B,), NaN if not complete. With a codec without volume that of
-            `latent`, else of x.
+        log_prob: if asked for, log p_t(x) in nats, shape (B,), NaN if not complete.
         log_prob_stderr: its standard error from the probes, shape (B,).
+        log_prob_of: what it is the density of: "x", or, with a codec that has no volume, "z", the latent.
     """
 
     x: Tensor
@@ -54,6 +54,7 @@ class Solution:
     t: float = 0.0
     log_prob: Tensor | None = None
     log_prob_stderr: Tensor | None = None
+    log_prob_of: Literal["x", "z"] | None = None
     latent: Tensor | None = None
 
     __repr__ = told
@@ -164,9 +165,18 @@ def encoded(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) -> Te
     return widen(x) if denoiser.codec is None else _mapped("encode", denoiser.codec.encode, widen(x), cond)
 
 
-def decoded(denoiser: Denoiser, z: Tensor, cond: Mapping[str, Any] | None) -> Tensor:
-    """States as data, the other way."""
-    return z if denoiser.codec is None else _mapped("decode", denoiser.codec.decode, z, cond)
+def results(
+    denoiser: Denoiser, z: Tensor, dtype: torch.dtype, grid: Grid, cond: Mapping[str, Any] | None
+) -> tuple[Tensor, Tensor | None]:
+    """What `Solution` has of a run's end: its x, decoded on the way down where there is a codec, and then the latent.
+
+    Raises:
+        NonFiniteError: if x is not finite where z is, or overflows in that dtype.
+    """
+    if denoiser.codec is None:
+        return narrowed(z, dtype, "the result"), None
+    x = z if grid.increasing else _mapped("decode", denoiser.codec.decode, z, cond)
+    return narrowed(x, dtype, "the result"), narrowed(z, dtype, "the latent")
 
 
 def _mapped(name: str, function: Callable[..., Tensor], x: Tensor, cond: Mapping[str, Any] | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.flow import density_run
 from scoresde.noise import Noise, NoiseSource, noise_source
-from scoresde.run import Solution, check_solver, choose, decoded, encoded, initial, locate, process
+from scoresde.run import Solution, check_solver, choose, encoded, initial, locate, process, results
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
 
@@ -74,7 +74,8 @@ def sample(
             does so by itself.
         log_prob: of the samples too, in the same pass: True or "hutchinson", with one probe an evaluation, "exact", or
             a `scoresde.likelihood.Divergence`. For deterministic solvers, tables and `AdaptiveODE`; the run ends at
-            t_min (or the end of your grid, which must have noise), where the density is that of the solution's x. Take
+            t_min (or the end of your grid, which must have noise), where the density is that of the solution's x; with
+            a codec that has no volume, of its latent (`Solution.log_prob_of`). Take
             a solver in a view along the curve, UniPC(3, view="v", variable="half_log_snr") say, `log_prob`'s own: their
             volumes are the most exact.
 
@@ -129,7 +130,8 @@ def sample(
     if not all_finite(x):
         raise locate(run, source, x)
     kept = narrowed(torch.stack(states), out_dtype, "the trajectory", batch=1) if trajectory else None
-    x, latent = _results(denoiser, x, out_dtype, grid, cond, differentiable)
+    with torch.set_grad_enabled(differentiable):
+        x, latent = results(denoiser, x, out_dtype, grid, cond)
     return Solution(
         x,
         last.nfe,
@@ -139,16 +141,6 @@ def sample(
         t=float(grid.times[-1]) if complete else last.t,
         latent=latent,
     )
-
-
-def _results(
-    denoiser: Denoiser, z: Tensor, dtype: torch.dtype, grid: Grid, cond: Mapping[str, Any] | None, differentiable: bool
-) -> tuple[Tensor, Tensor | None]:
-    """What `Solution` has of a run's end: its x, and the latent."""
-    with torch.set_grad_enabled(differentiable):
-        x = z if grid.increasing else decoded(denoiser, z, cond)
-    latent = None if denoiser.codec is None else narrowed(z, dtype, "the latent")
-    return narrowed(x, dtype, "the result"), latent
 
 
 def _shown(states: Iterator[State], solver: Solver, grid: Grid) -> Iterator[State]:
@@ -186,5 +178,21 @@ def _with_density(
     if volume.status != "complete":
         value, stderr = torch.full_like(value, math.nan), torch.full_like(stderr, math.nan)
     wide = x_T.dtype
-    x = narrowed(x, out_dtype, "the result")
-    return Solution(x, volume.nfe, grid, None, volume.status, volume.t, value.to(wide), stderr.to(wide))
+    with torch.set_grad_enabled(differentiable):
+        x, latent = results(denoiser, x, out_dtype, grid, cond)
+    of: Literal["x", "z"] = "x"
+    if denoiser.codec is not None:
+        with torch.set_grad_enabled(differentiable):
+            log_volume = denoiser.codec.log_volume(x, **dict(cond or {}))
+        value, of = (value, "z") if log_volume is None else (value + log_volume, "x")
+    return Solution(
+        x,
+        volume.nfe,
+        grid,
+        status=volume.status,
+        t=volume.t,
+        log_prob=value.to(wide),
+        log_prob_stderr=stderr.to(wide),
+        log_prob_of=of,
+        latent=latent,
+    )

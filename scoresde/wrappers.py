@@ -13,7 +13,7 @@ from scoresde.denoiser import Denoiser, NetworkDenoiser, Posterior, check_denois
 from scoresde.tensors import Time, expand_like
 from scoresde.views import Affine
 
-__all__ = ["Clip", "DynamicThreshold", "Latent", "SameMean", "Wrapper", "lacks_variance"]
+__all__ = ["Clip", "DynamicThreshold", "Latent", "SameMean", "Wrapper", "lacks_variance", "without_codec"]
 
 
 class Wrapper(Denoiser):
@@ -102,6 +102,11 @@ class Latent(SameMean):
 
     def __repr__(self) -> str:
         return f"Latent({self.denoiser!r}, {self._codec!r})"
+
+
+def without_codec(denoiser: Denoiser) -> Denoiser:
+    """The denoiser with results of its own space: itself, where it has no codec."""
+    return denoiser if denoiser.codec is None else Latent(denoiser, None)
 
 
 class Clip(Wrapper):

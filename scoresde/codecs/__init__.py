@@ -6,7 +6,7 @@ autoencoder.py  AutoencoderCodec: a network's encoder and decoder, with a bound
 """
 
 from scoresde.codecs.autoencoder import AutoencoderCodec
-from scoresde.codecs.base import Chained, Codec, Encoding
+from scoresde.codecs.base import Chained, Codec, Encoded
 from scoresde.codecs.linear import Orthonormal, Shift, Standardise
 
-__all__ = ["AutoencoderCodec", "Chained", "Codec", "Encoding", "Orthonormal", "Shift", "Standardise"]
+__all__ = ["AutoencoderCodec", "Chained", "Codec", "Encoded", "Orthonormal", "Shift", "Standardise"]

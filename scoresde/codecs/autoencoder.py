@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_count
-from scoresde.codecs.base import Codec, Encoding
+from scoresde.codecs.base import Codec, Encoded
 from scoresde.networks import first_parameter
 from scoresde.tensors import precise
 
@@ -67,9 +67,9 @@ class AutoencoderCodec(Codec):
         m = z / _on(self.scale, z) + _on(self.shift, z)
         return torch.cat([_called(self.decoder, part) for part in self._parts(m)]).to(z)
 
-    def encoding(self, x: Tensor, /, **cond: Any) -> Encoding | None:
+    def encoding(self, x: Tensor, /, **cond: Any) -> Encoded | None:
         z, std = self._encoded(x)
-        return None if std is None else Encoding(z, std)
+        return None if std is None else Encoded(z, std)
 
     def log_likelihood(self, x: Tensor, z: Tensor, /, **cond: Any) -> Tensor | None:
         if self.std is None:

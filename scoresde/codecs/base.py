@@ -23,11 +23,11 @@ from torch import Tensor
 from scoresde.networks import Holder
 from scoresde.tensors import precise, shown
 
-__all__ = ["Chained", "Codec", "Encoding"]
+__all__ = ["Chained", "Codec", "Encoded"]
 
 
 @shown
-class Encoding(NamedTuple):
+class Encoded(NamedTuple):
     """What an encoder with noise makes of data, q(z | x) = N(mean, std^2), independent in each entry.
 
     Attributes:
@@ -68,7 +68,7 @@ class Codec(Holder, ABC):
         """log |det dz/dx| at data x, float64 of shape (B,); None where x and z are not one to one."""
         return None
 
-    def encoding(self, x: Tensor, /, **cond: Any) -> Encoding | None:
+    def encoding(self, x: Tensor, /, **cond: Any) -> Encoded | None:
         """q(z | x), whose mean `encode` returns; None where the encoder has no noise."""
         return None
 
@@ -98,7 +98,7 @@ class Chained(Codec):
     def log_volume(self, x: Tensor, /, **cond: Any) -> Tensor | None:
         return _sum(self.outer.log_volume(x, **cond), self.inner.log_volume(self.outer.encode(x, **cond), **cond))
 
-    def encoding(self, x: Tensor, /, **cond: Any) -> Encoding | None:
+    def encoding(self, x: Tensor, /, **cond: Any) -> Encoded | None:
         return self.inner.encoding(self.outer.encode(x, **cond), **cond)
 
     def log_likelihood(self, x: Tensor, z: Tensor, /, **cond: Any) -> Tensor | None:

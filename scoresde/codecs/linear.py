@@ -149,7 +149,8 @@ class Standardise(Codec):
 class Shift(Codec):
     """z = x - mean, where the mean may be what a condition says: of the fine image given the coarse one, say, so that a
     diffusion has but the residual to make (Mardani et al., 2023, "Residual corrective diffusion modeling"). log |det|
-    is 0.
+    is 0. A network that is not to be told that condition is wrapped, `Latent(Conditioned(denoiser, drop="low"), codec)`
+    with `scoresde.guidance.Conditioned`.
 
     Args:
         mean: a tensor that broadcasts to an item, or a function mean(**cond) of the call's condition that returns one

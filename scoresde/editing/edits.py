@@ -11,7 +11,10 @@ The first is SDEdit (`scoresde.editing.sdedit`). The second is DDIM inversion (S
 denoisers the dual diffusion implicit bridge (Su et al., 2023), x -> Phi'_{T -> t_min}(Phi_{t_min -> T}(x)). On
 Gaussians whose C and C' commute it is the map of optimal transport, m' + sqrt(C' / C) (x - m), as far as the prior has
 forgotten the data. It keeps what the two have in common, and can be undone. Strong guidance makes the ODE stiff and the
-codes unlike the prior: encode without it."""
+codes unlike the prior: encode without it.
+
+Where the denoiser has a codec (`scoresde.Latent`), x and the results are data, and all this is done to z = encode(x).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from scoresde.entries import repeated
 from scoresde.errors import narrowed
 from scoresde.grid import Grid
 from scoresde.noise import SeededNoise, derive_seed, seeds_of
-from scoresde.run import Solution
+from scoresde.run import Solution, encoded
 from scoresde.sampling import sample
 from scoresde.sde import SDE
 from scoresde.solvers import Solver
@@ -47,10 +50,10 @@ class Edit:
 
     Attributes:
         x: the results, of the shape that the function names, in the dtype of the x given.
-        latent: the states at grid.times[0] that they were solved from, shape of x.
+        latent: the states at grid.times[0] that they were solved from, shape of x; of z where there is a codec.
         nfe: evaluations of the denoisers, both ways, each on the whole batch of its way.
         grid: of the way back.
-        trajectory: if asked for, the states on the way back, shape (N + 1, *x.shape).
+        trajectory: if asked for, the states on the way back, shape (N + 1, *latent.shape).
     """
 
     x: Tensor
@@ -176,7 +179,7 @@ def interpolation(
     check_call(denoiser, a, cond)
 
     def between(latent: Tensor) -> Tensor:
-        z_a, z_b = (z.repeat(W, *[1] * (a.ndim - 1)) for z in (latent[:B], latent[B:]))
+        z_a, z_b = (z.repeat(W, *[1] * (z.ndim - 1)) for z in (latent[:B], latent[B:]))
         return interpolate(z_a, z_b, w.repeat_interleave(B))
 
     return _through_latents(
@@ -282,19 +285,21 @@ def variations(
     check_option(("perturbation", "encoding"), by=by)
     check_pair(denoiser, solver)
     check_call(denoiser, x, cond)
-    start, B, repeats = strength_time(denoiser.sde, strength), len(x), [k, *[1] * (x.ndim - 1)]
+    start, B = strength_time(denoiser.sde, strength), len(x)
     seeds = seeds_of(seed, B)
     source = SeededNoise([derive_seed(s, _VARIATION, j) for j in range(k) for s in seeds], x.device)
     options: dict[str, Any] = {"trajectory": trajectory, "progress": progress, "differentiable": differentiable}
     if by == "perturbation":
         solver, whole = choose_down(denoiser.sde, solver, steps, nfe, grid)
         part = cut(whole, start)
-        x_t = perturbed(denoiser.sde, widen(x).repeat(repeats), start, source)
+        with torch.set_grad_enabled(differentiable):
+            z = encoded(denoiser, x, cond)
+        x_t = perturbed(denoiser.sde, z.repeat(k, *[1] * (z.ndim - 1)), start, source)
         found = sample(denoiser, x_t, solver, grid=part, noise=source, cond=repeated(cond, k, B), **options)
         return _made(_complete(found), x_t, 0, (k, B), x.dtype)
 
     def around(latent: Tensor) -> Tensor:
-        z = widen(latent).repeat(repeats)
+        z = widen(latent).repeat(k, *[1] * (latent.ndim - 1))
         return ((1 - strength**2) ** 0.5 * z + strength * normal(denoiser.sde, z, source)).to(latent.dtype)
 
     return _through_latents(denoiser, x, solver, (steps, nfe, grid), around, (k, B), cond, B, **options)

@@ -49,11 +49,11 @@ class Encoding:
     """What `encode` returns.
 
     Attributes:
-        latent: x_T, shape (B, ...), at grid.times[0], in the dtype of x.
+        latent: x_T, shape (B, ...), at grid.times[0], in the dtype of x; of z where the denoiser has a codec.
         nfe: evaluations of the denoiser that the encoding made; those of the check are not among them.
         grid: the decreasing grid on which `decode` goes back, by the same solver.
         error: where asked for, |decode(latent) - x| / |x| of each sample, Euclidean norms, shape (B,): infinite where
-            the solver ran out of evaluations on the way. None otherwise.
+            the solver ran out of evaluations on the way. None otherwise. What a codec loses of x is part of it.
         status: "complete", or "max_nfe" where an adaptive solver's evaluations ran out: the latent then stands at an
             earlier time, and is none.
     """
@@ -83,7 +83,8 @@ def encode(
 
     Args:
         denoiser: the model.
-        x: data, shape (B, ...), taken as it is for the state at the grid's end: x_{t_min} by default.
+        x: data, shape (B, ...), taken as it is, or as a codec encodes it, for the state at the grid's end: x_{t_min} by
+            default.
         solver: `AdaptiveODE(jumps="table")` by default, or any deterministic solver with a table.
         steps: number of steps on the solver's own grid from t_max to t_min (on a `DDPMChain` node 1).
         nfe: instead of steps, a budget of evaluations; for `AdaptiveODE` it is optional, and its max_nfe.

@@ -24,11 +24,11 @@ from scoresde.grid import Grid
 from scoresde.guidance.operators import Mask
 from scoresde.guidance.projections import DDNM
 from scoresde.noise import NoiseSource, noise_source
-from scoresde.run import Solution, choose
+from scoresde.run import Solution, choose, encoded
 from scoresde.sampling import sample
 from scoresde.sde import SDE
 from scoresde.solvers import Solver
-from scoresde.tensors import check_batch, widen
+from scoresde.tensors import check_batch
 
 __all__ = ["sdedit", "strength_time"]
 
@@ -95,7 +95,8 @@ def sdedit(
         cond: as for `sample`.
         mask: true, or 1, where the reference is kept as it is, of a shape that broadcasts to the event, or one per
             sample, to the reference; or a `Mask`. There D is the reference (`DDNM`), so that the state goes as alpha
-            reference + sigma eps does, and the rest sees it at its own noise level. For other ways, wrap the solver,
+            reference + sigma eps does, and the rest sees it at its own noise level. With a codec it is a mask of z: of
+            the shape of z, and what is kept is the encoded reference. For other ways, wrap the solver,
             `Replacement(DDPM(), mask, reference)` or `RePaint`, or the denoiser, and leave mask out.
         trajectory, progress, differentiable: as for `sample`; the trajectory begins with x_t.
 
@@ -124,12 +125,14 @@ def sdedit(
     solver, whole = choose_down(denoiser.sde, solver, steps, nfe, grid)
     grid = cut(whole, start)
     source = noise_source(reference.device, reference, seed, generator, None)
-    if mask is not None:
-        known = mask if isinstance(mask, Mask) else Mask.of_batch(mask, reference)
-        known(reference)  # checks the shapes
-        denoiser = DDNM(denoiser, known, widen(reference))
     check_call(denoiser, reference, cond)
-    x_t = perturbed(denoiser.sde, widen(reference), start, source)
+    with torch.set_grad_enabled(differentiable):
+        z = encoded(denoiser, reference, cond)
+    if mask is not None:
+        known = mask if isinstance(mask, Mask) else Mask.of_batch(mask, z)
+        known(z)  # checks the shapes
+        denoiser = DDNM(denoiser, known, z)
+    x_t = perturbed(denoiser.sde, z, start, source)
     found = sample(
         denoiser,
         x_t,
@@ -143,7 +146,8 @@ def sdedit(
     )
     path, dtype = found.trajectory, reference.dtype
     kept = None if path is None else narrowed(path, dtype, "the trajectory", batch=1)
-    return replace(found, x=narrowed(found.x, dtype, "the result"), trajectory=kept)
+    latent = None if found.latent is None else narrowed(found.latent, dtype, "the latent")
+    return replace(found, x=narrowed(found.x, dtype, "the result"), trajectory=kept, latent=latent)
 
 
 def start_time(sde: SDE, strength: float | None, t: float | None) -> float:

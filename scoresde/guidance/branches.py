@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.codecs import Codec
 from scoresde.denoiser import Denoiser, Posterior, check_denoiser
 from scoresde.entries import check_cond, joined, like, mapped
 from scoresde.guidance.base import known_all, ratio
@@ -87,7 +88,7 @@ class Branching(Wrapper):
     """A wrapper that combines branches. A subclass gives `branches`.
 
     Args:
-        denoisers: all that branches are of.
+        denoisers: all that branches are of. The codec handed on is that of the first that has one.
         steps_in: the view that it combines, and steps in; None for what the first denoiser's network predicts.
         batched: whether branches of one denoiser are evaluated in one call.
 
@@ -107,6 +108,10 @@ class Branching(Wrapper):
             if other.sde != self.sde:
                 raise ValueError(f"denoisers of {self.sde!r} and of {other.sde!r}: they must have one SDE")
         self.denoisers, self.steps_in, self.batched = tuple(denoisers), steps_in, batched
+
+    @property
+    def codec(self) -> Codec | None:
+        return next((denoiser.codec for denoiser in self.denoisers if denoiser.codec is not None), None)
 
     @property
     def borrowed(self) -> bool:

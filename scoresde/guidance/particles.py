@@ -36,12 +36,12 @@ from torch import Tensor
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call, check_denoiser
 from scoresde.entries import counted, entries_of, named
-from scoresde.errors import NonFiniteError, narrowed, not_finite, some
+from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.guidance.base import Guidance, Scale, scale_at, scaled
 from scoresde.guidance.gradients import gradient
 from scoresde.noise import Noise, NoiseSource, noise_source
-from scoresde.run import choose, initial
+from scoresde.run import choose, initial, results
 from scoresde.solvers.base import Around, SingleStep, check_decreasing
 from scoresde.solvers.first_order import DDPM
 from scoresde.solvers.rows import Rows
@@ -333,12 +333,13 @@ class Particles:
     """What `twisted_smc` returns, for G groups of P particles.
 
     Attributes:
-        x: the particles at the grid's end, shape (G, P, ...).
+        x: the particles at the grid's end, shape (G, P, ...); decoded where the denoiser has a codec.
         log_weights: log of their weights, whose sum is one in each group, shape (G, P), float64.
         log_evidence: log of an unbiased estimate of p(y), in nats, shape (G,), float64.
         ess: effective number of particles after each step, shape (N, G), float64.
         nfe: evaluations of the network, each on the whole batch.
         grid: the grid that was stepped on.
+        latent: what x is decoded of, shape (G, P, ...); None without codec.
     """
 
     x: Tensor
@@ -347,6 +348,7 @@ class Particles:
     ess: Tensor
     nfe: int
     grid: Grid
+    latent: Tensor | None = None
 
     __repr__ = told
 
@@ -411,5 +413,7 @@ def twisted_smc(
             "impossible under every particle (take more of them, or a larger noise_std)"
         )
         raise NonFiniteError(message, None, None, bad)
-    x = narrowed(state.x, dtype, "the particles").unflatten(0, weights.log.shape)
-    return Particles(x, weights.log.log_softmax(1), weights.log_evidence(), torch.stack(ess), state.nfe, grid)
+    with torch.no_grad():
+        x, latent = results(denoiser, state.x, dtype, grid, cond)
+    x, latent = x.unflatten(0, shape := weights.log.shape), None if latent is None else latent.unflatten(0, shape)
+    return Particles(x, weights.log.log_softmax(1), weights.log_evidence(), torch.stack(ess), state.nfe, grid, latent)

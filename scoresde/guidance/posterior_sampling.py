@@ -149,7 +149,8 @@ class DPS(_Measured):
 
     Args:
         denoiser: the model.
-        operator: A, a function of (B, *event), differentiable.
+        operator: A, a function of (B, *event), differentiable. Where the denoiser has a codec it is one of z: of data
+            `lambda z: A(denoiser.codec.decode(z))`.
         y: shape (1, *measurement) or (B, *measurement).
         scale: w, in the second form zeta, for which the paper has 0.3 to 1.
         noise_std: standard deviation of the measurement's noise, one number or (B,).

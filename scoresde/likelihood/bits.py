@@ -37,10 +37,11 @@ from scoresde.denoiser import Denoiser, check_call
 from scoresde.entries import entries_of
 from scoresde.errors import NonFiniteError, not_finite
 from scoresde.levels import check_levels
-from scoresde.likelihood.flow import log_prob
+from scoresde.likelihood.flow import log_prob, state_of
 from scoresde.likelihood.interval import student_interval
 from scoresde.noise import derive_seed, seeds_of
 from scoresde.sde import SDE
+from scoresde.wrappers import without_codec
 
 __all__ = ["BitsPerDim", "Dequantize", "bits_per_dim", "dequantized"]
 
@@ -128,7 +129,8 @@ def bits_per_dim(
     non-linear in them.)
 
     Args:
-        denoiser: the model; it computes where its network is.
+        denoiser: the model; it computes where its network is. If it has a codec (`scoresde.Latent`) with a volume, the
+            images are encoded; the truncated normal is meant for one that keeps lengths.
         images: raw levels 0 .. levels - 1, any integer dtype (uint8), shape (N, ...), any event shape.
         levels: L; 256 for 8 bits, 32 for 5.
         dequantize: the noise within the bins; "none" puts a level at the middle of its bin, which is no bound.
@@ -150,7 +152,8 @@ def bits_per_dim(
 
     Raises:
         TypeError: if the images are floating point (give the raw levels), or the denoiser is none.
-        ValueError: before any network call, if a level is out of range, or another argument is.
+        ValueError: before any network call, if a level is out of range, or another argument is; if the denoiser's codec
+            has no volume, so that only `elbo` has a bound.
         NonFiniteError: if the density of an image is not finite; its `samples` are indices of images.
         ArithmeticError: if the evaluations ran out (max_nfe) before an image's ODE ended.
 
@@ -172,6 +175,13 @@ def bits_per_dim(
             "the bound above the likelihood; take importance=1, or the exact divergence"
         )
     lo, hi = data_range
+    if denoiser.codec is not None:
+        first = y[:1].to(denoiser.device, dtype)
+        if state_of(denoiser, first, entries_of(cond, [0], len(y)))[2] == "z":
+            raise ValueError(
+                f"{denoiser.codec!r} has no volume, so there is no density of data, only one of z: take the bound, "
+                "elbo(denoiser, dequantized(images, levels)).of_levels(levels, data_range)"
+            )
     bins = _Bins.of(denoiser.sde, dequantize, lo, (hi - lo) / levels, t)
     seeds = seeds_of(seed, len(y))
     shape, unit = (len(y), repeats, importance), y[0].numel() * math.log(2)
@@ -302,6 +312,7 @@ class LogDensity(NamedTuple):
     dof: Tensor
     error: Tensor
     nfe: int
+    of: Literal["x", "z"]
 
 
 def log_density(
@@ -309,7 +320,10 @@ def log_density(
 ) -> LogDensity:
     """log p of the rows of v, finite and complete, or an error that names whose they are: `which`."""
     try:
-        found = log_prob(denoiser, alpha * v.to(denoiser.device), t=t, **options)
+        x = v.to(denoiser.device)
+        with torch.no_grad():
+            z, log_volume, of = state_of(denoiser, x, options.get("cond"))
+        found = log_prob(without_codec(denoiser), alpha * z.to(x.dtype), t=t, **options)
     except NonFiniteError as stop:
         raise non_finite([which[j] for j in stop.samples], str(stop), stop.step, stop.time) from stop
     if found.status != "complete":
@@ -321,7 +335,8 @@ def log_density(
         raise non_finite([which[j] for j in bad], f"log p = {found.value[bad[0]]:g}", None, None)
     numbers = (found.value, found.stderr, found.dof, found.error)
     value, stderr, dof, error = (number.detach().cpu().double() for number in numbers)
-    return LogDensity(value + v[0].numel() * math.log(alpha), stderr, dof, error, found.nfe)
+    value = value + z[0].numel() * math.log(alpha) + (0.0 if log_volume is None else log_volume.detach().cpu())
+    return LogDensity(value, stderr, dof, error, found.nfe, of)
 
 
 def non_finite(images: Sequence[int], message: str, step: int | None, time: float | None) -> NonFiniteError:

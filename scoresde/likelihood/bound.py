@@ -6,6 +6,13 @@ For any process q that has the SDE's marginals q(x_t | x_0) = N(alpha_t x_0, sig
                   - sum_{t -> s} E KL(q(x_s | x_t, x_0) | p(x_s | x_t))                denoising
                   + E log p(x_0 | x_{t_1})                                             reconstruction
 
+A denoiser of states z with a codec (`scoresde.Latent`) has this bound of z, and of data that of `scoresde.codecs`: with
+the codec's volume, or with an encoder q(z | x) that has noise and a decoder's likelihood,
+
+    log p(x) >= E_q[bound of z] + E_q log p(x | z) + H[q(z | x)]                         decoding, entropy
+
+where each evaluation has a z of its own. A codec with neither leaves the bound of z.
+
 The terms are those of a solver's chain (`scoresde.likelihood.chain`), or of its limit of ever more steps, continuous
 time (`scoresde.likelihood.continuous`). The last is the decoder's (`scoresde.likelihood.decoder`).
 
@@ -21,19 +28,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.checks import check_count, check_option
+from scoresde.checks import ArgumentError, check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.grid import Grid
 from scoresde.likelihood.chain import Chain
 from scoresde.likelihood.continuous import Continuous
-from scoresde.likelihood.decoder import Decoder, Draws, float64, gaussian_kl, square_norm
+from scoresde.likelihood.decoder import Data, Decoder, Draws, float64, gaussian_kl, square_norm, total
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
+from scoresde.run import encoded
 from scoresde.solvers.base import Solver
 from scoresde.tensors import check_batch, told
 
@@ -42,7 +50,8 @@ __all__ = ["Elbo", "elbo"]
 
 @dataclass(frozen=True)
 class Elbo:
-    """A lower bound on log p(x) in nats, estimated without bias: value = prior + denoising + reconstruction.
+    """A lower bound on log p(x) in nats, estimated without bias: value = prior + denoising + reconstruction, of z where
+    there is a codec, and then log_volume, or decoding + entropy.
 
     Attributes:
         value: the bound, shape (B,).
@@ -54,7 +63,11 @@ class Elbo:
         denoising: minus the sum of the steps' divergences, or the integral over lambda, shape (B,).
         reconstruction: E log p(x_0 | x_{t_1}), shape (B,); a log probability if levels were given, else a log density.
         nfe: evaluations of the denoiser that were made, each on the whole batch.
-        dim: number of dimensions of a sample.
+        dim: number of dimensions of a sample of what the bound is of.
+        of: "x", the data given; or "z", where a codec has neither a volume nor a bound, and value says nothing of data.
+        log_volume: log |det dz/dx| of a codec that has it, shape (B,), else None.
+        decoding: E log p(x | z) of a codec that has it, shape (B,), else None.
+        entropy: H[q(z | x)] of its encoder, exact, shape (B,), else None.
     """
 
     value: Tensor
@@ -65,6 +78,10 @@ class Elbo:
     reconstruction: Tensor
     nfe: int
     dim: int
+    of: Literal["x", "z"] = "x"
+    log_volume: Tensor | None = None
+    decoding: Tensor | None = None
+    entropy: Tensor | None = None
 
     __repr__ = told
 
@@ -72,7 +89,15 @@ class Elbo:
     def bits_per_dim(self) -> Tensor:
         """-value / (dim ln 2), shape (B,): an upper bound on the code length if levels were given. Without, that of a
         density in the units of x, which no offset has made a code length yet.
+
+        Raises:
+            ValueError: if the bound is that of z.
         """
+        if self.of == "z":
+            raise ValueError(
+                "the bound is of z, not of data: its codec has no volume, and not both of an encoder's noise and a "
+                "decoder's likelihood (AutoencoderCodec(encoder, decoder, std=...), with an encoder that returns two)"
+            )
         return -self.value / (self.dim * math.log(2))
 
     def of_levels(self, levels: int, data_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -118,23 +143,26 @@ def elbo(
 
     Args:
         denoiser: the model.
-        x: data x_0, shape (B, ...), floating point. Where the network has dropout, call net.eval() first.
+        x: data x_0, shape (B, ...), floating point; the denoiser's codec encodes them, if it has one. Where the network
+            has dropout, call net.eval() first.
         solver: one evaluation and fresh noise a step: DDPM(), DDIM(eta=1), ExponentialSDE(), EulerMaruyama(), ...
         grid: from x_T to t = 0, given with the solver. Its last step is the decoder.
         draws: of x_t for each term of a chain, by default as many as make 200 evaluations, but 2 at least. In
             continuous time, the number of strata of lambda, 64 by default, with one draw each; the reconstruction then
-            takes draws / 16, at least 2.
+            takes draws / 16, at least 2. A codec decodes as many as the reconstruction has.
         seed: one integer, or one for each sample; sample i is the same alone or in any batch. By default from the
             operating system.
         variance: v of a step, "solver" for c^2, or "posterior" for c^2 + b'^2 Var[x_0 | x_t] elementwise, the optimum,
             which needs a denoiser that knows its variance (Analytic-DPM). Of chains only.
-        decoder: standard deviation of the decoder. By default sigma / alpha at the last noisy time, right for data that
-            is smooth on that scale; but on a `DDPMChain` whose last noisy node is 1, as in DDPM's code, the square
-            root of the posterior variance sigma_s^2 (1 - e^{-2h}) of its nodes 2 -> 1, whatever the grid. (On another
-            grid that variance would vanish with its last step, and the bound fall without end as steps are added.)
+        decoder: standard deviation of the decoder, of z where there is a codec. By default sigma / alpha at the last
+            noisy time, right for data that is smooth on that scale; but on a `DDPMChain` whose last noisy node is 1, as
+            in DDPM's code, the square root of the posterior variance sigma_s^2 (1 - e^{-2h}) of its nodes 2 -> 1,
+            whatever the grid. (On another grid that variance would vanish with its last step, and the bound fall
+            without end as steps are added.)
         levels: for data of so many grey levels, the decoder's Gaussian is integrated over the bin of x: level k fills
             [lo + k Delta, lo + (k + 1) Delta], Delta = (hi - lo) / levels, and the first and last bin go on to
-            infinity. x stands anywhere in its bin, best in the middle. Without levels it is a density.
+            infinity. x stands anywhere in its bin, best in the middle. Without levels it is a density. Not with a
+            codec, whose z have no such bins: give x `dequantized`, and take `Elbo.of_levels`.
         data_range: (lo, hi), what the bins fill (`scoresde.levels.outer_edges` makes it from the lowest
             and the highest level).
         cond: keyword arguments for the network, as for `sample`.
@@ -172,6 +200,11 @@ def elbo(
         raise ValueError("give solver and grid, for the bound of a chain, or neither, for that of continuous time")
     if draws is not None:
         check_count(draws=draws)
+    if levels is not None and denoiser.codec is not None:
+        raise ArgumentError(
+            f"levels={levels} with {denoiser.codec!r}: the bins of levels are of data, and the decoder here is of z; "
+            "give x dequantized(images, levels), without levels=, and take .of_levels(levels, data_range)"
+        )
     draw = Draws.of(x, seed)
     x0 = float64(x)
     if solver is None or grid is None:
@@ -181,20 +214,72 @@ def elbo(
     else:
         run = Chain.of(denoiser, solver, grid, draws, draw, variance)
     decode = Decoder.of(x0, run.decoder if decoder is None else decoder, levels, data_range)
+    with torch.no_grad():
+        given = _Given.of_data(denoiser, x0, cond, draw, run.decodings)
     with torch.no_grad(), tqdm(desc="elbo", total=run.nfe, unit="nfe", disable=not progress, leave=False) as bar:
-        terms = run.terms(denoiser, x0, decode, dict(cond or {}), bar.update)
+        terms = run.terms(denoiser, given.data, decode, dict(cond or {}), bar.update)
         alpha, sigma = float(denoiser.sde.alpha(run.start)), float(denoiser.sde.sigma(run.start))
         std = denoiser.sde.prior_std_at(run.start)
-        dim = x0[0].numel()
-        prior = -gaussian_kl(dim, (sigma / std) ** 2, square_norm(x0) * (alpha / std) ** 2)
+        prior = -gaussian_kl(given.dim, (sigma / std) ** 2, given.square * (alpha / std) ** 2)
         value = prior + terms.denoising + terms.reconstruction
+    square_error, doubt, decoding = terms.variance, terms.doubt, None
+    if given.log_volume is not None:
+        value = value + given.log_volume
+    elif given.decoded is not None and given.entropy is not None:
+        n, decoding = len(given.decoded), given.decoded.mean(0)
+        of_decoded = given.decoded.var(0) / n if n > 1 else torch.full_like(value, math.nan)
+        value = value + decoding + given.entropy
+        square_error, doubt = square_error + of_decoded, doubt + 2 * of_decoded**2 / max(n - 1, 1)
     return Elbo(
         value,
-        terms.variance.sqrt(),
-        degrees_of_freedom(terms.variance, terms.doubt),
+        square_error.sqrt(),
+        degrees_of_freedom(square_error, doubt),
         prior,
         terms.denoising,
         terms.reconstruction,
         run.nfe,
-        dim,
+        x0[0].numel() if given.of == "x" else given.dim,
+        given.of,
+        given.log_volume,
+        decoding,
+        given.entropy,
     )
+
+
+class _Given(NamedTuple):
+    """What the bound of z is taken at, and what the codec adds to it.
+
+    Attributes:
+        data: z of an evaluation.
+        square: E |z|^2, shape (B,).
+        dim: of z.
+        of: as for `Elbo`.
+        log_volume: of the codec.
+        decoded: log p(x | z) of draws of z, shape (draws, B).
+        entropy: of the encoder, shape (B,).
+    """
+
+    data: Data
+    square: Tensor
+    dim: int
+    of: Literal["x", "z"] = "x"
+    log_volume: Tensor | None = None
+    decoded: Tensor | None = None
+    entropy: Tensor | None = None
+
+    @classmethod
+    def of_data(
+        cls, denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None, draw: Draws, decodings: int
+    ) -> _Given:
+        given, codec = dict(cond or {}), denoiser.codec
+        if codec is None:
+            return cls(lambda: x, square_norm(x), x[0].numel())
+        z, log_volume = encoded(denoiser, x, cond), codec.log_volume(x, **given)
+        if log_volume is None and (law := codec.encoding(x, **given)) is not None:
+            data = draw.data(law)
+            found = [codec.log_likelihood(x, data(), **given) for _ in range(decodings)]
+            if all(one is not None for one in found):
+                decoded = torch.stack([one for one in found if one is not None])
+                square = square_norm(law.mean) + total((law.std**2).expand_as(law.mean))
+                return cls(data, square, z[0].numel(), decoded=decoded, entropy=law.entropy())
+        return cls(lambda: z, square_norm(z), z[0].numel(), "z" if log_volume is None else "x", log_volume)

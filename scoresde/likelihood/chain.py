@@ -23,6 +23,7 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.likelihood.decoder import (
+    Data,
     Decoder,
     Draws,
     Terms,
@@ -94,18 +95,24 @@ class Chain(NamedTuple):
         """The conventional standard deviation of the decoder."""
         return decoder_std(self.table.grid.sde, float(self.table.t[-1]))
 
-    def terms(self, denoiser: Denoiser, x0: Tensor, decode: Decoder, cond: dict[str, Any], tick: Tick) -> Terms:
+    @property
+    def decodings(self) -> int:
+        """How many draws the last term is the mean of."""
+        return self.draws
+
+    def terms(self, denoiser: Denoiser, data: Data, decode: Decoder, cond: dict[str, Any], tick: Tick) -> Terms:
         alpha_t, sigma_t, alpha_s, _ = self.table.grid.pairs()
         u, w = self.a, self.b
         if self.variance == "solver":
             u, w = denoiser.view_of_output(u, w, self.table.t)
         # mean of p - mean of q = u x_t + w N - A x_t - (alpha_s - A alpha_t) x_0, in x_0, eps and N
         k, m = u * alpha_t - alpha_s, (u - self.A) * sigma_t
-        output, times, dim = denoiser.outputs(self.table.t), self.table.t.tolist(), x0[0].numel()
+        output, times, dim = denoiser.outputs(self.table.t), self.table.t.tolist(), data()[0].numel()
         c2, b2, l2 = (self.table.c**2).tolist(), (self.b**2).tolist(), self.l2.tolist()
         rows = []
         for i in range(len(self.table)):
             for _ in range(self.draws):
+                x0 = data()
                 eps = self.draw.noise(i, x0)
                 x_t, var = float(alpha_t[i]) * x0 + float(sigma_t[i]) * eps, None
                 if self.variance == "posterior":
@@ -124,7 +131,7 @@ class Chain(NamedTuple):
                     rows.append(-total(gaussian_kl(1, l2[i] / v, float64(error) ** 2 / v)))
                 tick()
         terms = torch.stack(rows).reshape(len(self.table), self.draws, -1)
-        check_finite(terms.sum(1), self.table.t[:, None].expand(-1, len(x0)))
+        check_finite(terms.sum(1), self.table.t[:, None].expand(-1, terms.shape[2]))
         mean = terms.mean(1)
         variance = doubt = torch.full_like(mean[0], math.nan)
         if self.draws > 1:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
-from scoresde.likelihood.decoder import Decoder, Draws, Terms, Tick, check_finite, relative_noise, square_norm
+from scoresde.likelihood.decoder import Data, Decoder, Draws, Terms, Tick, check_finite, relative_noise, square_norm
 from scoresde.sde import SDE
 from scoresde.solvers.motion import legs
 from scoresde.tensors import expand_like, shown
@@ -67,8 +67,8 @@ class Continuous(NamedTuple):
     def decoder(self) -> float:
         return relative_noise(self.sde, self.sde.t_min)
 
-    def terms(self, denoiser: Denoiser, x0: Tensor, decode: Decoder, cond: dict[str, Any], tick: Tick) -> Terms:
-        last = torch.full((self.decodings, len(x0)), self.sde.t_min, dtype=torch.float64, device="cpu")
+    def terms(self, denoiser: Denoiser, data: Data, decode: Decoder, cond: dict[str, Any], tick: Tick) -> Terms:
+        last = torch.full((self.decodings, self.times.shape[1]), self.sde.t_min, dtype=torch.float64, device="cpu")
         times = torch.cat([self.times, last])
         denoiser.check_times(times.flatten())
         r, s = denoiser.affine(times)
@@ -76,6 +76,7 @@ class Continuous(NamedTuple):
         k, m, K = r * alpha - 1, r * sigma, len(self.times)  # D - x_0 = k x_0 + m eps + s N
         rows, excess = [], []
         for i, t in enumerate(times):
+            x0 = data()
             eps = self.draw.noise(i, x0)
             N = denoiser.output(self.sde.perturb(x0, t, eps), t.to(x0.device), **cond)
             scale = (alpha[i] / sigma[i]) if i < K else torch.ones_like(t)  # to |eps - eps_hat|
@@ -86,8 +87,9 @@ class Continuous(NamedTuple):
             tick()
         terms, c = torch.stack(rows), torch.stack(excess)
         check_finite(terms, times)
-        strata, variance, doubt = _sum_of_strata(terms[:K], c[:K], x0[0].numel())
-        beta = _share(terms[K - min(K, 4) : K].mean(0), x0[0].numel())
+        dim = x0[0].numel()
+        strata, variance, doubt = _sum_of_strata(terms[:K], c[:K], dim)
+        beta = _share(terms[K - min(K, 4) : K].mean(0), dim)
         decoded = terms[K:] + decode.of_noise(self.decoder) * beta * c[K:]
         step, of_decoded = self.width / K, decoded.var(0) / len(decoded)
         doubt = step**4 * doubt + 2 * of_decoded**2 / (len(decoded) - 1)

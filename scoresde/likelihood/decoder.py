@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_count, check_range
+from scoresde.codecs import Encoded
 from scoresde.errors import NonFiniteError, some
 from scoresde.noise import SeededNoise, derive_seed, seeds_of
 from scoresde.sde import SDE
@@ -22,6 +23,7 @@ from scoresde.solvers.rows import forgotten
 from scoresde.tensors import shown, told
 
 __all__ = [
+    "Data",
     "Decoder",
     "Draws",
     "Terms",
@@ -37,7 +39,12 @@ __all__ = [
 ]
 
 Tick = Callable[[], object]
-_NOISE, _TIMES = 3, 4  # streams of a seed; `sample` has 0 to 2, and x may have been drawn with the same seed
+
+Data = Callable[[], Tensor]
+"""x_0 of an evaluation, (B, ...): the same each time, or a draw of its law, of which the bound is the mean."""
+
+# Streams of a seed; `sample` has 0 to 2, `estimate` 5 and 6, and x may have been drawn with the same seed.
+_NOISE, _TIMES, _CODES = 3, 4, 7
 
 
 @shown
@@ -61,6 +68,11 @@ class Draws:
     def of(cls, x: Tensor, seed: int | Sequence[int] | None) -> Draws:
         seeds = seeds_of(seed, len(x))
         return cls(SeededNoise([derive_seed(s, _NOISE) for s in seeds], x.device), seeds)
+
+    def data(self, encoded: Encoded) -> Data:
+        """z ~ q(z | x), another one each time, of an encoder with noise."""
+        noise = SeededNoise([derive_seed(s, _CODES) for s in self.seeds], encoded.mean.device)
+        return lambda: float64(encoded.draw(noise(0, encoded.mean)))
 
     def uniform(self, n: int) -> Tensor:
         """Numbers in [0, 1), float64 on the host, shape (n, B)."""

@@ -10,6 +10,10 @@ the heat equation gives what is missing to second order,
 
     log p_0 = log p_t - (s^2 / 2) (tr grad^2 log p_t + |grad log p_t|^2)
             = log p_t - (|eps|^2 - dim + alpha tr dD/dx) / 2
+
+A denoiser of states z with a codec (`scoresde.Latent`) has all this of z = encode(x). Where the codec has a volume,
+log p(x) = log p_z(z) + log |det dz/dx| is the density of data; where it has none, there is that of z, and `elbo` has a
+bound.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
 from scoresde.likelihood.volume import TableVolume, Volume, every_other
 from scoresde.noise import NoiseSource, noise_source
-from scoresde.run import choose
+from scoresde.run import choose, encoded
 from scoresde.sde import SDE
 from scoresde.solvers.adaptive_ode import (
     TABLE,
@@ -57,12 +61,12 @@ class LogProb:
     """What `log_prob` returns. Numbers in nats, shape (B,), in the dtype of x.
 
     Attributes:
-        value: log p(x) = prior + log_det + residual.
+        value: log p(x) = prior + log_det + residual, and log_volume with a codec.
         stderr: standard error of `value` from the probes; 0 where the trace is exact.
         dof: its degrees of freedom, at least 1, infinity where it is 0: what few probes, or few evaluations that make
             most of the error, leave unknown of it. See `interval`.
         nfe: calls of the network on the batch; one that also gives its derivatives along the probes counts once.
-        latent: x_T, shape (B, ...): where the ODE takes x.
+        latent: x_T, shape (B, ...): where the ODE takes x; of the codec's z where there is one.
         prior: log p_T(x_T).
         log_det: log |det dx_T / dx_t|.
         residual: from the data to where the ODE starts, dim log alpha(t_min), and the correction if asked for; 0 if x
@@ -72,6 +76,9 @@ class LogProb:
         status: "complete", or "max_nfe" where the budget of an adaptive solve ran out: `value` and its terms then are
             NaN, and latent is the state at t.
         t: the time that latent stands at.
+        log_volume: log |det dz/dx| of the codec; None without codec, or where it has no volume.
+        of: what value is the density of: "x", the data given; or "z", where a codec has no volume and value says
+            nothing of the density of data, or where a state at a time t was given.
     """
 
     value: Tensor
@@ -85,6 +92,8 @@ class LogProb:
     error: Tensor
     status: Literal["complete", "max_nfe"]
     t: float
+    log_volume: Tensor | None = None
+    of: Literal["x", "z"] = "x"
 
     __repr__ = told
 
@@ -142,7 +151,8 @@ def log_prob(
 
     Args:
         denoiser: the model.
-        x: data, shape (B, ...), any rank, in the scale that the model was trained on; not changed.
+        x: data, shape (B, ...), any rank, in the scale that the model was trained on; not changed. Where the denoiser
+            has a codec it encodes them, unless they stand at a time t.
         divergence, probes, distribution, mode, chunk: how the trace is taken: `Divergence`. "exact" costs as many
             products as x has elements; "hutchinson" with as many probes, or more, is taken exactly. "hutch++" has less
             error with 6 probes or more where the derivative has few large directions, as on images.
@@ -158,7 +168,8 @@ def log_prob(
         method, max_nfe, first_step: adaptive: torchdiffeq's "dopri5" (the default), "dopri8", "bosh3" or
             "adaptive_heun", the calls at most (10,000), and the first step in the
             angle atan(sigma / (alpha c)), c the SDE's `data_scale`, which goes to pi / 2 (0.02).
-        t: the time at which x stands, for the density p_t(x); by default x is data, see the module.
+        t: the time at which x stands, for the density p_t(x), of a state z where there is a codec; by default x is
+            data, see the module.
         correct: add the second-order correction from t_min to 0 to `residual`: for densities that are smooth at that
             scale and models that are accurate there, not for images. Its own noise of the probes is not in stderr.
         cond: keyword arguments for the network, as for `sample`.
@@ -184,9 +195,11 @@ def log_prob(
     check_call(denoiser, x, cond)
     check_option((False, True, "adjoint"), differentiable=differentiable)
     sde, start = denoiser.sde, denoiser.sde.t_min if t is None else _time(denoiser.sde, t)
+    with torch.set_grad_enabled(bool(differentiable)):
+        z, log_volume, of = state_of(denoiser, x, cond, data=t is None)
     run = (
         denoiser,
-        Divergence(divergence, probes, distribution, mode, chunk).within(x[0].numel()),
+        Divergence(divergence, probes, distribution, mode, chunk).within(z[0].numel()),
         noise_source(x.device, x, seed, generator, None).probes(),
         cond,
         bool(differentiable),
@@ -213,7 +226,7 @@ def log_prob(
         check_count(max_nfe=options["max_nfe"])
         if solver is not None:
             raise ValueError("solver= is for a table: give steps= or grid= too; an adaptive solve takes method=")
-        found, looked = in_steps(denoiser, widen(x), start, [start, sde.t_max], cond, options["max_nfe"])
+        found, looked = in_steps(denoiser, z, start, [start, sde.t_max], cond, options["max_nfe"])
         if found and not given and differentiable != "adjoint" and (sde.nodes is None or start in sde.nodes):
             grid = table_grid(Grid(sde, [sde.t_max, start]), TABLE_STEPS)
         if found:
@@ -235,14 +248,14 @@ def log_prob(
     volume.looked = looked
     log_alpha = math.log(float(sde.alpha(start))) if t is None else 0.0
     with torch.set_grad_enabled(bool(differentiable)):
-        x_t = widen(x) * math.exp(log_alpha)
+        x_t = z * math.exp(log_alpha)
         with tqdm(desc="log_prob", total=volume.calls, disable=not progress, leave=False) as bar:
             x_T, log_det = volume.solve(x_t, bar.update)
         prior = sde.prior_log_prob(x_T.double())
-        residual = torch.full_like(log_det, x[0].numel() * log_alpha)
+        residual = torch.full_like(log_det, z[0].numel() * log_alpha)
         if correct:
             residual = residual - volume.smoothing / 2
-        value = prior + log_det + residual
+        value = prior + log_det + residual + (0.0 if log_volume is None else log_volume)
     if volume.status != "complete":
         value, prior, log_det = (torch.full_like(number, math.nan) for number in (value, prior, log_det))
     elif bad := not_finite(value):
@@ -252,7 +265,33 @@ def log_prob(
     numbers = (value, variance.sqrt(), dof, prior, log_det, residual, volume.error)
     value, stderr, dof, prior, log_det, residual, error = (number.to(x_t.dtype) for number in numbers)
     latent = narrowed(x_T, x.dtype, "the latent")
-    return LogProb(value, stderr, dof, volume.nfe, latent, prior, log_det, residual, error, volume.status, volume.t)
+    return LogProb(
+        value,
+        stderr,
+        dof,
+        volume.nfe,
+        latent,
+        prior,
+        log_det,
+        residual,
+        error,
+        volume.status,
+        volume.t,
+        None if log_volume is None else log_volume.to(x_t.dtype),
+        of,
+    )
+
+
+def state_of(
+    denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None, data: bool = True
+) -> tuple[Tensor, Tensor | None, Literal["x", "z"]]:
+    """What is given, data or not, as a state in float32 or wider, with the volume of the codec; and what a density of
+    the state, with the volume if there is one, is a density of.
+    """
+    if denoiser.codec is None or not data:
+        return widen(x), None, "x" if denoiser.codec is None else "z"
+    log_volume = denoiser.codec.log_volume(widen(x), **dict(cond or {}))
+    return encoded(denoiser, x, cond), log_volume, "z" if log_volume is None else "x"
 
 
 def density_run(

@@ -26,6 +26,7 @@ from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.runge_kutta import Heun
 from scoresde.tuning.solver import TunedSolver
 from scoresde.variance.table import fingerprint
+from scoresde.wrappers import without_codec
 
 __all__ = ["SOLVERS", "SPACINGS", "choose"]
 
@@ -87,7 +88,7 @@ def choose(
     progress: bool = False,
 ) -> TunedSolver:
     """The best of named solvers, grids and landings for this model and a budget, by the distance of their samples from
-    the model's own fine solution from the same noise: rms per dimension.
+    the model's own fine solution from the same noise: rms per dimension, of z where the denoiser has a codec.
 
     Half of the samples chooses: first a grid, for two solvers and on a quarter of them, then a solver, for the best
     grids and Karras', then a landing. The other half says how good it is, beside the default; where the choice is not
@@ -177,7 +178,8 @@ class _Trial:
         reference_nfe: int | None,
         progress: bool,
     ) -> None:
-        self.denoiser, self.nfe, self.end, self.cond = denoiser, nfe, end, cond
+        check_denoiser(denoiser)
+        self.denoiser, self.nfe, self.end, self.cond = without_codec(denoiser), nfe, end, cond
         reference_nfe = reference_nfe or max(12 * nfe, 120)
         fine, grid = self._own(Adams(), reference_nfe)
         n = len(shape_or_x) if isinstance(shape_or_x, Tensor) else int(shape_or_x[0])

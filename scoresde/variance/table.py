@@ -40,6 +40,7 @@ from scoresde.files import write_whole
 from scoresde.processes import sde_from
 from scoresde.sde import SDE
 from scoresde.tensors import Time, precise, shown
+from scoresde.wrappers import Latent
 
 __all__ = ["Moments", "VarianceTable", "check_nodes", "fingerprint"]
 
@@ -270,6 +271,9 @@ def fingerprint(denoiser: Denoiser) -> str:
     digest = hashlib.sha256()
     level: Any = denoiser
     while isinstance(level, Denoiser):
+        if isinstance(level, Latent):  # nothing here depends on what z is decoded to
+            level = level.denoiser
+            continue
         net: Any = getattr(level, "net", None)
         while isinstance(inside := getattr(net, "_orig_mod", None) or getattr(net, "module", None), nn.Module):
             net = inside
