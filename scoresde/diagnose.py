@@ -35,6 +35,7 @@ from scoresde.denoiser import Denoiser, NetworkDenoiser, check_call
 from scoresde.processes import SDES
 from scoresde.sde import NOT_NOISE, SDE
 from scoresde.tensors import check_batch
+from scoresde.wrappers import Latent
 
 __all__ = ["Diagnosis", "diagnose", "left_of_data"]
 
@@ -123,8 +124,8 @@ def diagnose(
     Args:
         denoiser: the model. A level is one call of the network on all of x0, and of an adapter about ten.
         x0: clean data as the network was trained on, shape (B, ...): z = `denoiser.codec.encode(x)` where there is a
-            codec, which is not used here; some hundred samples are plenty, of few dimensions
-            thousands: a label off by one of a thousand shows from about 3 10^5 numbers in all on.
+            codec, which is not used here. Some hundred samples are plenty, of few dimensions thousands: a label off by
+            one of a thousand shows from about 3 10^5 numbers in all on.
         cond: keyword arguments for the network.
         levels: number of noise levels.
         seed: of the noise.
@@ -142,6 +143,8 @@ def diagnose(
     >>> diagnose(EpsDenoiser(lambda x, t: -exact.eps(x, t), VPSDE()), x0).suspicious  # the wrong sign
     True
     """
+    while isinstance(denoiser, Latent):  # of z: alternatives are of the adapter inside
+        denoiser = denoiser.denoiser
     check_batch(x0, "x0")
     variance = float((x0.double() - x0.double().mean(0)).square().mean())
     if not (math.isfinite(variance) and variance > 0):

@@ -80,7 +80,7 @@ class Orthonormal(Codec):
 
     def log_volume(self, x: Tensor, /, **cond: Any) -> Tensor | None:
         kept = self.encode(x[:1]).numel() == x[:1].numel()
-        return torch.zeros(len(x), dtype=torch.float64, device=x.device) if kept else None
+        return precise(torch.zeros(len(x), device=x.device)) if kept else None
 
     def __repr__(self) -> str:
         return f"Orthonormal({tuple(self.forward.shape) if isinstance(self.forward, Tensor) else self.forward!r})"
@@ -171,7 +171,7 @@ class Shift(Codec):
         return _as_given(z + self._mean(z, cond), z)
 
     def log_volume(self, x: Tensor, /, **cond: Any) -> Tensor:
-        return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        return precise(torch.zeros(len(x), device=x.device))
 
     def _mean(self, x: Tensor, cond: dict[str, Any]) -> Tensor:
         mean = self.mean(**cond) if callable(self.mean) and not isinstance(self.mean, Tensor) else self.mean

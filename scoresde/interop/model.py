@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scoresde.denoiser import Denoiser
@@ -82,7 +83,9 @@ def published(
     """
     model = Published(denoiser, shape, about, grid)
     if data is not None:
-        verdict = diagnose(model.denoiser, model.encode(data, **dict(cond or {})), cond=cond, seed=0)
+        with torch.no_grad():
+            z = model.encode(data, **dict(cond or {}))
+        verdict = diagnose(model.denoiser, z, cond=cond, seed=0)
         model.about["diagnosis"] = str(verdict)
         if verdict.suspicious:
             warnings.warn(f"the network does not fit its data: {verdict}", stacklevel=3)

@@ -176,8 +176,8 @@ def bits_per_dim(
         )
     lo, hi = data_range
     if denoiser.codec is not None:
-        first = y[:1].to(denoiser.device, dtype)
-        if state_of(denoiser, first, entries_of(cond, [0], len(y)))[2] == "z":
+        first, told = y[:1].to(denoiser.device, dtype), entries_of(cond, [0], len(y))
+        if denoiser.codec.log_volume(first, **told) is None:
             raise ValueError(
                 f"{denoiser.codec!r} has no volume, so there is no density of data, only one of z: take the bound, "
                 "elbo(denoiser, dequantized(images, levels)).of_levels(levels, data_range)"

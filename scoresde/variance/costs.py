@@ -250,7 +250,8 @@ def measure_errors(
 
     Args:
         denoiser: the model. Where the network has dropout, call net.eval() first.
-        data: x_0, shape (M, ...), floating point; not that on which a trajectory is to be judged.
+        data: x_0, shape (M, ...), floating point, z of a denoiser with a codec; not that on which a trajectory is to be
+            judged.
         times: as in `optimal_grid`.
         samples: pairs of x_0 and noise; data are drawn without repetition, as far as they reach.
         batch_size: of the network's evaluations; the result depends on it by rounding only.

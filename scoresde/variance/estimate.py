@@ -58,8 +58,7 @@ def estimate(
     Args:
         denoiser: the model, bare: with x_0 clipped or guidance added, eps_hat would not be E[eps | x_t].
         data: what it was trained on, shape (N, ...), floating point: z = `denoiser.codec.encode(x)` where there is a
-            codec, which is not used here. x_0 is drawn from it, afresh for each time and
-            sample, with replacement.
+            codec, which is not used here. x_0 is drawn from it, afresh for each time and sample, with replacement.
         times: of the table, in any order, or a grid, whose noisy times are taken. By default all nodes of a
             `DDPMChain`; else 100 times, uniform in half log-SNR from t_max (or half log-SNR -9 where alpha(t_max) = 0)
             to t_min.
