@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,11 +21,11 @@ import torch
 from torch import Tensor
 
 from scoresde.chain import DDPMChain
-from scoresde.checks import ArgumentError, check_count, check_whole
+from scoresde.checks import check_count, check_positive
 from scoresde.pictures import html_table
-from scoresde.schedules import VPSDE
+from scoresde.schedules import VPSDE, FlowSDE
 from scoresde.sde import SDE
-from scoresde.strides import BETWEEN, Spacing, Toolkit, stride
+from scoresde.strides import Spacing, Toolkit, nodes_of
 
 __all__ = ["SPACINGS", "Grid", "standard_time"]
 
@@ -251,6 +250,53 @@ class Grid:
         return cls.power(sde, N, power=power, last=standard_time(sde, tau, sde.t_max if N == 1 else 0.9 * sde.t_max))
 
     @classmethod
+    def shifted(
+        cls,
+        sde: FlowSDE,
+        steps: int,
+        *,
+        shift: float = 3.0,
+        start: float | None = None,
+        end: float = 0.0,
+        last: float | None = None,
+    ) -> Grid:
+        """The time shift of flow models, uniform in u (Esser et al., 2024, section 5.3.2):
+
+            t = S(u) = shift u / (1 + (shift - 1) u),    that is, each sigma / alpha of uniform times `shift` times over
+
+        The larger an image, the more noise it takes to hide it: their shift is sqrt(pixels / pixels of training), 3 for
+        1024 x 1024. Resolution-dependent shifts are given as mu, t = e^mu / (e^mu + 1 / u - 1), which is shift=exp(mu).
+
+        Args:
+            shift: > 0; 1 is `uniform`.
+            last: the last noisy time, with a step to t = 0 from there, as of `karras`; by default the last step is one
+                of the uniform ones, from S(1 / steps), as where a pipeline hands sigmas = linspace(1, 1 / K, K) on.
+                Left to itself diffusers' FlowMatchEuler goes to last=S(S(1 / 1000)) of its 1000 training steps (it
+                shifts its smallest time twice), or, where its shift is dynamic, to S(1 / 1000).
+
+        Raises:
+            ValueError: as for the others, unless shift > 0 and sde is a FlowSDE.
+        """
+        check_positive(shift=shift)
+        if not isinstance(sde, FlowSDE):
+            raise ValueError(f"a shifted grid is one of FlowSDE's times, not of {sde!r}: use Grid.uniform or log_snr")
+        if last is not None:
+            last = _last(sde, end, last)
+
+        def shifted(u: Tensor, by: float) -> Tensor:
+            return by * u / (1 + (by - 1) * u)
+
+        return cls._spaced(
+            sde,
+            steps,
+            start,
+            end,
+            last,
+            forward=lambda t: shifted(t, 1 / shift),
+            inverse=lambda u: shifted(u, shift),
+        )
+
+    @classmethod
     def strided(
         cls,
         chain: DDPMChain,
@@ -282,14 +328,7 @@ class Grid:
         """
         if not isinstance(chain, DDPMChain):
             raise ValueError(f"strided grids are sub-sequences of a DDPMChain; for {chain!r} use Grid.uniform")
-        nodes = stride(chain.steps, steps, spacing, like)
-        check_whole(offset=offset)
-        if offset and spacing != "leading":
-            raise ArgumentError(f"offset={offset} is for spacing='leading': in others theirs counts for nothing")
-        times = torch.from_numpy(nodes + (1 + offset)).flip(0)
-        if like is not None:
-            times = _told_apart(times, end, f"{spacing} of {steps} steps of {chain.steps}, as {like} has it,", steps)
-            times = _at_level(chain, times, BETWEEN.get(like))
+        times = nodes_of(chain, steps, spacing, like, offset, end, stacklevel=3)
         return cls(chain, torch.cat([times, times.new_tensor([end])]))
 
     @classmethod
@@ -340,35 +379,6 @@ def standard_time(sde: SDE, tau: float, most: float) -> float:
     """The time at which x_0 / c has the SNR of the standard `VPSDE` at tau, from t_min to most."""
     near = VPSDE().half_log_snr(torch.tensor(tau, dtype=torch.float64, device="cpu"))
     return min(max(float(sde.time_at(near - math.log(sde.data_scale))), sde.t_min), most)
-
-
-def _told_apart(times: Tensor, end: float, whose: str, steps: int | Sequence[int]) -> Tensor:
-    """A toolkit's nodes before the end, each once, with a warning of what is different."""
-    kept = times.unique_consecutive()
-    kept = kept[kept > max(end, 0.0)]
-    K, said = sum(steps) if isinstance(steps, Sequence) else int(steps), []
-    if (times < 1).any():
-        said.append(
-            "ends with an evaluation at label -1, in a table the last node's: left out here, as t = 0 is the data"
-        )
-    if len(times.unique_consecutive()) < len(times) or (times == end).any():
-        said.append("takes steps from a node to itself: left out here")
-    if len(kept) != K:
-        said.append(f"takes {len(kept)} steps here")
-    if said:
-        warnings.warn(f"{whose} {'; '.join(said)}", stacklevel=3)
-    return kept
-
-
-def _at_level(chain: DDPMChain, times: Tensor, linear: str | None) -> Tensor:
-    """The times of the noise levels on a line from node to node, in sigma / alpha or its logarithm."""
-    whole = times == times.round()
-    if linear is None or bool(whole.all()):
-        return times
-    low, high = (-chain.half_log_snr(node) for node in (times.floor(), times.ceil()))
-    w = times - times.floor()
-    line = torch.lerp(low, high, w) if linear == "half_log_snr" else torch.lerp(low.exp(), high.exp(), w).log()
-    return torch.where(whole, times, chain.time_at(-line))
 
 
 def _last(sde: SDE, end: float, last: float | None) -> float:

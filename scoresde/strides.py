@@ -20,15 +20,19 @@ than once. `Grid.strided` tells of both.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from scoresde.checks import ArgumentError, check_count, check_option
+from scoresde.chain import DDPMChain
+from scoresde.checks import ArgumentError, check_count, check_option, check_whole
 
-__all__ = ["BETWEEN", "Spacing", "Toolkit", "stride"]
+__all__ = ["BETWEEN", "Spacing", "Toolkit", "nodes_of", "stride"]
 
 Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
 Toolkit = Literal[
@@ -68,6 +72,59 @@ def stride(N: int, K: int | Sequence[int], spacing: Spacing, like: Toolkit | Non
     if K > N:
         raise ArgumentError(f"steps={K}, but the chain has only {N} nodes")
     return np.sort(known[spacing](N, int(K)).astype(np.float64))
+
+
+def nodes_of(
+    chain: DDPMChain,
+    steps: int | Sequence[int],
+    spacing: Spacing,
+    like: Toolkit | None,
+    offset: int,
+    end: float,
+    stacklevel: int = 2,
+) -> Tensor:
+    """The decreasing times of such a sequence on a chain before the end, each once, with a warning where theirs is
+    otherwise. Arguments and errors: `scoresde.grid.Grid.strided`.
+    """
+    nodes = stride(chain.steps, steps, spacing, like)
+    check_whole(offset=offset)
+    if offset and spacing != "leading":
+        raise ArgumentError(f"offset={offset} is for spacing='leading': in others theirs counts for nothing")
+    times = torch.from_numpy(nodes + (1 + offset)).flip(0)
+    if like is None:
+        return times
+    whose = f"{spacing} of {steps} steps of {chain.steps}, as {like} has it,"
+    times = _told_apart(times, end, whose, steps, stacklevel + 1)
+    return _at_level(chain, times, BETWEEN.get(like))
+
+
+def _told_apart(times: Tensor, end: float, whose: str, steps: int | Sequence[int], stacklevel: int) -> Tensor:
+    """A toolkit's nodes before the end, each once, with a warning of what is different."""
+    kept = times.unique_consecutive()
+    kept = kept[(kept >= 1) & (kept != end)]
+    K, said = sum(steps) if isinstance(steps, Sequence) else int(steps), []
+    if (times < 1).any():
+        said.append(
+            "ends with an evaluation at label -1, in a table the last node's: left out here, as t = 0 is the data"
+        )
+    if len(times.unique_consecutive()) < len(times) or (times == end).any():
+        said.append("takes steps from a node to itself: left out here")
+    if len(kept) != K:
+        said.append(f"takes {len(kept)} steps here")
+    if said:
+        warnings.warn(f"{whose} {'; '.join(said)}", stacklevel=stacklevel)
+    return kept
+
+
+def _at_level(chain: DDPMChain, times: Tensor, linear: str | None) -> Tensor:
+    """The times of the noise levels on a line from node to node, in sigma / alpha or its logarithm."""
+    whole = times == times.round()
+    if linear is None or bool(whole.all()):
+        return times
+    low, high = (-chain.half_log_snr(node) for node in (times.floor(), times.ceil()))
+    w = times - times.floor()
+    line = torch.lerp(low, high, w) if linear == "half_log_snr" else torch.lerp(low.exp(), high.exp(), w).log()
+    return torch.where(whole, times, chain.time_at(-line))
 
 
 def _sections(N: int, counts: Sequence[int]) -> Nodes:

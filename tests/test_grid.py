@@ -155,6 +155,33 @@ def test_customary_grid(name: str, steps: int) -> None:
         assert grid == Grid.uniform(sde, steps)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 28])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, math.exp(1.15)])
+def test_shifted_multiplies_each_level(shift: float, steps: int) -> None:
+    """sigma / alpha is that of uniform times `shift` times over; mu, the other way of writing it, is its logarithm."""
+    sde = FlowSDE()
+    grid, uniform = Grid.shifted(sde, steps, shift=shift), Grid.uniform(sde, steps)
+    t, u = grid.times[1:-1], uniform.times[1:-1]
+    torch.testing.assert_close(t / (1 - t), shift * u / (1 - u), rtol=1e-13, atol=0)
+    torch.testing.assert_close(t, math.exp(mu := math.log(shift)) / (math.exp(mu) + 1 / u - 1), rtol=1e-13, atol=0)
+    assert grid.times[[0, -1]].tolist() == [1, 0]
+    if shift == 1:
+        torch.testing.assert_close(grid.times, uniform.times, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 28])
+def test_shifted_is_that_of_the_published_scheduler(shift: float, steps: int) -> None:
+    """diffusers' FlowMatchEuler: its smallest time, of 1000, is shifted when it is made and again when it is used."""
+
+    def S(u: Any) -> Any:
+        return shift * u / (1 + (shift - 1) * u)
+
+    expected = [*S(np.linspace(1.0, S(1 / 1000), steps)), 0.0]
+    grid = Grid.shifted(FlowSDE(), steps, shift=shift, last=S(S(1 / 1000)) if steps > 1 else 1.0)
+    np.testing.assert_allclose(grid.times.numpy(), expected, rtol=1e-13)
+
+
 # Sub-sequences of a chain
 
 
@@ -349,6 +376,7 @@ def test_between_nodes_the_levels_are_theirs(like: Any) -> None:
         ({"offset": -1, "spacing": "leading"}, "whole number >= 0"),
         ({"offset": 991, "spacing": "leading"}, r"1892.* outside"),
         ({"end": 100}, "strictly decrease"),
+        ({"end": 150, "like": "diffusers"}, "strictly decrease"),
         ({"end": -1}, "outside"),
         ({"steps": [4, 4]}, "steps="),
         ({"steps": [4, 4], "like": "diffusers"}, "steps="),
@@ -492,6 +520,12 @@ def test_steps_must_be_a_whole_number(spacing: str, steps: Any) -> None:
         (lambda: Grid.karras(VPSDE(), 4, rho=0.0), "rho=0.0"),
         (lambda: Grid.karras(VPSDE(), 4, rho=-7.0), "rho=-7.0"),
         (lambda: Grid.karras(VPSDE(), 4, rho=math.nan), "rho=nan"),
+        (lambda: Grid.shifted(FlowSDE(), 4, shift=0.0), "shift=0.0"),
+        (lambda: Grid.shifted(FlowSDE(), 4, shift=math.inf), "shift=inf"),
+        (lambda: Grid.shifted(FlowSDE(), 4, end=0.1, last=0.2), "last"),
+        (lambda: Grid.shifted(FlowSDE(), 4, last=0.0), "last="),
+        (lambda: Grid.shifted(FlowSDE(), 4, start=1.5), "0 <= end < start"),
+        (lambda: Grid.shifted(VPSDE(), 4), "FlowSDE's times"),  # type: ignore[arg-type]
         (lambda: Grid.strided(VPSDE(), 4), "DDPMChain"),  # type: ignore[arg-type]
         (lambda: Grid.strided(DDPMChain(), 4, "even"), "spacing='even'"),  # type: ignore[arg-type]
     ],
