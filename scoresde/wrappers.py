@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +13,21 @@ from torch import Tensor
 
 from scoresde.codecs import Chained, Codec
 from scoresde.denoiser import Denoiser, NetworkDenoiser, Posterior, check_denoiser
+from scoresde.networks import contents
 from scoresde.tensors import Time, expand_like
 from scoresde.views import Affine
 
-__all__ = ["Clip", "DynamicThreshold", "Latent", "SameMean", "Wrapper", "lacks_variance", "without_codec"]
+__all__ = [
+    "Clip",
+    "DynamicThreshold",
+    "Latent",
+    "Limit",
+    "SameMean",
+    "Wrapper",
+    "lacks_variance",
+    "parted",
+    "without_codec",
+]
 
 
 class Wrapper(Denoiser):
@@ -109,10 +123,27 @@ def without_codec(denoiser: Denoiser) -> Denoiser:
     return denoiser if denoiser.codec is None else Latent(denoiser, None)
 
 
-class Clip(Wrapper):
-    """The posterior mean clipped to the data's range [low, high].
+class Limit(Wrapper):
+    """A wrapper that limits the mean to the data's range. A subclass gives `limit`.
 
-    Views follow the clipped mean (eps is re-derived from it), as in DDPM and guided diffusion.
+    Views follow the limited mean (eps is re-derived from it), as in DDPM and guided diffusion. What steps with that
+    mean and with the eps of the mean before it, as diffusers' DDIM, is the solver `RawEps`.
+    """
+
+    @abstractmethod
+    def limit(self, mean: Tensor) -> Tensor:
+        """The limited mean, of the same shape."""
+
+    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
+        mean, var = self.denoiser.posterior(x, t, **cond)
+        return Posterior(self.limit(mean), var)
+
+    def covariance(self, t: Time) -> Tensor | None:
+        return self.denoiser.covariance(t)
+
+
+class Clip(Limit):
+    """The posterior mean clipped to the data's range [low, high].
 
     Raises:
         ValueError: unless low < high.
@@ -124,43 +155,78 @@ class Clip(Wrapper):
             raise ValueError(f"Clip(low={low}, high={high}): expected low < high")
         self.low, self.high = low, high
 
-    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
-        mean, var = self.denoiser.posterior(x, t, **cond)
-        return Posterior(mean.clamp(self.low, self.high), var)
-
-    def covariance(self, t: Time) -> Tensor | None:
-        return self.denoiser.covariance(t)
+    def limit(self, mean: Tensor) -> Tensor:
+        return mean.clamp(self.low, self.high)
 
 
-class DynamicThreshold(Wrapper):
+class DynamicThreshold(Limit):
     """Dynamic thresholding (Saharia et al., 2022, Imagen, section 2.3): with s the given quantile of |D| of each
-    sample, raised to at least `bound`, D is clipped to [-s, s] and scaled by bound / s.
+    sample, raised to at least `bound` and cut to `cap`, D is clipped to [-s, s] and scaled by bound / s.
 
     Args:
         denoiser: the denoiser to wrap.
         quantile: in (0, 1].
         bound: the data's largest absolute value.
+        cap: the largest s, diffusers' sample_max_value. Theirs is 1 by default, at which, with the default bound, the
+            wrapper is `Clip`: a threshold that never moves.
+        interpolate: the quantile by a line between the two values around it, as torch.quantile and diffusers have it,
+            not the nearest value of rank quantile x number of elements.
 
     Raises:
-        ValueError: if quantile or bound is out of range.
+        ValueError: if quantile, bound or cap is out of range.
     """
 
-    def __init__(self, denoiser: Denoiser, quantile: float = 0.995, bound: float = 1.0) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        quantile: float = 0.995,
+        bound: float = 1.0,
+        *,
+        cap: float = math.inf,
+        interpolate: bool = False,
+    ) -> None:
         super().__init__(denoiser)
-        if not (0 < quantile <= 1 and bound > 0):
-            raise ValueError(f"quantile={quantile}, bound={bound}: expected 0 < quantile <= 1 and bound > 0")
-        self.quantile, self.bound = quantile, bound
+        if not (0 < quantile <= 1 and 0 < bound <= cap):
+            raise ValueError(
+                f"quantile={quantile}, bound={bound}, cap={cap}: expected 0 < quantile <= 1 and 0 < bound <= cap"
+            )
+        self.quantile, self.bound, self.cap, self.interpolate = quantile, bound, cap, interpolate
 
-    def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
-        mean, var = self.denoiser.posterior(x, t, **cond)
-        magnitude = mean.reshape(len(mean), -1).abs()
-        # kthvalue, not quantile: torch.quantile refuses more than 16 million elements.
-        rank = max(1, round(self.quantile * magnitude.shape[1]))
-        s = expand_like(magnitude.kthvalue(rank, dim=1).values.clamp(min=self.bound), mean)
-        return Posterior(mean.clamp(-s, s) * (self.bound / s), var)
+    def limit(self, mean: Tensor) -> Tensor:
+        s = expand_like(self._quantile(mean.reshape(len(mean), -1).abs()).clamp(self.bound, self.cap), mean)
+        return mean.clamp(-s, s) * (self.bound / s)
 
-    def covariance(self, t: Time) -> Tensor | None:
-        return self.denoiser.covariance(t)
+    def _quantile(self, values: Tensor) -> Tensor:
+        """Of each sample, (B,). By kthvalue: torch.quantile refuses more than 16 million elements."""
+        count = values.shape[1]
+        if not self.interpolate:
+            return values.kthvalue(max(1, round(self.quantile * count)), dim=1).values
+        below, share = divmod(self.quantile * (count - 1), 1)
+        low = values.kthvalue(int(below) + 1, dim=1).values
+        high = values.kthvalue(min(int(below) + 2, count), dim=1).values
+        return torch.lerp(low, high, share)
+
+
+def parted(denoiser: Denoiser) -> tuple[Denoiser, Callable[[Tensor], Tensor]] | None:
+    """The denoiser whose mean a `Limit` limits, and how: for what needs both means of one evaluation. None where no
+    mean is limited.
+
+    Raises:
+        ValueError: if something else than a `SameMean` is around the limit.
+    """
+    if isinstance(denoiser, Limit):
+        return denoiser.denoiser, denoiser.limit
+    if isinstance(denoiser, SameMean):
+        if (parts := parted(denoiser.denoiser)) is None:
+            return None
+        again = copy.copy(denoiser)
+        again.denoiser = parts[0]
+        return again, parts[1]
+    if any(isinstance(inner, Limit) for inner in contents(denoiser)):
+        raise ValueError(
+            f"{denoiser!r} changes the mean after it is limited: wrap it the other way round, Clip outside of guidance"
+        )
+    return None
 
 
 def lacks_variance(denoiser: Denoiser) -> bool:

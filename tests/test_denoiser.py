@@ -217,6 +217,28 @@ def test_dynamic_threshold_is_per_sample():
     assert torch.equal(alone[0], mean[1])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 101, 192])
+@pytest.mark.parametrize("quantile", [0.01, 0.5, 0.9, 0.995, 1.0])
+def test_the_interpolated_quantile_is_that_of_torch(count, quantile):
+    """As diffusers has it: torch.quantile of |D|, clamped to [1, cap]."""
+    x = 3 * normal(5, count, 1)
+    s = torch.quantile(x.abs().flatten(1), quantile, dim=1)
+    for cap in (math.inf, 1.5, 1.0):
+        threshold = DynamicThreshold(X0Denoiser(lambda x, t: x, VPSDE()), quantile, cap=cap, interpolate=True)
+        bound = s.clamp(1, cap)[:, None, None]
+        torch.testing.assert_close(threshold(x, 0.5).mean, x.clamp(-bound, bound) / bound, rtol=1e-14, atol=1e-14)
+
+
+def test_a_cap_at_the_bound_is_a_clip():
+    """The default of diffusers, sample_max_value=1: a threshold that never moves."""
+    inner, x = X0Denoiser(lambda x, t: x, VPSDE()), 5 * normal(4, 30)
+    assert torch.equal(DynamicThreshold(inner, cap=1.0)(x, 0.5).mean, Clip(inner)(x, 0.5).mean)
+    loose = DynamicThreshold(inner, 0.9, cap=2.0)(x, 0.5).mean
+    s = x.abs().sort(1).values[:, 26].clamp(1, 2)
+    torch.testing.assert_close(loose, x.clamp(-s[:, None], s[:, None]) / s[:, None])
+    assert torch.equal(DynamicThreshold(inner, 0.9, cap=99.0)(x, 0.5).mean, DynamicThreshold(inner, 0.9)(x, 0.5).mean)
+
+
 def test_wrappers_keep_the_variance_and_nest():
     exact = GaussianMixture(means=[[1.0], [3.0]], std=0.1).denoiser(VPSDE())
     x = normal(4, 1)
@@ -283,6 +305,8 @@ def test_a_network_of_another_shape_is_named(out):
         (lambda: Clip(Nonlinear(VPSDE()), 1, -1), ValueError),
         (lambda: DynamicThreshold(Nonlinear(VPSDE()), quantile=1.5), ValueError),
         (lambda: DynamicThreshold(Nonlinear(VPSDE()), bound=0.0), ValueError),
+        (lambda: DynamicThreshold(Nonlinear(VPSDE()), bound=2.0, cap=1.0), ValueError),
+        (lambda: DynamicThreshold(Nonlinear(VPSDE()), cap=float("nan")), ValueError),
     ],
 )
 def test_bad_construction_is_refused(make, error):

@@ -239,7 +239,7 @@ class TestOrder:
 
     @pytest.mark.parametrize(
         "entry",
-        [e for e in available() if e.deterministic and not e.solver.adaptive],
+        [e for e in available() if e.deterministic and e.solver.has_table],
         ids=lambda e: e.name,
     )
     def test_every_deterministic_solver_converges_to_it(self, entry):

@@ -20,17 +20,22 @@ from scoresde import (
     EDMSDE,
     VESDE,
     VPSDE,
+    Clip,
     DDPMChain,
     Denoiser,
+    DynamicThreshold,
     EpsDenoiser,
     FlowSDE,
     Grid,
     NonFiniteError,
+    Posterior,
     X0Denoiser,
     sample,
 )
 from scoresde import analysis as exact_analysis
 from scoresde.exact import Gaussian, GaussianMixture
+from scoresde.guidance import Autoguidance, ClassifierFree
+from scoresde.guidance.branches import Conditioned
 from scoresde.noise import sample_seeds
 from scoresde.schedules import SubVPSDE
 from scoresde.solvers import (
@@ -38,6 +43,8 @@ from scoresde.solvers import (
     DDPM,
     DPMSolverPP,
     ExponentialAB,
+    Heun,
+    RawEps,
     Restart,
     ReverseSDE,
     SingleStep,
@@ -46,6 +53,8 @@ from scoresde.solvers import (
     available,
 )
 from scoresde.solvers.rows import Rows
+from scoresde.textbook import first_order as textbook
+from scoresde.variance import OptimalVariance
 
 ENTRIES = {entry.name: entry for entry in available()}
 TABLES = {name: e for name, e in ENTRIES.items() if e.solver.has_table}
@@ -478,3 +487,96 @@ def test_the_generator_of_a_batch_reproduces():
             run(ENTRIES[name], MIXTURE.denoiser(VPSDE()), (3, 3), generator=generator(8)).x for _ in range(2)
         )
         assert torch.equal(first, again)
+
+
+# Two predictions at once: the limited mean, and eps of the mean before that.
+
+LIMITS = {
+    "clip": lambda denoiser: Clip(denoiser, -0.4, 0.5),
+    "threshold": lambda denoiser: DynamicThreshold(denoiser, quantile=0.6, bound=0.3, cap=0.6, interpolate=True),
+}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("sde", FEW)
+@pytest.mark.parametrize("limit", LIMITS)
+def test_raw_eps_is_the_transcription_of_ddim(limit, sde, eta):
+    raw, x = Nonlinear(FEW[sde]), FEW[sde].prior((4, 3), generator=generator(0)).double()
+    limited = LIMITS[limit](raw)
+    for end in (0.0, 0.1):
+        grid = Grid.uniform(raw.sde, 6, start=0.9 * raw.sde.t_max, end=end * raw.sde.t_max)
+        z = [normal(4, 3, seed=k) for k in range(6)]
+        found = sample(limited, x, RawEps(DDIM(eta)), grid=grid, noise=lambda row, x, z=z: z[row])
+        book = textbook.ddim(raw, x, grid.times, z, eta, limited.limit)
+        torch.testing.assert_close(found.x, book, rtol=1e-9, atol=1e-9)
+        assert found.nfe == 6
+
+
+def test_raw_eps_ends_in_other_data():
+    """By the whole range of what is clipped, and nothing tells of it: the default of diffusers' DDIM and guided
+    diffusion's are two samplers.
+    """
+    limited, x = Clip(EpsDenoiser(lambda x, t: (2 * x).sin(), DDPMChain())), normal(64, 3)
+    raw, follows = (sample(limited, x, solver, steps=50).x for solver in (RawEps(), DDIM()))
+    assert float((raw - follows).abs().max()) > 1.9
+
+
+def test_raw_eps_without_a_limit_is_the_solver_itself():
+    raw, x = Nonlinear(VPSDE()), normal(4, 3)
+    for solver in (DDIM(), DDIM(0.7), DDPM(), DDPM("beta")):
+        expected = sample(raw, x, solver, steps=5, seed=0).x
+        assert torch.equal(sample(raw, x, RawEps(solver), steps=5, seed=0).x, expected)
+        # and where nothing is limited but could be, to rounding
+        torch.testing.assert_close(sample(Clip(raw, -9, 9), x, RawEps(solver), steps=5, seed=0).x, expected)
+    up = sample(Clip(raw, -9, 9), x, RawEps(), grid=Grid.uniform(VPSDE(), 5, end=1e-5).reversed()).x
+    torch.testing.assert_close(up, sample(raw, x, DDIM(), grid=Grid.uniform(VPSDE(), 5, end=1e-5).reversed()).x)
+
+
+class Certain(Nonlinear):
+    """The same mean, and no doubt of it."""
+
+    def posterior(self, x, t, **cond):
+        return Posterior(super().posterior(x, t).mean, torch.zeros_like(x))
+
+
+def test_raw_eps_is_analytic_ddim_with_its_clamp_where_the_variance_is_zero():
+    x, solver = normal(4, 3), DDIM(0.5)
+    raw = Certain(VPSDE())
+    analytic = sample(raw, x, OptimalVariance(solver, clamp=(-0.3, 0.4)), steps=6, seed=0).x
+    torch.testing.assert_close(sample(Clip(raw, -0.3, 0.4), x, RawEps(solver), steps=6, seed=0).x, analytic)
+
+
+def test_raw_eps_finds_the_limit_under_what_leaves_the_mean_alone():
+    def net(x, t, shift):
+        return 0.5 * x + shift[:, None]
+
+    raw, x, shift = X0Denoiser(net, VPSDE()), normal(4, 3), torch.linspace(-2, 2, 4).double()
+    expected = sample(Clip(raw), x, RawEps(), steps=5, cond={"shift": shift}).x
+    assert torch.equal(sample(Conditioned(Clip(raw), shift=shift), x, RawEps(), steps=5).x, expected)
+    assert torch.equal(sample(Clip(Conditioned(raw, shift=shift)), x, RawEps(), steps=5).x, expected)
+    guided = sample(Clip(ClassifierFree(raw, 3.0, null={"shift": 0.0})), x, RawEps(), steps=5, cond={"shift": shift})
+    assert float((guided.x - expected).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "message"),
+    [
+        (lambda: RawEps(DDIM), TypeError, "wraps a solver"),
+        (lambda: sample(Clip(Nonlinear(VPSDE())), (2, 3), RawEps(DPMSolverPP(2)), steps=4), ValueError, "one evalu"),
+        (lambda: sample(Clip(Nonlinear(VPSDE())), (2, 3), RawEps(Heun()), steps=4), ValueError, "one evalu"),
+        (
+            lambda: sample(Autoguidance(Clip(Nonlinear(VPSDE())), Nonlinear(VPSDE())), (2, 3), RawEps(), steps=4),
+            ValueError,
+            "Clip outside of guidance",
+        ),
+        (lambda: RawEps().tableau(Grid.uniform(VPSDE(), 3)), TypeError, "no table"),
+        (
+            lambda: next(RawEps(DDIM(1)).iterate(Clip(Nonlinear(VPSDE())), normal(2, 3), Grid.uniform(VPSDE(), 3))),
+            ValueError,
+            "draws noise: pass noise=",
+        ),
+    ],
+)
+def test_what_raw_eps_refuses(run, error, message):
+    with pytest.raises(error, match=message):
+        run()

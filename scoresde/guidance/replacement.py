@@ -39,7 +39,7 @@ from scoresde.guidance.operators.checks import check_adjoint, check_finite, chec
 from scoresde.noise import NoiseSource
 from scoresde.solvers.base import Around, SingleStep, Solver
 from scoresde.solvers.composite import TimeTravel
-from scoresde.solvers.first_order import DDPM
+from scoresde.solvers.first_order import DDPM, RawEps
 from scoresde.solvers.predictor_corrector import PredictorCorrector
 from scoresde.tableau import State, Tableau
 from scoresde.variance.solver import OptimalVariance
@@ -201,7 +201,7 @@ def _draws(table: Tableau, std: float) -> list[_Draw | None]:
 
 def _table(solver: Solver, grid: Grid) -> Tableau:
     """A table with the times of the solver's rows, where its own are known only as it runs."""
-    if isinstance(solver, OptimalVariance):
+    if isinstance(solver, OptimalVariance | RawEps):
         solver = solver.solver
     if isinstance(solver, PredictorCorrector) and solver.corrector is not None:
         solver = replace(solver, corrector="ald")

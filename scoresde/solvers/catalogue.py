@@ -123,6 +123,7 @@ _FAMILIES: dict[str, list[tuple[str, Solver, int | None, str, bool, str, str]]] 
         ("ddpm-beta", first_order.DDPM("beta"), 1, "N", False, "x0", "Ho et al. (2020)"),
         ("ddim", first_order.DDIM(), 1, "N", True, "x0", _DDIM),
         ("ddim-0.5", first_order.DDIM(0.5), 1, "N", False, "x0", _DDIM),
+        ("ddim-raw-eps", first_order.RawEps(), None, "N", True, "x0", _DDIM),
         ("ancestral", first_order.Ancestral(), 1, "N", False, "x0", _SONG),
         ("reverse-diffusion", first_order.ReverseDiffusion(), 1, "N", False, "x0", _SONG),
         ("reverse-diffusion-ode", first_order.ReverseDiffusion(probability_flow=True), 1, "N", True, "x0", _SONG),

@@ -12,19 +12,24 @@ sigma_t^2 (1 - e^{-2h}) ("beta").
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from scoresde.checks import check_nonnegative, check_option
+from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
+from scoresde.noise import NoiseSource
 from scoresde.sde import SDE
-from scoresde.solvers.base import SingleStep
+from scoresde.solvers.base import Around, SingleStep, Solver
 from scoresde.solvers.rows import Rows, forgotten, one_evaluation
+from scoresde.tableau import State, Tableau
+from scoresde.wrappers import parted
 
-__all__ = ["DDIM", "DDPM", "Ancestral", "EulerMaruyama", "ExponentialSDE", "ReverseDiffusion"]
+__all__ = ["DDIM", "DDPM", "Ancestral", "EulerMaruyama", "ExponentialSDE", "RawEps", "ReverseDiffusion"]
 
 
 class FirstOrder(SingleStep, ABC):
@@ -200,3 +205,83 @@ class ReverseDiffusion(FirstOrder):
         return one_evaluation(
             sde, t, s, torch.where(lost, exact.a, a), torch.where(lost, exact.b[:, 0], b), torch.where(lost, exact.c, c)
         )
+
+
+@dataclass(frozen=True)
+class RawEps(Around):
+    """A step with two predictions of one evaluation: the mean as `Clip` or `DynamicThreshold` limits it, D^, and the
+    eps that belongs to the mean before that, D. A row x_s = a x_t + b D + c z, in which x_t is alpha_t D + sigma_t eps,
+    becomes
+
+        x_s = (a alpha_t + b) D^ + a (x_t - alpha_t D) + c z        (DDIM: alpha_s D^ + sqrt(sigma_s^2 - c^2) eps + c z)
+
+    So DDIM runs in diffusers (DDIMScheduler with clip_sample or thresholding, unless use_clipped_model_output=True),
+    and in the code of Analytic-DDIM (`OptimalVariance(clamp=)`). With `DDIM()` alone eps follows the clipped mean, as
+    in guided diffusion, and so it does in DDPM's own sampler: where means leave the range, as with much noise or
+    guidance, the two end in different images, and nothing tells of it.
+
+    Where no mean is limited it is the solver itself, bit for bit. It has no table: a row is not affine in one mean.
+
+    Args:
+        solver: of one evaluation a step that reads no earlier ones: DDIM(eta), ExponentialSDE(tau), ...
+
+    Raises:
+        TypeError: if solver is none.
+        ValueError: on a run, before any evaluation, if the solver has steps of several evaluations or memory of earlier
+            ones, or guidance, or anything else that changes the mean, is around the limit.
+
+    >>> from scoresde import VPSDE, Clip, Grid, sample
+    >>> from scoresde.exact import Gaussian
+    >>> denoiser = Clip(Gaussian(mean=[0.0], std=3.0).denoiser(VPSDE()), -1, 1)  # clips most of it
+    >>> for solver in (DDIM(), RawEps(DDIM())):  # to a little noise
+    ...     x = sample(denoiser, (1000, 1), solver, grid=Grid.uniform(VPSDE(), 20, end=0.1), seed=0).x
+    ...     print(f"std {x.std():.2f}")
+    std 1.10
+    std 0.87
+    """
+
+    solver: Solver = DDIM()
+    draws: ClassVar[bool] = False  # or the table says so
+    goes_up: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, Solver):
+            raise TypeError(f"RawEps wraps a solver, DDIM() say, not {self.solver!r}")
+
+    def loop(
+        self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]
+    ) -> Iterator[State]:
+        table = self.solver.tableau(grid)
+        if not table.one_step:
+            raise ValueError(
+                f"{self.solver!r} has steps of several evaluations, or steps that read those before them: take one of "
+                "one evaluation a step, DDIM() or ExponentialSDE(tau)"
+            )
+        if (parts := parted(denoiser)) is None:
+            return self.solver.loop(denoiser, x, grid, noise, cond)
+        if noise is None and bool((table.c > 0).any()):
+            raise ValueError(f"{self.solver!r} draws noise: pass noise=, a function (row, x)")
+        parts[0].check_times(table.t)
+        return _with_both(table, *parts, x, noise, cond)
+
+
+def _with_both(
+    table: Tableau,
+    raw: Denoiser,
+    limit: Callable[[Tensor], Tensor],
+    x: Tensor,
+    noise: NoiseSource | None,
+    cond: dict[str, Any],
+) -> Iterator[State]:
+    """The loop of `RawEps`."""
+    a, b = table.in_x0()
+    signal = a * table.grid.sde.alpha(table.t)
+    columns = (table.t, a, signal + b, signal, table.c)
+    for i, (t, a_i, limited, unlimited, c) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+        D = raw(x, t, **cond).mean
+        # The multiples of x and D also where they are 0: a NaN must reach the end.
+        x = x * a_i + limit(D) * limited - D * unlimited
+        if c != 0:
+            assert noise is not None
+            x = x + c * noise(i, x)
+        yield State(i, i + 1, i, True, t, x)

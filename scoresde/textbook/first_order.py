@@ -53,15 +53,23 @@ def ddpm(denoiser: Denoiser, x: Tensor, times: Tensor, z: Sequence[Tensor], vari
     return x
 
 
-def ddim(denoiser: Denoiser, x: Tensor, times: Tensor, z: Sequence[Tensor], eta: float) -> Tensor:
+def ddim(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    z: Sequence[Tensor],
+    eta: float,
+    limit: Callable[[Tensor], Tensor] = lambda x0: x0,
+) -> Tensor:
     """Song, Meng and Ermon (2021), eq. 12 and 16, with abar_t = alpha_t^2 and 1 - abar_t = sigma_t^2.
 
-    Beyond VP the "beta" 1 - abar_t / abar_s of eq. 16 is the variance of x_t given x_s, which it equals on VP.
+    Beyond VP the "beta" 1 - abar_t / abar_s of eq. 16 is the variance of x_t given x_s, which it equals on VP. What
+    limits the predicted x_0, clipping say, leaves eps alone, as in the code of Analytic-DPM (Bao et al., 2022).
     """
     sde = denoiser.sde
     for t, s, noise in steps_in(times, z):
         eps = denoiser.eps(x, t)
-        predicted_x0 = (x - sde.sigma(t) * eps) / sde.alpha(t)
+        predicted_x0 = limit((x - sde.sigma(t) * eps) / sde.alpha(t))
         if s == 0:
             return predicted_x0
         var_ts = sde.sigma(t) ** 2 - (sde.alpha(t) / sde.alpha(s)) ** 2 * sde.sigma(s) ** 2
