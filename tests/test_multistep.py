@@ -41,6 +41,9 @@ CASES: dict[str, Solver] = {
     "sde dpm++3m published": DPMSolverPP(3, stochastic=True, rule="exact", as_published=True),
     "tab3": DEIS(4),
     **{f"rhoab{k - 1}": DEIS(k, "sigma") for k in (3, 4)},
+    "log rho 2 final": DEIS(2, "half_log_snr", lower_final=True),
+    "log rho 3": DEIS(3, "half_log_snr"),
+    "log rho 3 final": DEIS(3, "half_log_snr", lower_final=True),
     **{f"ipndm{k}": IPNDM(k) for k in (3, 4)},
     **{f"unip{k}": UniPC(k, corrector=False) for k in (3, 4)},
     "unip2 b1": UniPC(2, rule="B1", corrector=False),
@@ -146,6 +149,14 @@ SAME = {
     ),
     "sa's predictor is ab3": (SASolver(predictor=3, corrector=0, tau=0.0), ExponentialAB(order=3)),
     "sa with a corrector is unipc": (SASolver(predictor=3, corrector=4, tau=0.0), UniPC(order=3, rule="exact")),
+    "deis of diffusers is ab of eps": (
+        DEIS(order=3, variable="half_log_snr", lower_final=True),
+        ExponentialAB(order=3, view="eps", lower_final=True),
+    ),
+    "and multistep dpm-solver": (
+        DEIS(order=2, variable="half_log_snr", lower_final=True),
+        DPMSolverPP(order=2, view="eps", rule="exact", lower_final=True),
+    ),
     "tab is ab of eps in t": (DEIS(order=3), ExponentialAB(order=3, view="eps", variable="t")),
     "er-sde-3 without noise is ab3 in sigma": (
         ERSDE(order=3, noise_scale="ode"),
@@ -540,7 +551,7 @@ def test_bad_options_are_refused(make, message):
 
 def test_solvers_are_values():
     assert UniPC(order=2) == UniPC(order=2) != UniPC(order=3)
-    assert repr(DEIS(order=2)) == "DEIS(order=2, variable='t')"
+    assert repr(DEIS(order=2)) == "DEIS(order=2, variable='t', lower_final=False)"
 
 
 @pytest.mark.parametrize("view", ["v", "flow"])

@@ -409,7 +409,7 @@ def test_the_corrector_costs_nothing_and_helps():
 def test_lower_orders_for_the_last_steps():
     """With `lower_final` the last step reads one value, the one before two, ...; without, as many as it may."""
     grid = Grid.uniform(VPSDE(), 8, end=0.1)
-    for solver in (DPMSolverPP(3), ExponentialAB(3, "eps"), UniPC(3, corrector=False)):
+    for solver in (DPMSolverPP(3), ExponentialAB(3, "eps"), UniPC(3, corrector=False), scoresde.solvers.DEIS(3)):
         read = [
             (dataclasses.replace(solver, lower_final=final).tableau(grid).b != 0).sum(1).tolist()
             for final in (False, True)
@@ -467,7 +467,7 @@ def test_numbers_that_are_negative_or_nan_are_refused(solver):
         lambda: UniPC(0),
         lambda: UniPC(view="score"),
         lambda: UniPC(rule="B3"),
-        lambda: scoresde.solvers.DEIS(variable="half_log_snr"),
+        lambda: scoresde.solvers.DEIS(variable="softplus"),
         lambda: scoresde.solvers.DPMSolverPP(4),
         lambda: scoresde.solvers.SASolver(corrector=6),
         lambda: scoresde.solvers.SASolver(tau=lambda t: -t).tableau(Grid.uniform(VPSDE(), 3)),

@@ -152,23 +152,31 @@ def _second_derivative(x: Tensor) -> Tensor:
 class DEIS(Multistep):
     """Diffusion exponential integrator sampler (Zhang and Chen, 2023), the view eps: tAB and rhoAB.
 
+    What diffusers calls DEIS, "logrho", is neither: the polynomial is one in log(sigma / alpha), which is the multistep
+    DPM-Solver in eps. Its scheduler is DEIS(2, "half_log_snr", lower_final=steps < 15) on a grid that ends at the
+    chain's first node, with no step to t = 0: `Grid.strided(chain, steps, like="diffusers-multistep", end=1)`. Each of
+    these three, left out, is a difference of some percent of the data.
+
     Args:
         order: number of values, 1 to 4: the paper's tAB-k is order k + 1.
-        variable: of interpolation, "t" (tAB, on the paper's quadratic grid) or "sigma" for sigma / alpha (rhoAB).
+        variable: of interpolation, "t" (tAB, on the paper's quadratic grid), "sigma" for sigma / alpha (rhoAB) or
+            "half_log_snr" (that of diffusers).
+        lower_final: lower orders for the last steps, as many values as there are steps left.
 
     Raises:
         ValueError: on another order or variable.
     """
 
     order: int = 3
-    variable: Literal["t", "sigma"] = "t"
+    variable: Literal["t", "sigma", "half_log_snr"] = "t"
+    lower_final: bool = False
 
     def __post_init__(self) -> None:
         check_order(4, order=self.order)
-        check_option(("t", "sigma"), variable=self.variable)
+        check_option(("t", "sigma", "half_log_snr"), variable=self.variable)
 
     def tableau(self, grid: Grid) -> Tableau:
-        return ExponentialAB(self.order, "eps", self.variable).tableau(grid)
+        return ExponentialAB(self.order, "eps", self.variable, lower_final=self.lower_final).tableau(grid)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,9 @@ def _of_several_steps(solver: Solver) -> Textbook | None:
             if solver.stochastic:
                 return Textbook(multistep.sde_dpm_solver_pp, own, "z")
             return Textbook(multistep.dpm_solver_pp, own)
-        case DEIS(order=order, variable=variable):
+        case DEIS(order=order, variable="half_log_snr", lower_final=lower_final):
+            return Textbook(multistep.deis_log_rho, {"order": order, "lower_final": lower_final})
+        case DEIS(order=order, variable=variable, lower_final=False):
             return Textbook(multistep.deis_t_ab if variable == "t" else multistep.deis_rho_ab, {"order": order})
         case IPNDM(order=order):
             return Textbook(multistep.ipndm, {"order": order})

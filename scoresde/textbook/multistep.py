@@ -23,8 +23,8 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser
 from scoresde.sde import SDE
 
-__all__ = ["Function", "Times", "ddim_update", "deis_rho_ab", "deis_t_ab", "dpm_solver_pp", "exponential_ab", "ipndm",
-           "lagrange_weights", "quadrature", "run", "sde_dpm_solver_pp"]  # fmt: skip
+__all__ = ["Function", "Times", "ddim_update", "deis_log_rho", "deis_rho_ab", "deis_t_ab", "dpm_solver_pp",
+           "exponential_ab", "ipndm", "lagrange_weights", "quadrature", "run", "sde_dpm_solver_pp"]  # fmt: skip
 
 Function = Callable[[float], float]
 
@@ -272,6 +272,31 @@ def deis_rho_ab(denoiser: Denoiser, x: Tensor, times: Tensor, order: int) -> Ten
                 if m != k:
                     l = l * Polynomial([-node, 1.0]) / (nodes[k] - node)  # noqa: E741
             y = y + width * float(l.integ()(1.0)) * eps
+        return T.alpha[i + 1] * y
+
+    return run(denoiser, x, times, "eps", ddim_update, step)
+
+
+def deis_log_rho(denoiser: Denoiser, x: Tensor, times: Tensor, order: int, lower_final: bool = False) -> Tensor:
+    """The same with polynomials in log rho, the "logrho" of diffusers: by parts, int L^k drho = rho L^k - k int L^{k-1}
+    drho with L = log(rho / rho_i). With lower_final the last steps take as many values as there are steps left.
+    """
+
+    def integral(k: int, r: float) -> float:
+        return r if k == 0 else r * math.log(r) ** k - k * integral(k - 1, r)
+
+    def step(T: Times, i: int, x: Tensor, history: list[tuple[int, Tensor]]) -> Tensor:
+        used = history[: min(order, len(T.t) - 1 - i) if lower_final else order]
+        nodes = [math.log(T.u[j] / T.u[i]) for j, _ in used]
+        y = x / T.alpha[i]
+        for k, (_, eps) in enumerate(used):
+            l = Polynomial([1.0])  # noqa: E741
+            for m, node in enumerate(nodes):
+                if m != k:
+                    l = l * Polynomial([-node, 1.0]) / (nodes[k] - node)  # noqa: E741
+            end = T.u[i + 1] / T.u[i]
+            C = T.u[i] * sum(float(c) * (integral(n, end) - integral(n, 1.0)) for n, c in enumerate(l.coef))
+            y = y + C * eps
         return T.alpha[i + 1] * y
 
     return run(denoiser, x, times, "eps", ddim_update, step)
