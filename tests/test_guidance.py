@@ -518,6 +518,59 @@ def test_conditional_only_and_unconditional_only(solver: str) -> None:
     assert not torch.equal(conditional.x, unconditional.x)
 
 
+def test_guidance_on_a_subset_of_channels() -> None:
+    """The published sampler of DiT, eps[:, :3] of a latent's four: the others are the conditional model's, whatever the
+    network predicts.
+    """
+    data, label, sde = Labelled(VPSDE(), (4, 2)), torch.tensor([0, 1, 2]), VPSDE()
+    x, t = normal(3, 4, 2), 0.4
+    told_nothing = Conditioned(data.whole.denoiser(sde), drop=("label",))
+    for view in ("eps", "v"):
+        denoiser = NETWORKS[view](data.net(view), sde)
+        conditional, unconditional = denoiser(x, t, label=label).mean, data.whole.denoiser(sde)(x, t).mean
+        for w in (0.0, 4.0, torch.tensor([0.0, 1.0, 3.0])):
+            each = torch.as_tensor(w, dtype=torch.float64).reshape(-1, 1, 1)
+            expected = unconditional + each * (conditional - unconditional)
+            guided = ClassifierFree(denoiser, w, null=NULL, channels=range(3))
+            found = guided(x, t, label=label).mean
+            torch.testing.assert_close(found[:, :3], expected[:, :3])
+            torch.testing.assert_close(found[:, 3:], conditional[:, 3:])
+            torch.testing.assert_close(
+                ClassifierFree(denoiser, w, null=NULL, channels=[2, 0, 1, 3])(x, t, label=label).mean, expected
+            )
+            weak = Autoguidance(denoiser, told_nothing, w, channels=(3,))(x, t, label=label).mean
+            torch.testing.assert_close(weak[:, 3:], expected[:, 3:])
+            torch.testing.assert_close(weak[:, :3], conditional[:, :3])
+    run = {"steps": 4, "seed": 0, "cond": {"label": label}}
+    for w, same in ((1.0, True), (4.0, False)):
+        found = sample(ClassifierFree(denoiser, w, null=NULL, channels=[1]), x, DDIM(), **run).x
+        assert torch.equal(found, sample(denoiser, x, DDIM(), **run).x) == same
+    assert "channels=(0, 2)" in repr(ClassifierFree(denoiser, channels=(0, 2)))
+
+
+def test_a_rule_sees_the_channels_that_are_guided_alone() -> None:
+    data, label, x = Labelled(VPSDE(), (4, 2)), torch.tensor([0, 1, 2]), normal(3, 4, 2)
+    denoiser, seen = X0Denoiser(data.net("x0"), VPSDE()), []
+
+    def rule(D_1: Tensor, D_0: Tensor, w: Tensor) -> Tensor:
+        seen.append((D_1, D_0))
+        return torch.zeros_like(D_1)
+
+    found = ClassifierFree(denoiser, 2.0, null=NULL, rule=Rule(rule, "x0"), channels=[3, 1])(x, 0.5, label=label).mean
+    conditional = denoiser(x, 0.5, label=label).mean
+    assert torch.allclose(seen[0][0], conditional[:, [3, 1]])
+    assert seen[0][1].shape == (3, 2, 2)
+    assert not found[:, [1, 3]].any()
+    assert torch.allclose(found[:, [0, 2]], conditional[:, [0, 2]])
+
+
+@pytest.mark.parametrize("channels", [[], [1, 1], [-1], [0.5], [4]])
+def test_channels_that_are_none(channels: Any) -> None:
+    denoiser = EpsDenoiser(Labelled(VPSDE(), (4, 2)).net("eps"), VPSDE())
+    with pytest.raises(ValueError, match="channels"):
+        ClassifierFree(denoiser, null=NULL, channels=channels)(normal(2, 4, 2), 0.5, label=torch.tensor([0, 1]))
+
+
 def test_per_sample_weights_and_functions_of_t() -> None:
     data, x, label = Labelled(VPSDE()), normal(3, 2), torch.tensor([2, 0, 1])
     denoiser = EpsDenoiser(data.net("eps"), VPSDE())

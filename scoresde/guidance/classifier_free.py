@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scoresde.checks import ArgumentError, check_option
+from scoresde.checks import ArgumentError, check_option, check_whole
 from scoresde.data.conditions import nothing_like, null_of
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.guidance.base import Scale, check_scale, known_all, scale_at
@@ -49,6 +49,7 @@ class _Extrapolation(Branching):
         convention: Convention,
         interval: tuple[float, float] | None,
         rule: Rule,
+        channels: Sequence[int] | None = None,
         batched: bool = True,
     ) -> None:
         super().__init__(denoisers, rule.view, batched)
@@ -57,6 +58,11 @@ class _Extrapolation(Branching):
         if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
             raise ArgumentError(f"interval={interval!r}: expected noise levels (low, high), 0 <= low < high")
         self.weight, self.convention, self.interval, self.rule = weight, convention, interval, rule
+        self.channels = None if channels is None else tuple(channels)
+        if self.channels is not None:
+            check_whole(**{f"channels[{i}]": channel for i, channel in enumerate(self.channels)})
+            if len(set(self.channels)) < len(self.channels) or not self.channels:
+                raise ArgumentError(f"channels={self.channels}: expected different channels, and one at least")
 
     @abstractmethod
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
@@ -76,12 +82,23 @@ class _Extrapolation(Branching):
         w, good, poor = self.weight_at(t, len(x)), (self.denoiser, cond), self.poor(x, cond)
         if known_all(w == 1):
             return [good], None
-        if known_all(w == 0) and self.rule.view is None:
+        if known_all(w == 0) and self.rule.view is None and self.channels is None:
             return [poor], None
-        return [good, poor], lambda F_1, F_0: self.rule(F_1, F_0, w)
+        if self.channels is not None and (x.ndim < 2 or max(self.channels) >= x.shape[1]):
+            raise ArgumentError(f"channels={self.channels}, but x has shape {tuple(x.shape)}, (B, C, ...)")
+        return [good, poor], lambda F_1, F_0: self.guided(F_1, F_0, w)
+
+    def guided(self, F_1: Tensor, F_0: Tensor, w: Tensor) -> Tensor:
+        """What the rule makes of the channels that are guided, and F_1 in the others."""
+        if self.channels is None:
+            return self.rule(F_1, F_0, w)
+        good, poor = F_1.unbind(1), F_0.unbind(1)  # no index on the device: to make it there would stall it
+        some_1, some_0 = (torch.stack([F[i] for i in self.channels], 1) for F in (good, poor))
+        guided = dict(zip(self.channels, self.rule(some_1, some_0, w).unbind(1), strict=True))
+        return torch.stack([guided.get(i, F) for i, F in enumerate(good)], 1)
 
     def _options(self) -> str:
-        usual = {"convention": "scale", "interval": None, "rule": RULES["cfg"]}
+        usual = {"convention": "scale", "interval": None, "rule": RULES["cfg"], "channels": None}
         given = {name: getattr(self, name) for name in usual}
         return "".join(f", {name}={value!r}" for name, value in given.items() if value != usual[name])
 
@@ -112,6 +129,8 @@ class ClassifierFree(_Extrapolation):
         rescale: instead, phi, the share of rescaling; 0.7 is theirs.
         parallel, max_norm: and of the projection: the factor of what is parallel to D_c, and the largest norm of the
             difference; 0 and a norm about that of the data's spread are theirs.
+        channels: those that are guided, range(3) say, and that a rule sees; in the others the conditional model is left
+            as it is. The published samplers of DiT (Peebles and Xie, 2023) guide the first three of a latent's four.
         batched: False makes two calls of B samples instead of one of 2 B, in half the memory. So do conditions that
             cannot be put together, objects that are not the same for both say.
         variance: "conditional": the posterior variance is the conditional model's, though the mean is guided, as in the
@@ -145,12 +164,13 @@ class ClassifierFree(_Extrapolation):
         rescale: float = 0.0,
         parallel: float = 1.0,
         max_norm: float | None = None,
+        channels: Sequence[int] | None = None,
         batched: bool = True,
         variance: Literal["conditional"] | None = None,
     ) -> None:
         check_option((None, "conditional"), variance=variance)
         rule = _rule(rule, rescale, parallel, max_norm)
-        super().__init__([denoiser], weight, convention, interval, rule, batched)
+        super().__init__([denoiser], weight, convention, interval, rule, channels, batched)
         nothing = _nothing(denoiser)
         self.classes, self.by_default = nothing.get("label"), null is None
         if null is None:
@@ -191,7 +211,7 @@ class ClassifierFree(_Extrapolation):
         r, s = self.affine(t)
         var = variances[0]  # of the conditional branch, which comes first
         var = var[: len(x)] if var is not None and var.ndim == x.ndim else var
-        return Posterior(combine(r, x, s, self.rule(F_1, F_0, w)), var)
+        return Posterior(combine(r, x, s, self.guided(F_1, F_0, w)), var)
 
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
         self._check_conditions(cond)
@@ -233,7 +253,7 @@ class Autoguidance(_Extrapolation):
         denoiser: D_1, the model.
         weak: D_0: smaller, or less trained, on the same data, and of the same SDE; it may predict something else. It is
             given the same conditions: take `Conditioned(weak, drop=("label",))` for an unconditional one.
-        weight, convention, interval, rule, rescale, parallel, max_norm: as for `ClassifierFree`.
+        weight, convention, interval, rule, rescale, parallel, max_norm, channels: as for `ClassifierFree`.
 
     An evaluation, which the solution's nfe counts as one, is a call of each. The posterior variance is passed on where
     one model runs alone, else None.
@@ -255,8 +275,10 @@ class Autoguidance(_Extrapolation):
         rescale: float = 0.0,
         parallel: float = 1.0,
         max_norm: float | None = None,
+        channels: Sequence[int] | None = None,
     ) -> None:
-        super().__init__([denoiser, weak], weight, convention, interval, _rule(rule, rescale, parallel, max_norm))
+        rule = _rule(rule, rescale, parallel, max_norm)
+        super().__init__([denoiser, weak], weight, convention, interval, rule, channels)
         self.weak = weak
 
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
