@@ -6,6 +6,7 @@ from scoresde.nn.classifier import NoisyClassifier
 from scoresde.nn.dit import DiT
 from scoresde.nn.embedding import TimeEmbedding
 from scoresde.nn.mlp import MLP
+from scoresde.nn.song import SongUNet
 from scoresde.nn.unet import UNet
 
-__all__ = ["MLP", "DiT", "NoisyClassifier", "TimeEmbedding", "UNet"]
+__all__ = ["MLP", "DiT", "NoisyClassifier", "SongUNet", "TimeEmbedding", "UNet"]

@@ -3,10 +3,8 @@
     residual     s (x + conv(SiLU(norm(conv(SiLU(norm(x)))) (1 + scale) + shift))),    (scale, shift) from the embedding
     instance     z_k = gamma_k (x_k - mu_k) / s_k + beta_k + alpha_k (mu_k - m) / v,    gamma, beta, alpha likewise
     attention    s (x + project(softmax(q k^T / sqrt(d)) v))
-    halve        y_i = sum_k f_k x_{2 i + k - p},     p = (len(f) - 1) // 2
-    double       y_i = 2 sum_j f_{i + p - 2 j} x_j
 
-s is the skip scale and f the filter, whose taps sum to 1; beyond its edges x goes on as its last value.
+s is the skip scale; how a block halves and doubles is in `scoresde.nn.sizes`.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from scoresde.checks import check_option
+from scoresde.nn.sizes import Double, Edge, Halve, filter_taps
 
 __all__ = [
     "Attention",
@@ -72,9 +71,9 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
+def group_norm(channels: int, groups: int | None = None, eps: float = 1e-5) -> GroupNorm:
     """So many groups; by default at most 32, of at least four channels where the number allows."""
-    return GroupNorm(groups or math.gcd(channels, max(1, min(32, channels // 4))), channels)
+    return GroupNorm(groups or math.gcd(channels, max(1, min(32, channels // 4))), channels, eps=eps)
 
 
 class InstanceNorm(nn.Module):
@@ -221,14 +220,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, added to x; its last layer starts at zero."""
+    """Self-attention over the pixels, added to x; its last layer starts at zero. eps is that of its group norm."""
 
     def __init__(
-        self, channels: int, heads: int, *, dims: int = 2, skip_scale: float = 1.0, groups: int | None = None
+        self,
+        channels: int,
+        heads: int,
+        *,
+        dims: int = 2,
+        skip_scale: float = 1.0,
+        groups: int | None = None,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.heads, self.skip_scale = heads, skip_scale
-        self.norm, self.qkv = group_norm(channels, groups), conv(dims, channels, 3 * channels, 1)
+        self.norm, self.qkv = group_norm(channels, groups, eps), conv(dims, channels, 3 * channels, 1)
         self.project = zero(conv(dims, channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,88 +246,6 @@ class Attention(nn.Module):
 
 def _scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else factor * x
-
-
-# Sizes
-
-
-def filter_taps(fir: Sequence[float]) -> tuple[float, ...]:
-    """The taps of a filter, divided by their sum.
-
-    Raises:
-        ValueError: unless there are two at least, symmetric, their sum is positive, and the even ones have the sum of
-            the odd ones: else doubling would not keep a constant.
-    """
-    taps = tuple(float(f) for f in fir)
-    if len(taps) < 2 or taps != taps[::-1] or not sum(taps) > 0 or not math.isclose(sum(taps[::2]), sum(taps[1::2])):
-        raise ValueError(
-            f"fir={tuple(fir)}: expected a symmetric filter whose even and odd taps have one positive sum, such as "
-            "(1, 3, 3, 1)"
-        )
-    return tuple(f / sum(taps) for f in taps)
-
-
-class _Resample(nn.Module):
-    """Holds the filter, (1, 1, len(f), ...), as a buffer: it moves with the network."""
-
-    kernel: Tensor | None
-
-    def __init__(self, dims: int, fir: Sequence[float] | None, gain: float = 1.0) -> None:
-        super().__init__()
-        self.dims, self.length = dims, 0 if fir is None else len(fir)
-        kernel = None
-        if fir is not None:
-            kernel = torch.ones(1, 1, *dims * (1,))
-            for axis in range(dims):
-                shape = [-1 if d == axis else 1 for d in range(dims)]
-                kernel = kernel * (gain * torch.tensor(filter_taps(fir))).reshape(1, 1, *shape)
-        self.register_buffer("kernel", kernel)
-
-
-class Halve(_Resample):
-    """Half the size, rounded up: means over blocks of pixels (at an odd edge, of those there are), or the filter fir,
-    of which they are the case (1, 1).
-    """
-
-    def __init__(self, dims: int = 2, fir: Sequence[float] | None = None) -> None:
-        super().__init__(dims, fir)
-
-    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """x (B, C, n, ...) to (B, C, ceil(n / 2), ...); `size` is for the interface of `Double`."""
-        if self.kernel is None:
-            if self.dims < 3:
-                return (F.avg_pool1d, F.avg_pool2d)[self.dims - 1](x, 2, ceil_mode=True)
-            # torch 2.13 has no avg_pool3d for an axis of length 1, nor, on the CPU, in half precision.
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            wide = F.pad(wide, [p for n in reversed(x.shape[2:]) for p in (0, n % 2)], mode="replicate")
-            return F.avg_pool3d(wide, 2).to(x.dtype)
-        C, before = x.shape[1], (self.length - 1) // 2
-        pads = [p for n in reversed(x.shape[2:]) for p in (before, self.length - 2 - before + n % 2)]
-        kernel = self.kernel.expand(C, 1, *self.kernel.shape[2:])
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
-        return convolve(F.pad(x, pads, mode="replicate"), kernel, stride=2, groups=C)
-
-
-class Double(_Resample):
-    """Twice the size, or one less, as the skip that it meets: nearest neighbours, or the filter fir, of which they are
-    the case (1, 1).
-    """
-
-    def __init__(self, dims: int = 2, fir: Sequence[float] | None = None) -> None:
-        super().__init__(dims, fir, gain=2.0)
-
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """x (B, C, n, ...) to (B, C, *size)."""
-        if self.kernel is None:
-            return F.interpolate(x, size=size, mode="nearest")
-        C, p = x.shape[1], (self.length - 1) // 2
-        before, after = (self.length - 1 - p) // 2, (p + 1) // 2
-        kernel = self.kernel.expand(C, 1, *self.kernel.shape[2:])
-        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.dims - 1]
-        h = convolve(F.pad(x, self.dims * [before, after], mode="replicate"), kernel, stride=2, groups=C)
-        for axis, n in enumerate(size, start=2):
-            h = h.narrow(axis, 2 * before + p, n)
-        return h
 
 
 class ResidualBlock(nn.Module):
@@ -338,8 +262,11 @@ class ResidualBlock(nn.Module):
         norm: "group", or "instance": both norms are `InstanceNorm`, scale and shift their own.
         dilation: of both convolutions.
         additive: the embedding is added before the second norm, conv(SiLU(norm(conv(SiLU(norm(x))) + shift))), as in
-            DDPM, in place of scale and shift after it.
+            DDPM, DDPM++ and NCSN++, in place of scale and shift after it.
         groups: of both group norms; None for `group_norm`'s own choice.
+        project: x passes a convolution of one tap wherever its channels or size change; else where its channels do.
+        edge: what the filter meets beyond the edges.
+        eps: of the group norms.
     """
 
     def __init__(
@@ -357,20 +284,24 @@ class ResidualBlock(nn.Module):
         dilation: int = 1,
         additive: bool = False,
         groups: int | None = None,
+        project: bool = False,
+        edge: Edge = "replicate",
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         check_option(("down", "up", None), resample=resample)
         check_option(("group", "instance"), norm=norm)
         self.skip_scale, self.additive = skip_scale, additive
         grouped = norm == "group"
-        self.norm1 = group_norm(inputs, groups) if grouped else InstanceNorm(inputs, embedding)
+        self.norm1 = group_norm(inputs, groups, eps) if grouped else InstanceNorm(inputs, embedding)
         self.conv1 = conv(dims, inputs, outputs, 3, dilation=dilation)
         self.modulate = nn.Linear(embedding, (1 if additive else 2) * outputs) if grouped else None
-        self.norm2 = group_norm(outputs, groups) if grouped else InstanceNorm(outputs, embedding)
+        self.norm2 = group_norm(outputs, groups, eps) if grouped else InstanceNorm(outputs, embedding)
         self.conv2 = zero(conv(dims, outputs, outputs, 3, dilation=dilation))
         self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Identity() if inputs == outputs else conv(dims, inputs, outputs, 1)
-        self.resample = None if resample is None else {"down": Halve, "up": Double}[resample](dims, fir)
+        kept = inputs == outputs and not (project and resample)
+        self.skip = nn.Identity() if kept else conv(dims, inputs, outputs, 1)
+        self.resample = None if resample is None else {"down": Halve, "up": Double}[resample](dims, fir, edge)
 
     def forward(self, x: Tensor, embedding: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """x (B, inputs, ...) and embedding (B, embedding) to (B, outputs, ...); of that size where it doubles."""

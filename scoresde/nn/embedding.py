@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from scoresde.checks import check_count
 from scoresde.tensors import known_any
 
-__all__ = ["TimeEmbedding"]
+__all__ = ["TimeEmbedding", "check_label"]
 
 
 class TimeEmbedding(nn.Module):
@@ -119,15 +119,7 @@ class TimeEmbedding(nn.Module):
                     f"label={label}: this network was never trained without a class: pass label= of 0 to {n - 1}, in "
                     "sampling cond={'label': ...}"
                 )
-        if label is not None:
-            if self.classes is None:
-                raise ValueError("this network has no classes: build it with num_classes= to pass a label")
-            kind = label if isinstance(label, Tensor) else torch.as_tensor(label)
-            if kind.shape not in ((), (1,), time.shape) or kind.is_floating_point():
-                raise ValueError(
-                    f"label is {kind.dtype} of shape {tuple(kind.shape)}: expected integers {tuple(time.shape)}, or "
-                    "one for all"
-                )
+        check_label(label, time, self.classes is not None)
         if self.vectors is None:
             if vector is not None:
                 raise ValueError("this network takes no vector: build it with vector= its length to pass one")
@@ -138,3 +130,18 @@ class TimeEmbedding(nn.Module):
             raise ValueError(
                 f"this network is conditional on a vector: pass vector= of shape {(*time.shape, n)}, not {found}"
             )
+
+
+def check_label(label: Any, time: Tensor, classes: bool) -> None:
+    """Raises ValueError unless label is None or, for a network of classes, an integer or integers of the shape of time,
+    (B,).
+    """
+    if label is None:
+        return
+    if not classes:
+        raise ValueError("this network has no classes: build it with num_classes= to pass a label")
+    kind = label if isinstance(label, Tensor) else torch.as_tensor(label)
+    if kind.shape not in ((), (1,), time.shape) or kind.is_floating_point():
+        raise ValueError(
+            f"label is {kind.dtype} of shape {tuple(kind.shape)}: expected integers {tuple(time.shape)}, or one for all"
+        )
