@@ -1,0 +1,282 @@
+"""EDM's and EDM2's networks (.pkl with torch_utils.persistence; Karras et al., 2022 and 2024).
+
+Such a file holds Python's source beside the numbers, to run it when it is loaded. Here it is not run: the numbers, and
+the arguments that the network was made with, go into networks of our own. Theirs is D(x; sigma) on data of [-1, 1] for
+x = x_0 + sigma eps, by one of
+
+    EDMPrecond, Precond    D = c_skip x + c_out F(c_in x, ln(sigma) / 4)        `EDMDenoiser` on `EDMSDE`
+    VPPrecond              D = x - sigma F(alpha x, (M - 1) t)                  F is eps, on `VPSDE`
+    VEPrecond              D = x + sigma F(x, ln(sigma / 2))                    F is -eps, on `VESDE`
+    iDDPMPrecond           D = x - sigma F(alpha x, n - 1), F of 2 C channels   eps and a learned range, on `DDPMChain`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scoresde.chain import DDPMChain
+from scoresde.denoiser import Denoiser, EDMDenoiser, EpsDenoiser
+from scoresde.errors import CheckpointError
+from scoresde.grid import Grid
+from scoresde.interop.model import Published, published
+from scoresde.interop.pickles import Record, read_pickle
+from scoresde.interop.reading import fill, hashed
+from scoresde.nn import SongUNet
+from scoresde.schedules import EDMSDE, VESDE, VPSDE
+from scoresde.sde import SDE
+from scoresde.variance import LearnedRangeDenoiser, SplitOutput
+
+__all__ = ["from_edm"]
+
+
+def from_edm(
+    path: str | Path,
+    *,
+    data: Tensor | None = None,
+    label: Tensor | int | None = None,
+    sha256: str | None = None,
+    device: torch.device | str | None = None,
+) -> Published:
+    """The network of one of EDM's files, its average ("ema") as it was saved, in float32: what theirs computes with
+    `force_fp32=True`.
+
+    Classes are integers, `cond={"label": labels}`; theirs are one-hot. No class, or label `label_dim`, is what theirs
+    is without `class_labels`. The augmentation that the network was trained with is none. `.grid(steps)` is that of
+    their sampler: rho = 7, from 80 or the network's largest sigma to 0.002 or its smallest, then 0; of iDDPM's network
+    the nearest of its own levels, each once.
+
+    Nothing in the file is run (`scoresde.interop.pickles`).
+
+    Args:
+        path: of the .pkl.
+        data: images in [-1, 1] to check the wiring with.
+        label: their classes.
+        sha256: what the file's must be.
+        device: of the network; the CPU by default.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is another than sha256 says, is damaged, names what is no part of a network, or holds a
+            network that is not known here, saying which.
+    """
+    path = Path(path)
+    digest, held = hashed(path, sha256), read_pickle(path)
+    entries = held.entries if isinstance(held, Record) else held
+    found = entries.get("ema", held) if isinstance(entries, dict) else held
+    kind, state = _opened(found, path)
+    if kind not in _DENOISERS:
+        raise CheckpointError(f"{path} holds a {kind}: expected one of {', '.join(_DENOISERS)}")
+    inner = next(module for name, module in state["_modules"].items() if name in ("model", "unet"))
+    network, within = _opened(inner, path)
+    if network not in _OPTIONS:
+        raise CheckpointError(f"{path} holds {network}, which is no network here: expected {', '.join(_OPTIONS)}")
+    given = dict(zip(_OPTIONS[network], within.get("_init_args") or (), strict=False))
+    options = {**_OPTIONS[network], **given, **(within.get("_init_kwargs") or {})}
+    if unknown := sorted(set(options) - set(_OPTIONS[network])):
+        raise CheckpointError(f"{path} holds {network} with {', '.join(unknown)}, which is not known here")
+    with torch.device("meta"):
+        net = _song(network, options, path)
+    tensors = dict(_tensors(inner, path))
+    fill(net, _renamed(net, tensors, options, negate=kind == "VEPrecond"), path)
+    denoiser, grid = _DENOISERS[kind](net.to(device), state)
+    about = {
+        "format": "EDM",
+        "files": {path.name: digest},
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "predicts": {"EDMPrecond": "F", "iDDPMPrecond": "eps, and a learned range"}.get(kind, "eps"),
+        "sde": repr(denoiser.sde),
+        "preconditioning": kind,
+        "network": network,
+        "options": options,
+        "range": [-1.0, 1.0],
+        "classes": options["label_dim"],
+    }
+    C, size = options["in_channels"], options["img_resolution"]
+    cond = None if label is None else {"label": label}
+    return published(denoiser, (C, size, size), about, grid, data=data, cond=cond)
+
+
+# ---- what the file holds ----
+
+
+def _opened(record: Any, path: Path) -> tuple[str, dict[str, Any]]:
+    """The class and the attributes of a module that persistence wrote."""
+    if not isinstance(record, Record) or record.name != "torch_utils.persistence._reconstruct_persistent_obj":
+        raise CheckpointError(f"{path} holds {record!r} where a network of EDM's was expected")
+    assert record.args is not None
+    (meta,) = record.args
+    return meta["class_name"], meta["state"]
+
+
+def _tensors(record: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a module and of those in it, by their full names."""
+    state = record.state if isinstance(record, Record) and record.state else _opened(record, path)[1]
+    for name, tensor in {**state["_parameters"], **state["_buffers"]}.items():
+        if tensor is not None:
+            yield prefix + name, tensor
+    for name, module in state["_modules"].items():
+        if module is not None:
+            yield from _tensors(module, path, f"{prefix}{name}.")
+
+
+# ---- networks ----
+
+_SHARED: dict[str, Any] = {"img_resolution": None, "in_channels": None, "out_channels": None, "label_dim": 0}
+_SHARED |= {"augment_dim": 0, "model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4}
+_SHARED |= {"num_blocks": 4, "attn_resolutions": [16], "dropout": 0.1, "label_dropout": 0}
+_SONG: dict[str, Any] = {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard"}
+_SONG |= {"decoder_type": "standard", "resample_filter": [1, 1]}
+_ADM: dict[str, Any] = {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3}
+_OPTIONS = {
+    "SongUNet": {**_SHARED, **_SONG},
+    "DhariwalUNet": {**_SHARED, **_ADM, "attn_resolutions": [32, 16, 8]},
+}
+"""The arguments of their networks, in order, with what they are where a file does not say it."""
+
+
+def _song(network: str, options: Mapping[str, Any], path: Path) -> SongUNet:
+    """Our network for theirs."""
+    if options["channel_mult_emb"] != 4:
+        raise CheckpointError(f"{path} has channel_mult_emb={options['channel_mult_emb']}: only 4 is known here")
+    size, multipliers = options["img_resolution"], options["channel_mult"]
+    own: dict[str, Any] = {"kind": "adm"}
+    if network == "SongUNet":
+        own = {
+            "fourier": 16.0 if options["embedding_type"] == "fourier" else None,
+            "features": options["model_channels"] * options["channel_mult_noise"],
+            "fir": None if list(options["resample_filter"]) == [1, 1] else options["resample_filter"],
+            "entrance": options["encoder_type"],
+            "exit": options["decoder_type"],
+        }
+    return SongUNet(
+        options["in_channels"],
+        options["model_channels"],
+        multipliers,
+        options["num_blocks"],
+        [n for n in range(len(multipliers)) if size >> n in options["attn_resolutions"]],
+        options["dropout"],
+        options["label_dim"] or None,
+        augment=options["augment_dim"] or None,
+        out_channels=options["out_channels"],
+        **own,
+    )
+
+
+_EMBEDDING = {"map_layer0": "inward", "map_layer1": "outward", "map_label": "classes", "map_augment": "augment"}
+_BLOCK = {"norm0": "norm1", "conv0": "conv1", "affine": "modulate", "norm1": "norm2", "conv1": "conv2", "skip": "skip"}
+_ATTENTION = {"norm2": "norm", "qkv": "qkv", "proj": "project"}
+
+
+def _names(levels: int, size: int, blocks: int) -> Iterator[tuple[str, str]]:
+    """Their name and ours of each layer."""
+    yield from ((theirs, f"embedding.{ours}") for theirs, ours in _EMBEDDING.items())
+    yield "map_noise", "embedding"
+    yield f"enc.{size}x{size}_conv", "inward"
+
+    def block(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
+        yield from ((f"{theirs}.{a}", f"{ours}.{b}") for a, b in _BLOCK.items())
+
+    def stage(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
+        yield from block(theirs, f"{ours}.0")
+        yield from ((f"{theirs}.{a}", f"{ours}.1.{b}") for a, b in _ATTENTION.items())
+
+    for n in range(levels):
+        at = f"enc.{size >> n}x{size >> n}"
+        yield from block(f"{at}_down", f"down.{n}.resample")
+        yield f"{at}_aux_skip", f"down.{n}.merge"
+        yield f"{at}_aux_residual", f"down.{n}.merge.conv"
+        for i in range(blocks):
+            yield from stage(f"{at}_block{i}", f"down.{n}.stages.{i}")
+    for n in range(levels):
+        at = f"dec.{size >> (levels - 1 - n)}x{size >> (levels - 1 - n)}"
+        for i in range(2):
+            yield from stage(f"{at}_in{i}", f"middle.{i}")
+        yield from block(f"{at}_up", f"up.{n}.resample")
+        for i in range(blocks + 1):
+            yield from stage(f"{at}_block{i}", f"up.{n}.stages.{i}")
+        yield f"{at}_aux_norm", f"up.{n}.readout.0"
+        yield f"{at}_aux_conv", f"up.{n}.readout.2"
+    yield "out_norm", f"up.{levels - 1}.readout.0"
+    yield "out_conv", f"up.{levels - 1}.readout.2"
+
+
+def _renamed(
+    net: SongUNet, tensors: Mapping[str, Tensor], options: Mapping[str, Any], negate: bool
+) -> dict[str, Tensor]:
+    """Their tensors by our names. Their q, k and v alternate, channel by channel of each head; their frequencies are in
+    cycles; their filters are known. With `negate` the network's output changes sign.
+    """
+    names = dict(_names(len(net.down), options["img_resolution"], options["num_blocks"]))
+    found = {name: buffer for name, buffer in net.named_buffers() if name.endswith("kernel")}
+    for key, tensor in tensors.items():
+        layer, _, leaf = key.rpartition(".")
+        name = f"{names.get(layer, layer)}.{leaf}"
+        if leaf == "resample_filter":
+            continue
+        if leaf == "freqs":
+            name, tensor = "embedding.frequencies", 2 * math.pi * tensor
+        elif layer.endswith(".qkv"):
+            heads = 1 if "embedding_type" in options else len(tensor) // (3 * 64)
+            tensor = tensor.reshape(heads, -1, 3, *tensor.shape[1:]).movedim(2, 0).reshape(tensor.shape)
+        elif negate and ".readout.2." in name:
+            tensor = -tensor
+        found[name] = tensor.float()
+    return found
+
+
+# ---- denoisers ----
+
+Made = tuple[Denoiser, Callable[[int], Grid]]
+
+
+def _karras(sde: SDE, low: float, high: float) -> Callable[[int], Grid]:
+    """Their sampler's grid, between its own ends and the network's."""
+    start, last = (float(sde.time_at(-math.log(sigma))) for sigma in (min(80.0, high), max(0.002, low)))
+    return lambda steps: Grid.karras(sde, steps, rho=7.0, start=min(start, sde.t_max), last=max(last, sde.t_min))
+
+
+def _edm(net: nn.Module, state: Mapping[str, Any]) -> Made:
+    low, high = state.get("sigma_min", 0.0), state.get("sigma_max", math.inf)
+    sde = EDMSDE(max(0.002, low), min(80.0, high))
+    return EDMDenoiser(net, sde, sigma_data=state["sigma_data"]), _karras(sde, low, high)
+
+
+def _vp(net: nn.Module, state: Mapping[str, Any]) -> Made:
+    beta, last = state["beta_min"], state["M"] - 1
+    sde = VPSDE(beta, beta + state["beta_d"], t_min=state["epsilon_t"])
+    return EpsDenoiser(net, sde, time=lambda t: last * t), _karras(sde, state["sigma_min"], state["sigma_max"])
+
+
+def _ve(net: nn.Module, state: Mapping[str, Any]) -> Made:
+    sde = VESDE(state["sigma_min"], state["sigma_max"])
+    denoiser = EpsDenoiser(net, sde, time=lambda t: (sde.sigma(t) / 2).log())
+    return denoiser, _karras(sde, state["sigma_min"], state["sigma_max"])
+
+
+def _iddpm(net: nn.Module, state: Mapping[str, Any]) -> Made:
+    levels = state["_buffers"]["u"].double().flip(0)  # sigma / alpha at nodes 0 to M
+    product = 1 / (1 + levels**2)
+    chain = DDPMChain(1 - product[1:] / product[:-1])
+    denoiser = LearnedRangeDenoiser(EpsDenoiser(SplitOutput(net), chain, time=chain.label))
+    karras = _karras(chain.unrounded, float(levels[1]), float(levels[-1]))
+
+    def grid(steps: int) -> Grid:
+        sigmas = (-chain.half_log_snr(karras(steps).times[:-1])).exp()
+        nodes = (sigmas[:, None] - levels).abs().argmin(1).unique_consecutive().double()
+        return Grid(chain, torch.cat([nodes, nodes.new_zeros(1)]))
+
+    return denoiser, grid
+
+
+_DENOISERS: dict[str, Callable[[nn.Module, Mapping[str, Any]], Made]] = {
+    "EDMPrecond": _edm,
+    "VPPrecond": _vp,
+    "VEPrecond": _ve,
+    "iDDPMPrecond": _iddpm,
+}
