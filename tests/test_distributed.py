@@ -12,6 +12,7 @@ import torch.distributed as dist
 from common import normal
 from test_trainer import Plain, make
 
+from scoresde.nn import DiT, padded
 from scoresde.training import parallel, start
 from scoresde.training.folder import checkpoints
 from scoresde.variance import SplitOutput, ocm_loss, training_loss
@@ -24,6 +25,12 @@ def build(folder=None, steps=12, **options):
     settings = {"log_every": 1, "checkpoint_every": 4, "schedule": "constant", **options}
     if settings.get("loss"):  # a head beside the prediction, whose network is not called by forward
         settings["net"] = SplitOutput(Plain(outputs=6))
+    if "context" in settings:  # one token, two or none for each item; in some parts of a batch there may be none at all
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            settings["net"] = DiT(1, 1, 8, 1, 2, dims=1, context=settings.pop("context")).double()
+        settings["cond"] = padded([DATA[:k, :2] for k in torch.arange(50).remainder(3).tolist()])
+        return make(folder, steps=steps, data=DATA[:, None], **settings)
     return make(folder, steps=steps, data=DATA, **{"net": Plain(), **settings})
 
 
@@ -91,6 +98,7 @@ RUNS = {
     "in parts": {"accumulate": 4},
     "augmented": {},
     "evaluated": {"evaluate_every": 6},
+    "a context": {"context": 2},
     "a head": {"loss": training_loss(ocm_loss)},
 }
 

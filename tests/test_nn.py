@@ -39,6 +39,7 @@ UNETS: dict[str, dict[str, Any]] = {
     "colour": {"image_channels": 3, **SMALL},
     "classes": {**SMALL, "num_classes": 4},
     "vector and image, twice the channels": {**SMALL, "vector": 5, "image_condition": 2, "out_channels": 2},
+    "a context": {**SMALL, "context": 3, "heads": 2, "skip_scale": 0.5},
     "an image with an encoder of its own": {**SMALL, "image_condition": 2, "image_blocks": 1},
     "filtered convolutions": {**SMALL, **FIR, "fourier": 0.01},
     "blocks that resample": {**BLOCK, "multipliers": (1, 2, 2), "skip_scale": 0.5**0.5},
@@ -68,6 +69,7 @@ DITS: dict[str, dict[str, Any]] = {
         "image_condition": 1,
         "fourier": 0.01,
     },
+    "a context": {"width": 16, "depth": 2, "context": 3},
     "one axis": {"width": 14, "depth": 1, "heads": 1, "dims": 1, "out_channels": 2},
     "three axes": {"width": 16, "depth": 1, "heads": 2, "dims": 3},
 }
@@ -98,6 +100,8 @@ def conditions(options: dict[str, Any], x: Tensor) -> Batch:
         found["vector"] = normal(n, options["vector"], seed=2)
     if channels := options.get("image_condition"):
         found["image"] = normal(n, channels, *x.shape[2:], seed=3)
+    if "context" in options:
+        found["context"] = normal(n, 4, options["context"], seed=4)
     return found
 
 
@@ -229,7 +233,7 @@ def test_the_output_depends_on_x_time_and_every_condition(make: Make, batch: Bat
     """For each sample by itself, away from the start."""
     net = randomised(make())
     out = net(**batch).detach().flatten(1) if batch["x"].dim() > 1 else net(**batch).detach()[:, None]
-    steps = {"x": 0.1, "time": 20, "vector": 1.0, "image": 1.0}
+    steps = {"x": 0.1, "time": 20, "vector": 1.0, "image": 1.0, "context": 1.0}
     for name, value in batch.items():
         changed = (value + 1) % 4 if name == "label" else value + steps[name]
         other = net(**{**batch, name: changed}).detach().reshape(out.shape)

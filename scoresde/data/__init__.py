@@ -9,7 +9,7 @@
 
 from scoresde.data import cifar, download, folder, idx, order, tasks, toys, training
 from scoresde.data.cifar import *
-from scoresde.data.conditions import Condition, Given, dropped, nothing
+from scoresde.data.conditions import Condition, Given, GivenContext, dropped, nothing
 from scoresde.data.download import *
 from scoresde.data.folder import *
 from scoresde.data.idx import *
@@ -27,6 +27,7 @@ __all__ = [
     "Condition",
     "Data",
     "Given",
+    "GivenContext",
     "Shown",
     "digit_levels",
     "digits",

@@ -1,13 +1,15 @@
-"""What a network is told of an item x beside x_t: its class, a vector, an image; a function of the item.
+"""What a network is told of an item x beside x_t: its class, a vector, an image, a context; a function of the item.
 
     label     the class, 0 to K - 1, which `TrainingData` has by itself
     vector    a given row of numbers
     image     A(x, u), of the size of x, concatenated to x_t: what a task leaves of x (`scoresde.data.tasks`), or a
               given image (segmentation: x is its mask)
+    context   tokens of any number, with context_mask, which of them count: of a text, say
 
 For guidance without a classifier (Ho and Salimans, 2022) a network is told nothing with probability p, and then all of
-it is nothing at once. **Nothing** is K, the null class, for a label, and zeros for a vector and an image (mid-grey in
-[-1, 1]; of an inpainting that fills with zeros just what it is where no pixel is known): `nothing`, `dropped`.
+it is nothing at once. **Nothing** is K, the null class, for a label, zeros for a vector and an image (mid-grey in
+[-1, 1]; of an inpainting that fills with zeros just what it is where no pixel is known), and tokens of zeros, of
+which none counts where there is a mask: `nothing`, `dropped`.
 
 All that is random, u and who is told nothing, is a function of the seed, the epoch and the item alone (`Shown`).
 """
@@ -27,13 +29,15 @@ from scoresde.data.arrays import digest
 from scoresde.data.folder import ImageFolder
 from scoresde.data.shown import Shown, mirrored
 from scoresde.entries import check_cond, counted, mapped, named
+from scoresde.errors import not_finite, some
 from scoresde.levels import scaled, signed
 
-__all__ = ["Condition", "Given", "dropped", "nothing", "nothing_like", "null_of", "same_number"]
+__all__ = ["Condition", "Given", "GivenContext", "dropped", "nothing", "nothing_like", "null_of", "same_number"]
 
 
 def nothing(cond: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
-    """The same keys, and nothing told: for `label` the null class, `num_classes`; for others zeros, and empty strings.
+    """The same keys, and nothing told: for `label` the null class, `num_classes`; for others zeros, which is False in
+    the mask of a context, and empty strings.
 
     Args:
         cond: of a network, by keyword.
@@ -105,7 +109,7 @@ class Condition(ABC):
     """
 
     @property
-    def key(self) -> Literal["image", "vector"]:
+    def key(self) -> Literal["image", "vector", "context"]:
         """The keyword by which the networks of `scoresde.nn` take it."""
         return "image"
 
@@ -121,7 +125,8 @@ class Condition(ABC):
 
     @abstractmethod
     def channels(self, shape: Sequence[int]) -> int:
-        """How many channels (of a vector: entries) it has for items of that shape: `image_condition` of a network.
+        """How many channels (of a vector: entries; of tokens: the width) it has for items of that shape:
+        `image_condition` of a network, `vector` or `context`.
 
         Raises:
             ValueError: if it is none for such items.
@@ -129,11 +134,16 @@ class Condition(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor, shown: Shown) -> Tensor:
-        """Floating point, on the device of x: an image (B, channels, ...) of the size of x, or a vector (B, channels).
+        """Floating point, on the device of x: an image (B, channels, ...) of the size of x, a vector (B, channels), or
+        tokens (B, n, channels).
 
         Raises:
             ValueError: if there are not as many items as `shown` says.
         """
+
+    def told(self, x: Tensor, shown: Shown) -> dict[str, Tensor]:
+        """The same by the network's keywords."""
+        return {self.key: self(x, shown)}
 
     def check(self, shape: Sequence[int], n: int) -> None:
         """Raises ValueError unless it is for n items of that shape."""
@@ -287,3 +297,73 @@ class Given(Condition):
         if isinstance(self.values, ImageFolder):
             raise ValueError(f"{self.values!r} is not in memory: give it as a tensor")
         return replace(self, values=self.values[:n])
+
+
+@dataclass(frozen=True, eq=False)
+class GivenContext(Condition):
+    """Tokens that were given for each item: `GivenContext(**scoresde.nn.padded(tokens))` of a list of them.
+
+    Args:
+        context: floating point, shape (N, n, width).
+        context_mask: which count, bool, shape (N, n).
+
+    Raises:
+        ValueError: if these do not fit, or a token that counts is not finite.
+    """
+
+    context: Tensor
+    context_mask: Tensor
+
+    def __post_init__(self) -> None:
+        context, mask = self.context, self.context_mask
+        if context.ndim != 3 or not context.is_floating_point() or len(context) == 0:
+            raise ValueError(
+                f"context is {context.dtype} of shape {tuple(context.shape)}: expected floating point (N, n, width)"
+            )
+        if mask.dtype != torch.bool or mask.shape != context.shape[:2]:
+            raise ValueError(
+                f"context_mask is {mask.dtype} of shape {tuple(mask.shape)}: expected bool {tuple(context.shape[:2])}"
+            )
+        object.__setattr__(self, "context", torch.where(mask[:, :, None], context, 0))
+        if bad := not_finite(self.context):
+            raise ValueError(f"context of items {some(bad)} has tokens that count and are not finite")
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def __repr__(self) -> str:
+        return f"GivenContext({tuple(self.context.shape[1:])}: {len(self)})"
+
+    @property
+    def key(self) -> Literal["context"]:
+        return "context"
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self!r}, {digest(self.context)}, {digest(self.context_mask)}"
+
+    def channels(self, shape: Sequence[int]) -> int:
+        return self.context.shape[2]
+
+    def check(self, shape: Sequence[int], n: int) -> None:
+        if len(self) != n:
+            raise ValueError(f"{self!r} has {len(self)} entries for {n} items: give one for each")
+
+    def __call__(self, x: Tensor, shown: Shown) -> Tensor:
+        same_number(x, shown)
+        return self.context.index_select(0, shown.items.to(self.context.device)).to(x)
+
+    def told(self, x: Tensor, shown: Shown) -> dict[str, Tensor]:
+        mask = self.context_mask.index_select(0, shown.items.to(self.context_mask.device))
+        return {"context": self(x, shown), "context_mask": mask.to(x.device)}
+
+    def taken(self, y: Tensor, shape: Sequence[int]) -> Tensor:
+        if y.ndim != 3 or y.shape[2] != self.channels(shape):
+            raise ValueError(f"{self!r}: tokens of shape {tuple(y.shape)}, expected (B, n, {self.channels(shape)})")
+        return y
+
+    def to(self, device: torch.device | str) -> Condition:
+        return replace(self, context=self.context.to(device), context_mask=self.context_mask.to(device))
+
+    def first(self, n: int) -> Condition:
+        return replace(self, context=self.context[:n], context_mask=self.context_mask[:n])

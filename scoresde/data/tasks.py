@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scoresde.checks import ArgumentError, check_count, check_option, one_of
-from scoresde.data.conditions import Condition, Given, same_number
+from scoresde.data.conditions import Condition, Given, GivenContext, same_number
 from scoresde.data.folder import ImageFolder
 from scoresde.data.shown import Shown, choices
 from scoresde.data.sources import find_data
@@ -308,7 +308,7 @@ class OneOf(Condition):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
-        if not self.tasks or any(isinstance(task, Given | OneOf) for task in self.tasks):
+        if not self.tasks or any(isinstance(task, Given | GivenContext | OneOf) for task in self.tasks):
             raise ValueError(f"tasks={self.tasks!r}: expected one or more that are functions of the item")
 
     @property

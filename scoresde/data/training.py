@@ -32,7 +32,8 @@ class Batch(NamedTuple):
 
     Attributes:
         x: floating point, shape (B, ...).
-        cond: what a network is told of them, by its keyword: label, vector, image; B entries each.
+        cond: what a network is told of them, by its keyword: label, vector, image, context and context_mask; B entries
+            each.
     """
 
     x: Tensor
@@ -61,9 +62,9 @@ class TrainingData:
         classes: what the labels stand for.
         num_classes: K, how many classes there are, in whole labels (N,): as many as have names, or occur.
         conditions: what else the network is told: functions of the item, as it is shown (`scoresde.data.conditions`).
-            Several images are concatenated, and several vectors.
+            Several images are concatenated, and several vectors, and the tokens of several contexts.
         drop: the probability of telling it nothing, as guidance without a classifier needs (0.1 say): the null class K
-            for the label, zeros for vector and image, all at once.
+            for the label, zeros for vector and image, no token of a context, all at once.
         skipped: the files that were left out, as they could not be read, with the reason; None where all were to be.
 
     Raises:
@@ -133,11 +134,20 @@ class TrainingData:
     @property
     def network_options(self) -> dict[str, int]:
         """What a network of `scoresde.nn` is to be built with to be told the conditions: num_classes, and the channels
-        image_condition and the length vector."""
+        image_condition, the length vector and the width context.
+
+        Raises:
+            ValueError: if there are several contexts of other widths.
+        """
         found: dict[str, int] = {} if self.num_classes is None else {"num_classes": self.num_classes}
         for condition in self.conditions:
             option = "image_condition" if condition.key == "image" else condition.key
-            found[option] = found.get(option, 0) + condition.channels(self.shape)
+            channels = condition.channels(self.shape)
+            if option != "context":
+                channels += found.get(option, 0)
+            elif found.get(option, channels) != channels:
+                raise ValueError(f"contexts with tokens of {found[option]} and of {channels} entries: give one width")
+            found[option] = channels
         return found
 
     def first(self, n: int) -> TrainingData:
@@ -185,8 +195,8 @@ class TrainingData:
         x = x if self.levels is None else scaled(x, self.levels)
         cond = {} if self.labels is None else {"label": self.labels.index_select(0, items.to(self.labels.device))}
         for condition in self.conditions:
-            told = condition(x, shown)
-            cond[condition.key] = torch.cat([cond[condition.key], told], 1) if condition.key in cond else told
+            for key, value in condition.told(x, shown).items():
+                cond[key] = torch.cat([cond[key], value], 1) if key in cond else value
         return Batch(x, dropped(cond, drops(shown, self.drop), self.num_classes) if self.drop else cond)
 
     def to(self, device: torch.device | str) -> TrainingData:

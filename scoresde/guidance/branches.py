@@ -216,8 +216,14 @@ def replaced(cond: Mapping[str, Any], values: Mapping[str, Any], x: Tensor) -> d
     """cond with some of its conditions replaced: each by itself, or shaped like what it replaces (`entries.like`).
 
     Raises:
-        ValueError: if a value does not fit.
+        ValueError: if a value does not fit, or other tokens would be counted by the mask of those that they replace.
     """
+    own = isinstance(values.get("context"), Tensor) and "context_mask" not in values
+    if own and cond.get("context_mask") is not None:
+        raise ValueError(
+            "context is replaced, and its context_mask is not: give both, scoresde.nn.padded(tokens, length=N) with "
+            "the N of what they replace"
+        )
     made = dict(cond)
     for name, value in values.items():
         if name in cond:

@@ -117,8 +117,9 @@ class ClassifierFree(_Extrapolation):
             sample's or with a batch, and of the same structure, or one value for all of a structure; or names,
             ("text",), of conditions that the network is not given, which takes two calls. By default
             nothing is told, as `TrainingData(drop=)` trains the networks of `scoresde.nn`: the null class, zeros for a
-            vector and an image, whichever of them are given; to others all conditions are left out, unless they have
-            `condition_sizes` too. A network that was always told its image wants null={"label": 10}, which keeps that.
+            vector, an image and a context, of which no token counts, whichever of them are given; to others all
+            conditions are left out, unless they have `condition_sizes` too. A network that was always told its image
+            wants null={"label": 10}, which keeps that. Other tokens, a negative text say, are given with their mask.
         convention: "scale": w = 1 is the conditional model and 0 the unconditional one (Imagen's guidance scale, that
             of most code); "strength": 0 is the conditional model and -1 the unconditional one (Ho and Salimans:
             (1 + w) D_c - w D_u).

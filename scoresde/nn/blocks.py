@@ -208,15 +208,19 @@ class Encoder(nn.Module):
 # Attention
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, all (B, heads, N, d).
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, q of shape (B, heads, M, d), k and v (B, heads, N, d); over those of the N where
+    `mask`, bool, to be broadcast to (B, heads, M, N), is True, one at least.
 
     By torch's fused kernels, which have no forward-mode derivative: under one it is written out. Nor have they a second
     derivative; where one is wanted, call the network in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
     if forward_ad._current_level < 0:  # no forward-mode derivative is being taken
-        return F.scaled_dot_product_attention(q, k, v)
-    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1) @ v
 
 
 class Attention(nn.Module):

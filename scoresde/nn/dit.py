@@ -2,11 +2,12 @@
 
     h = inward(patches of x) + position
     h = h + gate_1 project(attention((1 + scale_1) norm(h) + shift_1))
+    h = h + cross-attention(norm(h)), where there is a context (PixArt-alpha, Chen et al., 2024; `scoresde.nn.context`)
     h = h + gate_2 MLP((1 + scale_2) norm(h) + shift_2)                       depth times
     out = outward((1 + scale) norm(h) + shift)
 
-Gates, scales and shifts are linear in SiLU of the embedding of time, class and vector, and start at zero: every block
-is the identity (adaLN-Zero).
+Gates, scales and shifts are linear in SiLU of the embedding of time, class, vector and the context's mean, and start at
+zero, as the last layer of cross-attention does: every block is the identity (adaLN-Zero).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from scoresde.checks import check_count, check_option
 from scoresde.nn.blocks import attend, concatenate, conv, shuffle, unshuffle, zero
+from scoresde.nn.context import CrossAttention, Tokens
 from scoresde.nn.embedding import TimeEmbedding
 
 __all__ = ["DiT"]
@@ -51,13 +53,17 @@ def positions(size: Sequence[int], width: int, device: torch.device | None = Non
 
 def _modulate(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(1 + scale) norm(h) + shift."""
-    return (1 + scale) * F.layer_norm(h, h.shape[-1:], eps=1e-6) + shift
+    return (1 + scale) * _norm(h) + shift
+
+
+def _norm(h: Tensor) -> Tensor:
+    return F.layer_norm(h, h.shape[-1:], eps=1e-6)
 
 
 class _Block(nn.Module):
-    """Attention and an MLP, each modulated, gated and added."""
+    """Attention and an MLP, each modulated, gated and added, with attention to a context of that width between them."""
 
-    def __init__(self, width: int, heads: int, mlp: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, mlp: int, dropout: float, context: int | None) -> None:
         super().__init__()
         self.heads = heads
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -67,10 +73,13 @@ class _Block(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.modulate = zero(nn.Linear(width, 6 * width))
+        self.cross = None if context is None else CrossAttention(width, context, heads)
 
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, tokens: Tokens | None) -> Tensor:
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(F.silu(embedding))[:, None].chunk(6, dim=-1)
         h = h + gate1 * self.dropout(self.attention(_modulate(h, scale1, shift1)))
+        if self.cross is not None and tokens is not None:
+            h = h + self.dropout(self.cross(_norm(h), tokens))
         inner = F.gelu(self.inward(_modulate(h, scale2, shift2)), approximate="tanh")
         return h + gate2 * self.dropout(self.outward(inner))
 
@@ -82,8 +91,9 @@ class _Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """net(x, time, label=None, vector=None, image=None) for data (B, image_channels, H, W), or (B, image_channels, L),
-    or (B, image_channels, D, H, W), of any size that `patch` divides. Its output starts at zero.
+    """net(x, time, label=None, vector=None, image=None, context=None, context_mask=None) for data (B, image_channels,
+    H, W), or (B, image_channels, L), or (B, image_channels, D, H, W), of any size that `patch` divides. Its output
+    starts at zero.
 
     With the defaults and grey images it has 2.8 million parameters; `DiT.preset(name)` has
 
@@ -105,11 +115,11 @@ class DiT(nn.Module):
         heads: attention heads.
         mlp_ratio: hidden features of the MLPs as a multiple of width.
         dropout: probability, on what each block adds.
-        num_classes, dims, vector, image_condition, fourier, out_channels: as for `UNet`.
+        num_classes, dims, vector, image_condition, context, fourier, out_channels: as for `UNet`.
 
     Raises:
         ValueError: if an option is not one of those, heads do not divide the width, or it has less than two features
-            for an axis; by the call, if x, label, vector or image is missing, unexpected or does not fit.
+            for an axis; by the call, if x or a condition is missing, unexpected or does not fit.
     """
 
     def __init__(
@@ -126,6 +136,7 @@ class DiT(nn.Module):
         dims: int = 2,
         vector: int | None = None,
         image_condition: int = 0,
+        context: int | None = None,
         fourier: float | None = None,
         out_channels: int | None = None,
     ) -> None:
@@ -142,9 +153,10 @@ class DiT(nn.Module):
                 "a probability below 1 and a positive ratio"
             )
         self.dims, self.image_condition, self.patch = dims, image_condition, patch
-        self.time = TimeEmbedding(width, num_classes=num_classes, vector=vector, fourier=fourier)
+        self.time = TimeEmbedding(width, num_classes=num_classes, vector=vector, context=context, fourier=fourier)
         self.inward = conv(dims, (image_channels + image_condition) * patch**dims, width, 1)
-        self.blocks = nn.ModuleList(_Block(width, heads, int(mlp_ratio * width), dropout) for _ in range(depth))
+        mlp = int(mlp_ratio * width)
+        self.blocks = nn.ModuleList(_Block(width, heads, mlp, dropout, context) for _ in range(depth))
         self.modulate = zero(nn.Linear(width, 2 * width))
         self.outward = zero(conv(dims, width, outputs * patch**dims, 1))
 
@@ -166,8 +178,8 @@ class DiT(nn.Module):
         return cls(**{**PRESETS[name], **overrides})
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | int | None = None, **cond: Tensor | None) -> Tensor:
-        """x (B, image_channels, H, W), time (B,), label (B,), and by keyword vector (B, length) and image (B,
-        image_condition, H, W), to the shape of x.
+        """x (B, image_channels, H, W), time (B,), label (B,), and by keyword vector (B, length), image (B,
+        image_condition, H, W), context (B, N, width) and context_mask (B, N), to the shape of x.
         """
         return self.readout(self.features(x, time, label, **cond))
 
@@ -183,15 +195,18 @@ class DiT(nn.Module):
         *,
         vector: Tensor | None = None,
         image: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
         """The last feature map, (B, width, H / patch, W / patch): what a further head can read."""
         x = unshuffle(concatenate(x, image, self.dims, self.image_condition), self.patch)
-        embedding = self.time(time, label, vector)
+        tokens = self.time.tokens(len(x), context, context_mask)
+        embedding = self.time(time, label, vector, tokens)
         h = self.inward(x)
         size = h.shape[2:]
         h = h.flatten(2).transpose(1, 2)
         h = h + positions(size, h.shape[-1], h.device).to(h.dtype)
         for block in self.blocks:
-            h = block(h, embedding)
+            h = block(h, embedding, tokens)
         h = _modulate(h, *self.modulate(F.silu(embedding))[:, None].chunk(2, dim=-1))
         return h.transpose(1, 2).unflatten(2, size)

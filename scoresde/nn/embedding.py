@@ -1,4 +1,4 @@
-"""What a network is told beside x: the time label, and optionally a class and a vector."""
+"""What a network is told beside x: the time label, and optionally a class, a vector and a context."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scoresde.checks import check_count
+from scoresde.nn.blocks import zero
+from scoresde.nn.context import Tokens, tokens_of
 from scoresde.tensors import known_any
 
 __all__ = ["TimeEmbedding", "check_label"]
@@ -18,7 +20,8 @@ __all__ = ["TimeEmbedding", "check_label"]
 
 class TimeEmbedding(nn.Module):
     """Features of the time label, sinusoidal (Vaswani et al., 2017; Ho et al., 2020) or Fourier (Tancik et al., 2020;
-    Song et al., 2021), through an MLP of two layers; plus, optionally, those of a class and of a vector.
+    Song et al., 2021), through an MLP of two layers; plus, optionally, those of a class, of a vector and of
+    the mean of a context.
 
     The angles are computed in float32 or better whatever the network's dtype: rounded to bfloat16, 999 and 1000 are
     one number.
@@ -32,6 +35,7 @@ class TimeEmbedding(nn.Module):
             [0, 1000], as 999 t, the default is DDPM's.
         num_classes: number of classes, or None for an unconditional network.
         vector: length of the vector, or None.
+        context: width of the tokens of a context, or None (`scoresde.nn.context`). What their mean adds starts at zero.
         fourier: None for sinusoidal features; else the standard deviation of Gaussian frequencies, in cycles per unit
             of the label: 16 for log sigma (Song et al.), about 1 for t in [0, 1], 0.001 for 999 t. They are drawn once
             from `seed`, held as a buffer and never trained.
@@ -54,6 +58,7 @@ class TimeEmbedding(nn.Module):
         num_classes: int | None = None,
         *,
         vector: int | None = None,
+        context: int | None = None,
         fourier: float | None = None,
         seed: int = 0,
         time_features: int | None = None,
@@ -63,13 +68,15 @@ class TimeEmbedding(nn.Module):
         told = features if time_features is None else time_features
         if told < 2 or told % 2:
             raise ValueError(f"features={told}: expected an even number >= 2")
-        check_count(**{k: n for k, n in {"num_classes": num_classes, "vector": vector}.items() if n is not None})
+        counts = {"num_classes": num_classes, "vector": vector, "context": context}
+        check_count(**{k: n for k, n in counts.items() if n is not None})
         if fourier is not None and not 0 < fourier < math.inf:
             raise ValueError(f"fourier={fourier}: expected a positive scale of the frequencies, or None")
         self.log_step, self.null_class = -math.log(max_period) / (told // 2), null_class
         self.inward, self.outward = nn.Linear(told, features), nn.Linear(features, features)
         self.classes = None if num_classes is None else nn.Embedding(num_classes, features)
         self.vectors = None if vector is None else nn.Linear(vector, features)
+        self.contexts = None if context is None else zero(nn.Linear(context, features, bias=False))
         frequencies = None
         if fourier is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -80,7 +87,9 @@ class TimeEmbedding(nn.Module):
     def condition_sizes(self) -> dict[str, int]:
         """What it can be told: the name of each condition, with the number of classes or of entries."""
         found = {} if self.classes is None else {"label": self.classes.num_embeddings}
-        return found if self.vectors is None else {**found, "vector": self.vectors.in_features}
+        if self.vectors is not None:
+            found["vector"] = self.vectors.in_features
+        return found if self.contexts is None else {**found, "context": self.contexts.in_features, "context_mask": 1}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeEmbedding:
         """Moves the frequencies with the network, and keeps them in float32 where its weights are rounded."""
@@ -98,8 +107,29 @@ class TimeEmbedding(nn.Module):
         k = torch.arange(self.inward.in_features // 2, dtype=time.dtype, device=time.device)
         return time[:, None] * (self.log_step * k).exp()
 
-    def forward(self, time: Tensor, label: Tensor | int | None = None, vector: Tensor | None = None) -> Tensor:
-        """time (B,), label, an integer or integers (B,), and vector (B, length), or one for all, to (B, features)."""
+    def tokens(self, n: int, context: Tensor | None = None, mask: Tensor | None = None) -> Tokens | None:
+        """The context of n samples, (n, N, width) with a mask (n, N), or one for all, as `forward` and cross-attention
+        take it; None where the network is built without.
+
+        Raises:
+            ValueError: if it is unexpected, or as `tokens_of`.
+        """
+        if self.contexts is not None:
+            return tokens_of(context, mask, n, self.contexts.in_features, self.contexts.weight)
+        if context is not None or mask is not None:
+            raise ValueError("this network takes no context: build it with context= the width of tokens to pass one")
+        return None
+
+    def forward(
+        self,
+        time: Tensor,
+        label: Tensor | int | None = None,
+        vector: Tensor | None = None,
+        tokens: Tokens | None = None,
+    ) -> Tensor:
+        """time (B,), label, an integer or integers (B,), vector (B, length), or one for all, and tokens, of `tokens`,
+        to (B, features).
+        """
         self._check(time, label, vector)
         angles = self.angles(time)
         features = torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -109,6 +139,8 @@ class TimeEmbedding(nn.Module):
             features = features + F.embedding(label, F.pad(self.classes.weight, (0, 0, 0, 1)))
         if vector is not None and self.vectors is not None:
             features = features + self.vectors(vector.to(self.vectors.weight.dtype))
+        if tokens is not None and self.contexts is not None:
+            features = features + self.contexts(tokens.mean)
         return features
 
     def _check(self, time: Tensor, label: Any, vector: Tensor | None) -> None:

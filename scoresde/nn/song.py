@@ -268,7 +268,7 @@ class SongUNet(nn.Module):
             return nn.ModuleList([block(inputs, outputs), *attend * [Attention(outputs, heads, **common)]])
 
         def read(width: int) -> nn.Module:
-            return nn.Sequential(group_norm(width, eps), nn.SiLU(), zero(conv(dims, width, outputs, 3)))
+            return nn.Sequential(group_norm(width, eps=eps), nn.SiLU(), zero(conv(dims, width, outputs, 3)))
 
         width = widths[0] if adm else channels
         self.inward = conv(dims, image_channels, width, 3)

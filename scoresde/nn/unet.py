@@ -17,6 +17,9 @@ An image c that it is conditional on meets x at the entrance, in one of two ways
 
 Both are the same where G is a convolution, too.
 
+A context, tokens of any number, meets x by cross-attention after every self-attention, as in latent diffusion (Rombach
+et al., 2022), and its mean is part of the embedding (`scoresde.nn.context`).
+
 What NCSN's network (Song and Ermon, 2019) is told and how it sees far are options too: norm="instance", conditional
 instance norm, and resample="dilate", dilated convolutions (patch=2 for the one time that it halves).
 """
@@ -36,6 +39,7 @@ from scoresde.nn.blocks import (
     Attention,
     Double,
     Encoder,
+    GroupNorm,
     Halve,
     ResidualBlock,
     concatenate,
@@ -47,6 +51,7 @@ from scoresde.nn.blocks import (
     unshuffle,
     zero,
 )
+from scoresde.nn.context import CrossAttention, Tokens
 from scoresde.nn.embedding import TimeEmbedding
 
 __all__ = ["UNet"]
@@ -78,21 +83,27 @@ PRESETS: dict[int, dict[str, Any]] = {
 
 
 class _Stage(nn.Module):
-    """A residual block, then attention where there is one."""
+    """A residual block, then attention where there is one, and where there is a context attention to that."""
 
-    def __init__(self, block: ResidualBlock, attention: Attention | None) -> None:
+    def __init__(
+        self, block: ResidualBlock, attention: Attention | None, cross: CrossAttention | None, norm: GroupNorm | None
+    ) -> None:
         super().__init__()
         self.block = block
         self.attention: nn.Module = nn.Identity() if attention is None else attention
+        self.norm, self.cross = norm, cross
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tokens | None) -> Tensor:
         h: Tensor = self.attention(self.block(x, embedding))
+        if self.norm is not None and self.cross is not None and tokens is not None:
+            found = self.cross(self.norm(h).flatten(2).transpose(1, 2), tokens)
+            h = h + found.transpose(1, 2).reshape(h.shape)
         return h
 
 
 class UNet(nn.Module):
-    """net(x, time, label=None, vector=None, image=None) for data (B, image_channels, H, W), or (B, image_channels, L),
-    or (B, image_channels, D, H, W). Its output starts at zero.
+    """net(x, time, label=None, vector=None, image=None, context=None, context_mask=None) for data (B, image_channels,
+    H, W), or (B, image_channels, L), or (B, image_channels, D, H, W). Its output starts at zero.
 
     With the defaults and grey images it has 1.0 million parameters; `UNet.preset(size)` has
 
@@ -104,6 +115,9 @@ class UNet(nn.Module):
     >>> net = UNet.preset(8, num_classes=10)
     >>> x, time, label = torch.zeros(2, 1, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([3, 10])  # 10: no class
     >>> net(x, time, label).shape
+    torch.Size([2, 1, 8, 8])
+    >>> cond = {"context": torch.ones(2, 7, 5), "context_mask": torch.arange(7) < torch.tensor([[7], [2]])}
+    >>> UNet.preset(8, context=5)(x, time, **cond).shape  # seven tokens, and two: `padded` makes these of a list
     torch.Size([2, 1, 8, 8])
 
     Args:
@@ -128,6 +142,9 @@ class UNet(nn.Module):
         image_condition: channels of an image, of the size of x, that it is conditional on: by concatenation, or
         image_blocks: by adding G(image) to the encoding of x, G with so many residual blocks (`Encoder`); 0 is a
             convolution alone, and None concatenates.
+        context: width of the tokens of a context that it is conditional on, or None: cross-attention wherever there is
+            self-attention, and their mean in the embedding (`scoresde.nn.context`). Both start at zero: with the
+            weights of a network without, it is that network until it is trained. No context is the null one.
         fourier: scale of Gaussian time frequencies, or None for sinusoidal features; see `TimeEmbedding`.
         out_channels: channels of the result; twice those of x for improved DDPM's learned variances.
         norm: of the residual blocks: "group", or "instance", conditional instance norm (`InstanceNorm` of
@@ -141,7 +158,7 @@ class UNet(nn.Module):
 
     Raises:
         ValueError: if an option is not one of those, there is no level, an attention level does not exist, or heads do
-            not divide the features; by the call, if x, label, vector or image is missing, unexpected or does not fit.
+            not divide the features; by the call, if x or a condition is missing, unexpected or does not fit.
     """
 
     def __init__(
@@ -163,6 +180,7 @@ class UNet(nn.Module):
         vector: int | None = None,
         image_condition: int = 0,
         image_blocks: int | None = None,
+        context: int | None = None,
         fourier: float | None = None,
         out_channels: int | None = None,
         norm: Literal["group", "instance"] = "group",
@@ -210,6 +228,7 @@ class UNet(nn.Module):
             embedding,
             num_classes=num_classes,
             vector=vector,
+            context=context,
             fourier=fourier,
             time_features=time_features,
             null_class=null_class,
@@ -230,7 +249,12 @@ class UNet(nn.Module):
         def stage(inputs: int, outputs: int, level: int, attend: bool) -> _Stage:
             number = heads if head_channels is None else outputs // head_channels
             block = ResidualBlock(inputs, outputs, embedding, dropout, **residual, dilation=apart(level))
-            return _Stage(block, Attention(outputs, number, **options) if attend else None)
+            if not attend:
+                return _Stage(block, None, None, None)
+            own = Attention(outputs, number, **options)
+            if context is None:
+                return _Stage(block, own, None, None)
+            return _Stage(block, own, CrossAttention(outputs, context, number), group_norm(outputs, groups))
 
         def between(width: int, level: int, way: Literal["down", "up"]) -> nn.Module:
             if resample == "dilate":
@@ -283,8 +307,8 @@ class UNet(nn.Module):
         return cls(**{**PRESETS[size], **overrides})
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | int | None = None, **cond: Tensor | None) -> Tensor:
-        """x (B, image_channels, H, W), time (B,), label (B,), and by keyword vector (B, length) and image (B,
-        image_condition, H, W), to the shape of x.
+        """x (B, image_channels, H, W), time (B,), label (B,), and by keyword vector (B, length), image (B,
+        image_condition, H, W), context (B, N, width) and context_mask (B, N), to the shape of x.
         """
         return self.readout(self.features(x, time, label, **cond))
 
@@ -300,6 +324,8 @@ class UNet(nn.Module):
         *,
         vector: Tensor | None = None,
         image: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
         """The last feature map, (B, outward.in_channels, H / patch, W / patch): what a further head can read."""
         if self.encoder is None:
@@ -308,19 +334,20 @@ class UNet(nn.Module):
             image = image_of(x, image, self.dims, self.image_condition)
             assert image is not None
             h = self.inward(unshuffle(x, self.patch)) + self.encoder(unshuffle(image, self.patch))
-        embedding = self.time(time, label, vector)
+        tokens = self.time.tokens(len(x), context, context_mask)
+        embedding = self.time(time, label, vector, tokens)
         skips = [h]
         for i, stage in enumerate(self.down):
-            h = stage(h, embedding)
+            h = stage(h, embedding, tokens)
             skips.append(h)
             if (i + 1) % self.blocks == 0 and (i + 1) // self.blocks <= len(self.shrink):
                 shrink = self.shrink[i // self.blocks]
                 h = shrink(h, embedding) if isinstance(shrink, ResidualBlock) else shrink(h)
                 skips.append(h)
         for stage in self.middle:
-            h = stage(h, embedding)
+            h = stage(h, embedding, tokens)
         for i, stage in enumerate(self.up):
-            h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, tokens)
             if (i + 1) % (self.blocks + 1) == 0 and skips:
                 grow, size = self.grow[i // (self.blocks + 1)], skips[-1].shape[2:]
                 h = grow(h, embedding, size) if isinstance(grow, ResidualBlock) else grow(self.enlarge(h, size))

@@ -82,7 +82,10 @@ class TrunkWithHead(nn.Module):
         h = self.net.features(x, time, **cond)
         g = h
         if self.block is not None:
-            g = self.block(h, self.net.time(time, cond.get("label"), cond.get("vector")))
+            known = [cond.get("label"), cond.get("vector")]
+            if "context" in cond:
+                known.append(self.net.time.tokens(len(x), cond["context"], cond.get("context_mask")))
+            g = self.block(h, self.net.time(time, *known))
         return self.net.readout(h), shuffle(self.outward(F.silu(self.norm(g))), self.patch)
 
 
