@@ -343,7 +343,7 @@ def test_attention_is_one_function_fused_or_written_out() -> None:
         assert torch.autograd.gradgradcheck(lambda q: attend(q, k.double(), v.double()), q.double().requires_grad_())
 
 
-EVERYTHING: dict[str, Any] = {"num_classes": 4, "vector": 2, "image_condition": 1}
+EVERYTHING: dict[str, Any] = {"num_classes": 4, "vector": 2, "image_condition": 1, "context": 3}
 COMPILED: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "unet": (UNet, {**SMALL, **EVERYTHING}),
     "unet blocks": (UNet, {**BLOCK, **FIR, "multipliers": (1, 1), "dims": 1, "fourier": 0.01, "skip_scale": 0.7}),

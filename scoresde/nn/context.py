@@ -40,17 +40,15 @@ class Tokens(NamedTuple):
         return self.values.sum(1) / self.mask.sum(1, keepdim=True)
 
 
-def tokens_of(context: Tensor | None, mask: Tensor | None, n: int, width: int, weight: Tensor) -> Tokens:
-    """The context of n samples, in the dtype of a weight. Arguments: context (n, N, width) and mask (n, N), or one for
-    all; without a mask all tokens count, without a context there are none.
+def tokens_of(context: Tensor | None, mask: Tensor | None, n: int, width: int, dtype: torch.dtype) -> Tokens:
+    """The context of n samples. Arguments: context (n, N, width) and mask (n, N), or one for all; without a mask all
+    tokens count.
 
     Raises:
         ValueError: if either is of another shape, the mask is not bool, or there is a mask alone.
     """
     if context is None:
-        if mask is not None:
-            raise ValueError("context_mask without a context: pass context= too, or neither")
-        context = weight.new_zeros(n, 0, width)
+        raise ValueError("context_mask without a context: pass context= too, or neither")
     if context.ndim != 3 or len(context) not in (1, n) or context.shape[2] != width:
         raise ValueError(
             f"context of shape {tuple(context.shape)}: expected ({n}, tokens, {width}), or one entry for all samples"
@@ -63,7 +61,7 @@ def tokens_of(context: Tensor | None, mask: Tensor | None, n: int, width: int, w
             "where a token counts (a tokenizer's attention_mask.bool(), the opposite of torch's key_padding_mask)"
         )
     context, mask = context.expand(n, -1, -1), mask.expand(n, -1)
-    values = torch.where(mask[:, :, None], context, 0).to(weight.dtype)
+    values = torch.where(mask[:, :, None], context, 0).to(dtype)
     return Tokens(F.pad(values, (0, 0, 1, 0)), torch.cat([~mask.any(1, keepdim=True), mask], dim=1))
 
 

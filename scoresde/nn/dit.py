@@ -200,7 +200,7 @@ class DiT(nn.Module):
     ) -> Tensor:
         """The last feature map, (B, width, H / patch, W / patch): what a further head can read."""
         x = unshuffle(concatenate(x, image, self.dims, self.image_condition), self.patch)
-        tokens = self.time.tokens(len(x), context, context_mask)
+        tokens = self.time.tokens(time, context, context_mask)
         embedding = self.time(time, label, vector, tokens)
         h = self.inward(x)
         size = h.shape[2:]

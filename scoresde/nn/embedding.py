@@ -107,15 +107,17 @@ class TimeEmbedding(nn.Module):
         k = torch.arange(self.inward.in_features // 2, dtype=time.dtype, device=time.device)
         return time[:, None] * (self.log_step * k).exp()
 
-    def tokens(self, n: int, context: Tensor | None = None, mask: Tensor | None = None) -> Tokens | None:
-        """The context of n samples, (n, N, width) with a mask (n, N), or one for all, as `forward` and cross-attention
-        take it; None where the network is built without.
+    def tokens(self, time: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tokens | None:
+        """The context of the samples of time (B,), (B, N, width) with a mask (B, N), or one for all, as `forward` and
+        cross-attention take it; None where the network is built without.
 
         Raises:
             ValueError: if it is unexpected, or as `tokens_of`.
         """
         if self.contexts is not None:
-            return tokens_of(context, mask, n, self.contexts.in_features, self.contexts.weight)
+            if context is None and mask is None:
+                context = time.new_zeros(1, 0, self.contexts.in_features)
+            return tokens_of(context, mask, len(time), self.contexts.in_features, self.contexts.weight.dtype)
         if context is not None or mask is not None:
             raise ValueError("this network takes no context: build it with context= the width of tokens to pass one")
         return None

@@ -334,7 +334,7 @@ class UNet(nn.Module):
             image = image_of(x, image, self.dims, self.image_condition)
             assert image is not None
             h = self.inward(unshuffle(x, self.patch)) + self.encoder(unshuffle(image, self.patch))
-        tokens = self.time.tokens(len(x), context, context_mask)
+        tokens = self.time.tokens(time, context, context_mask)
         embedding = self.time(time, label, vector, tokens)
         skips = [h]
         for i, stage in enumerate(self.down):

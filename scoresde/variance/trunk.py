@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from scoresde.denoiser import Denoiser, NetworkDenoiser, X0Denoiser, check_denoiser
 from scoresde.nn.blocks import ResidualBlock, conv, group_norm, shuffle, zero
+from scoresde.nn.embedding import TimeEmbedding
 from scoresde.nn.unet import UNet
 from scoresde.tensors import Time
 from scoresde.views import combine, view_of_mean
@@ -83,8 +84,8 @@ class TrunkWithHead(nn.Module):
         g = h
         if self.block is not None:
             known = [cond.get("label"), cond.get("vector")]
-            if "context" in cond:
-                known.append(self.net.time.tokens(len(x), cond["context"], cond.get("context_mask")))
+            if isinstance(self.net.time, TimeEmbedding):
+                known.append(self.net.time.tokens(time, cond.get("context"), cond.get("context_mask")))
             g = self.block(h, self.net.time(time, *known))
         return self.net.readout(h), shuffle(self.outward(F.silu(self.norm(g))), self.patch)
 
