@@ -54,7 +54,7 @@ def taken(
     """
     if (found := fitting(model, denoiser, nfe)) is not None:
         return found
-    shape = (n, *model.about.shape)
+    shape = (n, *model.shape)
     found = choose(denoiser, shape, nfe=nfe, seed=derive_seed(seed, 10**9), cond=cond, progress=progress)
     path = _path(model, nfe)
     if path is not None and parallel.rank() == 0:

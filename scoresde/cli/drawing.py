@@ -113,7 +113,7 @@ class Recipe:
             NonFiniteError: naming them, if some are not finite.
             ArithmeticError: if an adaptive solver's budget ran out.
         """
-        cond, shape = self.cond(items), (len(items), *self.model.about.shape)
+        cond, shape = self.cond(items), (len(items), *self.model.shape)
         try:
             found = sample(self.denoiser, shape, self.solver, seed=self.seeds(items), cond=cond, **self.options)
         except NonFiniteError as stop:

@@ -24,6 +24,7 @@ from scoresde.data import TrainingData
 from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser
 from scoresde.files import sealed, unsealed, warn_unsealed, write_whole
+from scoresde.interop.model import Published
 from scoresde.interop.source import FORMATS, from_source, source_of
 from scoresde.networks import networks
 from scoresde.pictures import is_picture
@@ -135,6 +136,12 @@ class Model:
     about: About
     made_for: dict[str, str]
     checkpoint: Checkpoint | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an item of what is diffused: of data, or of a latent of theirs."""
+        own = self.denoiser.shape if isinstance(self.denoiser, Published) else None
+        return own or self.about.shape
 
     @property
     def folder(self) -> Path | None:
@@ -320,7 +327,7 @@ def open_published(text: str, name: str | None, device: torch.device | str, shap
     model = from_source(text, name, device)
     if (items := model.data_shape or tuple(shape or ())) == ():
         raise ValueError(f"{text} does not say what shape its items have: give --shape, that of one item")
-    about = About(items, 256 if is_picture(items) else None, model.about.get("classes"))
+    about = About(items, 256 if is_picture(items) else None, model.about.get("classes") or None)
     return Model(model, about, {"files": json.dumps(model.about["files"], sort_keys=True), "sde": repr(model.sde)})
 
 

@@ -297,6 +297,11 @@ def _check_number(options: RestoreOptions, A: Operator, n: int) -> None:
 
 def _job(options: RestoreOptions, model: Model) -> _Job:
     """What the arguments want; all of them are checked."""
+    if model.denoiser.codec is not None:
+        raise ValueError(
+            "the model diffuses latents, and a measurement is of data: in Python, DPS(model, lambda z: "
+            "A(model.decode(z)), ...)"
+        )
     method, shape, steps = METHODS[options.method], model.about.shape, options.steps
     steps = replace(steps, solver=steps.solver or method.solver)
     if not steps.given("nfe", "steps") and not solver_of(steps.solver or method.solver).adaptive:

@@ -66,6 +66,8 @@ def run(options: VarianceOptions) -> None:
         if tuple(x.shape[1:]) != model.about.shape:
             raise ValueError(f"{chosen.source} has items {tuple(x.shape[1:])}, the model's are {model.about.shape}")
         cond = {name: value.to(model.denoiser.device) for name, value in told.items()}
+        if model.denoiser.codec is not None:
+            raise ValueError("the model diffuses latents: in Python, estimate(model, model.encode(x), ...)")
         session.say(f"{options.samples} draws at each time, from {len(x)} items of {chosen.source}")
         parts = parallel.to_first(
             estimate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,10 +45,13 @@ class Published(SameMean):
         self.about = dict(about)
         self._grid = grid
 
-    @property
+    @cached_property
     def data_shape(self) -> tuple[int, ...] | None:
-        """Of an item of data, which is that of the state where there is no codec."""
-        return self.shape
+        """Of an item of data: that of the state, or what one decodes to."""
+        if self.shape is None or self.codec is None:
+            return self.shape
+        with torch.no_grad():
+            return tuple(self.decode(torch.zeros(1, *self.shape, device=self.device)).shape[1:])
 
     def grid(self, steps: int) -> Grid:
         """The times on which its own toolkit steps, for `sample(model, shape, solver, grid=model.grid(50))`; without

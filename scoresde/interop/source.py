@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,24 @@ import torch
 
 from scoresde.checks import ArgumentError, one_of
 from scoresde.files import parsed
+from scoresde.interop.edm import from_edm
 from scoresde.interop.model import Published
+from scoresde.interop.score_sde import from_score_sde
 
 __all__ = ["FORMATS", "from_source", "source_of"]
 
-FORMATS: dict[str, Callable[..., Published]] = {}
+FORMATS: dict[str, Callable[..., Published]] = {
+    "edm": from_edm,
+    "score_sde": from_score_sde,
+}
 """The function that reads each format, by its name."""
-
-NAMED: tuple[str, ...] = ()  # formats whose files do not say what network they are of
 
 
 def source_of(text: str | Path) -> tuple[str, Path] | None:
     """(format, path) of FORMAT:PATH; None for anything else, the path of a file say.
 
-    >>> source_of("diffusers:models/ddpm")
-    ('diffusers', PosixPath('models/ddpm'))
+    >>> source_of("edm:models/net.pkl")
+    ('edm', PosixPath('models/net.pkl'))
     """
     name, colon, path = str(text).partition(":")
     return (name, Path(path)) if colon and path and name in FORMATS else None
@@ -48,12 +52,16 @@ def from_source(text: str | Path, name: str | None = None, device: torch.device 
         raise ValueError(f"{text}: expected FORMAT:PATH, {one_of(str(text).partition(':')[0], FORMATS)}")
     kind, path = found
     more: dict[str, Any] = {} if device is None else {"device": device}
-    if kind not in NAMED:
-        if name is not None:
-            raise ArgumentError(f"name={name}: {text} says itself what network it is of")
-        return FORMATS[kind](path, **more)
+    described = [p for p in signature(FORMATS[kind]).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     if name is None:
-        raise ArgumentError(f"{text} does not say what network it is of: give name=, or a JSON file of its flags")
+        if described and described[0].default is Parameter.empty:
+            raise ArgumentError(
+                f"{text} does not say what network it is of: give name=, a published model's, or a .json file of its "
+                f"{described[0].name}"
+            )
+        return FORMATS[kind](path, **more)
+    if not described:
+        raise ArgumentError(f"name={name}: {text} says itself what network it is of")
     flags: Any = name
     if name.endswith(".json"):
         try:
