@@ -20,6 +20,7 @@ from scoresde.noise import Noise, NoiseSource, noise_source
 from scoresde.run import Solution, check_solver, choose, encoded, initial, locate, process, results
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
+from scoresde.tensors import widen
 
 __all__ = ["NonFiniteError", "sample"]
 
@@ -183,7 +184,7 @@ def _with_density(
     of: Literal["x", "z"] = "x"
     if denoiser.codec is not None:
         with torch.set_grad_enabled(differentiable):
-            log_volume = denoiser.codec.log_volume(x, **dict(cond or {}))
+            log_volume = denoiser.codec.log_volume(widen(x), **dict(cond or {}))
         value, of = (value, "z") if log_volume is None else (value + log_volume, "x")
     return Solution(
         x,

@@ -470,6 +470,11 @@ class TestBounds:
         alone = elbo(model, x[:1], seed=[5], **how)
         torch.testing.assert_close(alone.value, found.value[5:6])
 
+    def test_what_a_codec_adds_is_finite(self):
+        codec = AutoencoderCodec(Line(1.0, std=0.1), lambda z: z / 0, std=1.0)
+        with pytest.raises(NonFiniteError, match="what the codec adds is not finite for samples 0, 1"):
+            elbo(Latent(Gaussian([0.0, 0.0], std=1.0).denoiser(SDE), codec), X[:2, 0], draws=2, seed=0)
+
     def test_of_whole_levels(self):
         """By way of dequantised data: the bound is above bits_per_dim's value, by what it misses."""
         images = torch.randint(4, (2, 2, 2), generator=torch.Generator().manual_seed(0))

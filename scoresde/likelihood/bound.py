@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 
 from scoresde.checks import ArgumentError, check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
+from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.likelihood.chain import Chain
 from scoresde.likelihood.continuous import Continuous
@@ -177,7 +178,7 @@ def elbo(
             the table has steps of several evaluations or with memory, the grid does not end at t = 0 or has another
             SDE, x is not finite or outside the data range, or arguments contradict each other. After the first, if
             variance="posterior" and the denoiser gives none.
-        NonFiniteError: if a term is not finite, with the step, the time and the samples.
+        NonFiniteError: if a term is not finite, with the step, the time and the samples, or what a codec adds.
 
     >>> from scoresde import VPSDE
     >>> from scoresde.exact import Gaussian
@@ -230,6 +231,8 @@ def elbo(
         of_decoded = given.decoded.var(0) / n if n > 1 else torch.full_like(value, math.nan)
         value = value + decoding + given.entropy
         square_error, doubt = square_error + of_decoded, doubt + 2 * of_decoded**2 / max(n - 1, 1)
+    if bad := not_finite(value):  # the terms of z are
+        raise NonFiniteError(f"what the codec adds is not finite for samples {some(bad)}", None, None, bad)
     return Elbo(
         value,
         square_error.sqrt(),
@@ -274,12 +277,13 @@ class _Given(NamedTuple):
         given, codec = dict(cond or {}), denoiser.codec
         if codec is None:
             return cls(lambda: x, square_norm(x), x[0].numel())
-        z, log_volume = encoded(denoiser, x, cond), codec.log_volume(x, **given)
+        log_volume = codec.log_volume(x, **given)
         if log_volume is None and (law := codec.encoding(x, **given)) is not None:
             data = draw.data(law)
             found = [codec.log_likelihood(x, data(), **given) for _ in range(decodings)]
             if all(one is not None for one in found):
                 decoded = torch.stack([one for one in found if one is not None])
                 square = square_norm(law.mean) + total((law.std**2).expand_as(law.mean))
-                return cls(data, square, z[0].numel(), decoded=decoded, entropy=law.entropy())
+                return cls(data, square, law.mean[0].numel(), decoded=decoded, entropy=law.entropy())
+        z = encoded(denoiser, x, cond)
         return cls(lambda: z, square_norm(z), z[0].numel(), "z" if log_volume is None else "x", log_volume)
