@@ -317,7 +317,8 @@ class Grid:
                 is then taken for a time at which the data is not quite noise.
             like: whose rounding, of the table in `scoresde.strides`, "diffusers" or "guided-diffusion" say. Where their
                 sequence is longer than K, repeats a node or leaves the chain, a warning tells what is done instead:
-                each node is evaluated once. Between nodes, where two of them stand, the noise levels are theirs.
+                each node is evaluated once. Between nodes, where two of them stand, the noise levels are theirs, as the
+                label is with `strides.label_between`.
             offset: of "leading", diffusers' steps_offset: how many nodes further up it is.
             end: where the last step goes: 0, the data, or 1, the first node: diffusers' set_alpha_to_one=False,
                 final_sigmas_type="sigma_min", and its DEIS always.

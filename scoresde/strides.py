@@ -32,7 +32,7 @@ from torch import Tensor
 from scoresde.chain import DDPMChain
 from scoresde.checks import ArgumentError, check_count, check_option, check_whole
 
-__all__ = ["BETWEEN", "Spacing", "Toolkit", "nodes_of", "stride"]
+__all__ = ["BETWEEN", "Spacing", "Toolkit", "label_between", "nodes_of", "stride"]
 
 Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
 Toolkit = Literal[
@@ -125,6 +125,28 @@ def _at_level(chain: DDPMChain, times: Tensor, linear: str | None) -> Tensor:
     w = times - times.floor()
     line = torch.lerp(low, high, w) if linear == "half_log_snr" else torch.lerp(low.exp(), high.exp(), w).log()
     return torch.where(whole, times, chain.time_at(-line))
+
+
+def label_between(chain: DDPMChain, linear: Literal["sigma", "half_log_snr"]) -> Callable[[Tensor], Tensor]:
+    """A time label, `EpsDenoiser(net, chain, time=label_between(chain, "sigma"))`: the number, from 0, at which a line
+    from node to node has the noise level of t. So k-diffusion tells a network of times between nodes ("half_log_snr"),
+    and diffusers does, of Karras' levels ("half_log_snr") and in its Euler at "linspace" ("sigma", for sigma / alpha).
+    `chain.label` has the same numbers at the nodes, and others between: by up to 0.1 on the first of the linear
+    schedule's intervals, and 0.02 beyond the tenth. Before the first node it is t - 1, as there.
+
+    >>> label_between(DDPMChain(), "sigma")(torch.tensor([1000.0, 1.5]).double()).round(decimals=4)
+    tensor([9.9900e+02, 5.4820e-01], dtype=torch.float64)
+    """
+    check_option(("sigma", "half_log_snr"), linear=linear)
+
+    def label(t: Tensor) -> Tensor:
+        node = t.ceil().clamp(2, max(chain.steps, 2))
+        low, high, at = (-chain.half_log_snr(time) for time in (node - 1, node, t))
+        part, whole = at - low, high - low
+        w = part / whole if linear == "half_log_snr" else part.expm1() / whole.expm1()
+        return torch.where((t == t.round()) | (t < 1), t - 1, node - 2 + w)
+
+    return label
 
 
 def _sections(N: int, counts: Sequence[int]) -> Nodes:

@@ -14,7 +14,7 @@ from common import EVERY_SDE, every_pair
 from torch import Tensor
 
 from scoresde import EDMSDE, SDE, VESDE, VPSDE, CosineVPSDE, DDPMChain, FlowSDE, Grid
-from scoresde.strides import stride
+from scoresde.strides import BETWEEN, label_between, stride
 
 SDES: dict[str, SDE] = EVERY_SDE
 ALPHA_VANISHES = {name for name, sde in SDES.items() if float(sde.alpha(sde.t_max)) == 0}
@@ -364,7 +364,21 @@ def test_between_nodes_the_levels_are_theirs(like: Any) -> None:
             expected = np.interp(at, np.arange(50), u)
         grid = Grid.strided(chain, K, "linspace", like=like)
         np.testing.assert_allclose((chain.sigma(grid.times) / chain.alpha(grid.times))[:-1], expected, rtol=1e-12)
-        assert float((grid.times[:-1] - 1 - torch.tensor(at.copy())).abs().max()) < 0.2
+        label = label_between(chain, BETWEEN[like])(grid.times[:-1])
+        np.testing.assert_allclose(label, at, rtol=1e-12, atol=1e-10)  # what their network is told
+
+
+def test_a_label_between_nodes_is_the_chain_s_own_at_nodes_and_increases() -> None:
+    for chain in (DDPMChain.linear(20), DDPMChain.cosine(20, max_beta=1.0), DDPMChain.linear(2), DDPMChain.linear(1)):
+        t = torch.linspace(0, chain.steps, 40 * chain.steps + 1, dtype=torch.float64)
+        for linear in ("sigma", "half_log_snr"):
+            label = label_between(chain, linear)  # type: ignore[arg-type]
+            assert torch.equal(label(chain.nodes), chain.label(chain.nodes))
+            inside = t <= chain.steps - (float(chain.alpha(chain.t_max)) == 0)  # no line goes to infinite noise
+            assert bool((label(t)[inside].diff() > 0).all())
+            assert bool(label(t).isfinite().all())
+    with pytest.raises(ValueError, match="linear='t'"):
+        label_between(DDPMChain(), "t")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
