@@ -11,13 +11,13 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from textbook_song import Made, edm
+from textbook_song import Made, edm, edm2
 
 from scoresde import Grid, log_prob, sample
 from scoresde.errors import CheckpointError
 from scoresde.interop import from_edm
 from scoresde.interop.pickles import Record, read_pickle
-from scoresde.nn import SongUNet
+from scoresde.nn import MagnitudeUNet, SongUNet
 from scoresde.solvers import DDIM, Heun
 
 SHARED = {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "label_dim": 0, "augment_dim": 0, "num_blocks": 1}
@@ -89,14 +89,12 @@ def module(kind, tensors, **attributes):
         container.__dict__.update(state)
         return container
     state |= {"_non_persistent_buffers_set": set(), "skip_scale": np.sqrt(0.5), **attributes}
-    if kind == attributes.get("network_kind"):
-        state |= {"_init_args": ()}
     return Persistent(kind, state)
 
 
-def snapshot(kind, options, p, **attributes):
+def snapshot(kind, options, p, network=None, **attributes):
     """What their training saves."""
-    network = "SongUNet" if "embedding_type" in options else "DhariwalUNet"
+    network = network or ("SongUNet" if "embedding_type" in options else "DhariwalUNet")
     u = {"u": attributes.pop("u")} if "u" in attributes else {}
     whole = module(kind, {**{f"model.{name}": t for name, t in p.items()}, **u}, network=network, **attributes)
     whole.state["_modules"]["model"].state |= {"_init_args": (), "_init_kwargs": dict(options)}
@@ -160,6 +158,59 @@ def test_a_network_of_our_own_has_the_same_form():
         net(torch.ones(1, 1, 4, 4), torch.ones(1), augment=torch.ones(1, 3))
     with pytest.raises(ValueError, match="no classes"):
         net(torch.ones(1, 1, 4, 4), torch.ones(1), label=2)
+
+
+EDM2 = {"img_resolution": 8, "img_channels": 4, "label_dim": 5, "model_channels": 8, "channel_mult": [1, 2]}
+EDM2 |= {"num_blocks": 2, "attn_resolutions": [4], "channels_per_head": 4, "clip_act": 2.0, "resample_filter": [1, 1]}
+
+
+@pytest.mark.parametrize("change", [{}, {"label_dim": 0, "resample_filter": [1, 3, 3, 1], "channel_mult": [1, 1, 2]}])
+def test_edm2_computes_what_theirs_does(written, change):
+    """Saved in half precision, read in float32."""
+    options, p, g = {**EDM2, **change}, Made(5), torch.Generator().manual_seed(6)
+    x, c = torch.randn(2, 4, 8, 8, generator=g).double(), torch.tensor([-0.9, 0.4]).double()
+    cond, onehot = (
+        ({"label": torch.tensor([1, 3])}, torch.eye(5)[[1, 3]].double()) if options["label_dim"] else ({}, None)
+    )
+    edm2(p, options, x, c, onehot)
+    p.update({name: tensor.half() for name, tensor in p.items()})
+    held = snapshot("Precond", options, p, network="UNet", sigma_data=0.5)
+    held["ema"].state["_modules"]["unet"] = held["ema"].state["_modules"].pop("model")
+    held["ema"].state["_modules"]["logvar_linear"] = module("MPConv", {"weight": torch.ones(1, 4)})
+    model = from_edm(written({**held, "encoder": Persistent("StabilityVAEEncoder", {"vae_name": "some/vae"})}))
+    assert model.about["autoencoder"] == "some/vae"
+    assert model.about["range"] is None
+    assert model.shape == (4, 8, 8)
+    assert next(model.denoiser.net.parameters()).dtype == torch.float32
+    net = model.denoiser.net.double()
+    torch.testing.assert_close(net(x, c, **cond), edm2(p, options, x, c, onehot), rtol=1e-6, atol=1e-6)
+    if onehot is not None:
+        torch.testing.assert_close(net(x, c), edm2(p, options, x, c), rtol=1e-6, atol=1e-6)
+
+
+def test_edm2s_layers_preserve_magnitudes():
+    """Its weights' scale is of no account, its features are of size one at the start, and its output starts at zero."""
+    torch.manual_seed(0)
+    net = MagnitudeUNet(1, 32, (1, 2), 1, (1,), num_classes=3, dims=1, head_channels=8).eval()
+    x, c = torch.randn(64, 1, 15), torch.linspace(-1, 1, 64)
+    found = []
+    hook = net.outward.register_forward_hook(lambda _, given, __: found.append(given[0]))
+    assert not net(x, c, 1).any()
+    hook.remove()
+    assert 0.7 < found[0].square().mean().sqrt() < 1.4
+    with torch.no_grad():
+        net.gain += 1
+        before = net(x, c, 1)
+        for name, q in net.named_parameters():
+            q.mul_(1.0 if name.endswith("gain") else 5.0)
+        torch.testing.assert_close(net(x, c, 1), before, rtol=0.01, atol=0.01)  # but for the 1e-4 in the norm
+    assert net.condition_sizes == {"label": 3}
+    assert net.to(torch.bfloat16).features.phases.dtype == torch.float32
+    for wrong in ((x[0], c), (x, c, torch.ones(2, dtype=torch.long))):
+        with pytest.raises(ValueError, match="expected"):
+            net(*wrong)
+    with pytest.raises(ValueError, match="attention at levels"):
+        MagnitudeUNet(multipliers=(1,))
 
 
 # ---- denoisers ----

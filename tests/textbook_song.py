@@ -167,6 +167,71 @@ def edm(
     return conv(p, "out_conv", F.silu(norm(p, "out_norm", h, eps)), o["out_channels"]) if image is None else image
 
 
+# ---- EDM2 ----
+
+
+def unit(x: Tensor, axes: list[int]) -> Tensor:
+    return x / (1e-4 + x.square().mean(axes, keepdim=True).sqrt())
+
+
+def layer(p: Made, name: str, x: Tensor, n: int, k: int = 0, gain: Tensor | float = 1.0) -> Tensor:
+    w = p(f"{name}.weight", n, x.shape[1], *([k, k] if k else []))
+    w = gain * unit(w, list(range(1, w.ndim))) / math.sqrt(w[0].numel())
+    return F.conv2d(x, w, padding=k // 2) if k else x @ w.T
+
+
+def edm2(p: Made, o: dict[str, Any], x: Tensor, c: Tensor, onehot: Tensor | None = None) -> Tensor:
+    nf, size, taps, clip = o["model_channels"], o["img_resolution"], o["resample_filter"], o["clip_act"]
+    widths, N, R, K = [nf * m for m in o["channel_mult"]], o["num_blocks"], o["attn_resolutions"], o["label_dim"]
+    angles = c[:, None] * p("emb_fourier.freqs", widths[0], scale=6.0) + p("emb_fourier.phases", widths[0], scale=3.0)
+    e = layer(p, "emb_noise", math.sqrt(2) * angles.cos(), max(widths))
+    if K:
+        onehot = torch.zeros(len(x), K).double() if onehot is None else onehot
+        e = (e + layer(p, "emb_label", math.sqrt(K) * onehot, max(widths))) / math.sqrt(2)
+    e = F.silu(e) / 0.596
+
+    def block(n: str, x: Tensor, w: int, way: str | None = None, attend: bool = False) -> Tensor:
+        x = resampled(x, taps, way)
+        skip = (lambda h: layer(p, f"{n}.conv_skip", h, w, 1)) if x.shape[1] != w else lambda h: h
+        if n.startswith("enc"):
+            x = unit(skip(x), [1])
+        scale = 1 + layer(p, f"{n}.emb_linear", e, w, gain=p(f"{n}.emb_gain", scale=0.5))[:, :, None, None]
+        y = scale * layer(p, f"{n}.conv_res0", F.silu(x) / 0.596, w, 3)
+        y = layer(p, f"{n}.conv_res1", F.silu(y) / 0.596, w, 3)
+        if n.startswith("dec"):
+            x = skip(x)
+        x = (0.7 * x + 0.3 * y) / math.sqrt(0.58)
+        if attend:
+            d = o["channels_per_head"]
+            parts = layer(p, f"{n}.attn_qkv", x, 3 * w, 1).reshape(len(x), w // d, d, 3, -1)
+            y = attended(*unit(parts, [2]).unbind(3)).reshape(x.shape)
+            x = (0.7 * x + 0.3 * layer(p, f"{n}.attn_proj", y, w, 1)) / math.sqrt(0.58)
+        return x.clamp(-clip, clip)
+
+    h = layer(p, f"enc.{size}x{size}_conv", torch.cat([x, torch.ones_like(x[:, :1])], 1), widths[0], 3)
+    skips = [h]
+    for level, w in enumerate(widths):
+        at = f"enc.{size >> level}x{size >> level}"
+        if level:
+            h = block(f"{at}_down", h, h.shape[1], "down")
+            skips.append(h)
+        for i in range(N):
+            h = block(f"{at}_block{i}", h, w, attend=size >> level in R)
+            skips.append(h)
+    for level, w in reversed(list(enumerate(widths))):
+        at = f"dec.{size >> level}x{size >> level}"
+        if level == len(widths) - 1:
+            h = block(f"{at}_in1", block(f"{at}_in0", h, w, attend=True), w)
+        else:
+            h = block(f"{at}_up", h, h.shape[1], "up")
+        for i in range(N + 1):
+            across = skips.pop()
+            a, b = h.shape[1], across.shape[1]
+            both = math.sqrt((a + b) / 2) * torch.cat([h / math.sqrt(a), across / math.sqrt(b)], 1)
+            h = block(f"{at}_block{i}", both, w, attend=size >> level in R)
+    return layer(p, "out_conv", h, o["img_channels"], 3, gain=p("out_gain", scale=1.0, mean=1.0))
+
+
 # ---- score_sde ----
 
 

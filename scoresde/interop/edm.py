@@ -27,7 +27,7 @@ from scoresde.grid import Grid
 from scoresde.interop.model import Published, published
 from scoresde.interop.pickles import Record, read_pickle
 from scoresde.interop.reading import fill, hashed
-from scoresde.nn import SongUNet
+from scoresde.nn import MagnitudeUNet, SongUNet
 from scoresde.schedules import EDMSDE, VESDE, VPSDE
 from scoresde.sde import SDE
 from scoresde.variance import LearnedRangeDenoiser, SplitOutput
@@ -50,6 +50,10 @@ def from_edm(
     is without `class_labels`. The augmentation that the network was trained with is none. `.grid(steps)` is that of
     their sampler: rho = 7, from 80 or the network's largest sigma to 0.002 or its smallest, then 0; of iDDPM's network
     the nearest of its own levels, each once.
+
+    EDM2's networks of 512 pixels diffuse latents of an autoencoder that the file names and does not hold
+    (`about["autoencoder"]`), standardised: z = (raw - m) / (2 s), by channel m = 5.81, 3.25, 0.12, -2.15 and s = 4.17,
+    4.62, 3.71, 3.28. Theirs are of pixels in [0, 1], where others give it [-1, 1].
 
     Nothing in the file is run (`scoresde.interop.pickles`).
 
@@ -75,21 +79,21 @@ def from_edm(
     inner = next(module for name, module in state["_modules"].items() if name in ("model", "unet"))
     network, within = _opened(inner, path)
     if network not in _OPTIONS:
-        raise CheckpointError(f"{path} holds {network}, which is no network here: expected {', '.join(_OPTIONS)}")
+        raise CheckpointError(f"{path} holds a {network}: expected one of {', '.join(_OPTIONS)}")
     given = dict(zip(_OPTIONS[network], within.get("_init_args") or (), strict=False))
     options = {**_OPTIONS[network], **given, **(within.get("_init_kwargs") or {})}
     if unknown := sorted(set(options) - set(_OPTIONS[network])):
         raise CheckpointError(f"{path} holds {network} with {', '.join(unknown)}, which is not known here")
     with torch.device("meta"):
-        net = _song(network, options, path)
+        net = _magnitude(options) if network == "UNet" else _song(network, options, path)
     tensors = dict(_tensors(inner, path))
-    fill(net, _renamed(net, tensors, options, negate=kind == "VEPrecond"), path)
+    fill(net, _renamed(net, tensors, network, options, negate=kind == "VEPrecond"), path)
     denoiser, grid = _DENOISERS[kind](net.to(device), state)
     about = {
         "format": "EDM",
         "files": {path.name: digest},
         "parameters": sum(p.numel() for p in net.parameters()),
-        "predicts": {"EDMPrecond": "F", "iDDPMPrecond": "eps, and a learned range"}.get(kind, "eps"),
+        "predicts": {"VPPrecond": "eps", "VEPrecond": "eps", "iDDPMPrecond": "eps, and a learned range"}.get(kind, "F"),
         "sde": repr(denoiser.sde),
         "preconditioning": kind,
         "network": network,
@@ -97,7 +101,11 @@ def from_edm(
         "range": [-1.0, 1.0],
         "classes": options["label_dim"],
     }
-    C, size = options["in_channels"], options["img_resolution"]
+    if isinstance(entries, dict) and (encoder := entries.get("encoder")) is not None:
+        about["encoder"], made = _opened(encoder, path)
+        if about["encoder"] == "StabilityVAEEncoder":  # what is diffused are its latents
+            about |= {"range": None, "autoencoder": made.get("vae_name", "stabilityai/sd-vae-ft-mse")}
+    C, size = options.get("in_channels") or options["img_channels"], options["img_resolution"]
     cond = None if label is None else {"label": label}
     return published(denoiser, (C, size, size), about, grid, data=data, cond=cond)
 
@@ -133,35 +141,63 @@ _SHARED |= {"num_blocks": 4, "attn_resolutions": [16], "dropout": 0.1, "label_dr
 _SONG: dict[str, Any] = {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard"}
 _SONG |= {"decoder_type": "standard", "resample_filter": [1, 1]}
 _ADM: dict[str, Any] = {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3}
+_EDM2: dict[str, Any] = {"img_resolution": None, "img_channels": None, "label_dim": 0, **_ADM}
+_EDM2 |= {"channel_mult_noise": None, "channel_mult_emb": None, "num_blocks": 3, "attn_resolutions": [16, 8]}
+_EDM2 |= {"label_balance": 0.5, "concat_balance": 0.5, "resample_filter": [1, 1], "channels_per_head": 64}
+_EDM2 |= {"dropout": 0.0, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256}
 _OPTIONS = {
+    "UNet": _EDM2,
     "SongUNet": {**_SHARED, **_SONG},
     "DhariwalUNet": {**_SHARED, **_ADM, "attn_resolutions": [32, 16, 8]},
 }
 """The arguments of their networks, in order, with what they are where a file does not say it."""
 
 
+def _common(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    size, multipliers = options["img_resolution"], options["channel_mult"]
+    levels = [n for n in range(len(multipliers)) if size >> n in options["attn_resolutions"]]
+    sizes = (options["model_channels"], multipliers, options["num_blocks"], levels)
+    return *sizes, options["dropout"], options["label_dim"] or None
+
+
+def _fir(options: Mapping[str, Any]) -> list[float] | None:
+    return None if list(options["resample_filter"]) == [1, 1] else list(options["resample_filter"])
+
+
+def _magnitude(options: Mapping[str, Any]) -> MagnitudeUNet:
+    """Our network for EDM2's."""
+    base = options["model_channels"]
+    features, embedding = (n and base * n for n in (options["channel_mult_noise"], options["channel_mult_emb"]))
+    return MagnitudeUNet(
+        options["img_channels"],
+        *_common(options),
+        head_channels=options["channels_per_head"],
+        features=features,
+        embedding=embedding,
+        fir=_fir(options),
+        balance=(options["res_balance"], options["attn_balance"]),
+        label_balance=options["label_balance"],
+        concat_balance=options["concat_balance"],
+        clip=options["clip_act"],
+    )
+
+
 def _song(network: str, options: Mapping[str, Any], path: Path) -> SongUNet:
     """Our network for theirs."""
     if options["channel_mult_emb"] != 4:
         raise CheckpointError(f"{path} has channel_mult_emb={options['channel_mult_emb']}: only 4 is known here")
-    size, multipliers = options["img_resolution"], options["channel_mult"]
     own: dict[str, Any] = {"kind": "adm"}
     if network == "SongUNet":
         own = {
             "fourier": 16.0 if options["embedding_type"] == "fourier" else None,
             "features": options["model_channels"] * options["channel_mult_noise"],
-            "fir": None if list(options["resample_filter"]) == [1, 1] else options["resample_filter"],
+            "fir": _fir(options),
             "entrance": options["encoder_type"],
             "exit": options["decoder_type"],
         }
     return SongUNet(
         options["in_channels"],
-        options["model_channels"],
-        multipliers,
-        options["num_blocks"],
-        [n for n in range(len(multipliers)) if size >> n in options["attn_resolutions"]],
-        options["dropout"],
-        options["label_dim"] or None,
+        *_common(options),
         augment=options["augment_dim"] or None,
         out_channels=options["out_channels"],
         **own,
@@ -206,23 +242,56 @@ def _names(levels: int, size: int, blocks: int) -> Iterator[tuple[str, str]]:
     yield "out_conv", f"up.{levels - 1}.readout.2"
 
 
+_MAGNITUDE = {"conv_res0": "conv1", "emb_linear": "modulate", "conv_res1": "conv2", "conv_skip": "skip"}
+_MAGNITUDE |= {"attn_qkv": "qkv", "attn_proj": "project"}
+
+
+def _names_of_edm2(levels: int, size: int, blocks: int) -> Iterator[tuple[str, str]]:
+    """The same for EDM2's."""
+    yield from (("", ""), ("emb_fourier", "features"), ("emb_noise", "noise"), ("emb_label", "classes"))
+    yield from ((f"enc.{size}x{size}_conv", "inward"), ("out_conv", "outward"))
+
+    def block(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
+        yield theirs, ours
+        yield from ((f"{theirs}.{a}", f"{ours}.{b}") for a, b in _MAGNITUDE.items())
+
+    for n in range(levels):
+        down, up = size >> n, size >> (levels - 1 - n)
+        yield from block(f"enc.{down}x{down}_down", f"shrink.{n - 1}")
+        yield from block(f"dec.{up}x{up}_up", f"grow.{n - 1}")
+        for i in range(blocks):
+            yield from block(f"enc.{down}x{down}_block{i}", f"down.{n * blocks + i}")
+        for i in range(blocks + 1):
+            yield from block(f"dec.{up}x{up}_block{i}", f"up.{n * (blocks + 1) + i}")
+        for i in range(2):
+            yield from block(f"dec.{up}x{up}_in{i}", f"middle.{i}")
+
+
+_LEAVES = {"emb_gain": "gain", "out_gain": "gain", "freqs": "frequencies"}
+
+
 def _renamed(
-    net: SongUNet, tensors: Mapping[str, Tensor], options: Mapping[str, Any], negate: bool
+    net: SongUNet | MagnitudeUNet,
+    tensors: Mapping[str, Tensor],
+    network: str,
+    options: Mapping[str, Any],
+    negate: bool,
 ) -> dict[str, Tensor]:
-    """Their tensors by our names. Their q, k and v alternate, channel by channel of each head; their frequencies are in
-    cycles; their filters are known. With `negate` the network's output changes sign.
+    """Their tensors by our names. Their q, k and v alternate, channel by channel of each head; EDM's frequencies are in
+    cycles, EDM2's in radians; their filters are known. With `negate` the network's output changes sign.
     """
-    names = dict(_names(len(net.down), options["img_resolution"], options["num_blocks"]))
+    sizes = len(options["channel_mult"]), options["img_resolution"], options["num_blocks"]
+    names = dict((_names_of_edm2 if network == "UNet" else _names)(*sizes))
     found = {name: buffer for name, buffer in net.named_buffers() if name.endswith("kernel")}
     for key, tensor in tensors.items():
         layer, _, leaf = key.rpartition(".")
-        name = f"{names.get(layer, layer)}.{leaf}"
+        name = f"{names.get(layer, layer)}.{_LEAVES.get(leaf, leaf)}".removeprefix(".")
         if leaf == "resample_filter":
             continue
-        if leaf == "freqs":
-            name, tensor = "embedding.frequencies", 2 * math.pi * tensor
+        if leaf == "freqs" and network != "UNet":
+            tensor = 2 * math.pi * tensor
         elif layer.endswith(".qkv"):
-            heads = 1 if "embedding_type" in options else len(tensor) // (3 * 64)
+            heads = 1 if network == "SongUNet" else len(tensor) // (3 * 64)
             tensor = tensor.reshape(heads, -1, 3, *tensor.shape[1:]).movedim(2, 0).reshape(tensor.shape)
         elif negate and ".readout.2." in name:
             tensor = -tensor
@@ -276,6 +345,7 @@ def _iddpm(net: nn.Module, state: Mapping[str, Any]) -> Made:
 
 _DENOISERS: dict[str, Callable[[nn.Module, Mapping[str, Any]], Made]] = {
     "EDMPrecond": _edm,
+    "Precond": _edm,
     "VPPrecond": _vp,
     "VEPrecond": _ve,
     "iDDPMPrecond": _iddpm,

@@ -7,8 +7,9 @@ from scoresde.nn.classifier import NoisyClassifier
 from scoresde.nn.context import padded
 from scoresde.nn.dit import DiT
 from scoresde.nn.embedding import TimeEmbedding
+from scoresde.nn.magnitude import MagnitudeUNet
 from scoresde.nn.mlp import MLP
 from scoresde.nn.song import SongUNet
 from scoresde.nn.unet import UNet
 
-__all__ = ["MLP", "DiT", "NoisyClassifier", "SongUNet", "TimeEmbedding", "UNet", "padded"]
+__all__ = ["MLP", "DiT", "MagnitudeUNet", "NoisyClassifier", "SongUNet", "TimeEmbedding", "UNet", "padded"]
