@@ -1,6 +1,7 @@
 """EDM's files: networks that compute what theirs do, the traps of their format, and that nothing in a file is run."""
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -287,8 +288,9 @@ def test_what_does_not_fit_is_said(written):
     with pytest.raises(CheckpointError, match="another file"):
         from_edm(path, sha256="0" * 64)
     with pytest.warns(UserWarning, match="does not fit its data"):
-        model = from_edm(path, data=x.float().clamp(-1, 1).repeat(4, 1, 1, 1))
+        model = from_edm(path, data=x.float().clamp(-1, 1).repeat(2, 1, 1, 1))
     assert "diagnosis" in model.about
+    assert json.loads(json.dumps(model.about))["options"] == {**options, "label_dropout": 0}
     for change, words in (
         ({"model_channels": 16}, "of another network"),
         ({"novel": 3}, "with novel, which is not known"),
@@ -298,6 +300,10 @@ def test_what_does_not_fit_is_said(written):
             from_edm(written(snapshot("EDMPrecond", {**options, **change}, p, **own)))
     with pytest.raises(CheckpointError, match="holds a Other"):
         from_edm(written(snapshot("Other", options, p, **own)))
+    with pytest.raises(CheckpointError, match="Odd makes of images"):
+        from_edm(written({**snapshot("EDMPrecond", options, p, **own), "encoder": Persistent("Odd", {})}))
+    with pytest.raises(CheckpointError, match="not laid out as EDM's files are: KeyError"):
+        from_edm(written({"ema": Persistent("EDMPrecond", {})}))
     with pytest.raises(CheckpointError, match="where a network"):
         from_edm(written({"ema": torch.zeros(2)}))
     frequencies = {n: t for n, t in (p | {}).items() if n != "map_layer0.bias"}

@@ -71,22 +71,12 @@ def from_edm(
     """
     path = Path(path)
     digest, held = hashed(path, sha256), read_pickle(path)
-    entries = held.entries if isinstance(held, Record) else held
-    found = entries.get("ema", held) if isinstance(entries, dict) else held
-    kind, state = _opened(found, path)
-    if kind not in _DENOISERS:
-        raise CheckpointError(f"{path} holds a {kind}: expected one of {', '.join(_DENOISERS)}")
-    inner = next(module for name, module in state["_modules"].items() if name in ("model", "unet"))
-    network, within = _opened(inner, path)
-    if network not in _OPTIONS:
-        raise CheckpointError(f"{path} holds a {network}: expected one of {', '.join(_OPTIONS)}")
-    given = dict(zip(_OPTIONS[network], within.get("_init_args") or (), strict=False))
-    options = {**_OPTIONS[network], **given, **(within.get("_init_kwargs") or {})}
-    if unknown := sorted(set(options) - set(_OPTIONS[network])):
-        raise CheckpointError(f"{path} holds {network} with {', '.join(unknown)}, which is not known here")
+    try:
+        kind, state, network, options, tensors, autoencoder = _read(held, path)
+    except (AttributeError, IndexError, KeyError, RecursionError, StopIteration, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not laid out as EDM's files are: {type(error).__name__}: {error}") from error
     with torch.device("meta"):
         net = _magnitude(options) if network == "UNet" else _song(network, options, path)
-    tensors = dict(_tensors(inner, path))
     fill(net, _renamed(net, tensors, network, options, negate=kind == "VEPrecond"), path)
     denoiser, grid = _DENOISERS[kind](net.to(device), state)
     about = {
@@ -101,16 +91,40 @@ def from_edm(
         "range": [-1.0, 1.0],
         "classes": options["label_dim"],
     }
-    if isinstance(entries, dict) and (encoder := entries.get("encoder")) is not None:
-        about["encoder"], made = _opened(encoder, path)
-        if about["encoder"] == "StabilityVAEEncoder":  # what is diffused are its latents
-            about |= {"range": None, "autoencoder": made.get("vae_name", "stabilityai/sd-vae-ft-mse")}
+    if autoencoder is not None:
+        about |= {"range": None, "autoencoder": autoencoder}
     C, size = options.get("in_channels") or options["img_channels"], options["img_resolution"]
     cond = None if label is None else {"label": label}
     return published(denoiser, (C, size, size), about, grid, data=data, cond=cond)
 
 
 # ---- what the file holds ----
+
+
+def _read(held: Any, path: Path) -> tuple[str, dict[str, Any], str, dict[str, Any], dict[str, Tensor], str | None]:
+    """The average's class and attributes, its network's class, arguments and tensors, and the autoencoder's name."""
+    entries = held.entries if isinstance(held, Record) else held
+    if not isinstance(entries, dict) or "ema" not in entries:
+        entries = {"ema": held}
+    kind, state = _opened(entries["ema"], path)
+    if kind not in _DENOISERS:
+        raise CheckpointError(f"{path} holds a {kind}: expected one of {', '.join(_DENOISERS)}")
+    inner = next(module for name, module in state["_modules"].items() if name in ("model", "unet"))
+    network, within = _opened(inner, path)
+    if network not in _OPTIONS:
+        raise CheckpointError(f"{path} holds a {network}: expected one of {', '.join(_OPTIONS)}")
+    given = dict(zip(_OPTIONS[network], within.get("_init_args") or (), strict=False))
+    options = {**_OPTIONS[network], **given, **(within.get("_init_kwargs") or {})}
+    if unknown := sorted(set(options) - set(_OPTIONS[network])):
+        raise CheckpointError(f"{path} holds a {network} with {', '.join(unknown)}, which is not known here")
+    autoencoder = None
+    if (encoder := entries.get("encoder")) is not None:
+        encoding, made = _opened(encoder, path)
+        if encoding == "StabilityVAEEncoder":
+            autoencoder = made.get("vae_name", "stabilityai/sd-vae-ft-mse")
+        elif encoding != "StandardRGBEncoder":
+            raise CheckpointError(f"{path} diffuses what a {encoding} makes of images, which is not known here")
+    return kind, state, network, options, dict(_tensors(inner, path)), autoencoder
 
 
 def _opened(record: Any, path: Path) -> tuple[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ Large strings of bytes, the tensors' numbers, stay in the file until they are re
 from __future__ import annotations
 
 import io
+import math
 import pickletools
 import sys
 from collections import OrderedDict
@@ -282,8 +283,8 @@ def _storage(data: _Section | bytes) -> Tensor:
 
 
 def _tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
-    if min((offset, *size, *stride)) < 0:
-        raise ValueError(f"a tensor of size {size}, stride {stride} and offset {offset}")
+    if min((offset, *size, *stride)) < 0 or math.prod(size) > len(storage):
+        raise ValueError(f"a tensor of size {size}, stride {stride} and offset {offset} in {len(storage)} numbers")
     return torch.as_strided(storage, size, stride, offset)
 
 

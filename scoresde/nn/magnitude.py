@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from scoresde.checks import check_count, check_option
 from scoresde.nn.blocks import attend
-from scoresde.nn.embedding import check_label
+from scoresde.nn.embedding import check_label, placed
 from scoresde.nn.sizes import Double, Halve
 
 __all__ = ["MagnitudeUNet"]
@@ -77,8 +77,8 @@ class _Features(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         options: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
-        self.register_buffer("frequencies", 2 * math.pi * torch.randn(features, **options))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(features, **options))
+        self.register_buffer("frequencies", placed(2 * math.pi * torch.randn(features, **options)))
+        self.register_buffer("phases", placed(2 * math.pi * torch.rand(features, **options)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Features:
         kept = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scoresde.checks import check_option
+from scoresde.nn.embedding import placed
 
 __all__ = ["Double", "Edge", "Halve", "HalvingConv", "filter_taps"]
 
@@ -53,11 +54,11 @@ class _Resample(nn.Module):
         self.mode = "replicate" if edge == "replicate" else "constant"
         kernel = None
         if fir is not None:
-            kernel = torch.ones(1, 1, *dims * (1,), device="cpu")  # whatever device a network is built on: it is known
+            kernel = torch.ones(1, 1, *dims * (1,), device="cpu")
             for axis in range(dims):
                 shape = [-1 if d == axis else 1 for d in range(dims)]
                 kernel = kernel * (gain * torch.tensor(filter_taps(fir), device="cpu")).reshape(1, 1, *shape)
-        self.register_buffer("kernel", kernel)
+        self.register_buffer("kernel", None if kernel is None else placed(kernel))
 
     def filtered(self, x: Tensor, before: int, after: int, stride: int) -> Tensor:
         """x filtered, with so many entries beyond its edges; one more after it where the size is odd."""

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from scoresde.checks import check_count, check_option
 from scoresde.nn.blocks import Attention, Double, Halve, ResidualBlock, conv, filter_taps, group_norm, zero
-from scoresde.nn.embedding import check_label
+from scoresde.nn.embedding import check_label, placed
 from scoresde.nn.sizes import HalvingConv
 
 __all__ = ["NoiseEmbedding", "SongUNet"]
@@ -74,7 +74,7 @@ class NoiseEmbedding(nn.Module):
         if fourier is not None:
             generator = torch.Generator().manual_seed(0)
             frequencies = torch.randn(self.pairs, generator=generator, device="cpu", dtype=torch.float32)
-            frequencies = 2 * math.pi * fourier * frequencies
+            frequencies = placed(2 * math.pi * fourier * frequencies)
         self.register_buffer("frequencies", frequencies)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseEmbedding:
