@@ -22,6 +22,7 @@ __all__ = [
     "expand_like",
     "frozen",
     "known_any",
+    "placed",
     "precise",
     "same",
     "shown",
@@ -117,6 +118,12 @@ def check_device(device: torch.device | str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"device={str(device)!r} is not to be had here, torch {torch.__version__}: {why}") from error
+
+
+def placed(numbers: Tensor) -> Tensor:
+    """Known numbers of the CPU on torch's default device; the meta device would lose them, there they stay."""
+    default = torch.get_default_device()
+    return numbers if default.type == "meta" else numbers.to(default)
 
 
 def drawn_from(generator: torch.Generator | None, device: torch.device | str) -> torch.Generator:

@@ -25,7 +25,7 @@ from scoresde.data.arrays import digest
 from scoresde.denoiser import Denoiser
 from scoresde.files import sealed, unsealed, warn_unsealed, write_whole
 from scoresde.interop.model import Published
-from scoresde.interop.source import FORMATS, from_source, source_of
+from scoresde.interop.source import READERS, from_source, source_of
 from scoresde.networks import networks
 from scoresde.pictures import is_picture
 from scoresde.report import attribute, theirs
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 ABOUT = "data.json"
-RUN_HELP = f"a run folder of `scoresde train`; or FORMAT:PATH, a network of elsewhere: {', '.join(FORMATS)}"
+RUN_HELP = f"a run folder of `scoresde train`; or FORMAT:PATH, a network of elsewhere: {', '.join(READERS)}"
 NAME_HELP = "of a FORMAT:PATH that does not say what network it is: a published one's, or a file .json of its flags"
 
 

@@ -31,9 +31,9 @@ from scoresde.denoiser import Denoiser, EDMDenoiser, EpsDenoiser, X0Denoiser
 from scoresde.errors import CheckpointError
 from scoresde.grid import Grid
 from scoresde.interop.adm import Flags, network, of_file
+from scoresde.interop.formats import refuse
 from scoresde.interop.model import Published, published
 from scoresde.interop.reading import hashed, read_torch
-from scoresde.interop.recognise import refuse
 from scoresde.schedules import EDMSDE
 from scoresde.variance.learned_range import LearnedRangeDenoiser
 from scoresde.variance.trunk import SplitOutput

@@ -31,9 +31,9 @@ from scoresde.checks import check_option
 from scoresde.denoiser import EpsDenoiser, NetworkDenoiser, VDenoiser, X0Denoiser
 from scoresde.errors import CheckpointError
 from scoresde.grid import Grid
+from scoresde.interop.formats import refuse
 from scoresde.interop.model import Published, published
 from scoresde.interop.reading import fill, hashed, read_torch
-from scoresde.interop.recognise import refuse
 
 __all__ = ["from_lucidrains"]
 

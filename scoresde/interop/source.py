@@ -13,12 +13,16 @@ import torch
 from scoresde.checks import ArgumentError, one_of
 from scoresde.files import parsed
 from scoresde.interop.edm import from_edm
+from scoresde.interop.formats import recognise
+from scoresde.interop.guided_diffusion import from_consistency_edm, from_guided_diffusion
 from scoresde.interop.model import Published
 from scoresde.interop.score_sde import from_score_sde
 
-__all__ = ["FORMATS", "from_source", "source_of"]
+__all__ = ["READERS", "from_source", "source_of"]
 
-FORMATS: dict[str, Callable[..., Published]] = {
+READERS: dict[str, Callable[..., Published]] = {
+    "guided_diffusion": from_guided_diffusion,
+    "consistency_edm": from_consistency_edm,
     "edm": from_edm,
     "score_sde": from_score_sde,
 }
@@ -26,20 +30,23 @@ FORMATS: dict[str, Callable[..., Published]] = {
 
 
 def source_of(text: str | Path) -> tuple[str, Path] | None:
-    """(format, path) of FORMAT:PATH; None for anything else, the path of a file say.
+    """(format, path) of FORMAT:PATH, or of a path alone where its names tell the format; None for anything else.
 
     >>> source_of("edm:models/net.pkl")
     ('edm', PosixPath('models/net.pkl'))
     """
     name, colon, path = str(text).partition(":")
-    return (name, Path(path)) if colon and path and name in FORMATS else None
+    if colon and path and name in READERS:
+        return name, Path(path)
+    found = recognise(text) if Path(text).exists() else None
+    return (found.name, Path(text)) if found is not None and found.name in READERS else None
 
 
 def from_source(text: str | Path, name: str | None = None, device: torch.device | str | None = None) -> Published:
     """The network of FORMAT:PATH.
 
     Args:
-        text: FORMAT:PATH, of a format in `FORMATS`.
+        text: FORMAT:PATH, of a format in `READERS`.
         name: where the file does not say what network it is of, that of a published one; or a file .json of its flags.
         device: where it is to be.
 
@@ -49,17 +56,17 @@ def from_source(text: str | Path, name: str | None = None, device: torch.device 
     """
     found = source_of(text)
     if found is None:
-        raise ValueError(f"{text}: expected FORMAT:PATH, {one_of(str(text).partition(':')[0], FORMATS)}")
+        raise ValueError(f"{text}: expected FORMAT:PATH, {one_of(str(text).partition(':')[0], READERS)}")
     kind, path = found
     more: dict[str, Any] = {} if device is None else {"device": device}
-    described = [p for p in signature(FORMATS[kind]).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    described = [p for p in signature(READERS[kind]).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     if name is None:
         if described and described[0].default is Parameter.empty:
             raise ArgumentError(
                 f"{text} does not say what network it is of: give name=, a published model's, or a .json file of its "
                 f"{described[0].name}"
             )
-        return FORMATS[kind](path, **more)
+        return READERS[kind](path, **more)
     if not described:
         raise ArgumentError(f"name={name}: {text} says itself what network it is of")
     flags: Any = name
@@ -68,4 +75,4 @@ def from_source(text: str | Path, name: str | None = None, device: torch.device 
             flags = parsed(json.loads, Path(name).read_text("utf-8"))
         except ValueError as error:
             raise ValueError(f"{name} is no JSON: {error}") from error
-    return FORMATS[kind](path, flags, **more)
+    return READERS[kind](path, flags, **more)

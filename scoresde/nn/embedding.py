@@ -15,7 +15,7 @@ from scoresde.nn.blocks import zero
 from scoresde.nn.context import Tokens, tokens_of
 from scoresde.tensors import known_any
 
-__all__ = ["TimeEmbedding", "check_label", "placed"]
+__all__ = ["TimeEmbedding", "check_label"]
 
 
 class TimeEmbedding(nn.Module):
@@ -164,12 +164,6 @@ class TimeEmbedding(nn.Module):
             raise ValueError(
                 f"this network is conditional on a vector: pass vector= of shape {(*time.shape, n)}, not {found}"
             )
-
-
-def placed(numbers: Tensor) -> Tensor:
-    """Known numbers of the CPU on torch's default device; the meta device would lose them, there they stay."""
-    default = torch.get_default_device()
-    return numbers if default.type == "meta" else numbers.to(default)
 
 
 def check_label(label: Any, time: Tensor, classes: bool) -> None:

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from scoresde.checks import check_count, check_option
 from scoresde.nn.blocks import attend
-from scoresde.nn.embedding import check_label, placed
+from scoresde.nn.embedding import check_label
 from scoresde.nn.sizes import Double, Halve
+from scoresde.tensors import placed
 
 __all__ = ["MagnitudeUNet"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scoresde.checks import check_option
-from scoresde.nn.embedding import placed
+from scoresde.tensors import placed
 
 __all__ = ["Double", "Edge", "Halve", "HalvingConv", "filter_taps"]
 

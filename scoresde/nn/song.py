@@ -27,8 +27,9 @@ from torch.nn import functional as F
 
 from scoresde.checks import check_count, check_option
 from scoresde.nn.blocks import Attention, Double, Halve, ResidualBlock, conv, filter_taps, group_norm, zero
-from scoresde.nn.embedding import check_label, placed
+from scoresde.nn.embedding import check_label
 from scoresde.nn.sizes import HalvingConv
+from scoresde.tensors import placed
 
 __all__ = ["NoiseEmbedding", "SongUNet"]
 
