@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scoresde.errors import CheckpointError, some
 from scoresde.interop.reading import fill
 from scoresde.nn.blocks import Attention, ResidualBlock
 from scoresde.nn.unet import UNet
 
-__all__ = ["MODELS", "Flags", "names", "network", "of_file"]
+__all__ = ["MODELS", "Flags", "architecture", "names", "network", "of_file"]
 
 MULTIPLIERS: dict[int, tuple[float, ...]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -151,6 +151,50 @@ def _value(name: str, value: Any, kind: str) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def architecture(flags: Flags, channels: int = 3, given: int = 0, classes: int | None = None) -> UNet:
+    """The network of the flags, on the meta device, where it has shapes and no numbers.
+
+    Args:
+        flags: of the network.
+        channels, given: of its image, and of one that it is conditional on.
+        classes: how many.
+
+    Raises:
+        ValueError: if the flags describe no network, or one with two numbers of heads.
+    """
+    width = flags.num_channels
+    widths = [int(m * width) for m in flags.multipliers]
+    by_number = flags.num_head_channels == -1
+    if by_number and flags.num_heads_upsample not in (-1, flags.num_heads):
+        raise ValueError(
+            f"num_heads_upsample={flags.num_heads_upsample} with num_heads={flags.num_heads}: networks with another "
+            "number of heads on the way up are not read"
+        )
+    if wrong := [w for w in widths if w % widths[0]]:
+        raise ValueError(f"channel_mult={flags.channel_mult!r}: {wrong[0]} features are no multiple of {widths[0]}")
+    with torch.device("meta"):
+        net = UNet(
+            image_channels=channels,
+            channels=widths[0],
+            multipliers=[w // widths[0] for w in widths],
+            blocks=flags.num_res_blocks,
+            attention=flags.levels,
+            heads=flags.num_heads,
+            head_channels=None if by_number else flags.num_head_channels,
+            null_class=False,
+            resample="block" if flags.resblock_updown else "conv",
+            additive=not flags.use_scale_shift_norm,
+            groups=32,
+            time_features=width,
+            embedding=4 * width,
+            image_condition=given,
+            out_channels=2 * channels if flags.learn_sigma else channels,
+        )
+        if classes is not None:  # one that draws its weights on this device takes a second, to load torch's compiler
+            net.time.classes = nn.Embedding(classes, 4 * width, _weight=torch.empty(classes, 4 * width))
+    return net
+
+
 def network(tensors: Mapping[str, Tensor], flags: Flags, path: Path | str, *, new_order: bool) -> tuple[UNet, int]:
     """The network with these weights, without a copy but of q, k and v, and the channels of its image.
 
@@ -161,43 +205,14 @@ def network(tensors: Mapping[str, Tensor], flags: Flags, path: Path | str, *, ne
         new_order: whether q, k and v have the order (3, H, d).
 
     Raises:
-        ValueError: if the flags describe no network, or one with two numbers of heads.
+        ValueError: as `architecture`.
         CheckpointError: if the file is of another network than the flags say.
     """
     _check_told(tensors, flags, path)
-    inward, out = tensors["input_blocks.0.0.weight"].shape[1], tensors["out.2.weight"].shape[0]
+    out = len(tensors["out.2.weight"])
     channels = out // 2 if flags.learn_sigma else out
-    base = int(flags.multipliers[0] * flags.num_channels)
-    widths = [int(m * flags.num_channels) for m in flags.multipliers]
-    own_heads = flags.num_head_channels == -1
-    if own_heads and flags.num_heads_upsample not in (-1, flags.num_heads):
-        raise ValueError(
-            f"num_heads_upsample={flags.num_heads_upsample} with num_heads={flags.num_heads}: networks with another "
-            "number of heads on the way up are not read"
-        )
-    if wrong := [w for w in widths if w % base]:
-        raise ValueError(
-            f"channel_mult={flags.channel_mult!r}: {wrong[0]} features are no multiple of {base}, the first"
-        )
-    with torch.device("meta"):
-        net = UNet(
-            image_channels=channels,
-            channels=base,
-            multipliers=[w // base for w in widths],
-            blocks=flags.num_res_blocks,
-            attention=flags.levels,
-            heads=flags.num_heads,
-            head_channels=None if own_heads else flags.num_head_channels,
-            num_classes=len(tensors["label_emb.weight"]) if flags.class_cond else None,
-            null_class=False,
-            resample="block" if flags.resblock_updown else "conv",
-            additive=not flags.use_scale_shift_norm,
-            groups=32,
-            time_features=flags.num_channels,
-            embedding=4 * flags.num_channels,
-            image_condition=inward - channels,
-            out_channels=out,
-        )
+    given = tensors["input_blocks.0.0.weight"].shape[1] - channels
+    net = architecture(flags, channels, given, len(tensors["label_emb.weight"]) if flags.class_cond else None)
     kinds = {t.dtype for t in tensors.values()}
     dtype = torch.float32 if len(kinds) > 1 else next(iter(kinds))  # a file in half precision has norms in float32
     ours = dict(names(net))
@@ -207,7 +222,8 @@ def network(tensors: Mapping[str, Tensor], flags: Flags, path: Path | str, *, ne
         if module.endswith((".qkv", ".proj_out")):
             tensor = tensor.reshape(*tensor.shape[:2], 1, 1) if parameter == "weight" else tensor
             if module.endswith(".qkv") and not new_order:
-                heads = flags.num_heads if own_heads else len(tensor) // (3 * flags.num_head_channels)
+                by_number = flags.num_head_channels == -1
+                heads = flags.num_heads if by_number else len(tensor) // (3 * flags.num_head_channels)
                 rows = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
                 tensor = rows.transpose(0, 1).reshape(tensor.shape)
         found[f"{ours[module]}.{parameter}" if module in ours else name] = tensor.to(dtype)
@@ -229,7 +245,6 @@ def names(net: UNet) -> Iterator[tuple[str, str]]:
         "input_blocks.0.0": "inward",
         "out.0": "norm",
         "out.2": "outward",
-        "middle_block.1.norm": "middle.0.attention.norm",
     }.items()
     yield from _residual("middle_block.0", "middle.0.block")
     yield from _attention("middle_block.1", "middle.0.attention")
@@ -271,7 +286,7 @@ def _attention(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
     return ((f"{theirs}.{a}", f"{ours}.{b}") for a, b in parts.items())
 
 
-def _between(layer: torch.nn.Module, theirs: str, convolution: str, ours: str) -> Iterator[tuple[str, str]]:
+def _between(layer: nn.Module, theirs: str, convolution: str, ours: str) -> Iterator[tuple[str, str]]:
     """What halves or doubles: a residual block, or a convolution of that name."""
     if isinstance(layer, ResidualBlock):
         yield from _residual(theirs, ours)

@@ -35,7 +35,11 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     name: Format(name, what, read)
     for name, what, read in (
-        ("scoresde", "a run's folder or checkpoint of scoresde", "it is loaded by scoresde.training.load_model"),
+        (
+            "scoresde",
+            "a run's folder or checkpoint of scoresde",
+            "scoresde.training.load_ema(path, denoiser) reads it",
+        ),
         ("diffusers", "a pipeline, network or scheduler of diffusers", "read it by from_diffusers"),
         (
             "guided_diffusion",

@@ -13,7 +13,7 @@ from torch import Tensor
 from scoresde.denoiser import Denoiser
 from scoresde.diagnose import diagnose
 from scoresde.grid import Grid
-from scoresde.wrappers import SameMean
+from scoresde.wrappers import SameMean, Wrapper
 
 __all__ = ["Published", "published"]
 
@@ -38,7 +38,7 @@ class Published(SameMean):
         denoiser: Denoiser,
         shape: Sequence[int] | None,
         about: Mapping[str, Any],
-        grid: Callable[[int], Grid] | None = None,
+        grid: Callable[[Any], Grid] | None = None,
     ) -> None:
         super().__init__(denoiser)
         self.shape = None if shape is None else tuple(int(n) for n in shape)
@@ -53,9 +53,9 @@ class Published(SameMean):
         with torch.no_grad():
             return tuple(self.decode(torch.zeros(1, *self.shape, device=self.device)).shape[1:])
 
-    def grid(self, steps: int) -> Grid:
+    def grid(self, steps: Any) -> Grid:
         """The times on which its own toolkit steps, for `sample(model, shape, solver, grid=model.grid(50))`; without
-        it a solver takes the grid of its own.
+        it a solver takes the grid of its own. steps: their number, or what its toolkit calls them, "ddim50" say.
         """
         return Grid.customary(self.sde, steps) if self._grid is None else self._grid(steps)
 
@@ -77,7 +77,7 @@ def published(
     denoiser: Denoiser,
     shape: Sequence[int] | None,
     about: Mapping[str, Any],
-    grid: Callable[[int], Grid] | None = None,
+    grid: Callable[[Any], Grid] | None = None,
     *,
     data: Tensor | None = None,
     cond: Mapping[str, Any] | None = None,
@@ -87,9 +87,12 @@ def published(
     """
     model = Published(denoiser, shape, about, grid)
     if data is not None:
+        network: Denoiser = model
+        while isinstance(network, Wrapper):
+            network = network.denoiser
         with torch.no_grad():
             z = model.encode(data, **dict(cond or {}))
-        verdict = diagnose(model.denoiser, z, cond=cond, seed=0)
+        verdict = diagnose(network, z, cond=cond, seed=0)
         model.about["diagnosis"] = str(verdict)
         if verdict.suspicious:
             warnings.warn(f"the network does not fit its data: {verdict}", stacklevel=3)
