@@ -208,6 +208,8 @@ def test_flags_that_no_file_tells():
         Flags.of("--class_cond maybe")
     with pytest.raises(ValueError, match="num_heads='four'"):
         Flags.of({"num_heads": "four"})
+    with pytest.raises(ValueError, match="expected pairs"):
+        Flags.of("--class_cond --image_size 64")
     with pytest.raises(ValueError, match="is no published model"):
         Flags.of("imagenet")
     assert Flags.of("--class_cond=True --dropout 0.1").class_cond is True
@@ -267,6 +269,9 @@ def test_what_is_told_of_it(file):
     assert about["parameters"] == sum(t.numel() for t in net.state.values())
     assert len(about["files"]["model.pt"]) == 64
     assert "diagnosis" in about
+    told = {name: value for name, value in FLAGS.items() if name != "num_heads"}
+    assert from_guided_diffusion(path, told).about["assumed"][0] == "num_heads"
+    assert "num_heads" not in from_guided_diffusion(path, {**told, "num_head_channels": 32}).about["assumed"]
     from_guided_diffusion(path, FLAGS, sha256=about["files"]["model.pt"][:8])
     with pytest.raises(CheckpointError, match="another file, or a damaged one"):
         from_guided_diffusion(path, FLAGS, sha256="0" * 64)
@@ -448,6 +453,9 @@ def test_an_error_says_what_the_file_is(tmp_path, file, capsys):
     torch.save(Adm().state | {"hook": Runs()}, path)
     with pytest.raises(CheckpointError, match=r"holds .*print, which is no tensor"):
         from_guided_diffusion(path, FLAGS)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="read it by from_diffusers"):
+        from_guided_diffusion(tmp_path, FLAGS)
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="no state dict of an ADM network"):
         from_guided_diffusion(path, FLAGS)

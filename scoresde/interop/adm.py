@@ -108,7 +108,9 @@ class Flags:
                     raise ValueError(f"{flags!r} is no published model: expected its flags, or one of {list(MODELS)}")
                 flags = MODELS[flags]
             words = shlex.split(flags.replace("=", " "))
-            flags = {name.lstrip("-"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+            if len(words) % 2 or any(not name.startswith("--") for name in words[::2]):
+                raise ValueError(f"flags {flags!r}: expected pairs, as '--image_size 64 --class_cond True'")
+            flags = {name[2:]: value for name, value in zip(words[::2], words[1::2], strict=True)}
         known = {f.name: str(f.type).split(" ")[0] for f in fields(cls) if f.name != "given"}
         if unknown := [name for name in flags if name not in known and name not in IGNORED]:
             raise ValueError(f"no flag of the network or its chain: {some(unknown)}; there are {', '.join(known)}")

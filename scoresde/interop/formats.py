@@ -50,7 +50,8 @@ FORMATS: dict[str, Format] = {
         (
             "guided_classifier",
             "a classifier of noisy images of guided-diffusion, no denoiser",
-            "build it by its own library and guide by it: scoresde.guidance.Classifier(model, classifier)",
+            "build it by its own library and guide by it: Classifier(model, classifier, time=model.sde.label, "
+            "label='label')",
         ),
         ("edm", "a pickle of EDM or EDM2", "read it by from_edm"),
         ("score_sde", "a checkpoint of score_sde", "read it by from_score_sde"),

@@ -112,6 +112,8 @@ def from_guided_diffusion(
     steps = told.timestep_respacing if respacing is None else respacing
     if told.learn_sigma:
         denoiser = LearnedRangeDenoiser(denoiser, grid=respaced(chain, steps) if steps else None)
+    unseen = ["use_new_attention_order", "noise_schedule", "diffusion_steps", "predict_xstart"]
+    about["assumed"] += [n for n in unseen if n not in told.given]
     about |= {
         "predicts": "x0" if told.predict_xstart else "eps",
         "sde": repr(chain),
@@ -232,8 +234,8 @@ def _read(
     path: Path, flags: Mapping[str, Any] | str | None, sha256: str | None, kind: str
 ) -> tuple[Flags, dict[str, Tensor], dict[str, Any]]:
     """The flags, the tensors, and what is told of them."""
-    digest = hashed(path, sha256)
     refuse(path, "guided_diffusion")
+    digest = hashed(path, sha256)
     told, name = of_file(path, flags)
     tensors = read_torch(path)
     about = {
@@ -241,11 +243,7 @@ def _read(
         "files": {path.name: digest},
         "model": name,
         "flags": {n: value for n, value in asdict(told).items() if n != "given"},
-        "assumed": [n for n in _UNSEEN if n not in told.given],
+        "assumed": [] if {"num_heads", "num_head_channels"} & {*told.given} else ["num_heads"],
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
     }
     return told, tensors, about
-
-
-_UNSEEN = ["num_heads", "use_new_attention_order", "noise_schedule", "diffusion_steps", "predict_xstart"]
-"""Flags that no shape tells."""

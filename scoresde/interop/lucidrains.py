@@ -82,8 +82,8 @@ def from_lucidrains(
     path = Path(path)
     check_option(("ema", "model"), weights=weights)
     check_option((*ADAPTERS, None), objective=objective)
-    digest = hashed(path, sha256)
     refuse(path, "lucidrains")
+    digest = hashed(path, sha256)
     file = read_torch(path)
     prefix = "ema_model." if weights == "ema" else ""
     found = file.get(weights) if isinstance(file, dict) else None
