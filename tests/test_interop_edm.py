@@ -50,6 +50,12 @@ class Persistent:
         return made, (meta,)
 
 
+class EasyDict(dict):
+    """dnnlib's."""
+
+    __module__ = "dnnlib.util"
+
+
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """A function that writes objects as EDM's training does."""
@@ -62,6 +68,9 @@ def written(tmp_path, monkeypatch):
     _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
     module._reconstruct_persistent_obj = _reconstruct_persistent_obj
     monkeypatch.setitem(sys.modules, "torch_utils", package)
+    monkeypatch.setitem(sys.modules, "dnnlib", types.ModuleType("dnnlib"))
+    monkeypatch.setitem(sys.modules, "dnnlib.util", types.ModuleType("dnnlib.util"))
+    sys.modules["dnnlib.util"].EasyDict = EasyDict
     monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
 
     def write(held, name="network.pkl", protocol=4):
@@ -98,7 +107,7 @@ def snapshot(kind, options, p, network=None, **attributes):
     network = network or ("SongUNet" if "embedding_type" in options else "DhariwalUNet")
     u = {"u": attributes.pop("u")} if "u" in attributes else {}
     whole = module(kind, {**{f"model.{name}": t for name, t in p.items()}, **u}, network=network, **attributes)
-    whole.state["_modules"]["model"].state |= {"_init_args": (), "_init_kwargs": dict(options)}
+    whole.state["_modules"]["model"].state |= {"_init_args": (), "_init_kwargs": EasyDict(options)}
     return {"ema": whole, "dataset_kwargs": {"path": "data.zip"}, "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2})}
 
 
@@ -414,6 +423,7 @@ REFUSED = {
         _storage_of(pickle.dumps(Evil(os.system, (RUN + " " * 9000,)))),
         r"holds (posix|nt)\.system",
     ),
+    "a length beyond the file": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 50) + b"x.", "damaged"),
     "a storage of another kind": (_storage_of(pickle.dumps(3)), "damaged"),
 }
 

@@ -103,7 +103,7 @@ def from_edm(
 
 def _read(held: Any, path: Path) -> tuple[str, dict[str, Any], str, dict[str, Any], dict[str, Tensor], str | None]:
     """The average's class and attributes, its network's class, arguments and tensors, and the autoencoder's name."""
-    entries = held.entries if isinstance(held, Record) else held
+    entries = _entries(held)
     if not isinstance(entries, dict) or "ema" not in entries:
         entries = {"ema": held}
     kind, state = _opened(entries["ema"], path)
@@ -114,7 +114,7 @@ def _read(held: Any, path: Path) -> tuple[str, dict[str, Any], str, dict[str, An
     if network not in _OPTIONS:
         raise CheckpointError(f"{path} holds a {network}: expected one of {', '.join(_OPTIONS)}")
     given = dict(zip(_OPTIONS[network], within.get("_init_args") or (), strict=False))
-    options = {**_OPTIONS[network], **given, **(within.get("_init_kwargs") or {})}
+    options = {**_OPTIONS[network], **given, **_entries(within.get("_init_kwargs") or {})}
     if unknown := sorted(set(options) - set(_OPTIONS[network])):
         raise CheckpointError(f"{path} holds a {network} with {', '.join(unknown)}, which is not known here")
     autoencoder = None
@@ -125,6 +125,11 @@ def _read(held: Any, path: Path) -> tuple[str, dict[str, Any], str, dict[str, An
         elif encoding != "StandardRGBEncoder":
             raise CheckpointError(f"{path} diffuses what a {encoding} makes of images, which is not known here")
     return kind, state, network, options, dict(_tensors(inner, path)), autoencoder
+
+
+def _entries(held: Any) -> Any:
+    """What is in a dictionary, or in a record of one (dnnlib's EasyDict)."""
+    return held.entries if isinstance(held, Record) else held
 
 
 def _opened(record: Any, path: Path) -> tuple[str, dict[str, Any]]:

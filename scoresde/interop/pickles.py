@@ -95,7 +95,7 @@ class _Reader:
         if of_bytes and n >= _LARGE and start + n <= self.end:
             self.file.seek(n, io.SEEK_CUR)
             return _Section(self.file, start, n)
-        self.opcode, self.length = self.length, self.file.read(n)
+        self.opcode, self.length = self.length, self.file.read(min(n, max(0, self.end - start)))
         return self.length
 
     def readline(self) -> bytes:

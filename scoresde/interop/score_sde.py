@@ -11,7 +11,8 @@ configuration of Python's, which the file does not hold: it is given, or named.
     ve, discrete (N - 1) (1 - t)  score = F / sigma           the same
 
 Their VE networks are told x in [0, 1], of which they make y = 2 x - 1 themselves. Here the diffusion is that of y: data
-in [-1, 1], as everywhere, and every sigma twice theirs. (Score and likelihood are then those of y.)
+in [-1, 1], as everywhere, and every sigma twice theirs. (Score and likelihood are then those of y; and where theirs
+starts from noise about x = 0, which is y = -1, ours is about y = 0: at sigma = 100 it is all the same.)
 """
 
 from __future__ import annotations
