@@ -31,6 +31,7 @@ class Published(SameMean):
             file nor caller said it.
         about: where it comes from and what was read: "format", "files" (their sha256 by name), "parameters",
             "predicts", "sde", what the configuration said and, where data was given, "diagnosis". JSON can hold it.
+        embed: texts to the condition of them, by the text encoder that came with the network; None without one.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Published(SameMean):
         super().__init__(denoiser)
         self.shape = None if shape is None else tuple(int(n) for n in shape)
         self.about = dict(about)
+        self.embed: Callable[[Sequence[str]], dict[str, Tensor]] | None = None
         self._grid = grid
 
     @cached_property
@@ -83,7 +85,7 @@ def published(
     cond: Mapping[str, Any] | None = None,
 ) -> Published:
     """The model, its wiring checked on items of data, in the range that it was trained on, where there are any; warns
-    where the check is not passed.
+    where the check is not passed. What is checked is the network's own mean, before it is clipped.
     """
     model = Published(denoiser, shape, about, grid)
     if data is not None:
