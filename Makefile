@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PAGES := $(VENV)/.pages
 
-.PHONY: demo test docs tables audits lint types doctest format clean
+.PHONY: demo test test-interop docs tables audits lint types doctest format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ demo: $(READY)  ## train on real digits, race the solvers, draw the pictures (un
 
 test: $(READY)  ## the laws
 	$(BIN)/python -m pytest -n auto
+
+test-interop: $(READY)  ## the laws of scoresde.interop beside diffusers itself; installs it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[interop]"
+	$(BIN)/python -m pytest tests/test_interop_diffusers.py
 
 docs: $(PAGES)  ## the pages and the reference, in build/site; a warning is an error
 	rm -rf build/pages build/site

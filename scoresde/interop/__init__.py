@@ -1,6 +1,9 @@
 """Networks of other toolkits as denoisers: `from_...` reads their files, and never runs code in them."""
 
+from scoresde.interop.diffusers import from_diffusers
+from scoresde.interop.diffusers_back import to_diffusers
 from scoresde.interop.edm import from_edm
+from scoresde.interop.flows import from_flow
 from scoresde.interop.formats import FORMATS, Format, recognise
 from scoresde.interop.guided_diffusion import from_consistency_edm, from_guided_diffusion, respaced
 from scoresde.interop.lucidrains import from_lucidrains
@@ -15,7 +18,9 @@ __all__ = [
     "Format",
     "Published",
     "from_consistency_edm",
+    "from_diffusers",
     "from_edm",
+    "from_flow",
     "from_guided_diffusion",
     "from_lucidrains",
     "from_score_sde",
@@ -23,4 +28,5 @@ __all__ = [
     "recognise",
     "respaced",
     "source_of",
+    "to_diffusers",
 ]

@@ -12,6 +12,7 @@ import torch
 
 from scoresde.checks import ArgumentError, one_of
 from scoresde.files import parsed
+from scoresde.interop.diffusers import from_diffusers
 from scoresde.interop.edm import from_edm
 from scoresde.interop.formats import recognise
 from scoresde.interop.guided_diffusion import from_consistency_edm, from_guided_diffusion
@@ -21,6 +22,7 @@ from scoresde.interop.score_sde import from_score_sde
 __all__ = ["READERS", "from_source", "source_of"]
 
 READERS: dict[str, Callable[..., Published]] = {
+    "diffusers": from_diffusers,
     "guided_diffusion": from_guided_diffusion,
     "consistency_edm": from_consistency_edm,
     "edm": from_edm,

@@ -1,0 +1,390 @@
+"""Networks of diffusers, the Hugging Face library: a pipeline's folder, a pipeline, or a network with its scheduler.
+
+What the scheduler's configuration says is read by `scoresde.interop.diffusers_schedulers`, which has the dictionary of
+conventions and the traps; how its networks are called stands in `scoresde.interop.diffusers_networks`. diffusers itself
+is needed to make the network of a folder, and for nothing else.
+
+Files are read by diffusers' own loader, of safetensors, sharded and in half precision too, or of a .bin that holds
+tensors alone (weights_only); no code of a folder is run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scoresde.checks import ArgumentError
+from scoresde.codecs import AutoencoderCodec
+from scoresde.denoiser import Denoiser
+from scoresde.errors import CheckpointError, some
+from scoresde.interop.diffusers_networks import Called, check_whole_network, event_shape, latent_scales
+from scoresde.interop.diffusers_schedulers import Schedule, schedule_of
+from scoresde.interop.model import Published, published
+from scoresde.interop.reading import hashed, read_torch
+from scoresde.wrappers import Latent
+
+__all__ = ["from_diffusers", "library"]
+
+_PARTS = {"network": ("unet", "transformer"), "autoencoder": ("vae",)}
+
+
+def library() -> Any:
+    """diffusers, imported; where torchvision is broken, as if there were none, for its models do not import then.
+
+    Raises:
+        ImportError: if it is not installed, saying what to do.
+    """
+    broken = False
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision"):
+        try:
+            importlib.import_module("torchvision")
+        except Exception:  # an operator that its torch does not have, say
+            broken = True
+            sys.modules["torchvision"] = None  # type: ignore[assignment]
+    try:
+        diffusers = importlib.import_module("diffusers")
+        if broken:  # it may have been imported before, and has looked then
+            flags: Any = importlib.import_module("diffusers.utils.import_utils")
+            flags._torchvision_available = False
+        diffusers.UNet2DModel  # noqa: B018 - its models are imported when one is first asked for
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise ImportError("this needs diffusers, which is not installed: pip install 'scoresde[interop]'") from error
+    finally:
+        if broken:
+            del sys.modules["torchvision"]
+    return diffusers
+
+
+def from_diffusers(
+    source: Any,
+    *,
+    data: Tensor | None = None,
+    cond: Mapping[str, Any] | None = None,
+    sha256: str | Mapping[str, str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    shape: Sequence[int] | None = None,
+    clip: bool = True,
+    mu: float | None = None,
+    variant: str | None = None,
+) -> Published:
+    """A network of diffusers as a denoiser, with everything that its files say.
+
+    Args:
+        source: a pipeline's folder, with model_index.json or with the folders unet or transformer, scheduler and vae;
+            a pipeline; or a pair (network, scheduler), the network a folder, a module of theirs or any callable
+            net(x, time, **cond), the scheduler an object, a folder, a file or its configuration as a dict.
+        data: items as the network was trained on, (B, ...): images in [-1, 1] mostly. `diagnose` is run on them.
+        cond: conditions for that.
+        sha256: of the weights: of the one file, or by the names that `about["files"]` has.
+        device, dtype: of the networks; as they are stored by default.
+        shape: of an item of the diffusion, where the configuration has no sample_size, or another size is wanted.
+        clip: whether the mean is clipped or thresholded where the scheduler's configuration says so. With False, for
+            likelihoods say, it is the network's own.
+        mu: of a flow's dynamic shift (`use_dynamic_shifting`), which depends on the size; by default that of `shape`.
+        variant: of the files' names: "fp16" for diffusion_pytorch_model.fp16.safetensors. By default the plain file,
+            or, where there is none, the only other one.
+
+    The result's `grid(steps)` has their times, `about` what was read. With an autoencoder it is `Latent`: samples are
+    images. A pipeline with one tokenizer and text encoder has `embed(texts)`, the condition of texts:
+
+    >>> model = from_diffusers("stable-diffusion-2-1-base")                                     # doctest: +SKIP
+    >>> guided = ClassifierFree(model, 7.5, null=model.embed([""]))                             # doctest: +SKIP
+    >>> x = sample(guided, (1, *model.shape), UniPC(), nfe=20, cond=model.embed(["a cat"])).x   # doctest: +SKIP
+
+    Raises:
+        ImportError: if a network is to be made of a folder, and there is no diffusers.
+        FileNotFoundError: if there is no such folder or file.
+        CheckpointError: if a file is not the one that sha256 names, is damaged, holds more than tensors or is LoRA's.
+        ArgumentError: on a class, key or value that is not known here: nothing is guessed.
+    """
+    parts = _parts_of(source)
+    files: dict[str, str] = {}
+    net, config = _network(parts["network"], device, dtype, variant, files)
+    pipeline = parts.get("pipeline")
+    scheduler = _configuration(parts["scheduler"])
+    size = event_shape(config.get("_class_name", ""), config) if config and shape is None else shape
+    if mu is None and scheduler.get("use_dynamic_shifting") and size is not None:
+        mu = _mu(scheduler, size, config)
+    schedule = schedule_of(scheduler, mu=mu, own_sigmas=pipeline == "FluxPipeline")
+    raw: Denoiser = schedule.adapter(Called(net, schedule.sign, config))
+    denoiser = schedule.clipped(raw) if clip else raw
+    about = _about(schedule, clip, pipeline, config, net)
+    if (autoencoder := parts.get("autoencoder")) is not None:
+        vae, vae_config = _network(autoencoder, device, dtype, variant, files, "autoencoder")
+        denoiser = Latent(denoiser, _codec(vae, vae_config))
+        about["autoencoder"] = {key: vae_config.get(key) for key in ("_class_name", "scaling_factor", "shift_factor")}
+    _check_files(files, sha256)
+    model = published(denoiser, size, about | {"files": files}, schedule.grid, data=data, cond=cond)
+    if (text := parts.get("text")) is not None:
+        model.embed = _embedding(*text)
+    return model
+
+
+def _about(schedule: Schedule, clip: bool, pipeline: str | None, config: Mapping[str, Any], net: Any) -> dict[str, Any]:
+    written = {
+        k: v for k, v in schedule.config.items() if v is not None and k not in ("trained_betas", *schedule.implied)
+    }
+    about: dict[str, Any] = {
+        "format": "diffusers",
+        "pipeline": pipeline,
+        "network": config.get("_class_name", type(net).__name__),
+        "predicts": schedule.predicts if schedule.sign == 1 else f"-{schedule.predicts}",
+        "sde": repr(schedule.sde),
+        "scheduler": {k: v for k, v in written.items() if not isinstance(v, float) or math.isfinite(v)},
+        "ignored": {key: repr(value) for key, value in schedule.ignored.items()},
+        "clipped": schedule.clips and clip,
+    }
+    if isinstance(net, nn.Module):
+        about["parameters"] = sum(p.numel() for p in net.parameters())
+    return about
+
+
+# ---- what a source is made of ----
+
+
+def _parts_of(source: Any) -> dict[str, Any]:
+    """Network, scheduler, and where there are any autoencoder, pipeline's name and (tokenizer, text encoder)."""
+    if isinstance(source, tuple | list):
+        if len(source) != 2:
+            raise ArgumentError(f"source has {len(source)} parts: ", "expected (network, scheduler)")
+        return {"network": source[0], "scheduler": source[1]}
+    if isinstance(source, str | Path):
+        return _folder(Path(source))
+    if not hasattr(source, "components"):
+        raise TypeError(
+            f"source is {type(source).__name__}: expected a folder, a pipeline, or the pair (network, scheduler)"
+        )
+    parts = dict(source.components)
+    found: dict[str, Any] = {"pipeline": type(source).__name__, "scheduler": parts.get("scheduler")}
+    for part, names in _PARTS.items():
+        found[part] = next((parts[name] for name in names if parts.get(name) is not None), None)
+    _check_parts(found, {name: type(part).__name__ for name, part in parts.items() if part is not None})
+    encoders = [name for name in parts if name.startswith("text_encoder") and parts[name] is not None]
+    if encoders == ["text_encoder"] and parts.get("tokenizer") is not None:
+        found["text"] = (parts["tokenizer"], parts["text_encoder"])
+    return found
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: there is no such folder (nothing is downloaded here: `huggingface-cli download NAME`)"
+        )
+    index = _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    pipeline = index.get("_class_name")
+    classes = {}
+    for name, entry in index.items():
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None and not name.startswith("_"):
+            if entry[0] not in (None, "diffusers", "transformers", "stable_diffusion"):
+                raise ArgumentError(f"{folder}: ", f"{name} is of {entry[0]}, code of its own, which is not run here")
+            classes[name] = entry[1]
+    if isinstance(pipeline, list) or index.get("trust_remote_code"):
+        raise ArgumentError(f"{folder}: ", f"a custom pipeline, {pipeline}: its code is not run here")
+    if lora := sorted(path.name for path in folder.glob("*lora*.safetensors")):
+        raise CheckpointError(f"{folder} has LoRA weights, {some(lora)}, which are not supported: fuse them first")
+    found: dict[str, Any] = {"pipeline": pipeline}
+    for part, names in _PARTS.items():
+        found[part] = next((folder / name for name in names if (folder / name).is_dir()), None)
+    if found["network"] is None and (folder / "config.json").is_file():
+        found["network"] = folder
+    found["scheduler"] = folder / "scheduler" if (folder / "scheduler").is_dir() else None
+    _check_parts(found, classes)
+    return found
+
+
+def _check_parts(found: Mapping[str, Any], classes: Mapping[str, str]) -> None:
+    """Raises ArgumentError if a part is missing, or one that is not known would stand between x and the data."""
+    for part in ("network", "scheduler"):
+        if found.get(part) is None:
+            names = _PARTS.get(part, (part,))
+            raise ArgumentError(
+                f"there is no {part}: ", f"expected {' or '.join(names)}; {some(sorted(classes))} found"
+            )
+    for name, kind in classes.items():
+        if name in ("vqvae", "movq", "vqgan", "prior", "decoder") or name.startswith(("unet_", "transformer_")):
+            raise ArgumentError(
+                f"the pipeline has {name}, {kind}: ",
+                "more than a network and an AutoencoderKL. Give the pair (network, scheduler)",
+            )
+
+
+def _configuration(scheduler: Any) -> Mapping[str, Any]:
+    """A scheduler's configuration."""
+    if isinstance(scheduler, str | Path):
+        path = Path(scheduler)
+        return _json(path / "scheduler_config.json" if path.is_dir() else path)
+    if isinstance(scheduler, Mapping):
+        return scheduler
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        raise TypeError(f"scheduler is {type(scheduler).__name__}: expected one of diffusers, a file, or a dict")
+    return {**config, "_class_name": type(scheduler).__name__}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return found
+
+
+def _mu(config: Mapping[str, Any], shape: Sequence[int], network: Mapping[str, Any]) -> float:
+    """mu of an image's tokens: linear between base_shift at base_image_seq_len and max_shift at max_image_seq_len."""
+    patch = 2 if network.get("_class_name") == "FluxTransformer2DModel" else network.get("patch_size", 2)
+    tokens = math.prod(int(n) // patch for n in shape[1:])
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(least + (most - least) * (tokens - low) / (high - low))
+
+
+# ---- networks ----
+
+
+def _network(
+    source: Any,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    files: dict[str, str],
+    part: str = "network",
+) -> tuple[Any, dict[str, Any]]:
+    """The module or callable, and its configuration if it is of diffusers; one that was given stays as it is."""
+    if isinstance(source, str | Path):
+        source = _loaded(Path(source), dtype, variant, files)
+    config = dict(getattr(source, "config", None) or {}) if isinstance(source, nn.Module) else {}
+    if config:
+        config["_class_name"] = type(source).__name__
+    if part == "autoencoder" and config.get("_class_name") != "AutoencoderKL":
+        raise ArgumentError(
+            f"the autoencoder is {type(source).__name__}: ",
+            "AutoencoderKL is read. Give the pair (network, scheduler), which is of latents",
+        )
+    if part == "network" and config:
+        check_whole_network(source, config["_class_name"], config)
+    if not callable(source):
+        raise TypeError(f"network is {type(source).__name__}: expected a folder, a module or a callable")
+    if isinstance(source, nn.Module) and (device, dtype) != (None, None):
+        source = source.to(device=device, dtype=dtype)
+    return source, config
+
+
+def _loaded(folder: Path, dtype: torch.dtype | None, variant: str | None, files: dict[str, str]) -> nn.Module:
+    """The network of a folder with config.json, by diffusers' loader."""
+    name = _json(folder / "config.json").get("_class_name") if (folder / "config.json").is_file() else None
+    if name is None:
+        raise FileNotFoundError(f"{folder}: there is no config.json with a _class_name in it")
+    diffusers = library()
+    variant, paths = _weights(folder, variant)
+    for path in paths:
+        files[str(Path(folder.name) / path.name)] = hashed(path)
+    safe = paths[0].suffix == ".safetensors"
+    if not safe:
+        for path in paths:
+            read_torch(path)  # refused here if it holds more than tensors
+    made = getattr(diffusers, name, None)
+    if made is None or not hasattr(made, "from_pretrained"):
+        raise ArgumentError(f"{folder}: ", f"diffusers {diffusers.__version__} has no network {name}")
+    stored = _stored_dtype(paths[0]) if safe else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        net: nn.Module = made.from_pretrained(
+            folder, torch_dtype=dtype or stored, variant=variant, use_safetensors=safe, local_files_only=True
+        )
+    return net.requires_grad_(False)
+
+
+def _weights(folder: Path, variant: str | None) -> tuple[str | None, list[Path]]:
+    """The variant, and the files of weights that the loader will read."""
+    for suffix in (".safetensors", ".bin"):
+        found: dict[str | None, list[Path]] = {}
+        for path in sorted(folder.glob(f"diffusion_pytorch_model*{suffix}")):
+            named = path.name.removeprefix("diffusion_pytorch_model").removesuffix(suffix).split("-")[0].strip(".")
+            found.setdefault(named or None, []).append(path)
+        wanted = variant if variant in found else next(iter(found)) if len(found) == 1 and variant is None else variant
+        if wanted in found:
+            return wanted, found[wanted]
+    raise FileNotFoundError(
+        f"{folder}: there are no weights, diffusion_pytorch_model{'' if variant is None else f'.{variant}'}.safetensors"
+    )
+
+
+def _stored_dtype(path: Path) -> torch.dtype | None:
+    """The dtype of a file's first tensor, from its header; and no LoRA in it."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    if lora := [name for name in header if "lora" in name.lower()]:
+        raise CheckpointError(f"{path} holds LoRA weights, {some(lora)}, which are not supported: fuse them first")
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(next(iter(header.values()))["dtype"]) if header else None
+
+
+def _check_files(files: Mapping[str, str], sha256: str | Mapping[str, str] | None) -> None:
+    """Raises CheckpointError unless the files are those that sha256 names."""
+    if sha256 is None:
+        return
+    given = dict.fromkeys(files, sha256) if isinstance(sha256, str) else dict(sha256)
+    if isinstance(sha256, str) and len(files) != 1:
+        raise ArgumentError(
+            f"sha256 is one, and there are {len(files)} files, {some(list(files))}: give a dict by name"
+        )
+    for name, digest in given.items():
+        if name not in files:
+            raise ArgumentError(f"sha256 names {name}, ", f"which was not read: {some(list(files))} were")
+        if not (len(digest) >= 8 and files[name].startswith(digest.lower())):
+            raise CheckpointError(f"{name} has sha256 {files[name]}, not {digest}: another file, or a damaged one")
+
+
+# ---- autoencoder and text ----
+
+
+class _Encoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae: Any = vae
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.vae.encode(x).latent_dist
+        return found.mean, found.std
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae: Any = vae
+
+    def forward(self, m: Tensor) -> Tensor:
+        out: Tensor = self.vae.decode(m).sample
+        return out
+
+
+def _codec(vae: nn.Module, config: Mapping[str, Any]) -> AutoencoderCodec:
+    scale, shift = latent_scales(config)
+    return AutoencoderCodec(_Encoder(vae), _Decoder(vae), scale=scale, shift=shift)
+
+
+def _embedding(tokenizer: Any, encoder: nn.Module) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """Texts to the condition of a network that was trained on one encoder's last states, padded to its length."""
+
+    @torch.no_grad()
+    def embed(texts: Sequence[str]) -> dict[str, Tensor]:
+        length = tokenizer.model_max_length
+        tokens = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        device = next(encoder.parameters()).device
+        return {"encoder_hidden_states": encoder(tokens.input_ids.to(device))[0]}
+
+    return embed
