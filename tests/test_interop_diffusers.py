@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -41,6 +44,7 @@ from scoresde.interop.diffusers_networks import Called, latent_scales, pack, unp
 from scoresde.interop.diffusers_schedulers import betas_of, schedule_of
 from scoresde.interop.reading import hashed
 from scoresde.solvers import DDIM, Heun
+from scoresde.wrappers import Wrapper
 
 SD = {  # stable-diffusion-v1-5, scheduler/scheduler_config.json
     "_class_name": "PNDMScheduler",
@@ -221,7 +225,9 @@ def test_clipping():
         assert isinstance(clipped, Clip)
         assert (clipped.low, clipped.high) == expected
     schedule = schedule_of(config("DDIM", thresholding=True, sample_max_value=4.0, dynamic_thresholding_ratio=0.9))
-    assert isinstance(schedule.clipped(schedule.adapter(Net())), DynamicThreshold)
+    limited = schedule.clipped(schedule.adapter(Net()))
+    assert isinstance(limited, DynamicThreshold)
+    assert (limited.quantile, limited.cap, limited.interpolate) == (0.9, 4.0, True)
     for name in ("PNDM", "EulerDiscrete", "DPMSolverMultistep"):
         assert not schedule_of(config(name)).clips
     assert isinstance(from_diffusers((Net(), config("DDPM")), clip=False).denoiser, EpsDenoiser)
@@ -308,6 +314,26 @@ def test_output_objects_tuples_and_learned_channels():
         assert torch.allclose(from_diffusers((net, SD)).eps(x, 500.0), expected, rtol=1e-13)
 
 
+def test_a_learned_range_is_a_variance():
+    """Its h = 1 is DDPM's larger step, sigma_t^2 w, and h = -1 its smaller one, whose Var[x_0 | x_t] is zero."""
+    chain, x, t = DDPMChain.linear(1000), normal(2, 3), 500.0
+    alpha, sigma, alpha_s, sigma_s = (float(f(u)) for u in (t, t - 1) for f in (chain.alpha, chain.sigma))
+    w = 1 - (alpha * sigma_s / (alpha_s * sigma)) ** 2
+    larger = ((sigma**2 - sigma_s**2) * w) / (alpha_s * w) ** 2
+    for h, expected in ((1.0, larger), (-1.0, 0.0)):
+        net = lambda x, t, h=h: torch.cat([torch.tanh(x), torch.full_like(x, h)], 1)  # noqa: E731
+        model = from_diffusers((net, config("DDPM", variance_type="learned_range", clip_sample=False)))
+        assert torch.allclose(model(x, t).var, torch.full_like(x, expected), rtol=1e-6, atol=1e-12)
+        assert torch.allclose(model.eps(x, t), torch.tanh(x))
+        assert scheduler_config(model)["variance_type"] == "learned_range"
+        dropped = from_diffusers((net, config("DDPM", variance_type="learned")))
+        assert dropped(x, t).var is None
+        assert "left out" in dropped.about["variance"]
+    model = from_diffusers((lambda x, t: x, config("DDPM", variance_type="learned_range")))
+    with pytest.raises(ValueError, match="variance_type is learned_range, and the network returned"):
+        model(x, t)
+
+
 def test_nested_conditions_are_guided():
     def net(x, t, encoder_hidden_states, added_cond_kwargs):
         return x * encoder_hidden_states[:, :1] + added_cond_kwargs["time_ids"]
@@ -327,6 +353,45 @@ def test_data_is_diagnosed():
     assert "plausible" in model.about["diagnosis"]
     with pytest.warns(UserWarning, match="does not fit its data"):
         from_diffusers((lambda x, t: -right.eps(x, t + 1), config("DDPM")), data=x)
+
+
+def test_a_pipeline_with_a_text_encoder_embeds():
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(300, 3)
+
+        def forward(self, tokens):
+            return (self.table(tokens),)
+
+    class Tokenizer:
+        model_max_length = 5
+
+        def __call__(self, texts, padding, max_length, truncation, return_tensors):
+            assert (padding, max_length, truncation, return_tensors) == ("max_length", 5, True, "pt")
+            tokens = torch.tensor([[ord(letter) for letter in text.ljust(5)[:5]] for text in texts])
+            return type("Tokens", (), {"input_ids": tokens})
+
+    class Scheduler:
+        config: ClassVar = {key: value for key, value in SD.items() if key != "_class_name"}
+
+    Scheduler.__name__ = "PNDMScheduler"
+    encoder = Encoder()
+
+    class Pipe:
+        components: ClassVar = {
+            "unet": lambda x, t, encoder_hidden_states: x * encoder_hidden_states.mean((1, 2))[:, None],
+            "scheduler": Scheduler(),
+            "tokenizer": Tokenizer(),
+            "text_encoder": encoder,
+        }
+
+    model = from_diffusers(Pipe())
+    cond = model.embed(["a cat", "a dog eats"])
+    assert torch.equal(cond["encoder_hidden_states"][0, 2], encoder.table.weight[ord("c")])
+    x = torch.ones(2, 1)
+    assert torch.allclose(model.eps(x, 500.0, **cond)[:, 0], cond["encoder_hidden_states"].mean((1, 2)))
+    assert from_diffusers((Net(), SD)).embed is None
 
 
 def test_dynamic_shift_follows_the_shape():
@@ -388,6 +453,7 @@ def test_folders_that_are_not_read(tmp_path):
         (X0Denoiser(Net(), DDPMChain([0.1, 0.2, 0.3])), "DDIM"),
         (VDenoiser(Net(), DDPMChain.cosine(100, max_beta=1.0)), "DDIM"),
         (Clip(EpsDenoiser(Net(), DDPMChain.linear(10)), -2, 2), "DDPM"),
+        (DynamicThreshold(EpsDenoiser(Net(), DDPMChain.linear(10)), 0.9, cap=3.0, interpolate=True), "DDPM"),
         (EDMDenoiser(Net(), EDMSDE(0.01, 50.0), sigma_data=0.7), "EDMEuler"),
         (EDMDenoiser(Called(Net(), -1), EDMSDE()), "EDMEuler"),
         (VelocityDenoiser(Net(), FlowSDE()), "FlowMatchEulerDiscrete"),
@@ -399,9 +465,10 @@ def test_there_and_back_is_the_same_denoiser(denoiser, name):
     assert made["_class_name"] == f"{name}Scheduler"
     back = from_diffusers((Net(), json.loads(json.dumps(made))))
     assert back.sde == denoiser.sde
-    inner = denoiser.denoiser if isinstance(denoiser, Clip) else denoiser
-    clip = back.denoiser.denoiser if isinstance(denoiser, Clip) else back.denoiser
-    inner.time = clip.time  # the label is the network's, and not the scheduler's
+    own, found = denoiser, back.denoiser
+    while isinstance(own, Wrapper):
+        own, found = own.denoiser, found.denoiser
+    own.time = found.time  # the label is the network's, and not the scheduler's
     x, t = normal(2, 3), 0.7 * denoiser.sde.t_max
     assert torch.equal(back(x, t).mean, denoiser(x, t).mean)
     again = scheduler_config(back)
@@ -488,8 +555,6 @@ def theirs():
 
 
 def test_without_diffusers_it_is_said_what_to_install(tmp_path, monkeypatch):
-    import sys
-
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r"pip install 'scoresde\[interop\]'"):
@@ -542,6 +607,21 @@ def test_levels_are_theirs(theirs, name, options):
     expected = expected.unique_consecutive()
     # their tables are float32, in which 1 - abar at the first node has three digits
     assert torch.allclose(found, expected, rtol=3e-4 if float(expected[-1]) > 0 else 1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning", "ignore:invalid value:RuntimeWarning")
+def test_steps_are_theirs(theirs):
+    """Of the benchmark's cases: to rounding with their tables in float64; EDM's and the flows' cast to float32."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    try:
+        import interop_agreement as agreement
+    finally:
+        sys.path.pop(0)
+    for case in agreement.CASES:
+        if case.name in ("DDIM", "DEISMultistep", "HeunDiscrete", "UniPCMultistep"):
+            assert agreement.disagreement(case, torch.float64, exact=True) < 1e-12, case
+        elif case.name in ("EDMEuler", "FlowMatchEulerDiscrete"):
+            assert agreement.disagreement(case, torch.float32) < 1e-6, case
 
 
 def small_unet(theirs, **options):

@@ -26,10 +26,11 @@ from scoresde.checks import ArgumentError
 from scoresde.codecs import AutoencoderCodec
 from scoresde.denoiser import Denoiser
 from scoresde.errors import CheckpointError, some
-from scoresde.interop.diffusers_networks import Called, check_whole_network, event_shape, latent_scales
+from scoresde.interop.diffusers_networks import Called, CalledPair, check_whole_network, event_shape, latent_scales
 from scoresde.interop.diffusers_schedulers import Schedule, schedule_of
 from scoresde.interop.model import Published, published
 from scoresde.interop.reading import hashed, read_torch
+from scoresde.variance import LearnedRangeDenoiser
 from scoresde.wrappers import Latent
 
 __all__ = ["from_diffusers", "library"]
@@ -90,11 +91,15 @@ def from_diffusers(
         sha256: of the weights: of the one file, or by the names that `about["files"]` has.
         device, dtype: of the networks; as they are stored by default.
         shape: of an item of the diffusion, where the configuration has no sample_size, or another size is wanted.
-        clip: whether the mean is clipped or thresholded where the scheduler's configuration says so. With False, for
-            likelihoods say, it is the network's own.
+        clip: whether the mean is clipped or thresholded where the scheduler's configuration says so; their DDIM is then
+            `RawEps(DDIM())`. With False, for likelihoods say, it is the network's own. Guidance goes inside of it:
+            clip=False, and Clip(ClassifierFree(model, 3.0)), as their pipelines have it.
         mu: of a flow's dynamic shift (`use_dynamic_shifting`), which depends on the size; by default that of `shape`.
         variant: of the files' names: "fp16" for diffusion_pytorch_model.fp16.safetensors. By default the plain file,
             or, where there is none, the only other one.
+
+    A network of 2 C channels has the learned variance of improved DDPM, as Var[x_0 | x_t], where the configuration says
+    variance_type="learned_range" (`LearnedRangeDenoiser`); else its prediction's channels are taken.
 
     The result's `grid(steps)` has their times, `about` what was read. With an autoencoder it is `Latent`: samples are
     images. A pipeline with one tokenizer and text encoder has `embed(texts)`, the condition of texts:
@@ -118,9 +123,13 @@ def from_diffusers(
     if mu is None and scheduler.get("use_dynamic_shifting") and size is not None:
         mu = _mu(scheduler, size, config)
     schedule = schedule_of(scheduler, mu=mu, own_sigmas=pipeline == "FluxPipeline")
-    raw: Denoiser = schedule.adapter(Called(net, schedule.sign, config))
-    denoiser = schedule.clipped(raw) if clip else raw
+    learned = schedule.config.get("variance_type") == "learned_range"
+    denoiser: Denoiser = schedule.adapter((CalledPair if learned else Called)(net, schedule.sign, config))
+    if learned:
+        denoiser = LearnedRangeDenoiser(denoiser)
+    denoiser = schedule.clipped(denoiser) if clip else denoiser
     about = _about(schedule, clip, pipeline, config, net)
+    about["variance"] = _variance(schedule, config)
     if (autoencoder := parts.get("autoencoder")) is not None:
         vae, vae_config = _network(autoencoder, device, dtype, variant, files, "autoencoder")
         denoiser = Latent(denoiser, _codec(vae, vae_config))
@@ -149,6 +158,16 @@ def _about(schedule: Schedule, clip: bool, pipeline: str | None, config: Mapping
     if isinstance(net, nn.Module):
         about["parameters"] = sum(p.numel() for p in net.parameters())
     return about
+
+
+def _variance(schedule: Schedule, config: Mapping[str, Any]) -> str:
+    """What is done of the channels of a learned variance."""
+    said = schedule.config.get("variance_type")
+    if said == "learned_range":
+        return "learned, of all steps of the chain"
+    if said == "learned" or config.get("out_channels") == 2 * config.get("in_channels", 0) > 0:
+        return f"further channels are left out: variance_type is {said!r}, and only 'learned_range' tells what they are"
+    return "the sampler's choice"
 
 
 # ---- what a source is made of ----

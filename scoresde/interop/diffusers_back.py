@@ -27,6 +27,7 @@ from scoresde.interop.diffusers_networks import Called
 from scoresde.interop.diffusers_schedulers import betas_of
 from scoresde.schedules import EDMSDE, FlowSDE
 from scoresde.sde import SDE, VariancePreserving
+from scoresde.variance import LearnedRangeDenoiser
 from scoresde.wrappers import Clip, DynamicThreshold, Latent, Wrapper
 
 __all__ = ["scheduler_config", "to_diffusers"]
@@ -75,10 +76,17 @@ def scheduler_config(model: Denoiser | SDE, *, steps: int = 1000) -> dict[str, A
     for wrapper in wrappers:
         if isinstance(wrapper, Clip) and wrapper.low == -wrapper.high:
             config |= {"_class_name": "DDPMScheduler", "clip_sample": True, "clip_sample_range": wrapper.high}
-        elif isinstance(wrapper, DynamicThreshold) and wrapper.bound == 1:
-            config |= {"thresholding": True, "dynamic_thresholding_ratio": wrapper.quantile}
+        elif isinstance(wrapper, DynamicThreshold) and wrapper.bound == 1 and wrapper.interpolate:
+            cap = min(wrapper.cap, 1e9)  # JSON has no infinity
+            ratio = {"dynamic_thresholding_ratio": wrapper.quantile, "sample_max_value": cap}
+            config |= {"_class_name": "DDPMScheduler", "thresholding": True, **ratio}
+        elif isinstance(wrapper, LearnedRangeDenoiser):
+            config |= {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
         elif isinstance(wrapper, Clip | DynamicThreshold):
-            raise _none(sde, f"{type(wrapper).__name__} with these bounds: theirs clip to [-c, c]")
+            raise _none(
+                sde,
+                f"{type(wrapper).__name__} with these bounds: theirs clip to [-c, c], or threshold at 1, interpolating",
+            )
     betas = _betas(sde, steps)
     config["num_train_timesteps"] = len(betas)
     for named in _NAMED:
@@ -104,7 +112,7 @@ def _unwrapped(model: Denoiser) -> tuple[NetworkDenoiser, list[Wrapper]]:
         model = model.denoiser
     if not isinstance(model, NetworkDenoiser):
         raise ArgumentError(f"model is {type(model).__name__}: ", "expected a network's denoiser, or the SDE alone")
-    known = ("Clip", "DynamicThreshold", "Latent", "Published")
+    known = ("Clip", "DynamicThreshold", "Latent", "LearnedRangeDenoiser", "Published")
     if other := [type(wrapper).__name__ for wrapper in wrappers if type(wrapper).__name__ not in known]:
         raise ArgumentError(f"{', '.join(other)} has nothing in diffusers that does the same: ", "give what it wraps")
     return model, wrappers

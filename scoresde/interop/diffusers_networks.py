@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scoresde.checks import ArgumentError, one_of
 from scoresde.errors import some
 
-__all__ = ["NETWORKS", "Called", "check_whole_network", "event_shape", "latent_scales", "pack", "unpack"]
+__all__ = ["NETWORKS", "Called", "CalledPair", "check_whole_network", "event_shape", "latent_scales", "pack", "unpack"]
 
 NETWORKS = (
     "UNet1DModel",
@@ -56,16 +56,19 @@ class Called(nn.Module):
         self.condition_sizes: dict[str, int] = {} if null is None else {"label": int(null)}
 
     def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
-        if self.kind == "FluxTransformer2DModel":
-            found = self._flux(x, time, cond)
-        else:
-            if "label" in cond and self.kind in NETWORKS:
-                cond = {"class_labels" if name == "label" else name: value for name, value in cond.items()}
-            found = self.net(x, timestep=time, **cond) if self.kind in NETWORKS else self.net(x, time, **cond)
-            found = _tensor(found)
+        found = self.whole(x, time, cond)
         if found.ndim == x.ndim > 1 and found.shape[1] == 2 * x.shape[1]:
             found = found[:, : x.shape[1]]
         return found if self.sign == 1 else -found
+
+    def whole(self, x: Tensor, time: Tensor, cond: dict[str, Any]) -> Tensor:
+        """What the network returns, with all its channels."""
+        if self.kind == "FluxTransformer2DModel":
+            return self._flux(x, time, cond)
+        if self.kind not in NETWORKS:
+            return _tensor(self.net(x, time, **cond))
+        named = {"class_labels" if name == "label" else name: value for name, value in cond.items()}
+        return _tensor(self.net(x, timestep=time, **named))
 
     def _flux(self, x: Tensor, time: Tensor, cond: dict[str, Any]) -> Tensor:
         """Flux takes packed latents, places of image and text, and 1000 t as t."""
@@ -81,6 +84,25 @@ class Called(nn.Module):
         if not isinstance(guidance := cond.get("guidance"), Tensor | None):
             cond["guidance"] = torch.full((len(x),), float(guidance), device=x.device)
         return unpack(_tensor(self.net(pack(x), timestep=time / 1000, **cond)), height, width)
+
+
+class CalledPair(Called):
+    """A network whose output has a learned variance beside the prediction, (B, 2 C, ...)."""
+
+    def both(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        """The two, for `LearnedRangeDenoiser`.
+
+        Raises:
+            ValueError: if the network's output has not twice the channels of x.
+        """
+        found = self.whole(x, time, cond)
+        if found.ndim != x.ndim or found.shape[1] != 2 * x.shape[1]:
+            raise ValueError(
+                f"the scheduler's variance_type is learned_range, and the network returned {tuple(found.shape)} for x "
+                f"of shape {tuple(x.shape)}: expected twice the channels"
+            )
+        prediction, h = found.chunk(2, dim=1)
+        return self.sign * prediction, h
 
 
 def _tensor(found: Any) -> Tensor:
