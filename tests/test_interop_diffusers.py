@@ -44,7 +44,6 @@ from scoresde.interop.diffusers_networks import Called, latent_scales, pack, unp
 from scoresde.interop.diffusers_schedulers import betas_of, schedule_of
 from scoresde.interop.reading import hashed
 from scoresde.solvers import DDIM, Heun
-from scoresde.wrappers import Wrapper
 
 SD = {  # stable-diffusion-v1-5, scheduler/scheduler_config.json
     "_class_name": "PNDMScheduler",
@@ -93,6 +92,25 @@ def test_stable_diffusion():
     denoiser = schedule.adapter(Net())
     x = normal(2, 3)
     assert torch.allclose(denoiser.eps(x, 982.0), Net()(x, torch.tensor([981.0, 981.0]).double()), atol=1e-7)
+
+
+def test_others_as_published():
+    xl = {  # stable-diffusion-xl-base-1.0: keys of three other classes are left from conversions
+        **SD, "_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "prediction_type": "epsilon",
+        "sample_max_value": 1.0, "timestep_spacing": "leading", "use_karras_sigmas": False,
+    }  # fmt: skip
+    schedule = schedule_of(xl)
+    assert sorted(schedule.ignored) == ["clip_sample", "sample_max_value", "set_alpha_to_one"]
+    assert schedule.grid(50).times.tolist() == [*(20.0 * k + 2 for k in range(49, -1, -1)), 0.0]
+    deepfloyd = config(
+        "DDPM", beta_schedule="squaredcos_cap_v2", clip_sample=True, thresholding=True, variance_type="learned_range",
+        dynamic_thresholding_ratio=0.95, sample_max_value=1.5,
+    )  # fmt: skip
+    model = from_diffusers((lambda x, t: torch.cat([x, x], 1), deepfloyd))
+    assert isinstance(model.denoiser, DynamicThreshold)
+    assert model(normal(2, 3), 500.0).var is not None
+    first = config("DDPM", tensor_format="pt", timestep_values=None, variance_type="fixed_large", clip_sample=True)
+    assert schedule_of(first).sde == DDPMChain.linear(1000)
 
 
 def test_betas():
@@ -445,19 +463,23 @@ def test_folders_that_are_not_read(tmp_path):
 # ---- the way back ----
 
 
+def FROM_0(t):
+    return t - 1
+
+
 @pytest.mark.parametrize(
     ("denoiser", "name"),
     [
-        (EpsDenoiser(Net(), DDPMChain.linear(1000)), "DDIM"),
-        (VDenoiser(Net(), DDPMChain.cosine(1000)), "DDIM"),
-        (X0Denoiser(Net(), DDPMChain([0.1, 0.2, 0.3])), "DDIM"),
-        (VDenoiser(Net(), DDPMChain.cosine(100, max_beta=1.0)), "DDIM"),
-        (Clip(EpsDenoiser(Net(), DDPMChain.linear(10)), -2, 2), "DDPM"),
-        (DynamicThreshold(EpsDenoiser(Net(), DDPMChain.linear(10)), 0.9, cap=3.0, interpolate=True), "DDPM"),
+        (EpsDenoiser(Net(), DDPMChain.linear(1000), time=FROM_0), "DDIM"),
+        (VDenoiser(Net(), DDPMChain.cosine(1000), time=FROM_0), "DDIM"),
+        (X0Denoiser(Net(), DDPMChain([0.1, 0.2, 0.3]), time=FROM_0), "DDIM"),
+        (VDenoiser(Net(), DDPMChain.cosine(100, max_beta=1.0), time=FROM_0), "DDIM"),
+        (Clip(EpsDenoiser(Net(), DDPMChain.linear(10), time=FROM_0), -2, 2), "DDPM"),
+        (DynamicThreshold(EpsDenoiser(Net(), DDPMChain.linear(10), time=FROM_0), 0.9, cap=3, interpolate=True), "DDPM"),
         (EDMDenoiser(Net(), EDMSDE(0.01, 50.0), sigma_data=0.7), "EDMEuler"),
         (EDMDenoiser(Called(Net(), -1), EDMSDE()), "EDMEuler"),
-        (VelocityDenoiser(Net(), FlowSDE()), "FlowMatchEulerDiscrete"),
-        (VelocityDenoiser(Called(Net(), -1), FlowSDE()), "FlowMatchEulerDiscrete"),
+        (VelocityDenoiser(Net(), FlowSDE(), time=lambda t: 1000 * t), "FlowMatchEulerDiscrete"),
+        (VelocityDenoiser(Called(Net(), -1), FlowSDE(), time=lambda t: 1000 * (1 - t)), "FlowMatchEulerDiscrete"),
     ],
 )
 def test_there_and_back_is_the_same_denoiser(denoiser, name):
@@ -465,14 +487,20 @@ def test_there_and_back_is_the_same_denoiser(denoiser, name):
     assert made["_class_name"] == f"{name}Scheduler"
     back = from_diffusers((Net(), json.loads(json.dumps(made))))
     assert back.sde == denoiser.sde
-    own, found = denoiser, back.denoiser
-    while isinstance(own, Wrapper):
-        own, found = own.denoiser, found.denoiser
-    own.time = found.time  # the label is the network's, and not the scheduler's
     x, t = normal(2, 3), 0.7 * denoiser.sde.t_max
     assert torch.equal(back(x, t).mean, denoiser(x, t).mean)
     again = scheduler_config(back)
     assert again == made
+
+
+def test_another_label_is_told():
+    with pytest.warns(UserWarning, match=r"told \[200.0, 500.0, 1000.0\] here where DDIMScheduler tells it \[199"):
+        scheduler_config(EpsDenoiser(Net(), DDPMChain.linear(1000)))
+    with pytest.warns(UserWarning, match=r"told \[0.2, 0.5, 1.0\] here"):
+        scheduler_config(EpsDenoiser(Net(), VPSDE()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler_config(EpsDenoiser(Net(), VPSDE(), time=lambda t: 1000 * t - 1))
 
 
 def test_continuous_processes_become_chains():
@@ -496,6 +524,7 @@ def test_continuous_processes_become_chains():
         (ClassifierFree(EpsDenoiser(Net(), VPSDE())), "ClassifierFree has nothing in diffusers"),
         (Gaussian(mean=[0.0], std=1.0).denoiser(VPSDE()), "expected a network's denoiser"),
         (Clip(EpsDenoiser(Net(), VPSDE()), 0, 1), "theirs clip to"),
+        (Clip(EDMDenoiser(Net(), EDMSDE())), "would clip or have a learned variance, as Clip does"),
     ],
 )
 def test_what_has_no_scheduler_is_refused_by_name(model, told):

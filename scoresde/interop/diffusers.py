@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from scoresde.wrappers import Latent
 
 __all__ = ["from_diffusers", "library"]
 
+_MORE = ("vqvae", "movq", "vqgan", "prior", "decoder", "controlnet", "motion_adapter", "adapter", "low_res_scheduler")
 _PARTS = {"network": ("unet", "transformer"), "autoencoder": ("vae",)}
 
 
@@ -122,7 +124,7 @@ def from_diffusers(
     size = event_shape(config.get("_class_name", ""), config) if config and shape is None else shape
     if mu is None and scheduler.get("use_dynamic_shifting") and size is not None:
         mu = _mu(scheduler, size, config)
-    schedule = schedule_of(scheduler, mu=mu, own_sigmas=pipeline == "FluxPipeline")
+    schedule = schedule_of(scheduler, mu=mu, own_sigmas=(pipeline or "").startswith("Flux"))
     learned = schedule.config.get("variance_type") == "learned_range"
     denoiser: Denoiser = schedule.adapter((CalledPair if learned else Called)(net, schedule.sign, config))
     if learned:
@@ -132,6 +134,8 @@ def from_diffusers(
     about["variance"] = _variance(schedule, config)
     if (autoencoder := parts.get("autoencoder")) is not None:
         vae, vae_config = _network(autoencoder, device, dtype, variant, files, "autoencoder")
+        if vae_config.get("force_upcast") and next(vae.parameters()).dtype == torch.float16:
+            vae = vae.float()  # its activations overflow in half precision, as its configuration says
         denoiser = Latent(denoiser, _codec(vae, vae_config))
         about["autoencoder"] = {key: vae_config.get(key) for key in ("_class_name", "scaling_factor", "shift_factor")}
     _check_files(files, sha256)
@@ -203,12 +207,13 @@ def _folder(folder: Path) -> dict[str, Any]:
         )
     index = _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     pipeline = index.get("_class_name")
-    classes = {}
-    for name, entry in index.items():
-        if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None and not name.startswith("_"):
-            if entry[0] not in (None, "diffusers", "transformers", "stable_diffusion"):
-                raise ArgumentError(f"{folder}: ", f"{name} is of {entry[0]}, code of its own, which is not run here")
-            classes[name] = entry[1]
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name[0] != "_"}
+    classes = {name: entry[-1] for name, entry in entries.items() if entry and entry[-1] is not None}
+    for name in ("scheduler", *(name for names in _PARTS.values() for name in names)):
+        if name in classes and entries[name][0] != "diffusers":
+            raise ArgumentError(
+                f"{folder}: ", f"{name} is of {entries[name][0]}, code of its own, which is not run here"
+            )
     if isinstance(pipeline, list) or index.get("trust_remote_code"):
         raise ArgumentError(f"{folder}: ", f"a custom pipeline, {pipeline}: its code is not run here")
     if lora := sorted(path.name for path in folder.glob("*lora*.safetensors")):
@@ -232,7 +237,7 @@ def _check_parts(found: Mapping[str, Any], classes: Mapping[str, str]) -> None:
                 f"there is no {part}: ", f"expected {' or '.join(names)}; {some(sorted(classes))} found"
             )
     for name, kind in classes.items():
-        if name in ("vqvae", "movq", "vqgan", "prior", "decoder") or name.startswith(("unet_", "transformer_")):
+        if name in _MORE or name.startswith(("unet_", "transformer_")):
             raise ArgumentError(
                 f"the pipeline has {name}, {kind}: ",
                 "more than a network and an AutoencoderKL. Give the pair (network, scheduler)",
@@ -285,9 +290,9 @@ def _network(
     """The module or callable, and its configuration if it is of diffusers; one that was given stays as it is."""
     if isinstance(source, str | Path):
         source = _loaded(Path(source), dtype, variant, files)
-    config = dict(getattr(source, "config", None) or {}) if isinstance(source, nn.Module) else {}
-    if config:
-        config["_class_name"] = type(source).__name__
+    config = {}
+    if isinstance(source, nn.Module) and type(source).__module__.split(".")[0] == "diffusers":
+        config = {**dict(source.config), "_class_name": type(source).__name__}  # type: ignore[arg-type]
     if part == "autoencoder" and config.get("_class_name") != "AutoencoderKL":
         raise ArgumentError(
             f"the autoencoder is {type(source).__name__}: ",
@@ -332,8 +337,11 @@ def _weights(folder: Path, variant: str | None) -> tuple[str | None, list[Path]]
     for suffix in (".safetensors", ".bin"):
         found: dict[str | None, list[Path]] = {}
         for path in sorted(folder.glob(f"diffusion_pytorch_model*{suffix}")):
-            named = path.name.removeprefix("diffusion_pytorch_model").removesuffix(suffix).split("-")[0].strip(".")
-            found.setdefault(named or None, []).append(path)
+            named = re.fullmatch(
+                r"diffusion_pytorch_model(\.\w+)?(?:-\d+-of-\d+)?(\.\w+)?", path.name.removesuffix(suffix)
+            )
+            if named:
+                found.setdefault((named[1] or named[2] or "").strip(".") or None, []).append(path)
         wanted = variant if variant in found else next(iter(found)) if len(found) == 1 and variant is None else variant
         if wanted in found:
             return wanted, found[wanted]

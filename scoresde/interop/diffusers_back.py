@@ -12,6 +12,7 @@ What has alpha^2 + sigma^2 other than 1, or levels that theirs cannot have, sub-
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,11 +25,11 @@ from scoresde.denoiser import Denoiser, EDMDenoiser, NetworkDenoiser
 from scoresde.interop.diffusers import library
 from scoresde.interop.diffusers_kinds import completed
 from scoresde.interop.diffusers_networks import Called
-from scoresde.interop.diffusers_schedulers import betas_of
+from scoresde.interop.diffusers_schedulers import betas_of, schedule_of
 from scoresde.schedules import EDMSDE, FlowSDE
 from scoresde.sde import SDE, VariancePreserving
 from scoresde.variance import LearnedRangeDenoiser
-from scoresde.wrappers import Clip, DynamicThreshold, Latent, Wrapper
+from scoresde.wrappers import Clip, DynamicThreshold, Latent, Limit, Wrapper
 
 __all__ = ["scheduler_config", "to_diffusers"]
 
@@ -61,39 +62,62 @@ def scheduler_config(model: Denoiser | SDE, *, steps: int = 1000) -> dict[str, A
     sde = model if isinstance(model, SDE) else model.sde
     network, wrappers = (None, []) if isinstance(model, SDE) else _unwrapped(model)
     predicts = "eps" if network is None else network.predicts
-    if isinstance(sde, EDMSDE):
-        return _edm(sde, network, predicts)
-    if isinstance(sde, FlowSDE):
-        if network is not None and predicts != "velocity":
-            raise _none(sde, f"a network that predicts {predicts}: FlowMatchEulerDiscreteScheduler takes a velocity")
-        inverted = network is not None and _sign(network) == -1
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": inverted}
+    if isinstance(sde, EDMSDE | FlowSDE):
+        if wrappers := [w for w in wrappers if isinstance(w, Limit | LearnedRangeDenoiser)]:
+            raise _none(sde, f"which would clip or have a learned variance, as {type(wrappers[0]).__name__} does")
+        config = _edm(sde, network, predicts) if isinstance(sde, EDMSDE) else _flow(sde, network, predicts)
+        _check_label(network, config)
+        return config
     if not isinstance(sde, VariancePreserving) or not _preserves(sde):
         raise _none(sde, "their chains have alpha^2 + sigma^2 = 1, their EDM schedulers sigma = t")
     if predicts not in _WORDS:
         raise _none(sde, f"a network that predicts {predicts}: theirs predict eps, x0 or v")
-    config: dict[str, Any] = {"_class_name": "DDIMScheduler", "prediction_type": _WORDS[predicts], "clip_sample": False}
+    config = {"_class_name": "DDIMScheduler", "prediction_type": _WORDS[predicts], "clip_sample": False}
     for wrapper in wrappers:
-        if isinstance(wrapper, Clip) and wrapper.low == -wrapper.high:
-            config |= {"_class_name": "DDPMScheduler", "clip_sample": True, "clip_sample_range": wrapper.high}
-        elif isinstance(wrapper, DynamicThreshold) and wrapper.bound == 1 and wrapper.interpolate:
-            cap = min(wrapper.cap, 1e9)  # JSON has no infinity
-            ratio = {"dynamic_thresholding_ratio": wrapper.quantile, "sample_max_value": cap}
-            config |= {"_class_name": "DDPMScheduler", "thresholding": True, **ratio}
-        elif isinstance(wrapper, LearnedRangeDenoiser):
-            config |= {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
-        elif isinstance(wrapper, Clip | DynamicThreshold):
-            raise _none(
-                sde,
-                f"{type(wrapper).__name__} with these bounds: theirs clip to [-c, c], or threshold at 1, interpolating",
+        if (said := _said(wrapper)) is not None:
+            config |= {"_class_name": "DDPMScheduler", **said}
+        elif isinstance(wrapper, Limit):
+            told = (
+                f"{type(wrapper).__name__} with these bounds: theirs clip to [-c, c], or threshold at 1, interpolating"
             )
+            raise _none(sde, told)
     betas = _betas(sde, steps)
     config["num_train_timesteps"] = len(betas)
     for named in _NAMED:
         whole = completed({**config, **named})[0]
         if bool(((betas_of(whole) - betas).abs() <= 1e-12).all()):
-            return {**config, **named}
-    return {**config, "trained_betas": betas.tolist()}
+            config |= named
+            break
+    else:
+        config["trained_betas"] = betas.tolist()
+    _check_label(network, config)
+    return config
+
+
+def _said(wrapper: Wrapper) -> dict[str, Any] | None:
+    """What DDPMScheduler's configuration says of a wrapper; None where it says nothing."""
+    if isinstance(wrapper, Clip) and wrapper.low == -wrapper.high:
+        return {"clip_sample": True, "clip_sample_range": wrapper.high}
+    if isinstance(wrapper, DynamicThreshold) and wrapper.bound == 1 and wrapper.interpolate:
+        cap = min(wrapper.cap, 1e9)  # JSON has no infinity
+        ratio = {"dynamic_thresholding_ratio": wrapper.quantile, "sample_max_value": cap}
+        return {"thresholding": True, **ratio}
+    return {"variance_type": "learned_range"} if isinstance(wrapper, LearnedRangeDenoiser) else None
+
+
+def _check_label(network: NetworkDenoiser | None, config: Mapping[str, Any]) -> None:
+    """Warns if the network is told another label here than their scheduler would tell it at the same level."""
+    if network is None:
+        return
+    theirs = schedule_of(config).adapter(network.net)
+    share = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64, device="cpu")
+    own, found = network.label(share * network.sde.t_max).double(), theirs.label(share * theirs.sde.t_max).double()
+    if own.shape != found.shape or not torch.allclose(own, found, rtol=1e-6):
+        warnings.warn(
+            f"the network is told {own.tolist()} here where {config['_class_name']} tells it {found.tolist()}: "
+            "there it needs a wrapper that makes its own label of theirs",
+            stacklevel=4,
+        )
 
 
 def _none(sde: SDE, why: str) -> ArgumentError:
@@ -116,6 +140,13 @@ def _unwrapped(model: Denoiser) -> tuple[NetworkDenoiser, list[Wrapper]]:
     if other := [type(wrapper).__name__ for wrapper in wrappers if type(wrapper).__name__ not in known]:
         raise ArgumentError(f"{', '.join(other)} has nothing in diffusers that does the same: ", "give what it wraps")
     return model, wrappers
+
+
+def _flow(sde: FlowSDE, network: NetworkDenoiser | None, predicts: str) -> dict[str, Any]:
+    if network is not None and predicts != "velocity":
+        raise _none(sde, f"a network that predicts {predicts}: FlowMatchEulerDiscreteScheduler takes a velocity")
+    inverted = network is not None and _sign(network) == -1
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": inverted}
 
 
 def _sign(network: NetworkDenoiser) -> int:
@@ -152,7 +183,8 @@ def to_diffusers(model: Denoiser | SDE, *, pipeline: bool | None = None, steps: 
         model: a denoiser or an SDE.
         pipeline: True is a pipeline or an error, False is a scheduler; by default a pipeline where there is one.
         steps: as for `scheduler_config`. A continuous VP process becomes a chain of so many steps, equal to it at t =
-            n / T t_max, whose network is told n - 1: one that was told t, or 999 t, needs a wrapper of its label.
+            n / T t_max, whose network is told n - 1. One that was told t, or 999 t, needs a wrapper there that makes
+            its label; a warning says so.
 
     Raises:
         ImportError: if there is no diffusers.

@@ -76,6 +76,7 @@ _STEPPING = {
     "snr",
     "correct_steps",
     "stochastic_sampling",
+    "tensor_format",  # of the first releases, "pt" always
 }
 """Keys that say how a solver of theirs steps, which ours does by its own."""
 
