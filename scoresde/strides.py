@@ -4,7 +4,7 @@ Their names are the same and their numbers are not. A node k of theirs is node k
 
     like                  is what is run by
     None                  this library: exact arithmetic, ties to even in nodes that are counted from 1
-    diffusers             its DDIM, DDPM and PNDM
+    diffusers             its DDIM, DDPM and PNDM (and of these DDIM alone steps elsewhere: below)
     diffusers-multistep   its DPM-Solver (multistep), UniPC, DEIS and SA-Solver: K + 1 numbers without the lowest
     diffusers-sigmas      its Euler, Heun, LMS and KDPM2: "linspace" is not rounded, but sigma / alpha linear between
                           the nodes
@@ -15,6 +15,11 @@ Their names are the same and their numbers are not. A node k of theirs is node k
 What they are not, they do not say: a sequence may be longer than K (range(0, N, N // K) has 31 numbers for K = 30 of
 1000, and numpy.arange(N, 0, -N / K), of "trailing", one too many for 62 of the 1000 counts), and may have a number more
 than once. `Grid.strided` tells of both.
+
+diffusers' DDIM goes from a number k to k - N // K, whatever the next number is, and evaluates there as if it were the
+next: its "trailing" does so at 984 of the 1000 counts of 1000 nodes, and its "linspace" at 998. Where the last one is
+N // K it ends at the first node, not at the data, whatever set_alpha_to_one says: in "trailing" at 372 counts, 15 being
+one, and in "leading" with an offset of 1 beyond 500. A grid here steps to the time that it evaluates at next.
 """
 
 from __future__ import annotations
@@ -35,9 +40,7 @@ from scoresde.checks import ArgumentError, check_count, check_option, check_whol
 __all__ = ["BETWEEN", "Spacing", "Toolkit", "label_between", "nodes_of", "stride"]
 
 Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
-Toolkit = Literal[
-    "diffusers", "diffusers-multistep", "diffusers-sigmas", "guided-diffusion", "ddim", "k-diffusion"
-]  # fmt: skip
+Toolkit = Literal["diffusers", "diffusers-multistep", "diffusers-sigmas", "guided-diffusion", "ddim", "k-diffusion"]
 Nodes = NDArray[Any]
 
 BETWEEN: dict[str, Literal["sigma", "half_log_snr"]] = {"diffusers-sigmas": "sigma", "k-diffusion": "half_log_snr"}
@@ -65,7 +68,7 @@ def stride(N: int, K: int | Sequence[int], spacing: Spacing, like: Toolkit | Non
     known = _STRIDES[like]
     if spacing not in known:
         raise ArgumentError(f"{like} has no spacing={spacing!r}, but {' and '.join(map(repr, known))}")
-    if not isinstance(K, int | np.integer) and (like, spacing) == ("guided-diffusion", "linspace"):
+    if isinstance(K, Sequence) and not isinstance(K, str) and (like, spacing) == ("guided-diffusion", "linspace"):
         return _sections(N, K)
     check_count(steps=K)  # type: ignore[arg-type]
     assert isinstance(K, int | np.integer)
@@ -151,6 +154,8 @@ def label_between(chain: DDPMChain, linear: Literal["sigma", "half_log_snr"]) ->
 
 def _sections(N: int, counts: Sequence[int]) -> Nodes:
     """Sections of N / len(counts) nodes, the first ones longer by one where it leaves a rest, each with its ends."""
+    if not counts:
+        raise ArgumentError(f"steps={counts!r}: expected the numbers of steps in one section or more")
     found, start = [], 0
     for i, K in enumerate(counts):
         check_count(steps=K)

@@ -393,6 +393,9 @@ def test_a_label_between_nodes_is_the_chain_s_own_at_nodes_and_increases() -> No
         ({"end": 150, "like": "diffusers"}, "strictly decrease"),
         ({"end": -1}, "outside"),
         ({"steps": [4, 4]}, "steps="),
+        ({"steps": [], "like": "guided-diffusion", "spacing": "linspace"}, "one section"),
+        ({"steps": 2.5, "like": "guided-diffusion", "spacing": "linspace"}, "whole number"),
+        ({"steps": "10", "like": "guided-diffusion", "spacing": "linspace"}, "whole number"),
         ({"steps": [4, 4], "like": "diffusers"}, "steps="),
         ({"steps": 1001, "like": "diffusers"}, "only 1000 nodes"),
     ],
@@ -400,6 +403,18 @@ def test_a_label_between_nodes_is_the_chain_s_own_at_nodes_and_increases() -> No
 def test_strides_that_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Grid.strided(DDPMChain(), **{"steps": 10, **options})
+
+
+def test_where_ddim_of_diffusers_steps_elsewhere() -> None:
+    """It goes to k - N // K, and evaluates at the next k: what `scoresde.strides` says of it, counted."""
+    elsewhere, first_node = {}, {}
+    for spacing in ("leading", "trailing", "linspace"):
+        for K in range(1, 1001):
+            k = stride(1000, K, spacing, "diffusers")[::-1]  # type: ignore[arg-type]
+            elsewhere[spacing] = elsewhere.get(spacing, 0) + bool((k[:-1] - 1000 // K != k[1:]).any())
+            first_node[spacing] = first_node.get(spacing, 0) + bool(k[-1] - 1000 // K == 0)
+    assert elsewhere == {"leading": 0, "trailing": 984, "linspace": 998}
+    assert first_node == {"leading": 0, "trailing": 372, "linspace": 0}
 
 
 # A user's own times

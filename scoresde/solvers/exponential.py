@@ -154,8 +154,8 @@ class DEIS(Multistep):
 
     What diffusers calls DEIS, "logrho", is neither: the polynomial is one in log(sigma / alpha), which is the multistep
     DPM-Solver in eps. Its scheduler is DEIS(2, "half_log_snr", lower_final=steps < 15) on a grid that ends at the
-    chain's first node, with no step to t = 0: `Grid.strided(chain, steps, like="diffusers-multistep", end=1)`. Each of
-    these three, left out, is a difference of some percent of the data.
+    chain's first node, with no step to t = 0: `Grid.strided(chain, steps, like="diffusers-multistep", end=1)`. Left
+    out, each of these three is a difference of 1e-2 of the data or more, and the lower orders of their whole scale.
 
     Args:
         order: number of values, 1 to 4: the paper's tAB-k is order k + 1.

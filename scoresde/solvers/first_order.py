@@ -226,7 +226,7 @@ class RawEps(Around):
         solver: of one evaluation a step that reads no earlier ones: DDIM(eta), ExponentialSDE(tau), ...
 
     Raises:
-        TypeError: if solver is none.
+        TypeError: if solver is none; on a run, if it has no table.
         ValueError: on a run, before any evaluation, if the solver has steps of several evaluations or memory of earlier
             ones, or guidance, or anything else that changes the mean, is around the limit.
 
