@@ -1,7 +1,7 @@
 """Networks of other toolkits as denoisers: `from_...` reads their files, and never runs code in them."""
 
 from scoresde.interop.diffusers import from_diffusers
-from scoresde.interop.diffusers_back import to_diffusers
+from scoresde.interop.diffusers_back import scheduler_config, to_diffusers
 from scoresde.interop.edm import from_edm
 from scoresde.interop.flows import from_flow
 from scoresde.interop.formats import FORMATS, Format, recognise
@@ -27,6 +27,7 @@ __all__ = [
     "from_source",
     "recognise",
     "respaced",
+    "scheduler_config",
     "source_of",
     "to_diffusers",
 ]
