@@ -61,7 +61,7 @@ class Case:
     steps: int = 20
 
     def __str__(self) -> str:
-        told = ", ".join(f"{k}={v!r}" for k, v in {**self.options, **self.step}.items() if k not in (*SD, *RAW))
+        told = ", ".join(f"{k}={v!r}" for k, v in {**self.options, **self.step}.items() if k not in SD)
         return f"{self.name}({told})" + (f", {self.steps} steps" if self.steps != 20 else "")
 
 
