@@ -154,6 +154,7 @@ class Experiment:
         features: name of the space of the Frechet distance: of a classifier (`scoresde.metrics.classifier_features`),
             "module:attribute", or "random" for two fixed random layers.
         denoiser: makes the denoiser, untrained if there is `training`.
+        about: whose network it is, if it is not trained here.
         training, heads: how network and heads are trained; None for as they are, and for no heads.
         steps: K.
         samples, sets: in a set, and how many sets of samples there are for each method and K.
@@ -178,6 +179,7 @@ class Experiment:
     draws_of_table: int = 100
     draws_of_errors: int = 100
     clip: bool = True
+    about: str = ""
 
 
 def _network(**options: Any) -> Callable[[], NetworkDenoiser]:
@@ -243,6 +245,7 @@ EXPERIMENTS = {
         images=60,
         draws_of_table=40,
         draws_of_errors=40,
+        about="the VP network of [networks](../../networks), told the times of the chain's noise levels",
     ),
 }
 
@@ -582,14 +585,17 @@ def report(model: Model, cells: Numbers, features: Callable[[Tensor], Tensor], o
     real, real_std = floor(model.data.training, reference, features, experiment.samples)
     found = {"bits": orderings("bits", bits, steps), "frechet": orderings("frechet", frechet, steps)}
     about = environment(model.device)
-    trained = experiment.training and f"{experiment.training.steps} steps of {experiment.training.batch_size}"
+    whose = [f"`{model.denoiser!r}`", *([experiment.about] if experiment.about else [])]
+    for what, config in (("", experiment.training), ("its heads ", experiment.heads if model.heads else None)):
+        if config is not None:
+            whose.append(f"{what}trained for {config.steps} steps of {config.batch_size}")
     what = "bits/dim of the image" if experiment.levels else "bits/dim, of a density"
     page = [
         f"# Analytic-DPM: {experiment.title}",
         "",
         f"{made_on(about)} {model.clock}",
         "",
-        f"`{model.denoiser!r}`" + (f", trained for {trained}" if trained else "") + ". "
+        f"{', '.join(whose)}. "
         f"{experiment.sets} sets of {experiment.samples} samples for each entry of the first table, "
         f"{min(experiment.images, len(model.data.held_out))} held-out images for each of the second, "
         f"{experiment.draws_of_table} draws at each time for the table of the analytic variance.",
