@@ -213,7 +213,8 @@ def choose(names: Sequence[str], runs: Path, out: Path, size: Size) -> str:
         f"{made_on(found['environment'])} The networks and their training: `benchmarks/networks.py`.",
         "",
         "Frechet distance to the 10,000 held-out images in the features of the library's classifier, of samples by "
-        f"DPM-Solver++(2M) with {size.nfe} evaluations and clipped means, the same seeds for all.",
+        f"DPM-Solver++(2M) with {size.nfe} evaluations and clipped means, the same seeds for all. Each number is of "
+        "one set of samples and has no error of its own: lengths next to each other are not told apart.",
         "",
         f"The average's length was chosen with {size.few:,} samples (as many real training images: {number(real[0])}):",
         "",
