@@ -24,6 +24,7 @@ __all__ = [
     "Limit",
     "SameMean",
     "Wrapper",
+    "below_limit",
     "lacks_variance",
     "parted",
     "without_codec",
@@ -227,6 +228,21 @@ def parted(denoiser: Denoiser) -> tuple[Denoiser, Callable[[Tensor], Tensor]] | 
             f"{denoiser!r} changes the mean after it is limited: wrap it the other way round, Clip outside of guidance"
         )
     return None
+
+
+def below_limit(denoiser: Denoiser, wrap: Callable[[Denoiser], Denoiser]) -> Denoiser:
+    """The denoiser wrapped below what limits its mean: guidance, say, is of the network's own means, and what comes of
+    it is clipped, as diffusers' pipelines have it. Where no mean is limited, wrap(denoiser).
+    """
+    if isinstance(denoiser, Limit):
+        below = wrap(denoiser.denoiser)
+    elif isinstance(denoiser, SameMean) and any(isinstance(inner, Limit) for inner in contents(denoiser)):
+        below = below_limit(denoiser.denoiser, wrap)
+    else:
+        return wrap(denoiser)
+    again = copy.copy(denoiser)
+    again.denoiser = below
+    return again
 
 
 def lacks_variance(denoiser: Denoiser) -> bool:

@@ -31,7 +31,7 @@ from scoresde.solvers.catalogue import solver_of
 from scoresde.training import parallel
 from scoresde.tuning import TunedSolver
 from scoresde.variance import AnalyticDenoiser, OptimalVariance, VarianceTable
-from scoresde.wrappers import Clip
+from scoresde.wrappers import Clip, below_limit
 
 __all__ = [
     "CLASS_HELP",
@@ -204,12 +204,15 @@ class ByClassifier(Options):
             ValueError: if the classifier was made for another SDE, other items or classes.
         """
         try:
-            return guide.guide(
+            return below_limit(
                 denoiser,
-                1.0 if self.gradient_scale is None else self.gradient_scale,
-                shape=model.about.shape,
-                classes=model.about.num_classes,
-                conditional=model.about.num_classes is not None,
+                lambda inner: guide.guide(
+                    inner,
+                    1.0 if self.gradient_scale is None else self.gradient_scale,
+                    shape=model.about.shape,
+                    classes=model.about.num_classes,
+                    conditional=model.about.num_classes is not None,
+                ),
             )
         except ValueError as error:
             raise ValueError(f"--classifier {self.file}: {error}") from error
@@ -369,7 +372,10 @@ def _guided(guidance: Guidance, made: Recipe) -> Denoiser:
     # Each is one number throughout.
     null = {key: value.flatten()[0].item() for key, value in nothing(cond, made.model.about.num_classes).items()}
     interval = None if guidance.interval is None else (guidance.interval[0], guidance.interval[1])
-    return ClassifierFree(made.denoiser, guidance.weight, null=null, interval=interval, rule=guidance.rule or "cfg")
+    rule = guidance.rule or "cfg"
+    return below_limit(
+        made.denoiser, lambda inner: ClassifierFree(inner, guidance.weight, null=null, interval=interval, rule=rule)
+    )
 
 
 def share(n: int) -> range:
