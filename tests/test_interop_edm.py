@@ -5,13 +5,12 @@ import json
 import os
 import pickle
 import struct
-import sys
-import types
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from standins import Persistent, module, snapshot, write_edm
 from textbook_song import Made, edm, edm2
 
 from scoresde import Grid, log_prob, sample
@@ -36,79 +35,14 @@ NETWORKS = {
 }
 
 
-# ---- a stand-in writer of torch_utils.persistence ----
-
-
-class Persistent:
-    def __init__(self, kind, state):
-        self.kind, self.state = kind, state
-
-    def __reduce__(self):
-        made = sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj
-        source = "import os; os.abort()"
-        meta = {"type": "class", "version": 6, "module_src": source, "class_name": self.kind, "state": self.state}
-        return made, (meta,)
-
-
-class EasyDict(dict):
-    """dnnlib's."""
-
-    __module__ = "dnnlib.util"
-
-
 @pytest.fixture
-def written(tmp_path, monkeypatch):
-    """A function that writes objects as EDM's training does."""
-    package, module = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
-
-    def _reconstruct_persistent_obj(meta):
-        raise AssertionError("it was run")
-
-    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
-    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
-    monkeypatch.setitem(sys.modules, "torch_utils", package)
-    monkeypatch.setitem(sys.modules, "dnnlib", types.ModuleType("dnnlib"))
-    monkeypatch.setitem(sys.modules, "dnnlib.util", types.ModuleType("dnnlib.util"))
-    sys.modules["dnnlib.util"].EasyDict = EasyDict
-    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
+def written(tmp_path):
+    """A function that writes objects as EDM's training does; the names that they have can be pickled in the test."""
 
     def write(held, name="network.pkl", protocol=4):
-        (tmp_path / name).write_bytes(pickle.dumps(held, protocol=protocol))
-        return tmp_path / name
+        return write_edm(tmp_path / name, held, protocol)
 
     return write
-
-
-def module(kind, tensors, **attributes):
-    """The tree of modules whose tensors have these names."""
-    children, own = {}, {}
-    for name, tensor in tensors.items():
-        head, dot, rest = name.partition(".")
-        if dot:
-            children.setdefault(head, {})[rest] = tensor
-        else:
-            own[name] = tensor
-    buffers = {n: t for n, t in own.items() if n in ("freqs", "resample_filter", "u")}
-    modules = OrderedDict((n, module({"model": attributes.get("network")}.get(n, n), t)) for n, t in children.items())
-    parameters = OrderedDict((n, torch.nn.Parameter(t)) for n, t in own.items() if n not in buffers)
-    parameters["unused"] = None
-    state = {"training": False, "_parameters": parameters, "_buffers": OrderedDict(buffers), "_modules": modules}
-    if kind in ("enc", "dec"):
-        container = torch.nn.ModuleDict()
-        container.__dict__.update(state)
-        return container
-    state |= {"_non_persistent_buffers_set": set(), "skip_scale": np.sqrt(0.5), **attributes}
-    return Persistent(kind, state)
-
-
-def snapshot(kind, options, p, network=None, **attributes):
-    """What their training saves."""
-    network = network or ("SongUNet" if "embedding_type" in options else "DhariwalUNet")
-    u = {"u": attributes.pop("u")} if "u" in attributes else {}
-    whole = module(kind, {**{f"model.{name}": t for name, t in p.items()}, **u}, network=network, **attributes)
-    whole.state["_modules"]["model"].state |= {"_init_args": (), "_init_kwargs": EasyDict(options)}
-    return {"ema": whole, "dataset_kwargs": {"path": "data.zip"}, "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2})}
 
 
 def drawn(options, seed=0, n=2):

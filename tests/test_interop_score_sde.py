@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from textbook_song import Made, in_order, score_sde
+from standins import write_score_sde
+from textbook_song import Made, score_sde
 
 from scoresde import VESDE, VPSDE, DDPMChain, SubVPSDE, log_prob, sample
 from scoresde.errors import CheckpointError
@@ -46,19 +47,6 @@ def drawn(o, n=2):
     return p, y
 
 
-def write(path, p, ema=True):
-    """What save_checkpoint writes: the averages are the tensors of p, the parameters themselves other numbers."""
-    tensors = list(in_order(p))
-    fixed = [n for n, _ in tensors if n == "all_modules.0.W" and tensors[0][1].dim() == 1]
-    state = {f"module.{n}": t if n in fixed or not ema else t + 1 for n, t in tensors}
-    held = {"optimizer": {"state": {}, "param_groups": []}, "step": 5}
-    held["model"] = {"module.sigmas": torch.ones(7), **state}
-    if ema:
-        held["ema"] = {"decay": 0.999, "num_updates": 3, "shadow_params": [t for n, t in tensors if n not in fixed]}
-    torch.save(held, path)
-    return path
-
-
 def expected(o, p, y, t):
     """(alpha, sigma, eps) of y at t by their score function; y = 2 x - 1 where their data x is in [0, 1]."""
     N = o["num_scales"]
@@ -82,7 +70,7 @@ def expected(o, p, y, t):
 def test_networks_compute_what_theirs_do(tmp_path, name):
     o = options_of(name)
     p, y = drawn(o)
-    model = from_score_sde(write(tmp_path / "checkpoint_8.pth", p), sections(o))
+    model = from_score_sde(write_score_sde(tmp_path / "checkpoint_8.pth", p), sections(o))
     assert model.shape == (3, o["image_size"], o["image_size"])
     assert model.about["weights"] == "ema"
     t = 0.3 if o["continuous"] else 300 / 999
@@ -102,7 +90,7 @@ def test_networks_compute_what_theirs_do(tmp_path, name):
 def test_three_lines_sample_and_give_a_likelihood(tmp_path):
     o = options_of("ve/cifar10_ncsnpp_continuous")
     p, _ = drawn(o)
-    model = from_score_sde(write(tmp_path / "c.pth", p), sections(o))
+    model = from_score_sde(write_score_sde(tmp_path / "c.pth", p), sections(o))
     assert model.sde == VESDE(0.02, 100)
     assert model.about["their range"] == [0.0, 1.0]
     times = torch.tensor([1.0, 0.500005, 1e-5, 0.0], dtype=torch.float64)
@@ -136,7 +124,7 @@ def test_published_names_have_their_processes_and_sizes():
 def test_without_averages_the_parameters_are_read(tmp_path):
     o = options_of("vp/cifar10_ddpmpp_continuous")
     p, y = drawn(o)
-    model = from_score_sde(write(tmp_path / "c.pth", p, ema=False), sections(o))
+    model = from_score_sde(write_score_sde(tmp_path / "c.pth", p, ema=False), sections(o))
     assert model.about["weights"] == "model"
     torch.testing.assert_close(model.eps(y.float(), 0.3).double(), expected(o, p, y, 0.3)[2], rtol=1e-4, atol=1e-4)
 
@@ -144,7 +132,7 @@ def test_without_averages_the_parameters_are_read(tmp_path):
 def test_what_does_not_fit_is_said(tmp_path):
     o = options_of("vp/cifar10_ddpmpp_continuous")
     p, _ = drawn(o)
-    path = write(tmp_path / "c.pth", p)
+    path = write_score_sde(tmp_path / "c.pth", p)
     with pytest.raises(CheckpointError, match="another file"):
         from_score_sde(path, sections(o), sha256="12345678")
     with pytest.raises(CheckpointError, match="averages, and the network of this configuration"):
@@ -180,14 +168,14 @@ def test_what_does_not_fit_is_said(tmp_path):
         from_score_sde(path, sections(o))
     p["all_modules.99.weight"] = torch.ones(3)
     with pytest.raises(CheckpointError, match=r"with all_modules\.99\.weight"):
-        from_score_sde(write(path, p, ema=False), sections(o))
+        from_score_sde(write_score_sde(path, p, ema=False), sections(o))
 
 
 def test_averages_are_not_taken_in_another_order(tmp_path):
     """The names say where each belongs, whatever the order of the file's own."""
     o = options_of("ve/cifar10_ncsnpp_continuous")
     p, y = drawn(o)
-    path = write(tmp_path / "c.pth", p)
+    path = write_score_sde(tmp_path / "c.pth", p)
     held = torch.load(path, weights_only=True)
     held["model"] = dict(sorted(held["model"].items(), reverse=True))
     torch.save(held, path)
