@@ -29,6 +29,7 @@ from scoresde.denoiser import Denoiser
 from scoresde.errors import CheckpointError, some
 from scoresde.interop.diffusers_networks import Called, CalledPair, check_whole_network, event_shape, latent_scales
 from scoresde.interop.diffusers_schedulers import Schedule, schedule_of
+from scoresde.interop.formats import refuse
 from scoresde.interop.model import Published, published
 from scoresde.interop.reading import hashed, read_torch
 from scoresde.variance import LearnedRangeDenoiser
@@ -201,6 +202,8 @@ def _parts_of(source: Any) -> dict[str, Any]:
 
 
 def _folder(folder: Path) -> dict[str, Any]:
+    if folder.exists():
+        refuse(folder, "diffusers")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: there is no such folder (nothing is downloaded here: `huggingface-cli download NAME`)"

@@ -24,6 +24,7 @@ from scoresde.chain import DDPMChain
 from scoresde.denoiser import Denoiser, EDMDenoiser, EpsDenoiser
 from scoresde.errors import CheckpointError
 from scoresde.grid import Grid
+from scoresde.interop.formats import refuse
 from scoresde.interop.model import Published, published
 from scoresde.interop.pickles import Record, read_pickle
 from scoresde.interop.reading import fill, hashed
@@ -70,7 +71,9 @@ def from_edm(
             network that is not known here, saying which.
     """
     path = Path(path)
-    digest, held = hashed(path, sha256), read_pickle(path)
+    digest = hashed(path, sha256)
+    refuse(path, "edm")
+    held = read_pickle(path)
     try:
         kind, state, network, options, tensors, autoencoder = _read(held, path)
     except (AttributeError, IndexError, KeyError, RecursionError, StopIteration, TypeError, ValueError) as error:

@@ -6,16 +6,22 @@ stand in the pickle's text, which `pickletools` lists without running it; a file
 
 from __future__ import annotations
 
+import io
 import json
 import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from scoresde.errors import CheckpointError
+from scoresde.interop.pickles import Reader
 
 __all__ = ["FORMATS", "Format", "recognise", "refuse"]
+
+
+LARGEST = 10**8
+"""Bytes of a header: beyond, a file is none of those that are known."""
 
 
 class Format(NamedTuple):
@@ -129,12 +135,15 @@ def _of_file(path: Path) -> str | None:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
                     inside = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                    if archive.getinfo(inside).file_size > LARGEST:
+                        return None
                     with archive.open(inside) as pickled:
-                        return _by_names(set(_words(pickled)))
+                        return _by_names(set(_words(pickled, LARGEST)))
+            end = file.seek(0, io.SEEK_END)
             file.seek(0)
             # Before torch 1.6 a file was four pickles: a number, a version, the machine, and what was saved.
-            return _by_names({word for _ in range(4) for word in _words(file)})
-    except (ValueError, StopIteration, KeyError, IndexError, zipfile.BadZipFile, OSError):
+            return _by_names({word for _ in range(4) for word in _words(file, end)})
+    except (ValueError, StopIteration, KeyError, IndexError, zipfile.BadZipFile, OSError, RecursionError):
         return None
 
 
@@ -159,16 +168,16 @@ def _by_names(names: set[str]) -> str | None:
     return None
 
 
-def _words(file: BinaryIO | object) -> Iterator[str]:
+def _words(file: Any, end: int) -> Iterator[str]:
     """The strings of one pickle, in order; the file then stands behind it."""
-    for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]
+    for opcode, argument, _ in pickletools.genops(Reader(file, end)):  # type: ignore[arg-type]
         if isinstance(argument, str) and "UNICODE" in opcode.name:
             yield argument
 
 
 def _safetensors(start: bytes, file: BinaryIO) -> list[str]:
     length = int.from_bytes(start[:8], "little")
-    if length > 100_000_000:
+    if length > LARGEST:
         raise ValueError("no header of safetensors")
     file.seek(8)
     return list(json.loads(file.read(length)))

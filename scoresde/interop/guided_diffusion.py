@@ -120,6 +120,7 @@ def from_guided_diffusion(
         "variance": f"learned, of {steps or 'all'} steps" if told.learn_sigma else "the sampler's choice",
         "label": f"(t - 1) * {1000 / T:g}" if told.rescale_timesteps else "t - 1",
     }
+    about["classes"] = net.condition_sizes.get("label")
     shape = (channels, told.image_size, told.image_size)
     return published(denoiser, shape, about, lambda n: respaced(chain, n), data=data, cond=cond)
 
@@ -159,6 +160,7 @@ def from_consistency_edm(
     sde = EDMSDE(0.002, 80.0)
     denoiser = EDMDenoiser(net.to(device), sde, sigma_data=0.5, time=LogSigma(250.0))
     about |= {"predicts": "F", "sde": repr(sde), "label": "250 ln(sigma)", "sigma_data": 0.5}
+    about["classes"] = net.condition_sizes.get("label")
     shape = (channels, told.image_size, told.image_size)
     return published(denoiser, shape, about, lambda n: Grid.karras(sde, int(n)), data=data, cond=cond)
 

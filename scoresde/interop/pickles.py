@@ -26,7 +26,7 @@ from torch import Tensor
 
 from scoresde.errors import CheckpointError
 
-__all__ = ["Record", "read_pickle"]
+__all__ = ["Reader", "Record", "read_pickle"]
 
 
 class Record:
@@ -82,7 +82,7 @@ class _Section:
         return self.length
 
 
-class _Reader:
+class Reader:
     """A file for `pickletools.genops`, whose large strings of bytes are sections."""
 
     def __init__(self, file: BinaryIO, end: int) -> None:
@@ -169,7 +169,7 @@ def _run(file: BinaryIO, end: int, persistent: Callable[[Any], Any] | None = Non
         return items
 
     arg: Any
-    for opcode, arg, _ in pickletools.genops(_Reader(file, end)):  # type: ignore[arg-type]
+    for opcode, arg, _ in pickletools.genops(Reader(file, end)):  # type: ignore[arg-type]
         op = opcode.name
         if op in ("PROTO", "FRAME"):
             continue

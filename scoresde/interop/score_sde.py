@@ -31,6 +31,7 @@ from scoresde.checks import check_option
 from scoresde.denoiser import EpsDenoiser
 from scoresde.errors import CheckpointError, some
 from scoresde.grid import Grid
+from scoresde.interop.formats import refuse
 from scoresde.interop.model import Published, published
 from scoresde.interop.reading import fill, hashed, read_torch
 from scoresde.nn import SongUNet
@@ -69,7 +70,9 @@ def from_score_sde(
             network than the configuration says.
     """
     path, options = Path(path), _configuration(config)
-    digest, held = hashed(path, sha256), read_torch(path)
+    digest = hashed(path, sha256)
+    refuse(path, "score_sde")
+    held = read_torch(path)
     if not isinstance(held, dict) or "model" not in held:
         raise CheckpointError(f"{path} holds no 'model': expected a checkpoint of score_sde_pytorch")
     with torch.device("meta"):
