@@ -194,8 +194,8 @@ def lines(found: Mapping[str, tuple[Scores, Mapping[str, float]]]) -> list[str]:
         compared = orderings(scores, PUBLISHED[name])
         text += [
             "",
-            f"{name}, r = {ratios['PC']} in PC and {ratios['C']} in C; on the right CIFAR-10 FID, published, with the "
-            f"standard deviation of {RUNS} runs:",
+            f"{name}, r = {ratios['PC']} in PC and {ratios['C']} in C{_edge(ratios)}; on the right CIFAR-10 FID, "
+            f"published, with the standard deviation of {RUNS} runs:",
             "",
             *table([name, *COLUMNS, *(f"published: {COLUMNS[0]}", *COLUMNS[1:])], rows),
             "",
@@ -239,6 +239,11 @@ def listed(found: Mapping[str, tuple[Scores, Mapping[str, float]]]) -> list[list
         for name, (scores, ratios) in found.items()
         for cell in PUBLISHED[name]
     ]
+
+
+def _edge(ratios: Mapping[str, float]) -> str:
+    at = [column for column, r in ratios.items() if r == max(RATIOS[column])]
+    return f" ({' and '.join(at)}: the largest that was tried)" if at else ""
 
 
 def _words(values: Sequence[float]) -> str:
