@@ -346,7 +346,7 @@ def report(experiment: Experiment, out: Path) -> str:
         "# Samplers on two networks trained on Fashion-MNIST",
         "",
         f"{made_on(about)} {minutes:.0f} minutes of processor time. Finished numbers are kept: these were measured at "
-        f"the commits {', '.join(experiment.commits())}.",
+        f"{' and '.join(experiment.commits())}.",
         "",
         "The networks, VP and EDM, are those of [networks](../networks). Frechet distance to the 10,000 held-out "
         f"images in the features of the library's classifier, in sets of {size.set_size} samples: mean and, in "

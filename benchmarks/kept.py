@@ -80,8 +80,8 @@ class Numbers:
         self.cells.write(found)
 
     def commits(self) -> set[str]:
-        """That the numbers were measured at; "earlier ones" of those that do not say so."""
-        return {found.get("commit", "earlier ones") for found in self.cells.done.values()}
+        """That the numbers were measured at; "earlier commits" of those that do not say so."""
+        return {found.get("commit", "earlier commits") for found in self.cells.done.values()}
 
     def scores(self, kind: str, steps: Sequence[int]) -> Scores:
         """Those of a kind, for those K."""
