@@ -34,6 +34,8 @@ scoresde sample runs/fm --solver chosen --nfe 5 --out few.png      the best solv
 scoresde sample runs/fm --n 1000 --out folder/                     a PNG file each
 scoresde sample runs/sr --condition-from test_folder --out again.png          from large images, made small
 scoresde sample runs/sr --condition-from small_folder --measured --out large.png
+scoresde sample edm:edm-cifar10-32x32-cond-vp.pkl --class 3 --out cats.png         a network of another toolkit
+scoresde sample score_sde:checkpoint_24.pth --name ve/cifar10_ncsnpp_continuous --out samples.png
 scoresde sample --denoiser my_model:load --checkpoint model.pt --shape 3 32 32 --out samples.png
 torchrun --nproc-per-node=4 -m scoresde sample runs/fm --number 50000 --batch-size 256 --out samples.npz
 """
