@@ -111,3 +111,12 @@ def test_guidance_stands_below_the_limit(folder):
         assert (guide(limited)(x, t, **cond).mean - free.clamp(-0.2, 0.2)).abs().max() > 0.01
     torch.testing.assert_close(below_limit(model, guide)(x, t, **cond).mean, free)
     assert clipped.denoiser is model  # the one that was given is as it was
+
+
+def test_scores_of_samples(folder, tmp_path):
+    """A network of elsewhere is one, and no file of samples."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (16, 1, 8, 8), dtype=np.uint8))
+    words = ("--data", tmp_path / "x.npy", "--n", 8, "--steps", 1, "--features", "random", "--metrics", "frechet")
+    for source in (f"edm:{folder / 'net.pkl'}", folder / "net.pkl"):
+        assert run("evaluate", source, *words, "--out", tmp_path / "scores.json") == 0
+        assert "steps=1" in json.loads((tmp_path / "scores.json").read_text())["samples from"]

@@ -16,6 +16,7 @@ from scoresde.cli.measuring import MeasureOptions, check_measurable, measures, r
 from scoresde.cli.models import ModelOptions, is_run
 from scoresde.cli.options import Options, option, part
 from scoresde.data import BUILT_IN
+from scoresde.interop.source import source_of
 from scoresde.metrics import evaluate
 from scoresde.report import write_json
 from scoresde.training import parallel
@@ -39,7 +40,7 @@ scoresde evaluate --denoiser my_model:load --shape 3 32 32 --n 1000 --data cifar
 class EvaluateOptions(Options):
     """The arguments of `evaluate`."""
 
-    model: ModelOptions = part("the model", run={"help": "samples (.npz, .npy, a folder of images), or a run folder"})
+    model: ModelOptions = part("the model", run={"help": "samples (.npz, .npy, images), a run, or FORMAT:PATH"})
     measure: MeasureOptions = measures("frechet", "kid", "precision_recall")
     out: Path | None = option("result, with how it came about", metavar="FILE.json")
     samples: SamplesOptions = part("the samples", n={"default": 1000, "help": "how many (1000)"})
@@ -59,7 +60,7 @@ def run(options: EvaluateOptions) -> None:
         check_file(options.out)
     source, metrics, session = options.model.run, options.measure.metrics, options.session
     n, steps, how = options.samples.n, options.samples.steps, options.samples.draw
-    from_file = source is not None and options.model.denoiser is None and not is_run(source)
+    from_file = source is not None and options.model.denoiser is None and not (is_run(source) or source_of(source))
     with session.start() as device:
         model = None if from_file else options.model.open(session, device)
         measure = options.measure.open(model, session, device)

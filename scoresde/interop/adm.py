@@ -18,6 +18,7 @@ Sources: Nichol and Dhariwal (2021), "Improved Denoising Diffusion Probabilistic
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scoresde.checks import check_count
 from scoresde.errors import CheckpointError, some
 from scoresde.interop.reading import fill
 from scoresde.nn.blocks import Attention, ResidualBlock
@@ -107,22 +109,30 @@ class Flags:
                 if flags not in MODELS:
                     raise ValueError(f"{flags!r} is no published model: expected its flags, or one of {list(MODELS)}")
                 flags = MODELS[flags]
-            words = shlex.split(flags.replace("=", " "))
+            try:
+                words = shlex.split(flags.replace("=", " "))
+            except ValueError as error:
+                raise ValueError(f"flags {flags!r}: {error}") from error
             if len(words) % 2 or any(not name.startswith("--") for name in words[::2]):
                 raise ValueError(f"flags {flags!r}: expected pairs, as '--image_size 64 --class_cond True'")
             flags = {name[2:]: value for name, value in zip(words[::2], words[1::2], strict=True)}
+        if not isinstance(flags, Mapping):
+            raise TypeError(f"flags is {type(flags).__name__}: expected a dict, a command line or a published name")
         known = {f.name: str(f.type).split(" ")[0] for f in fields(cls) if f.name != "given"}
         if unknown := [name for name in flags if name not in known and name not in IGNORED]:
             raise ValueError(f"no flag of the network or its chain: {some(unknown)}; there are {', '.join(known)}")
         found = {name: _value(name, value, known[name]) for name, value in flags.items() if name in known}
         if "large_size" in found:
             found["image_size"] = found["large_size"]
+        for name in ("image_size", "num_channels", "diffusion_steps"):
+            if name in found:
+                check_count(**{name: found[name]})
         return cls(**found, given=tuple(found))
 
     @property
     def levels(self) -> list[int]:
         """The levels with attention: those where the image is a whole factor 2^level of its size smaller."""
-        rates = {self.image_size // int(n) for n in self.attention_resolutions.split(",") if n}
+        rates = {int(self.image_size // n) for n in _numbers(attention_resolutions=self.attention_resolutions)}
         return [level for level in range(len(self.multipliers)) if 2**level in rates]
 
     @property
@@ -133,10 +143,22 @@ class Flags:
             ValueError: if neither channel_mult nor the size of the image tells them.
         """
         if self.channel_mult:
-            return tuple(float(n) for n in self.channel_mult.split(","))
+            return _numbers(channel_mult=self.channel_mult)
         if self.image_size not in MULTIPLIERS:
             raise ValueError(f"image_size={self.image_size} has no customary channel_mult: give it, '1,2,2' say")
         return MULTIPLIERS[256 if self.large_size == 512 else self.image_size]
+
+
+def _numbers(**flag: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    ((name, text),) = flag.items()
+    try:
+        found = tuple(float(n) for n in text.split(",") if n or name == "channel_mult")
+    except ValueError:
+        found = (0.0,)
+    if not all(0 < n < math.inf for n in found):
+        raise ValueError(f"{name}={text!r}: expected numbers above 0 with commas between them, as '1,2,2'")
+    return found
 
 
 def _value(name: str, value: Any, kind: str) -> Any:
@@ -215,6 +237,8 @@ def network(tensors: Mapping[str, Tensor], flags: Flags, path: Path | str, *, ne
     channels = out // 2 if flags.learn_sigma else out
     given = tensors["input_blocks.0.0.weight"].shape[1] - channels
     net = architecture(flags, channels, given, len(tensors["label_emb.weight"]) if flags.class_cond else None)
+    if other := [f"{name} of {t.dtype}" for name, t in tensors.items() if not t.is_floating_point()]:
+        raise CheckpointError(f"{path} holds {some(other)}: expected numbers in floating point")
     kinds = {t.dtype for t in tensors.values()}
     dtype = torch.float32 if len(kinds) > 1 else next(iter(kinds))  # a file in half precision has norms in float32
     ours = dict(names(net))

@@ -11,12 +11,11 @@ tensors alone (weights_only); no code of a folder is run.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,20 @@ from scoresde.checks import ArgumentError
 from scoresde.codecs import AutoencoderCodec
 from scoresde.denoiser import Denoiser
 from scoresde.errors import CheckpointError, some
-from scoresde.interop.diffusers_networks import Called, CalledPair, check_whole_network, event_shape, latent_scales
+from scoresde.interop.diffusers_files import json_object, names_of, weights_of
+from scoresde.interop.diffusers_kinds import completed
+from scoresde.interop.diffusers_networks import (
+    Called,
+    CalledPair,
+    check_kind,
+    check_whole_network,
+    event_shape,
+    latent_scales,
+)
 from scoresde.interop.diffusers_schedulers import Schedule, schedule_of
 from scoresde.interop.formats import refuse
 from scoresde.interop.model import Published, published
-from scoresde.interop.reading import hashed, read_torch
+from scoresde.interop.reading import check_device, check_digest, hashed
 from scoresde.variance import LearnedRangeDenoiser
 from scoresde.wrappers import Latent
 
@@ -117,11 +125,12 @@ def from_diffusers(
         CheckpointError: if a file is not the one that sha256 names, is damaged, holds more than tensors or is LoRA's.
         ArgumentError: on a class, key or value that is not known here: nothing is guessed.
     """
+    check_device(device)
     parts = _parts_of(source)
     files: dict[str, str] = {}
+    scheduler, pipeline = _configuration(parts["scheduler"]), parts.get("pipeline")
+    completed(scheduler)  # what it does not know is said before the network is read
     net, config = _network(parts["network"], device, dtype, variant, files)
-    pipeline = parts.get("pipeline")
-    scheduler = _configuration(parts["scheduler"])
     size = event_shape(config.get("_class_name", ""), config) if config and shape is None else shape
     if mu is None and scheduler.get("use_dynamic_shifting") and size is not None:
         mu = _mu(scheduler, size, config)
@@ -160,6 +169,8 @@ def _about(schedule: Schedule, clip: bool, pipeline: str | None, config: Mapping
         "ignored": {key: repr(value) for key, value in schedule.ignored.items()},
         "clipped": schedule.clips and clip,
     }
+    if (classes := config.get("num_embeds_ada_norm") or config.get("num_class_embeds")) is not None:
+        about["classes"] = classes
     if isinstance(net, nn.Module):
         about["parameters"] = sum(p.numel() for p in net.parameters())
     return about
@@ -208,16 +219,16 @@ def _folder(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder}: there is no such folder (nothing is downloaded here: `huggingface-cli download NAME`)"
         )
-    index = _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    index = json_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     pipeline = index.get("_class_name")
-    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name[0] != "_"}
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and name[:1] != "_"}
     classes = {name: entry[-1] for name, entry in entries.items() if entry and entry[-1] is not None}
     for name in ("scheduler", *(name for names in _PARTS.values() for name in names)):
         if name in classes and entries[name][0] != "diffusers":
             raise ArgumentError(
                 f"{folder}: ", f"{name} is of {entries[name][0]}, code of its own, which is not run here"
             )
-    if isinstance(pipeline, list) or index.get("trust_remote_code"):
+    if not isinstance(pipeline, str | None) or index.get("trust_remote_code"):
         raise ArgumentError(f"{folder}: ", f"a custom pipeline, {pipeline}: its code is not run here")
     if lora := sorted(path.name for path in folder.glob("*lora*.safetensors")):
         raise CheckpointError(f"{folder} has LoRA weights, {some(lora)}, which are not supported: fuse them first")
@@ -251,23 +262,13 @@ def _configuration(scheduler: Any) -> Mapping[str, Any]:
     """A scheduler's configuration."""
     if isinstance(scheduler, str | Path):
         path = Path(scheduler)
-        return _json(path / "scheduler_config.json" if path.is_dir() else path)
+        return json_object(path / "scheduler_config.json" if path.is_dir() else path)
     if isinstance(scheduler, Mapping):
         return scheduler
     config = getattr(scheduler, "config", None)
     if not isinstance(config, Mapping):
         raise TypeError(f"scheduler is {type(scheduler).__name__}: expected one of diffusers, a file, or a dict")
     return {**config, "_class_name": type(scheduler).__name__}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no JSON object")
-    return found
 
 
 def _mu(config: Mapping[str, Any], shape: Sequence[int], network: Mapping[str, Any]) -> float:
@@ -292,75 +293,73 @@ def _network(
 ) -> tuple[Any, dict[str, Any]]:
     """The module or callable, and its configuration if it is of diffusers; one that was given stays as it is."""
     if isinstance(source, str | Path):
-        source = _loaded(Path(source), dtype, variant, files)
+        source = _loaded(Path(source), dtype, variant, files, part)
     config = {}
     if isinstance(source, nn.Module) and type(source).__module__.split(".")[0] == "diffusers":
         config = {**dict(source.config), "_class_name": type(source).__name__}  # type: ignore[arg-type]
-    if part == "autoencoder" and config.get("_class_name") != "AutoencoderKL":
-        raise ArgumentError(
-            f"the autoencoder is {type(source).__name__}: ",
-            "AutoencoderKL is read. Give the pair (network, scheduler), which is of latents",
-        )
+    if part == "autoencoder":
+        _check_autoencoder(config.get("_class_name") or type(source).__name__)
     if part == "network" and config:
         check_whole_network(source, config["_class_name"], config)
     if not callable(source):
         raise TypeError(f"network is {type(source).__name__}: expected a folder, a module or a callable")
-    if isinstance(source, nn.Module) and (device, dtype) != (None, None):
-        source = source.to(device=device, dtype=dtype)
+    if isinstance(source, nn.Module):
+        moved: dict[str, Any] = {"device": device, "dtype": dtype}
+        source = source.to(**{name: value for name, value in moved.items() if value is not None})
     return source, config
 
 
-def _loaded(folder: Path, dtype: torch.dtype | None, variant: str | None, files: dict[str, str]) -> nn.Module:
-    """The network of a folder with config.json, by diffusers' loader."""
-    name = _json(folder / "config.json").get("_class_name") if (folder / "config.json").is_file() else None
-    if name is None:
+def _check_autoencoder(kind: object) -> None:
+    if kind != "AutoencoderKL":
+        raise ArgumentError(
+            f"the autoencoder is {kind}: ",
+            "AutoencoderKL is read. Give the pair (network, scheduler), which is of latents",
+        )
+
+
+def _loaded(
+    folder: Path, dtype: torch.dtype | None, variant: str | None, files: dict[str, str], part: str
+) -> nn.Module:
+    """The network of a folder with config.json, by diffusers' loader, whose class is known before it is made."""
+    config = json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if (kind := config.get("_class_name")) is None:
         raise FileNotFoundError(f"{folder}: there is no config.json with a _class_name in it")
+    (_check_autoencoder if part == "autoencoder" else check_kind)(kind)
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{folder} is quantized, as quantization_config says: save it as it was before")
     diffusers = library()
-    variant, paths = _weights(folder, variant)
+    variant, paths = weights_of(folder, variant)
     for path in paths:
         files[str(Path(folder.name) / path.name)] = hashed(path)
-    safe = paths[0].suffix == ".safetensors"
-    if not safe:
-        for path in paths:
-            read_torch(path)  # refused here if it holds more than tensors
-    made = getattr(diffusers, name, None)
-    if made is None or not hasattr(made, "from_pretrained"):
-        raise ArgumentError(f"{folder}: ", f"diffusers {diffusers.__version__} has no network {name}")
-    stored = _stored_dtype(paths[0]) if safe else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        net: nn.Module = made.from_pretrained(
-            folder, torch_dtype=dtype or stored, variant=variant, use_safetensors=safe, local_files_only=True
-        )
-    return net.requires_grad_(False)
-
-
-def _weights(folder: Path, variant: str | None) -> tuple[str | None, list[Path]]:
-    """The variant, and the files of weights that the loader will read."""
-    for suffix in (".safetensors", ".bin"):
-        found: dict[str | None, list[Path]] = {}
-        for path in sorted(folder.glob(f"diffusion_pytorch_model*{suffix}")):
-            named = re.fullmatch(
-                r"diffusion_pytorch_model(\.\w+)?(?:-\d+-of-\d+)?(\.\w+)?", path.name.removesuffix(suffix)
+    cls, safe = getattr(diffusers, kind), paths[0].suffix == ".safetensors"
+    if other := [key for key in config if key[:1] != "_" and key not in signature(cls.__init__).parameters]:
+        warnings.warn(f"{folder} has {some(other)} in its config.json, which {kind} does not know", stacklevel=4)
+    names, stored = names_of(paths)
+    if deep := [f"{key}={n}" for key, n in config.items() if "layers" in key and isinstance(n, int) and n > len(names)]:
+        raise CheckpointError(f"{folder} says {some(deep)} in its config.json, and has {len(names)} tensors")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            net, told = cls.from_pretrained(
+                folder,
+                torch_dtype=dtype or stored,
+                variant=variant,
+                use_safetensors=safe,
+                local_files_only=True,
+                output_loading_info=True,
             )
-            if named:
-                found.setdefault((named[1] or named[2] or "").strip(".") or None, []).append(path)
-        wanted = variant if variant in found else next(iter(found)) if len(found) == 1 and variant is None else variant
-        if wanted in found:
-            return wanted, found[wanted]
-    raise FileNotFoundError(
-        f"{folder}: there are no weights, diffusion_pytorch_model{'' if variant is None else f'.{variant}'}.safetensors"
-    )
-
-
-def _stored_dtype(path: Path) -> torch.dtype | None:
-    """The dtype of a file's first tensor, from its header; and no LoRA in it."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    if lora := [name for name in header if "lora" in name.lower()]:
-        raise CheckpointError(f"{path} holds LoRA weights, {some(lora)}, which are not supported: fuse them first")
-    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(next(iter(header.values()))["dtype"]) if header else None
+    except Exception as error:  # whatever its loader does on a configuration or file that is none
+        raise CheckpointError(
+            f"{folder}: diffusers {diffusers.__version__} makes no {kind} of it: {type(error).__name__}: {error}"
+        ) from error
+    wrong = [
+        f"{what[:-5]} {some(sorted(told[what]))}" for what in ("missing_keys", "unexpected_keys") if told.get(what)
+    ]
+    if wrong or told.get("mismatched_keys"):  # theirs draws what is missing at random
+        wrong += [f"{name} of another shape" for name, *_ in told.get("mismatched_keys") or ()]
+        raise CheckpointError(f"{folder} holds another network than its config.json says: {', '.join(wrong)}")
+    made: nn.Module = net.requires_grad_(False)
+    return made
 
 
 def _check_files(files: Mapping[str, str], sha256: str | Mapping[str, str] | None) -> None:
@@ -375,8 +374,7 @@ def _check_files(files: Mapping[str, str], sha256: str | Mapping[str, str] | Non
     for name, digest in given.items():
         if name not in files:
             raise ArgumentError(f"sha256 names {name}, ", f"which was not read: {some(list(files))} were")
-        if not (len(digest) >= 8 and files[name].startswith(digest.lower())):
-            raise CheckpointError(f"{name} has sha256 {files[name]}, not {digest}: another file, or a damaged one")
+        check_digest(name, files[name], digest)
 
 
 # ---- autoencoder and text ----

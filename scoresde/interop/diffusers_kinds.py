@@ -177,6 +177,21 @@ def completed(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     if unknown := sorted(key for key, value in given.items() if key not in known and value not in (None, False)):
         told = ", ".join(f"{key}={given[key]!r}" for key in unknown)
         raise ArgumentError(f"{name} has ", f"{told} in its configuration, which is not known here: it may change all")
+    for key, value in given.items():
+        _check_type(name, key, value, kind.keys.get(key))
     ignored = {key: value for key, value in given.items() if key not in kind.keys}
     own = {key: value for key, value in given.items() if key in kind.keys}
     return {"_class_name": name, **kind.implied, **kind.keys, **own}, ignored
+
+
+def _check_type(name: str, key: str, value: Any, default: Any) -> None:
+    """Raises ArgumentError unless a value is of its default's type: a number, or whether something is on."""
+    if isinstance(default, bool):
+        right = isinstance(value, bool | None)
+    elif isinstance(default, int):
+        right = isinstance(value, int) and 0 <= value <= 1_000_000
+    else:
+        right = not isinstance(default, float) or (isinstance(value, int | float) and not math.isnan(value))
+    if not right:
+        expected = f"a {type(default).__name__}{', 0 to 1000000' if type(default) is int else ''}"
+        raise ArgumentError(f"{name} has ", f"{key}={value!r} in its configuration: expected {expected}")

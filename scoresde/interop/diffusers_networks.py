@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from scoresde.checks import ArgumentError, one_of
 from scoresde.errors import some
 
-__all__ = ["NETWORKS", "Called", "CalledPair", "check_whole_network", "event_shape", "latent_scales", "pack", "unpack"]
+__all__ = [
+    "NETWORKS",
+    "Called",
+    "CalledPair",
+    "check_kind",
+    "check_whole_network",
+    "event_shape",
+    "latent_scales",
+    "pack",
+    "unpack",
+]
 
 NETWORKS = (
     "UNet1DModel",
@@ -126,13 +136,18 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(B, C // 4, 2 * height, 2 * width)
 
 
-def check_whole_network(net: nn.Module, kind: str, config: Mapping[str, Any]) -> None:
-    """Raises ArgumentError unless it is a network that is known here, without adapters, of x and its conditions."""
+def check_kind(kind: object) -> None:
+    """Raises ArgumentError unless it is one of `NETWORKS`."""
     if kind not in NETWORKS:
         raise ArgumentError(
             f"the network is {kind}: {one_of(kind, NETWORKS)}; for another give the pair (net, scheduler), net(x, "
             "time, **cond) being any callable that returns the prediction"
         )
+
+
+def check_whole_network(net: nn.Module, kind: str, config: Mapping[str, Any]) -> None:
+    """Raises ArgumentError unless it is a network that is known here, without adapters, of x and its conditions."""
+    check_kind(kind)
     adapters = [name for name, _ in net.named_parameters() if "lora_" in name.lower()]
     if adapters or getattr(net, "peft_config", None):
         raise ArgumentError(f"LoRA is not supported, and the network has {some(adapters) or 'adapters'}: fuse it first")
@@ -151,6 +166,11 @@ def event_shape(kind: str, config: Mapping[str, Any]) -> tuple[int, ...] | None:
     size, channels = config.get("sample_size"), config["in_channels"]
     if size is None or kind == "FluxTransformer2DModel":
         return None
+    sizes = [size] if isinstance(size, int) else size if isinstance(size, list | tuple) else []
+    if len(sizes) not in (1, 2) or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ArgumentError(
+            f"sample_size={size!r} in the configuration of {kind}: expected a size, or height and width"
+        )
     if isinstance(size, int):
         return (channels, size) if kind == "UNet1DModel" else (channels, size, size)
     return (channels, *size)

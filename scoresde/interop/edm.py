@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.chain import DDPMChain
+from scoresde.checks import check_option
 from scoresde.denoiser import Denoiser, EDMDenoiser, EpsDenoiser
 from scoresde.errors import CheckpointError
 from scoresde.grid import Grid
 from scoresde.interop.formats import refuse
 from scoresde.interop.model import Published, published
 from scoresde.interop.pickles import Record, read_pickle
-from scoresde.interop.reading import fill, hashed
+from scoresde.interop.reading import check_device, fill, hashed
 from scoresde.nn import MagnitudeUNet, SongUNet
 from scoresde.schedules import EDMSDE, VESDE, VPSDE
 from scoresde.sde import SDE
@@ -70,18 +71,22 @@ def from_edm(
         CheckpointError: if it is another than sha256 says, is damaged, names what is no part of a network, or holds a
             network that is not known here, saying which.
     """
+    check_device(device)
     path = Path(path)
-    digest = hashed(path, sha256)
     refuse(path, "edm")
+    digest = hashed(path, sha256)
     held = read_pickle(path)
     try:
         kind, state, network, options, tensors, autoencoder = _read(held, path)
-    except (AttributeError, IndexError, KeyError, RecursionError, StopIteration, TypeError, ValueError) as error:
+        _check_size(options, tensors, path)
+        with torch.device("meta"):
+            net = _magnitude(options) if network == "UNet" else _song(network, options, path)
+        fill(net, _renamed(net, tensors, network, options, negate=kind == "VEPrecond"), path)
+        denoiser, grid = _DENOISERS[kind](net.to(device), state)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever its records are where numbers and tensors should be
         raise CheckpointError(f"{path} is not laid out as EDM's files are: {type(error).__name__}: {error}") from error
-    with torch.device("meta"):
-        net = _magnitude(options) if network == "UNet" else _song(network, options, path)
-    fill(net, _renamed(net, tensors, network, options, negate=kind == "VEPrecond"), path)
-    denoiser, grid = _DENOISERS[kind](net.to(device), state)
     about = {
         "format": "EDM",
         "files": {path.name: digest},
@@ -130,6 +135,19 @@ def _read(held: Any, path: Path) -> tuple[str, dict[str, Any], str, dict[str, An
     return kind, state, network, options, dict(_tensors(inner, path)), autoencoder
 
 
+def _check_size(options: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError if the arguments are no numbers and words, or would make more layers than there are."""
+    for name, value in options.items():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(each, int | float | str | None):
+                raise CheckpointError(f"{path} holds a network with {name}={value!r}: expected a number")
+    layers = options["num_blocks"] * len(options["channel_mult"])
+    if layers > len(tensors):
+        raise CheckpointError(
+            f"{path} says that its network has {layers} blocks or more, and holds {len(tensors)} tensors"
+        )
+
+
 def _entries(held: Any) -> Any:
     """What is in a dictionary, or in a record of one (dnnlib's EasyDict)."""
     return held.entries if isinstance(held, Record) else held
@@ -144,15 +162,21 @@ def _opened(record: Any, path: Path) -> tuple[str, dict[str, Any]]:
     return meta["class_name"], meta["state"]
 
 
-def _tensors(record: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a module and of those in it, by their full names."""
+def _tensors(record: Any, path: Path, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a module and of those in it, by their full names; each module stands once."""
+    seen = set() if seen is None else seen
+    if id(record) in seen:
+        raise CheckpointError(f"{path} holds a module twice, as {prefix}")
+    seen.add(id(record))
     state = record.state if isinstance(record, Record) and record.state else _opened(record, path)[1]
     for name, tensor in {**state["_parameters"], **state["_buffers"]}.items():
         if tensor is not None:
+            if not isinstance(tensor, Tensor):
+                raise CheckpointError(f"{path}: {prefix}{name} is {tensor!r}, expected a tensor")
             yield prefix + name, tensor
     for name, module in state["_modules"].items():
         if module is not None:
-            yield from _tensors(module, path, f"{prefix}{name}.")
+            yield from _tensors(module, path, f"{prefix}{name}.", seen)
 
 
 # ---- networks ----
@@ -210,6 +234,7 @@ def _song(network: str, options: Mapping[str, Any], path: Path) -> SongUNet:
         raise CheckpointError(f"{path} has channel_mult_emb={options['channel_mult_emb']}: only 4 is known here")
     own: dict[str, Any] = {"kind": "adm"}
     if network == "SongUNet":
+        check_option(("positional", "fourier"), embedding_type=options["embedding_type"])
         own = {
             "fourier": 16.0 if options["embedding_type"] == "fourier" else None,
             "features": options["model_channels"] * options["channel_mult_noise"],

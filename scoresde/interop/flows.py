@@ -22,6 +22,7 @@ from scoresde.checks import check_option, check_positive
 from scoresde.denoiser import VelocityDenoiser
 from scoresde.interop.diffusers_networks import Called
 from scoresde.interop.model import Published, published
+from scoresde.interop.reading import check_device
 from scoresde.schedules import FlowSDE
 
 __all__ = ["from_flow"]
@@ -64,6 +65,7 @@ def from_flow(
     """
     check_option((0, 1), data_at=data_at)
     check_positive(scale=scale)
+    check_device(device)
     if not callable(net):
         raise TypeError(f"net is {type(net).__name__}: expected a callable net(x, time, **cond)")
     if isinstance(net, nn.Module):

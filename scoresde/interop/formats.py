@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from scoresde.errors import CheckpointError
+from scoresde.files import parsed
 from scoresde.interop.pickles import Reader
 
 __all__ = ["FORMATS", "Format", "recognise", "refuse"]
@@ -134,16 +135,16 @@ def _of_file(path: Path) -> str | None:
                 return "edm"
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
-                    inside = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                    if archive.getinfo(inside).file_size > LARGEST:
+                    inside = next(entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+                    if inside.compress_type != zipfile.ZIP_STORED:  # it may unfold to any size
                         return None
                     with archive.open(inside) as pickled:
-                        return _by_names(set(_words(pickled, LARGEST)))
+                        return _by_names(set(_words(pickled, inside.file_size)))
             end = file.seek(0, io.SEEK_END)
             file.seek(0)
             # Before torch 1.6 a file was four pickles: a number, a version, the machine, and what was saved.
             return _by_names({word for _ in range(4) for word in _words(file, end)})
-    except (ValueError, StopIteration, KeyError, IndexError, zipfile.BadZipFile, OSError, RecursionError):
+    except Exception:  # whatever a damaged file does
         return None
 
 
@@ -180,12 +181,12 @@ def _safetensors(start: bytes, file: BinaryIO) -> list[str]:
     if length > LARGEST:
         raise ValueError("no header of safetensors")
     file.seek(8)
-    return list(json.loads(file.read(length)))
+    return list(parsed(json.loads, file.read(length).decode()))
 
 
 def _json(path: Path) -> dict[str, object]:
     try:
-        found = json.loads(path.read_text())
+        found = parsed(json.loads, path.read_text("utf-8"))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

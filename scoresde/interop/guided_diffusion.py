@@ -18,6 +18,7 @@ Images are in [-1, 1] in all of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from scoresde.grid import Grid
 from scoresde.interop.adm import Flags, network, of_file
 from scoresde.interop.formats import refuse
 from scoresde.interop.model import Published, published
-from scoresde.interop.reading import hashed, read_torch
+from scoresde.interop.reading import check_device, hashed, read_torch, state_of
 from scoresde.schedules import EDMSDE
 from scoresde.variance.learned_range import LearnedRangeDenoiser
 from scoresde.variance.trunk import SplitOutput
@@ -86,6 +87,7 @@ def from_guided_diffusion(
             of another format or network than the flags say.
         ValueError: if the flags are not given, not theirs, or do not say what must be said.
     """
+    check_device(device)
     told, tensors, about = _read(Path(path), flags, sha256, "guided-diffusion")
     T = told.diffusion_steps
     if T != 1000 and told.rescale_timesteps is None:
@@ -145,6 +147,7 @@ def from_consistency_edm(
     Arguments and errors: as for `from_guided_diffusion`. attention_resolutions has 32,16,8 as its default there, and
     needs to be said here. `.grid(steps)` is theirs, `Grid.karras`, and their sampler clips D: Clip(model).
     """
+    check_device(device)
     path = Path(path)
     if path.stem.startswith(("cd_", "ct_")) or (isinstance(flags, str) and flags.startswith(("cd_", "ct_"))):
         raise _no_denoiser(path, "its name")
@@ -207,6 +210,8 @@ def respaced(chain: DDPMChain, steps: int | str) -> Grid:
             wanted, for which theirs keeps node 1, where the data has no noise to speak of.
     """
     T, text = chain.steps, str(steps)
+    if not re.fullmatch(r"(ddim)?\d+|\d+(,\d+)*", text):
+        raise ValueError(f"steps={text!r}: expected their number, as 250, numbers of equal parts, '10,15', or 'ddim50'")
     if text.startswith("ddim"):
         K = int(text.removeprefix("ddim"))
         stride = next((i for i in range(1, T) if len(range(0, T, i)) == K), None)
@@ -239,7 +244,7 @@ def _read(
     refuse(path, "guided_diffusion")
     digest = hashed(path, sha256)
     told, name = of_file(path, flags)
-    tensors = read_torch(path)
+    tensors = state_of(read_torch(path), path)
     about = {
         "format": kind,
         "files": {path.name: digest},

@@ -33,7 +33,7 @@ from scoresde.errors import CheckpointError
 from scoresde.grid import Grid
 from scoresde.interop.formats import refuse
 from scoresde.interop.model import Published, published
-from scoresde.interop.reading import fill, hashed, read_torch
+from scoresde.interop.reading import check_device, fill, hashed, read_torch, state_of
 
 __all__ = ["from_lucidrains"]
 
@@ -79,6 +79,7 @@ def from_lucidrains(
             Trainer's, or of another network; if the file does not tell the objective, or tells another.
         ValueError: if objective or weights is none of those.
     """
+    check_device(device)
     path = Path(path)
     check_option(("ema", "model"), weights=weights)
     check_option((*ADAPTERS, None), objective=objective)
@@ -89,7 +90,8 @@ def from_lucidrains(
     found = file.get(weights) if isinstance(file, dict) else None
     if not isinstance(found, dict) or f"{prefix}betas" not in found:
         raise CheckpointError(f"{path} has no {weights!r} with betas, as their Trainer writes it")
-    state = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+    own = {name: tensor for name, tensor in found.items() if str(name).startswith(prefix)}
+    state = {name.removeprefix(prefix): tensor for name, tensor in state_of(own, path, repr(weights)).items()}
     chain = DDPMChain(state["betas"])
     told = _objective(chain, state.get("loss_weight"))
     if (objective or told) is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser
 from scoresde.diagnose import diagnose
 from scoresde.grid import Grid
@@ -92,6 +93,13 @@ def published(
         network: Denoiser = model
         while isinstance(network, Wrapper):
             network = network.denoiser
+        items = None if model.codec is not None else model.shape
+        if (
+            items is not None
+            and isinstance(data, Tensor)
+            and (*data.shape[1:2], data.ndim) != (items[0], 1 + len(items))
+        ):
+            raise ArgumentError(f"data has shape {tuple(data.shape)}: expected (B, ...), items like {items}")
         with torch.no_grad():
             z = model.encode(data, **dict(cond or {}))
         verdict = diagnose(network, z, cond=cond, seed=0)

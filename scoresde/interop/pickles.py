@@ -15,8 +15,9 @@ import io
 import math
 import pickletools
 import sys
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from scoresde.errors import CheckpointError
 
-__all__ = ["Reader", "Record", "read_pickle"]
+__all__ = ["Reader", "Record", "check_names", "read_pickle"]
 
 
 class Record:
@@ -77,6 +78,7 @@ class _Section:
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self.file, self.start, self.length = file, start, length
+        self.numbers: Tensor | None = None  # once they are read: a file that names them twice has them once
 
     def __len__(self) -> int:
         return self.length
@@ -120,6 +122,25 @@ def read_pickle(path: Path) -> Any:
             raise CheckpointError(f"{path} is no pickle, or damaged: {type(error).__name__}: {error}") from error
 
 
+def check_names(path: Path) -> None:
+    """Raises CheckpointError if a pickle of torch.save, alone or in its archive, names what is no part of a network,
+    saying what. What else may be wrong with it is not said.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        else:
+            data = path.read_bytes()
+        file = io.BytesIO(data)
+        for _ in range(4):  # before torch 1.6: a number, a version, the machine, and what was saved
+            _run(file, len(data), persistent=lambda _: None, made={})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None
+    except Exception:  # whatever a damaged program does to the stack
+        return
+
+
 def _named(module: str, name: str) -> Record:
     """The record of a class or function.
 
@@ -148,22 +169,33 @@ _EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, 
 _OF_MARKED: dict[str, Callable[[list[Any]], Any]] = {
     "TUPLE": tuple,
     "LIST": list,
-    "FROZENSET": frozenset,
+    "FROZENSET": lambda items: frozenset(_keys(items)),
     "DICT": lambda items: dict(_pairs(items)),
 }
 
 
 def _pairs(items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(items[::2], items[1::2], strict=True)
+    return zip(_keys(items[::2]), items[1::2], strict=True)
 
 
-def _run(file: BinaryIO, end: int, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """One pickle, from where the file stands."""
+def _keys(items: Iterable[Any]) -> list[Any]:
+    """They, to be hashed: none is a tuple of tuples, of which a few bytes can make one whose hash takes any time."""
+    found = list(items)
+    if any(isinstance(part, tuple | frozenset) for key in found if isinstance(key, tuple | frozenset) for part in key):
+        raise ValueError("a key is a tuple of tuples")
+    return found
+
+
+def _run(
+    file: BinaryIO, end: int, persistent: Callable[[Any], Any] | None = None, made: Mapping[str, Any] | None = None
+) -> Any:
+    """One pickle, from where the file stands. What calls make is by `made`, or records."""
+    made = _MADE if made is None else made
     stack: list[Any] = []
     memo: dict[int, Any] = {}
 
     def marked() -> list[Any]:
-        at = max(i for i, one in enumerate(stack) if one is _MARK)
+        at = next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is _MARK)
         items = stack[at + 1 :]
         del stack[at:]
         return items
@@ -212,15 +244,15 @@ def _run(file: BinaryIO, end: int, persistent: Callable[[Any], Any] | None = Non
             stack.append(_named(module, name))
         elif op in ("REDUCE", "NEWOBJ"):
             args, what = stack.pop(), stack.pop()
-            stack.append(_made(what, args))
+            stack.append(_made(made, what, args))
         elif op == "NEWOBJ_EX":
             kwargs, args, what = stack.pop(), stack.pop(), stack.pop()
-            stack.append(_made(what, args, kwargs))
+            stack.append(_made(made, what, args, kwargs))
         elif op == "INST":
-            stack.append(_made(_named(*arg.split(" ", 1)), tuple(marked())))
+            stack.append(_made(made, _named(*arg.split(" ", 1)), tuple(marked())))
         elif op == "OBJ":
             what, *rest = marked()
-            stack.append(_made(what, tuple(rest)))
+            stack.append(_made(made, what, tuple(rest)))
         elif op == "BUILD":
             state, target = stack.pop(), stack[-1]
             if isinstance(target, Record):
@@ -238,16 +270,16 @@ def _add(target: Any, items: list[Any]) -> None:
     if isinstance(target, Record):
         target.members.extend(items)
     elif isinstance(target, set):
-        target.update(items)
+        target.update(_keys(items))
     else:
         target.extend(items)
 
 
-def _made(what: Any, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
-    """What a call would have returned: a tensor or container where it is one of `_MADE`, else a record."""
+def _made(made: Mapping[str, Any], what: Any, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+    """What a call would have returned: a tensor or container where it is one of `made`, else a record."""
     if not isinstance(what, Record) or what.args is not None or not isinstance(args, tuple):
         raise CheckpointError(f"calls {what!r}, the result of another call: it is not read")
-    make = None if kwargs else _MADE.get(what.name)
+    make = None if kwargs else made.get(what.name)
     return Record(what.name, args, kwargs) if make is None else make(*args)
 
 
@@ -257,6 +289,8 @@ def _made(what: Any, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
 def _storage(data: _Section | bytes) -> Tensor:
     """The numbers of one storage, as torch.save wrote it before torch 1.6: five pickles, a count, and the numbers."""
     if isinstance(data, _Section):
+        if data.numbers is not None:
+            return data.numbers
         file, start, length = data.file, data.start, data.length
         resume = file.tell()
         file.seek(start)
@@ -279,6 +313,7 @@ def _storage(data: _Section | bytes) -> Tensor:
         file.readinto(numbers.view(torch.uint8).numpy())  # type: ignore[attr-defined]
     if isinstance(data, _Section):
         file.seek(resume)
+        data.numbers = numbers
     return numbers
 
 
@@ -315,13 +350,13 @@ _MADE: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch.storage._load_from_bytes": _storage,
     "torch.Size": lambda sizes=(): tuple(sizes),
-    "collections.OrderedDict": lambda items=(): OrderedDict(items),
+    "collections.OrderedDict": lambda items=(): OrderedDict(_pairs([part for pair in items for part in pair])),
     "_codecs.encode": _encoded,
     "numpy.dtype": _dtype,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
-    "builtins.set": lambda items=(): set(items),
-    "__builtin__.set": lambda items=(): set(items),
-    "builtins.frozenset": lambda items=(): frozenset(items),
+    "builtins.set": lambda items=(): set(_keys(items)),
+    "__builtin__.set": lambda items=(): set(_keys(items)),
+    "builtins.frozenset": lambda items=(): frozenset(_keys(items)),
     "builtins.bytearray": lambda data=b"": bytearray(data),
 }

@@ -33,7 +33,7 @@ from scoresde.errors import CheckpointError, some
 from scoresde.grid import Grid
 from scoresde.interop.formats import refuse
 from scoresde.interop.model import Published, published
-from scoresde.interop.reading import fill, hashed, read_torch
+from scoresde.interop.reading import check_dense, check_device, fill, hashed, read_torch, state_of
 from scoresde.nn import SongUNet
 from scoresde.nn.blocks import ResidualBlock
 from scoresde.schedules import VESDE, VPSDE, SubVPSDE
@@ -69,18 +69,25 @@ def from_score_sde(
         CheckpointError: if the file is another than sha256 says, is damaged, holds more than tensors, or is of another
             network than the configuration says.
     """
+    check_device(device)
     path, options = Path(path), _configuration(config)
-    digest = hashed(path, sha256)
     refuse(path, "score_sde")
+    digest = hashed(path, sha256)
     held = read_torch(path)
     if not isinstance(held, dict) or "model" not in held:
         raise CheckpointError(f"{path} holds no 'model': expected a checkpoint of score_sde_pytorch")
     with torch.device("meta"):
         net = network_of(options)
     names = list(_names(net, options))
-    tensors = {key.removeprefix("module."): tensor for key, tensor in held["model"].items()}
+    tensors = {key.removeprefix("module."): t for key, t in state_of(held["model"], path, "'model'").items()}
     if average := held.get("ema"):
-        tensors.update(_averages(average["shadow_params"], names, tensors, path))
+        shadow = average.get("shadow_params") if isinstance(average, Mapping) else None
+        if not isinstance(shadow, list):
+            raise CheckpointError(
+                f"{path} has an 'ema' without shadow_params, a list: no checkpoint of score_sde_pytorch"
+            )
+        check_dense(enumerate(shadow), path, "shadow_params")
+        tensors.update(_averages(shadow, names, tensors, path))
     fill(net, _renamed(net, names, tensors, path, negate=options["sde"] == "vesde"), path)
     sde, label = process_of(options)
     about = {
@@ -171,9 +178,13 @@ def _configuration(config: str | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(config, str):
         check_option(SCORE_SDE, config=config)
         return {**CIFAR10, **SCORE_SDE[config]}
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config is {type(config).__name__}: expected a name in SCORE_SDE, or a dict")
     given = dict(config.items())
     for section in ("training", "data", "model"):
-        given.update(dict(given.pop(section, {}).items()))
+        if not isinstance(found := given.pop(section, {}), Mapping):
+            raise TypeError(f"config has a {section} that is {type(found).__name__}: expected a dict")
+        given.update(dict(found.items()))
     if given.get("name") == "ddpm":
         given.update({key: value for key, value in _OLD.items() if key != "num_res_blocks"})
     options: dict[str, Any] = {key: given.get(key) for key in CIFAR10}

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from scoresde.checks import ArgumentError, one_of
+from scoresde.checks import ArgumentError
+from scoresde.errors import CheckpointError
 from scoresde.files import parsed
 from scoresde.interop.diffusers import from_diffusers
 from scoresde.interop.edm import from_edm
@@ -58,7 +59,12 @@ def from_source(text: str | Path, name: str | None = None, device: torch.device 
     """
     found = source_of(text)
     if found is None:
-        raise ValueError(f"{text}: expected FORMAT:PATH, {one_of(str(text).partition(':')[0], READERS)}")
+        known = recognise(text) if Path(text).exists() else None
+        if known is not None:
+            raise CheckpointError(f"{text} is {known.what}: {known.read}")
+        why = "is of no format that is known by its names" if Path(text).exists() else "is no file or folder"
+        formats = ", ".join(READERS)
+        raise ValueError(f"{text} {why}, nor FORMAT:PATH, with FORMAT one of {formats}")
     kind, path = found
     more: dict[str, Any] = {} if device is None else {"device": device}
     described = [p for p in signature(READERS[kind]).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
@@ -77,4 +83,6 @@ def from_source(text: str | Path, name: str | None = None, device: torch.device 
             flags = parsed(json.loads, Path(name).read_text("utf-8"))
         except ValueError as error:
             raise ValueError(f"{name} is no JSON: {error}") from error
+        if not isinstance(flags, dict):
+            raise ValueError(f"{name} is no JSON object: expected {described[0].name} by their names")
     return READERS[kind](path, flags, **more)

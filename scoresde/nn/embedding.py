@@ -15,7 +15,7 @@ from scoresde.nn.blocks import zero
 from scoresde.nn.context import Tokens, tokens_of
 from scoresde.tensors import known_any
 
-__all__ = ["TimeEmbedding", "check_label"]
+__all__ = ["TimeEmbedding", "check_label", "onehot"]
 
 
 class TimeEmbedding(nn.Module):
@@ -179,3 +179,19 @@ def check_label(label: Any, time: Tensor, classes: bool) -> None:
         raise ValueError(
             f"label is {kind.dtype} of shape {tuple(kind.shape)}: expected integers {tuple(time.shape)}, or one for all"
         )
+
+
+def onehot(label: Any, time: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """A checked label as rows of K entries, (B, K): one is 1; none is for no label, or the class K.
+
+    Raises:
+        ValueError: if it is below 0 or above K.
+    """
+    index = torch.as_tensor(K if label is None else label, device=time.device).long().expand(time.shape)
+    try:
+        return F.one_hot(index, K + 1)[:, :K].to(dtype)
+    except RuntimeError as error:
+        if not str(error).startswith("Class values"):
+            raise
+        given = index.unique().tolist()
+        raise ValueError(f"label is {given}: expected classes 0 to {K - 1}, or {K} for none") from error

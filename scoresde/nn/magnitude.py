@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from scoresde.checks import check_count, check_option
 from scoresde.nn.blocks import attend
-from scoresde.nn.embedding import check_label
+from scoresde.nn.embedding import check_label, onehot
 from scoresde.nn.sizes import Double, Halve
 from scoresde.tensors import placed
 
@@ -246,9 +246,8 @@ class MagnitudeUNet(nn.Module):
         embedding = self.noise(self.features(time).to(x.dtype))
         if self.classes is not None:
             K = self.classes.weight.shape[1]
-            index = torch.as_tensor(K if label is None else label, device=time.device).long().expand(time.shape)
-            onehot = F.one_hot(index, K + 1)[:, :K].to(x.dtype)
-            embedding = _sum(embedding, self.classes(onehot * math.sqrt(K)), self.label_balance)
+            row = onehot(label, time, K, x.dtype)
+            embedding = _sum(embedding, self.classes(row * math.sqrt(K)), self.label_balance)
         embedding = _silu(embedding)
         h = self.inward(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
         skips = [h]

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from scoresde.checks import check_count, check_option
 from scoresde.nn.blocks import Attention, Double, Halve, ResidualBlock, conv, filter_taps, group_norm, zero
-from scoresde.nn.embedding import check_label
+from scoresde.nn.embedding import check_label, onehot
 from scoresde.nn.sizes import HalvingConv
 from scoresde.tensors import placed
 
@@ -104,9 +104,8 @@ class NoiseEmbedding(nn.Module):
         f, told = self.features(time).to(dtype), None
         if self.classes is not None:
             K = self.classes.in_features
-            index = torch.as_tensor(K if label is None else label, device=time.device).long().expand(time.shape)
-            onehot = F.one_hot(index, K + 1)[:, :K].to(dtype)
-            told = self.classes(onehot if self.adm else onehot * math.sqrt(K))
+            row = onehot(label, time, K, dtype)
+            told = self.classes(row if self.adm else row * math.sqrt(K))
             if not self.adm:
                 f, told = f + told, None
         if augment is not None:
