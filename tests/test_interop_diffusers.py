@@ -4,6 +4,7 @@ where it is installed (`make test-interop`); flow matching's two conventions.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -32,6 +33,8 @@ from scoresde import (
     VDenoiser,
     VelocityDenoiser,
     X0Denoiser,
+    elbo,
+    log_prob,
     sample,
 )
 from scoresde.checks import ArgumentError
@@ -43,7 +46,7 @@ from scoresde.interop.diffusers_kinds import completed
 from scoresde.interop.diffusers_networks import Called, latent_scales, pack, unpack
 from scoresde.interop.diffusers_schedulers import betas_of, schedule_of
 from scoresde.interop.reading import hashed
-from scoresde.solvers import DDIM, Heun
+from scoresde.solvers import DDIM, DDPM, Heun
 
 SD = {  # stable-diffusion-v1-5, scheduler/scheduler_config.json
     "_class_name": "PNDMScheduler",
@@ -317,6 +320,17 @@ def test_a_pair_and_what_it_says_of_itself():
     assert half(normal(2, 3, dtype=torch.float32), 500.0).mean.dtype == torch.float32  # parameters are seen through
 
 
+def test_three_lines_give_a_likelihood():
+    """A network whose eps is that of Gaussian data has that density, to the noise of the first node."""
+    target, chain = Gaussian(mean=[0.3, -0.5], std=0.4), DDPMChain.linear(1000)
+    exact = target.denoiser(chain)
+    model = from_diffusers((lambda x, k: exact.eps(x, k.double() + 1), config("DDPM", clip_sample=False)), shape=(2,))
+    x = target.sample(4, torch.Generator().manual_seed(1)).double()
+    found = log_prob(model, x, divergence="exact", steps=60, seed=0)
+    assert (found.value - target.log_prob(x, sde=chain, t=1.0)).abs().max() < 0.005
+    assert torch.isfinite(elbo(model, x, DDPM(), model.grid(100), seed=0).value).all()
+
+
 def test_output_objects_tuples_and_learned_channels():
     class Out:
         def __init__(self, sample):
@@ -552,6 +566,9 @@ def test_a_flow_by_one_word(data_at):
     # 1000 samples: the standard error of a mean is 0.021, of a standard deviation 0.015; four of them
     assert (found.mean(0) - torch.tensor([1.0, -2.0])).abs().max() < 0.085
     assert (found.std(0) - 0.67).abs().max() < 0.06
+    x = target.sample(4, torch.Generator().manual_seed(1)).double()
+    value = log_prob(model, x, divergence="exact", steps=40, seed=0).value
+    assert (value - target.log_prob(x)).abs().max() < 0.01
     with pytest.warns(UserWarning, match="does not fit its data"):
         from_flow(net, 1 - data_at, data=target.sample(200, torch.Generator().manual_seed(0)))
 
@@ -732,6 +749,12 @@ def test_latent_diffusion_with_text(theirs, tmp_path):
         assert found.x.shape == (1, 3, 8, 8)
         assert torch.allclose(found.x, vae.decode(found.latent / 0.2 + 0.1).sample, atol=1e-5)
         image = torch.randn(1, 3, 8, 8)
+        for upcast, dtype in ((True, torch.float32), (False, torch.float16)):  # which overflows in half precision
+            vae.register_to_config(force_upcast=upcast)
+            copy.deepcopy(vae).half().save_pretrained(tmp_path / "vae")
+            halves = from_diffusers(tmp_path)
+            assert next(halves.codec.decoder.parameters()).dtype == dtype
+            assert halves.about["autoencoder"]["scaling_factor"] == 0.2
         assert torch.allclose(model.encode(image), 0.2 * (vae.encode(image).latent_dist.mean - 0.1), atol=1e-6)
 
 
