@@ -1,6 +1,7 @@
 """Commands on a network of another toolkit: FORMAT:PATH in a run folder's place."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +77,13 @@ def test_flags_of_a_file_that_says_nothing(folder, tmp_path):
     model = from_source(f"guided_diffusion:{folder / 'model.pt'}", str(tmp_path / "flags.json"))
     assert model.shape == (3, 8, 8)
     assert model.about["classes"] == 5
+
+
+def test_info_says_what_was_read(folder, capsys):
+    assert main(["info", f"edm:{folder / 'net.pkl'}"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^format +EDM$", out, re.MULTILINE)
+    assert re.search(r"^classes +3$", out, re.MULTILINE)
 
 
 def test_what_it_is_asked_for(folder, tmp_path, capsys):

@@ -10,11 +10,12 @@ import torch
 
 from scoresde.cli.common import command_parser
 from scoresde.cli.drawing import GRIDS
-from scoresde.cli.models import open_run, parameters
+from scoresde.cli.models import NAME_HELP, RUN_HELP, open_run, parameters
 from scoresde.cli.options import Options, option
 from scoresde.diagnose import left_of_data
 from scoresde.grid import SPACINGS
 from scoresde.info import environment
+from scoresde.interop.source import from_source, source_of
 from scoresde.processes import SDES, sde_of
 from scoresde.solvers import available
 from scoresde.solvers.catalogue import HEADER, SOLVERS, markdown, solver_of
@@ -26,7 +27,8 @@ __all__ = ["add_parsers"]
 class InfoOptions(Options):
     """The arguments of `info`."""
 
-    folder: Path | None = option("a run folder", metavar="run", flags=("folder",), nargs="?")
+    folder: Path | None = option(RUN_HELP, metavar="run", flags=("folder",), nargs="?")
+    name: str | None = option(NAME_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ def add_parsers(commands: Any) -> None:
     """The arguments of the three."""
     command_parser(
         commands, "info", "versions, devices, and what there is; or what is in a run folder",
-        "scoresde info\nscoresde info runs/fm", info, InfoOptions,
+        "scoresde info\nscoresde info runs/fm\nscoresde info edm:edm-cifar10-32x32-cond-vp.pkl", info, InfoOptions,
     )  # fmt: skip
     command_parser(
         commands, "solvers", "every solver: order, evaluations, whether it draws noise, its paper",
@@ -67,6 +69,12 @@ def add_parsers(commands: Any) -> None:
 
 def info(options: InfoOptions) -> None:
     """Print versions, devices, SDEs and solvers; or what a run folder holds."""
+    if options.folder is not None and source_of(options.folder):
+        about = from_source(options.folder, options.name).about
+        print(_lines({name: str(value) for name, value in about.items() if value is not None}))
+        return
+    if options.name is not None:
+        raise ValueError(f"--name {options.name} is for FORMAT:PATH, a network of elsewhere")
     if options.folder is not None:
         print(described(options.folder))
         return
@@ -102,7 +110,7 @@ def described(folder: Path) -> str:
 
 
 def _lines(facts: dict[str, str]) -> str:
-    return "\n".join(f"{name:9s} {value}" for name, value in facts.items())
+    return "\n".join(f"{name:{max(9, *map(len, facts))}s} {value}" for name, value in facts.items())
 
 
 def solvers(options: SolversOptions) -> None:
