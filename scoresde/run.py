@@ -43,6 +43,7 @@ class Solution:
             the least advanced.
         log_prob: if asked for, log p_t(x) in nats, shape (B,), NaN if not complete.
         log_prob_stderr: its standard error from the probes, shape (B,).
+        rounds: of `scoresde.solvers.Parallel`: batches that the evaluations were made in, one after the other.
         log_prob_of: what it is the density of: "x", or, with a codec that has no volume, "z", the latent.
     """
 
@@ -56,6 +57,7 @@ class Solution:
     log_prob_stderr: Tensor | None = None
     log_prob_of: Literal["x", "z"] | None = None
     latent: Tensor | None = None
+    rounds: int | None = None
 
     __repr__ = told
 

@@ -141,16 +141,20 @@ def sample(
         status="complete" if complete else "max_nfe",
         t=float(grid.times[-1]) if complete else last.t,
         latent=latent,
+        rounds=last.rounds,
     )
 
 
 def _shown(states: Iterator[State], solver: Solver, grid: Grid) -> Iterator[State]:
-    """The states, with a progress bar."""
-    nfe = 0
-    with tqdm(desc=type(solver).__name__, total=solver.evaluations(grid), unit="nfe", leave=False) as bar:
+    """The states, with a progress bar: of evaluations, or of steps where a table's are not known beforehand."""
+    total, done = solver.evaluations(grid), 0
+    by_step = total is None and solver.has_table
+    total, unit = (grid.steps, "step") if by_step else (total, "nfe")
+    with tqdm(desc=type(solver).__name__, total=total, unit=unit, leave=False) as bar:
         for state in states:
-            bar.update(state.nfe - nfe)
-            nfe = state.nfe
+            now = state.step + state.done if by_step else state.nfe
+            bar.update(now - done)
+            done = now
             yield state
 
 

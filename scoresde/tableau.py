@@ -46,6 +46,7 @@ class State(NamedTuple):
         done: whether the row ends its step, so that x stands at grid.times[step + 1].
         t: time of the evaluation; in a loop that stops short of the grid's end, the time that x has reached.
         x: the state after the row, shape (B, ...): the loop's own tensor, which its driver may change in place.
+        rounds: of `scoresde.solvers.Parallel`: batches of evaluations so far, and x is a copy; None of the others.
     """
 
     row: int
@@ -54,6 +55,7 @@ class State(NamedTuple):
     done: bool
     t: float
     x: Tensor
+    rounds: int | None = None
 
 
 class _Row(NamedTuple):

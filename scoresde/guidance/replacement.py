@@ -40,6 +40,7 @@ from scoresde.noise import NoiseSource
 from scoresde.solvers.base import Around, SingleStep, Solver
 from scoresde.solvers.composite import TimeTravel
 from scoresde.solvers.first_order import DDPM, RawEps
+from scoresde.solvers.parallel import Parallel
 from scoresde.solvers.predictor_corrector import PredictorCorrector
 from scoresde.tableau import State, Tableau
 from scoresde.variance.solver import OptimalVariance
@@ -86,6 +87,11 @@ class Replacement(Around):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"Replacement wraps a solver, DDPM() say, not {self.solver!r}")
+        if isinstance(self.solver, Parallel):
+            raise ArgumentError(
+                f"solver={self.solver!r}: Replacement overwrites the states of a solver that takes its rows in order; "
+                f"take {self.solver.solver!r} itself"
+            )
         A, _ = _checked(self.operator, self.y, self.noise_std, "Replacement")
         object.__setattr__(self, "operator", A)
         object.__setattr__(self, "_A", A)

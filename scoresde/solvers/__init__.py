@@ -11,6 +11,7 @@ from scoresde.solvers import (
     composite,
     exponential,
     first_order,
+    parallel,
     predictor_corrector,
     reverse_sde,
     runge_kutta,
@@ -25,6 +26,7 @@ from scoresde.solvers.composite import *
 from scoresde.solvers.exponential import *
 from scoresde.solvers.first_order import *
 from scoresde.solvers.langevin import langevin
+from scoresde.solvers.parallel import *
 from scoresde.solvers.predictor_corrector import *
 from scoresde.solvers.reverse_sde import *
 from scoresde.solvers.runge_kutta import *
@@ -37,6 +39,7 @@ __all__ += annealed.__all__
 __all__ += composite.__all__
 __all__ += exponential.__all__
 __all__ += first_order.__all__
+__all__ += parallel.__all__
 __all__ += predictor_corrector.__all__
 __all__ += reverse_sde.__all__
 __all__ += runge_kutta.__all__
