@@ -3,8 +3,8 @@
     python benchmarks/parallel.py              six minutes on one core
 
 Every solver with a table, as many steps as fit N = 100 evaluations, on the four exact problems of
-benchmarks/problems.py and, for six solvers, on the committed Fashion-MNIST network (benchmarks/results/networks/VP). Each cell compares
-`Parallel(solver)` at its defaults with the solver itself from the same x_T and the same noise:
+benchmarks/problems.py and, for six solvers, on the committed Fashion-MNIST network (benchmarks/results/networks/VP).
+Each cell compares `Parallel(solver)` at its defaults with the solver itself from the same x_T and the same noise:
 
     rounds / N          calls of the network, one after the other, in units of the loop's
     evaluations / N     all of them, each on the whole batch
@@ -112,7 +112,7 @@ def entries(names: Sequence[str] | None = None) -> list[Entry]:
 def variants(model: Model, N: int) -> list[dict[str, Any]]:
     cells = []
     for variant, (options, constants) in tqdm(VARIANTS.items(), desc="variants", leave=False):
-        with mock.patch.multiple(module, **constants):
+        with mock.patch.multiple(module, **{"UPDATES": module.UPDATES, **constants}):
             cells += [{"variant": variant, **cell(model, entry, N, **options)} for entry in entries(SPREAD)]
     return cells
 

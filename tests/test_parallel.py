@@ -60,16 +60,16 @@ def difference(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_in_few_rounds(name):
     solver = TABLES[name]
-    steps = solver.steps_within(VP, 40)
+    steps = solver.steps_within(VP, 16)
     denoiser = MIXTURE.denoiser(VP)
-    loop, few = both(denoiser, (2, 2), Parallel(solver, window=24), steps=steps, seed=3)
+    loop, few = both(denoiser, (2, 2), Parallel(solver, window=8), steps=steps, seed=3)
     # Measured, not proven: the largest over the catalogue is 1.0e-3 here.
     assert difference(loop.x, few.x) < 3e-3
-    assert few.rounds <= 0.6 * loop.nfe
+    assert few.rounds <= 0.75 * loop.nfe
     assert few.nfe <= 10 * loop.nfe
 
 
-@pytest.mark.parametrize("window", [1, 2, 7, None])
+@pytest.mark.parametrize("window", [1, 3, None])
 @pytest.mark.parametrize(
     "solver",
     [DDIM(), UniPC(3), Heun(), DDPM(), EDMStochastic(), TimeTravel(jump=2, repeats=2), DPMSolverPP(3, stochastic=True)],
@@ -102,7 +102,7 @@ def test_smaller_tolerance_smaller_difference(solver):
     x = normal(4, 2)
     errors = []
     for tol in (1e-1, 1e-3, 1e-6):
-        loop, few = both(denoiser, x, Parallel(solver, tol=tol), nfe=40, seed=0)
+        loop, few = both(denoiser, x, Parallel(solver, tol=tol), nfe=20, seed=0)
         errors.append(difference(loop.x, few.x))
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-5
@@ -126,11 +126,11 @@ def test_evaluations_are_counted_and_the_window_bounds_a_call():
 @pytest.mark.parametrize("solver", [DDIM(), DDPM()], ids=repr)
 def test_a_sample_is_the_same_in_any_batch(solver):
     denoiser = MIXTURE.denoiser(VP)
-    seeds = [5, 9, 2, 7, 1, 8]
+    seeds = [5, 9, 2, 7]
     parallel = Parallel(solver, window=6, tol=1e-2)  # a crude one: to the tolerance would be seen
-    together = sample(denoiser, (6, 2), parallel, steps=40, seed=seeds)
+    together = sample(denoiser, (4, 2), parallel, steps=24, seed=seeds)
     for i, seed in enumerate(seeds):
-        alone = sample(denoiser, (1, 2), parallel, steps=40, seed=[seed])
+        alone = sample(denoiser, (1, 2), parallel, steps=24, seed=[seed])
         torch.testing.assert_close(together.x[i : i + 1], alone.x, rtol=1e-4, atol=1e-5)
 
 
@@ -259,14 +259,14 @@ def test_non_finite_values_are_located_as_in_the_loop():
 
 def test_guesses_that_break_the_network_do_no_harm():
     x = normal(3, 2)
-    loop = sample(MIXTURE.denoiser(VP), x, DDPM(), steps=30, seed=2, trajectory=True)
+    loop = sample(MIXTURE.denoiser(VP), x, DDPM(), steps=16, seed=2, trajectory=True)
     far = 1.0001 * float(loop.trajectory.abs().max())  # just beyond what the samples reach
-    few = sample(Breaking(MIXTURE.denoiser(VP), far=far), x, Parallel(DDPM(), tol=1e-9), steps=30, seed=2)
+    few = sample(Breaking(MIXTURE.denoiser(VP), far=far), x, Parallel(DDPM(), tol=1e-9), steps=16, seed=2)
     assert difference(loop.x, few.x) < 1e-7
     wild = EpsDenoiser(lambda x, t: (9 * x).sin() * 5, VP)  # no contraction anywhere
-    loop, few = both(wild, x, Parallel(DDIM(), tol=0.0), grid=Grid.log_snr(VP, 25, start=0.9, end=1e-2))
+    loop, few = both(wild, x, Parallel(DDIM(), tol=0.0), grid=Grid.log_snr(VP, 12, start=0.9, end=1e-2))
     torch.testing.assert_close(few.x, loop.x, rtol=1e-3, atol=1e-3)  # chaos multiplies rounding
-    assert few.rounds <= 25
+    assert few.rounds <= 12
 
 
 def test_what_it_is_not_for():

@@ -196,7 +196,7 @@ class _Run:
         self.W = min(window, self.R)
         self.wait = -(-self.W // 4)
         self.of = _Columns.of(table, denoiser, x, 3 * self.W)
-        self.on = self.of.on
+        self.on = self.of.on.cpu()
         self.times = pad(table.t, (0, 3 * self.W))
         self.L = 2 * self.W + self.wait + self.of.past.shape[1] + 2
         self.X, self.N, self.F = x.new_zeros(3, self.L, B, x[0].numel())
@@ -273,7 +273,6 @@ class _Run:
     def _roll(self, which: Tensor, width: int) -> None:
         """All states of the windows of these samples anew, as far as the next round evaluates; their fronts."""
         of, W, device = self.of, self.W, self.like.device
-        columns = _Columns(*of[:-1], on=of.on.to(device))
         b, front, slot = (column.to(device) for column in (which, self.front[which], self._slot(which)))
         x = begin = self.X[front % self.L, b]
         D = torch.zeros_like(x)
@@ -283,7 +282,7 @@ class _Run:
         j, end = 0, W
         while j < end:
             row = front + j
-            at, on = row % self.L, columns.on[row]
+            at, on = row % self.L, of.on[row]
             if j < width:
                 d = x - self.X[at, b]
                 size, scale = (y.square().mean(1).sqrt() for y in (d, x))
