@@ -78,7 +78,7 @@ def test_every_table_in_few_rounds(name):
 def test_without_a_tolerance_it_is_the_loop(solver, window):
     denoiser = Nonlinear(VP)
     x = normal(3, 2, 2)
-    loop, whole = both(denoiser, x, Parallel(solver, window, tol=0.0), steps=9, seed=1)
+    loop, whole = both(denoiser, x, Parallel(solver, window, tol=0.0), steps=6, seed=1)
     torch.testing.assert_close(whole.x, loop.x, rtol=1e-11, atol=1e-11)
     assert whole.rounds <= loop.nfe
     if window == 1:
@@ -88,9 +88,9 @@ def test_without_a_tolerance_it_is_the_loop(solver, window):
 @pytest.mark.parametrize("name", SDES)
 def test_every_process(name):
     sde = SDES[name]
-    grid = Grid.log_snr(sde, 12, start=start_of(sde), end=end_of(sde))
+    grid = Grid.log_snr(sde, 8, start=start_of(sde), end=end_of(sde))
     if sde.nodes is not None:
-        grid = Grid.customary(sde, 12)
+        grid = Grid.customary(sde, 8)
     for solver in (UniPC(2), DDPM()):
         loop, whole = both(Nonlinear(sde), sde.prior_std * normal(2, 3), Parallel(solver, 5, 0.0), grid=grid, seed=0)
         torch.testing.assert_close(whole.x, loop.x, rtol=1e-8, atol=1e-8)

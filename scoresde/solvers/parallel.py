@@ -163,9 +163,8 @@ class _Columns(NamedTuple):
             kappa[on] = SLOPE * (sde.data_scale * sde.scales(t)[0] / sde.radius(t) ** 2 - r[on]) / s[on]
         columns = torch.stack([*own, kappa, r, s, SMALL * denoiser.sde.radius(table.t)], 1)
         columns = torch.cat([columns, columns.new_tensor([[1.0, 0, 0, 0, 0, 0, 0, 1, 0]]).expand(more, -1)])
-        return _Columns(
-            *columns[:, :, None].to(like).unbind(1), pad(past, (0, 0, 0, more)).to(like), pad(on, (0, more))
-        )
+        past, on = pad(past, (0, 0, 0, more)).to(like), pad(on, (0, more)).to(like.device)
+        return _Columns._make([*columns[:, :, None].to(like).unbind(1), past, on])
 
 
 class _Run:
