@@ -1,6 +1,6 @@
 """Tables in few rounds: how many calls of the network `Parallel` makes of N, and how far it ends from the loop.
 
-    python benchmarks/parallel.py              six minutes on one core
+    python benchmarks/parallel.py              seven minutes on one core
 
 Every solver with a table, as many steps as fit N = 100 evaluations, on the four exact problems of
 benchmarks/problems.py and, for six solvers, on the committed Fashion-MNIST network (benchmarks/results/networks/VP).
@@ -10,7 +10,8 @@ Each cell compares `Parallel(solver)` at its defaults with the solver itself fro
     evaluations / N     all of them, each on the whole batch
     difference          root mean square over a sample's entries, of the worst sample, in units of all samples' own
 
-A second table says what the Jacobian's parts, the window and the tolerance are worth. Rounds are those of the slowest
+Two more tables say what the Jacobian's parts, the window and the tolerance are worth, and what a network in half
+precision makes of it. Rounds are those of the slowest
 sample of the batch. No time is measured: on a CPU a batch of 50 rows takes 50 times as long as one, and all evaluations
 are work; fewer rounds are less time where a large batch takes hardly longer than a small one.
 Written into --out: README.md, results.json, rounds.png.
@@ -22,7 +23,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +36,7 @@ from problems import EXACT
 from torch import Tensor
 from tqdm import tqdm
 
-from scoresde import Denoiser, sample
+from scoresde import Denoiser, EpsDenoiser, sample
 from scoresde.info import environment
 from scoresde.report import table, write_json
 from scoresde.solvers import Entry, Parallel, available
@@ -117,6 +120,21 @@ def variants(model: Model, N: int) -> list[dict[str, Any]]:
     return cells
 
 
+def precisions(model: Model, N: int) -> list[dict[str, Any]]:
+    """The same denoiser as an eps network that sees and answers numbers of fewer digits."""
+    cells = []
+    for dtype, tol in tqdm([*product((torch.float32, torch.float16, torch.bfloat16), (1e-3, 4e-3))], leave=False):
+        net = partial(_rounded, model.denoiser, dtype)
+        rounded = replace(model, denoiser=EpsDenoiser(net, model.denoiser.sde), x=model.x.float())
+        variant = f"{str(dtype).removeprefix('torch.')}, tol={tol:g}"
+        cells += [{"variant": variant, **cell(rounded, entry, N, tol=tol)} for entry in entries(SPREAD)]
+    return cells
+
+
+def _rounded(denoiser: Denoiser, dtype: torch.dtype, x: Tensor, t: Tensor) -> Tensor:
+    return denoiser.eps(x.to(dtype).to(x.dtype), t).to(dtype).to(x.dtype)
+
+
 def summary(cells: Sequence[dict[str, Any]]) -> list[str]:
     """Of some cells: rounds / N, evaluations / N and differences, medians and the largest."""
     columns = ([c["rounds"] / c["N"] for c in cells], [c["evaluations"] / c["N"] for c in cells])
@@ -162,6 +180,17 @@ def page(found: dict[str, Any]) -> list[str]:
         ]
         rows = [[name, *summary([c for c in found["variants"] if c["variant"] == name])] for name in VARIANTS]
         lines += [*table(("variant", *HEAD), rows), ""]
+    if found["precisions"]:
+        lines += [
+            "## Networks of fewer digits",
+            "",
+            "On the Gaussian, over the same solvers, with a network that sees and answers rounded numbers: a tolerance "
+            "below its rounding costs rounds.",
+            "",
+        ]
+        names = dict.fromkeys(c["variant"] for c in found["precisions"])
+        rows = [[name, *summary([c for c in found["precisions"] if c["variant"] == name])] for name in names]
+        lines += [*table(("network", *HEAD), rows), ""]
     lines += ["## Every solver", "", "Rounds / N, and the difference.", ""]
     rows = []
     for entry in entries():
@@ -206,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     start = time.perf_counter()
-    found: dict[str, Any] = {"N": options.n, "models": {}, "cells": [], "variants": []}
+    found: dict[str, Any] = {"N": options.n, "models": {}, "cells": [], "variants": [], "precisions": []}
     for model in models(options.models):
         found["models"][model.name] = model.title
         few = ON_NETWORK if model.name == "network" else None
@@ -215,6 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found["cells"].append(cell(model, entry, options.n))
         if model.name == "ring":
             found["variants"] = variants(model, options.n)
+        if model.name == "gaussian":
+            found["precisions"] = precisions(model, options.n)
     found["seconds"] = round(time.perf_counter() - start, 1)
     found["command"] = "benchmarks/parallel.py"
     found["environment"] = environment()

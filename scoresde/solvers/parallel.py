@@ -244,7 +244,7 @@ class _Run:
         except Exception as error:
             error.add_note(
                 f"Parallel evaluated {k} rows of {B} samples at once, {k * B} entries: give what the denoiser holds "
-                "for each sample as a condition, or as one for all"
+                "for each sample as a condition, or as one for all, or take the solver itself"
             )
             raise
         self.nfe, self.rounds = self.nfe + k, self.rounds + 1
