@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -10,7 +13,19 @@ import torch
 from common import SDES, Nonlinear, end_of, normal, start_of
 from torch import Tensor
 
-from scoresde import VPSDE, DDPMChain, Denoiser, EpsDenoiser, Grid, Latent, NonFiniteError, Posterior, VDenoiser, sample
+from scoresde import (
+    VPSDE,
+    Clip,
+    DDPMChain,
+    Denoiser,
+    EpsDenoiser,
+    Grid,
+    Latent,
+    NonFiniteError,
+    Posterior,
+    VDenoiser,
+    sample,
+)
 from scoresde.codecs import Standardise
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.guidance import ClassifierFree, Replacement
@@ -169,9 +184,12 @@ def test_conditions_go_with_their_samples(kind):
     grid = Grid.log_snr(VP, 9, start=0.9, end=1e-3)
     loop, whole = both(denoiser, normal(3, 4), Parallel(DDPM(), 4, 0.0), grid=grid, seed=0, cond=cond)
     torch.testing.assert_close(whole.x, loop.x, rtol=1e-5, atol=1e-6)  # labels are float32
-    guided = ClassifierFree(denoiser, 2.0, null={"label": -1.0})
-    loop, whole = both(guided, normal(3, 4), Parallel(UniPC(2), 4, 0.0), grid=grid, cond=cond)
-    torch.testing.assert_close(whole.x, loop.x, rtol=1e-5, atol=1e-6)
+    for guided in (  # rows of one call in the interval and out of it
+        ClassifierFree(Clip(denoiser, -1, 1), 2.0, null={"label": -1.0}),
+        ClassifierFree(denoiser, lambda t: 1 + t, null={"label": -1.0}, interval=(0.05, 1.0)),
+    ):
+        loop, whole = both(guided, normal(3, 4), Parallel(UniPC(2), 4, 0.0), grid=grid, cond=cond)
+        torch.testing.assert_close(whole.x, loop.x, rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_repeated_is_said_before_any_evaluation():
@@ -183,6 +201,8 @@ def test_what_cannot_be_repeated_is_said_before_any_evaluation():
 
 def test_a_scale_for_each_sample_is_refused_with_a_reason():
     denoiser = ClassifierFree(EpsDenoiser(Told(), VP), torch.tensor([1.0, 2.0]), null={"label": -1.0})
+    one = Parallel(DDIM(), window=1)  # no entry is repeated
+    assert sample(denoiser, (2, 4), one, steps=2, cond={"label": torch.ones(2)}, seed=0).nfe == 2
     with pytest.raises(ValueError, match="2 entries") as raised:
         sample(denoiser, (2, 4), Parallel(DDIM()), steps=9, cond={"label": torch.ones(2)}, seed=0)
     assert "each sample as a condition" in raised.value.__notes__[0]
@@ -279,3 +299,15 @@ def test_what_it_is_not_for():
         Parallel(DDIM(), tol=-1.0)
     with pytest.raises(ValueError, match="overwrites the states"):
         Replacement(Parallel(DDPM()), torch.tensor([True, False]), y=torch.zeros(1, 2))
+
+
+def test_the_committed_results_are_what_the_pages_say():
+    found = json.loads((Path(__file__).parent.parent / "benchmarks/results/parallel/results.json").read_text())
+    cells = [c for c in found["cells"] if c["solver"] in TABLES]
+    assert {c["solver"] for c in cells if c["model"] == "ring"} == set(TABLES)
+    assert max(c["difference"] for c in cells) < 2e-3
+    for deterministic, goal in ((True, 0.15), (False, 0.25)):
+        for model in found["models"]:
+            of = [c for c in cells if c["model"] == model and c["deterministic"] == deterministic]
+            assert median(c["rounds"] / c["N"] for c in of) <= goal
+            assert median(c["evaluations"] / c["N"] for c in of) <= 10
