@@ -61,12 +61,14 @@ class Parallel(Around):
     than the loop, never wrong: a round makes one more evaluation final at least.
 
     How far the result is from the loop's is measured, not proven (benchmarks/results/parallel): at tol = 1e-3 and 100
-    rows below 2e-3 of the state's scale. With tol = 0 it is the loop's to rounding.
+    rows below 2e-3 of the state's scale. With tol = 0 it is the loop's to rounding. Below the rounding of the network's
+    own numbers rows do not settle but by being first: one in bfloat16 wants tol = 4e-3 or more.
 
     `sample(nfe=...)` takes as many steps as the solver itself would: the evaluations made are not known beforehand.
     Where gradients are recorded (`sample(differentiable=True)`) and for `log_prob=` the table runs in order, and rounds
     are the evaluations, or None. What a denoiser holds for each sample, a guidance scale of shape (B,) or a measurement
-    y, cannot be told to k B entries and raises an error: give it as a condition, or one for all.
+    y, cannot be told to k B entries and raises an error: give it as a condition, or one for all. A function noise(row,
+    x) is called in the loop's order, but ahead of the rows, with x_T for x: its shape is all that it may read.
 
     Args:
         solver: whose table it is, any that has one.
