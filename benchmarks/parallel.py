@@ -20,6 +20,7 @@ Written into --out: README.md, results.json, rounds.png.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -226,31 +227,41 @@ def picture(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def measured(names: Sequence[str], solvers: Sequence[str] | None, N: int) -> dict[str, Any]:
+    """All of results.json, on these models and of these solvers."""
+    start = time.perf_counter()
+    found: dict[str, Any] = {"N": N, "models": {}, "cells": [], "variants": [], "precisions": []}
+    for model in models(names):
+        found["models"][model.name] = model.title
+        few = ON_NETWORK if model.name == "network" else None
+        for entry in tqdm(entries(few), desc=model.name):
+            if solvers is None or entry.name in solvers:
+                found["cells"].append(cell(model, entry, N))
+        if model.name == "ring":
+            found["variants"] = variants(model, N)
+        if model.name == "gaussian":
+            found["precisions"] = precisions(model, N)
+    seconds = round(time.perf_counter() - start, 1)
+    return {**found, "seconds": seconds, "command": "benchmarks/parallel.py", "environment": environment()}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=100, help="evaluations of the loop, at most")
     parser.add_argument("--models", nargs="+", default=[*EXACT, "network"], choices=[*EXACT, "network"])
     parser.add_argument("--solvers", nargs="+", help="names; all by default")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/parallel", help="folder")
+    parser.add_argument("--digits", action="store_true", help="measure networks of fewer digits alone, beside the rest")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    start = time.perf_counter()
-    found: dict[str, Any] = {"N": options.n, "models": {}, "cells": [], "variants": [], "precisions": []}
-    for model in models(options.models):
-        found["models"][model.name] = model.title
-        few = ON_NETWORK if model.name == "network" else None
-        for entry in tqdm(entries(few), desc=model.name):
-            if options.solvers is None or entry.name in options.solvers:
-                found["cells"].append(cell(model, entry, options.n))
-        if model.name == "ring":
-            found["variants"] = variants(model, options.n)
-        if model.name == "gaussian":
-            found["precisions"] = precisions(model, options.n)
-    found["seconds"] = round(time.perf_counter() - start, 1)
-    found["command"] = "benchmarks/parallel.py"
-    found["environment"] = environment()
+    kept = options.out / "results.json"
+    if options.digits:
+        found = json.loads(kept.read_text())
+        found["precisions"] = precisions(next(models(["gaussian"])), found["N"])
+    else:
+        found = measured(options.models, options.solvers, options.n)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "results.json", found)
+    write_json(kept, found)
     picture(found, options.out / "rounds.png")
     (options.out / "README.md").write_text("\n".join(page(found)))
 
