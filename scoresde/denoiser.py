@@ -232,7 +232,7 @@ class NetworkDenoiser(Denoiser):
         return None
 
     def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) and not torch.compiler.is_compiling():
             return self.outputs(as_time(t).reshape(1))(0, x, cond)
         times = precise(t).reshape(-1)
         scale = self.input_scale(times)
@@ -244,8 +244,9 @@ class NetworkDenoiser(Denoiser):
     def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
         label, scale = self.label(precise(times)), self.input_scale(precise(times))
         label = label.expand(len(times), *label.shape[1:])
-        # Numbers, not tensors: a copy to a GPU would stall it.
+        # Numbers, not tensors: a copy to a GPU would stall it. A label of further dimensions is moved once, here.
         labels = label.tolist() if label.ndim == 1 else None
+        moved = label if labels is not None else label.to(self.device)
         scales = None if scale is None else scale.tolist()
         parameter = first_parameter(self.net)
         label_dtypes: dict[torch.dtype, torch.dtype] = {}
@@ -258,7 +259,7 @@ class NetworkDenoiser(Denoiser):
             if labels is not None:
                 time = torch.full((B,), labels[i], dtype=label_dtype, device=x.device)
             else:
-                time = label[i : i + 1].to(device=x.device, dtype=label_dtype).expand(B, *label.shape[1:])
+                time = moved[i : i + 1].to(device=x.device, dtype=label_dtype).expand(B, *moved.shape[1:])
             return self._evaluate(x, x if scales is None else x * scales[i], time, dtype, cond)
 
         return at
@@ -266,12 +267,15 @@ class NetworkDenoiser(Denoiser):
     def _evaluate(self, x: Tensor, seen: Tensor, time: Tensor, dtype: torch.dtype, cond: Mapping[str, Any]) -> Tensor:
         """The network on what it sees of x, checked, in the dtype of x."""
         seen = seen if seen.dtype == dtype else seen.to(dtype)
-        version = None if seen.is_inference() else seen._version
-        try:
-            out = self.net(seen, time, **cond)
-        except Exception as error:
-            error.add_note(given_to(self.net, seen, time, cond))
-            raise
+        if torch.compiler.is_compiling():  # what is traced has no version, and its errors are the compiler's
+            version, out = None, self.net(seen, time, **cond)
+        else:
+            version = None if seen.is_inference() else seen._version
+            try:
+                out = self.net(seen, time, **cond)
+            except Exception as error:
+                error.add_note(given_to(self.net, seen, time, cond))
+                raise
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(

@@ -60,7 +60,7 @@ def named(cond: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def counted(leaf: Any) -> int | None:
     """How many entries a tensor or a list of strings has; None for what is for all samples."""
     if isinstance(leaf, Tensor):
-        return len(leaf) if leaf.ndim else None
+        return leaf.shape[0] if leaf.ndim else None  # not len(): that would fix the batch of what is traced
     return len(leaf) if _strings(leaf) else None
 
 
@@ -130,7 +130,7 @@ def joined(conds: Sequence[Mapping[str, Any]], x: Tensor) -> dict[str, Any] | No
     """
 
     def join(*values: Any) -> Any:
-        first, n = values[0], len(x)
+        first, n = values[0], x.shape[0]
         for_all = (counted(first) is None and not _unclear(first, n)) or counted(first) == 1 < n
         if for_all and all(_same(value, first) for value in values):
             return first
@@ -219,7 +219,7 @@ def _same(value: Any, first: Any) -> bool:
 
 def _each(value: Any, x: Tensor) -> Any:
     """A condition with an entry per sample, or None where it has none to give."""
-    n = len(x)
+    n = x.shape[0]
     if isinstance(value, int | float) and not isinstance(value, bool):
         dtype = torch.int64 if isinstance(value, int) else x.dtype
         return torch.full((n,), value, dtype=dtype, device=x.device)

@@ -233,6 +233,9 @@ class CounterNoise(NoiseSource):
         device: where to draw a prior; by default the host.
         stream: of the z_i: 1 for a solver's, 3 for the probes of a likelihood.
 
+    Attributes:
+        drawn: how many draws have been made.
+
     >>> import scoresde
     >>> from scoresde.exact import Gaussian
     >>> denoiser = Gaussian(mean=[3.0, -1.0], std=0.5).denoiser(scoresde.VPSDE())
@@ -244,30 +247,51 @@ class CounterNoise(NoiseSource):
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", stream: int = 1) -> None:
-        self.seeds: list[int] = [int(seed) for seed in seeds]
+        self.seeds = [int(seed) for seed in seeds]
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
             raise ArgumentError(f"seeds={list(seeds)!r}: expected whole numbers in [0, 2^63)")
         self.stream = stream
         self._key = torch.tensor(self.seeds, dtype=torch.int64, device=device)
         self.rewind()
 
+    @classmethod
+    def keyed(cls, key: Tensor, stream: int = 1, drawn: int = 0) -> CounterNoise:
+        """The source whose seeds are on the device already, int64 in [0, 2^63), shape (B,), and of which as many draws
+        have been made: seeds are not looked at, so that what draws from it can be traced and captured. It has no
+        `seeds` on the host.
+        """
+        source = cls.__new__(cls)
+        source.seeds, source.stream, source._key, source.drawn = None, stream, key, drawn
+        return source
+
+    def ahead(self, x: Tensor, draws: int) -> Tensor:
+        """The keys, where x is; as many draws count as made, which another source makes, `keyed` by them."""
+        self._check(x.shape[0])
+        self.drawn += draws
+        self._key = self._key.to(x.device)
+        return self._key
+
     def rewind(self) -> None:
-        self._drawn = 0
+        self.drawn = 0
 
     def anew(self, device: torch.device) -> CounterNoise:
         """The same source before its first draw, on that device."""
-        return CounterNoise(self.seeds, device, self.stream)
+        return self._again(self._key.to(device), self.stream)
 
     def prior(self, sde: SDE, shape: Sequence[int], dtype: torch.dtype, t: float) -> Tensor:
+        return sde.prior_std_at(t) * self.standard(shape, dtype)
+
+    def standard(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Of the prior's stream, standard normal: the draw from a prior, divided by its standard deviation."""
         self._check(shape[0])
-        return sde.prior_std_at(t) * normal(self._key, 0, 0, math.prod(shape[1:]), dtype).reshape(tuple(shape))
+        return normal(self._key, 0, 0, math.prod(shape[1:]), dtype).reshape(tuple(shape))
 
     def __call__(self, row: int, x: Tensor) -> Tensor:
-        return normal(self._next(x), self.stream, self._drawn, x[0].numel(), x.dtype).reshape(x.shape)
+        return normal(self._next(x), self.stream, self.drawn, x[0].numel(), x.dtype).reshape(x.shape)
 
     def signs(self, row: int, count: int, x: Tensor) -> Tensor:
         n = x[0].numel()
-        bits = [words(self._next(x), self.stream, self._drawn, n).mT.flatten(1)[:, :n] & 1 for _ in range(count)]
+        bits = [words(self._next(x), self.stream, self.drawn, n).mT.flatten(1)[:, :n] & 1 for _ in range(count)]
         return torch.stack(bits).mul_(2).sub_(1).to(x.dtype).reshape(count, *x.shape)
 
     def entropies(self, batch: int) -> list[int]:
@@ -277,18 +301,20 @@ class CounterNoise(NoiseSource):
         return numbers
 
     def probes(self) -> CounterNoise:
-        return CounterNoise(self.seeds, self._key.device, stream=3)
+        return self._again(self._key, 3)
+
+    def _again(self, key: Tensor, stream: int) -> CounterNoise:
+        again = CounterNoise.keyed(key, stream)
+        again.seeds = self.seeds
+        return again
 
     def _next(self, x: Tensor) -> Tensor:
         """The keys, where x is; one more draw is made."""
-        self._check(len(x))
-        self._drawn += 1
-        self._key = self._key.to(x.device)
-        return self._key
+        return self.ahead(x, 1)
 
     def _check(self, batch: int) -> None:
-        if len(self.seeds) != batch:
-            raise ValueError(f"{len(self.seeds)} seeds for {batch} samples: give one per sample")
+        if self._key.shape[0] != batch:  # not len(): that would fix the batch of what is traced
+            raise ValueError(f"{len(self._key)} seeds for {batch} samples: give one per sample")
 
 
 def noise_source(

@@ -103,6 +103,8 @@ def sample(
         raise ValueError("an increasing grid encodes data: give x, not a shape")
     x_T, out_dtype = initial(denoiser, shape_or_x, grid, source)
     check_call(denoiser, x_T, cond)
+    if trajectory:
+        solver = solver.by_rows
     if grid.increasing:
         with torch.set_grad_enabled(differentiable):
             x_T = encoded(denoiser, x_T, cond)
@@ -118,7 +120,7 @@ def sample(
             raise ValueError(f"path=True is for solvers with a table, not {solver!r}; ReverseSDE has a path of its own")
         draw = BrownianNoise(solver.tableau(grid), source.entropies(len(x_T)))
 
-    def run() -> Iterator[State]:
+    def run(solver: Solver = solver) -> Iterator[State]:
         return solver.iterate(denoiser, x_T, grid, draw, cond)
 
     last, states = None, [x_T] if trajectory else []
@@ -129,7 +131,7 @@ def sample(
     assert last is not None
     x, complete = last.x, last.done and last.step == grid.steps - 1
     if not all_finite(x):
-        raise locate(run, source, x)
+        raise locate(lambda: run(solver.by_rows), source, x)
     kept = narrowed(torch.stack(states), out_dtype, "the trajectory", batch=1) if trajectory else None
     with torch.set_grad_enabled(differentiable):
         x, latent = results(denoiser, x, out_dtype, grid, cond)

@@ -14,7 +14,7 @@ the end, whatever follows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,9 +30,11 @@ from scoresde.views import view_of_mean
 if TYPE_CHECKING:
     from scoresde.noise import Noise
 
-__all__ = ["Ready", "State", "Tableau", "responses"]
+__all__ = ["Output", "Ready", "State", "Tableau", "responses"]
 
 Column = Tensor | float
+Output = Callable[[int, Tensor, Mapping[str, Any]], Tensor]
+"""output(i, x, cond): what the denoiser's network predicts of the state x of row i."""
 
 
 @shown
@@ -313,10 +315,25 @@ class Ready:
             raise ValueError(
                 "this tableau draws noise (c > 0): pass noise=, a function (row, x) such as scoresde.noise.SeededNoise"
             )
-        return self._loop(denoiser, x, noise, cond)
+        return self.loop(self.output(denoiser), x, noise, cond)
 
-    def _loop(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, cond: dict[str, Any]) -> Iterator[State]:
-        output = denoiser.outputs(self.t.clone())  # for a time= that writes to it
+    @property
+    def draws(self) -> list[int]:
+        """The rows that draw noise, in order."""
+        return [i for i, row in enumerate(self.rows) if row.c != 0.0]
+
+    def output(self, denoiser: Denoiser) -> Output:
+        """The denoiser at the times of the rows, with all that depends on the times alone done."""
+        return denoiser.outputs(self.t.clone())  # for a time= that writes to it
+
+    def loop(self, output: Output, x: Tensor, noise: Noise | None, cond: Mapping[str, Any]) -> Iterator[State]:
+        """The loop alone, straight tensor code: nothing is checked, read from the host's tensors or copied between
+        devices, so that it can be traced and captured as a whole.
+
+        Args:
+            output: of `Ready.output`.
+            x, noise, cond: as for `Tableau.iterate`.
+        """
         steps, nfe = self.steps, 0
         kept: dict[int, Tensor] = {}
         for i, row in enumerate(self.rows):

@@ -144,8 +144,10 @@ def drawn_from(generator: torch.Generator | None, device: torch.device | str) ->
 
 
 def known_any(condition: Tensor) -> bool:
-    """Whether it holds anywhere; False where looking would stall a device, or cannot be done (under vmap)."""
-    if condition.device.type != "cpu":
+    """Whether it holds anywhere; False where looking would stall a device, or cannot be done (under vmap, or where the
+    code is traced).
+    """
+    if torch.compiler.is_compiling() or condition.device.type != "cpu":
         return False
     try:
         return bool(condition.any())

@@ -20,6 +20,7 @@ from scoresde import (
     Latent,
     X0Denoiser,
     bits_per_dim,
+    compiled,
     decode,
     diagnose,
     editing,
@@ -61,6 +62,7 @@ BARE = {
     "Latent": lambda: Latent(NET, None),
     "Product": lambda: guidance.Product([NET]),
     "SNDenoiser": lambda: variance.SNDenoiser(NET),
+    "SamplerModule": lambda: compiled.SamplerModule(NET, DDIM(), (4, 2), steps=2),
     "Trainer": lambda: Trainer(NET, X, TrainConfig(steps=1)),
     "averaged": lambda: training.averaged("nowhere", 0.1, NET),
     "bits_per_dim": lambda: bits_per_dim(NET, X.long().abs()),
@@ -83,6 +85,7 @@ BARE = {
     "npr_loss": lambda: losses.npr_loss(NET, None, X),
     "ocm_loss": lambda: losses.ocm_loss(NET, None, X),
     "sample": lambda: sample(NET, (4, 2), DDIM(), steps=2),
+    "save_sampler": lambda: compiled.save_sampler(NET, DDIM(), "a.pt2", shape=(4, 2), steps=2),
     "sdedit": lambda: editing.sdedit(NET, X, DDIM(), strength=0.5, steps=3),
     "sn_loss": lambda: losses.sn_loss(NET, None, X),
     "training_loss": lambda: losses.training_loss(losses.sn_loss, NET),
@@ -98,7 +101,7 @@ OTHERS = {"Branching", "Conditioned", "Guidance", "Twisted", "Potential", "twist
 
 
 def test_every_public_function_of_a_denoiser_is_tried():
-    rooms = [scoresde, editing, guidance, solvers, training, tuning, variance]
+    rooms = [scoresde, compiled, editing, guidance, solvers, training, tuning, variance]
     public = {name: getattr(room, name) for room in rooms for name in room.__all__}
     takes = {
         name

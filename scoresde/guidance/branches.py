@@ -138,7 +138,7 @@ class Branching(Wrapper):
 
     def output(self, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         def call(denoiser: Denoiser, many: Tensor, cond: Mapping[str, Any]) -> Tensor:
-            return denoiser.output(many, times_of(t, len(many) // len(x)), **cond)
+            return denoiser.output(many, times_of(t, many.shape[0] // x.shape[0]), **cond)
 
         return self._output(x, t, cond, call)
 
@@ -192,7 +192,7 @@ def evaluate(branches: Sequence[Branch], x: Tensor, call: Call, batched: bool) -
         else:
             N = call(denoiser, torch.cat([x] * len(mine)), together)
             N = N if len(mine) == len(branches) else N.clone()
-            for k, part in zip(mine, N.split(len(x)), strict=True):
+            for k, part in zip(mine, N.split(x.shape[0]), strict=True):
                 found[k] = part
     return [N for N in found if N is not None]
 
@@ -227,9 +227,9 @@ def replaced(cond: Mapping[str, Any], values: Mapping[str, Any], x: Tensor) -> d
     made = dict(cond)
     for name, value in values.items():
         if name in cond:
-            made[name] = like(cond[name], value, len(x), name)
+            made[name] = like(cond[name], value, x.shape[0], name)
         else:
-            check_cond({name: value}, len(x))
+            check_cond({name: value}, x.shape[0])
             made[name] = value
     return made
 

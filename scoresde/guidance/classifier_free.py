@@ -79,7 +79,7 @@ class _Extrapolation(Branching):
         return torch.where((level > low) & (level <= high), w, 1.0)
 
     def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
-        w, good, poor = self.weight_at(t, len(x)), (self.denoiser, cond), self.poor(x, cond)
+        w, good, poor = self.weight_at(t, x.shape[0]), (self.denoiser, cond), self.poor(x, cond)
         if known_all(w == 1):
             return [good], None
         if known_all(w == 0) and self.rule.view is None and self.channels is None:

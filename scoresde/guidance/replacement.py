@@ -106,7 +106,7 @@ class Replacement(Around):
         table = _table(self.solver, grid)
         draws = _draws(table, _checked(self._A, self.y, self.noise_std, "Replacement")[1])
         first = self._overwritten(x, known, draws[0], noise, len(table))
-        states = self.solver.iterate(denoiser, first, grid, noise, cond)
+        states = self.solver.by_rows.iterate(denoiser, first, grid, noise, cond)
         return self._loop(states, known, draws[1:], noise, len(table) + 1)
 
     def _loop(

@@ -8,6 +8,7 @@ from scoresde.solvers import (
     adaptive_ode,
     adaptive_sde,
     annealed,
+    captured,
     composite,
     exponential,
     first_order,
@@ -21,6 +22,7 @@ from scoresde.solvers.adaptive_ode import *
 from scoresde.solvers.adaptive_sde import *
 from scoresde.solvers.annealed import *
 from scoresde.solvers.base import SingleStep, Solver
+from scoresde.solvers.captured import *
 from scoresde.solvers.catalogue import Entry, available, solver_of
 from scoresde.solvers.composite import *
 from scoresde.solvers.exponential import *
@@ -36,6 +38,7 @@ __all__ = ["Entry", "SingleStep", "Solver", "available", "langevin", "solver_of"
 __all__ += adaptive_ode.__all__
 __all__ += adaptive_sde.__all__
 __all__ += annealed.__all__
+__all__ += captured.__all__
 __all__ += composite.__all__
 __all__ += exponential.__all__
 __all__ += first_order.__all__

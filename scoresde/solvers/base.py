@@ -48,6 +48,13 @@ class Solver:
         """Whether its coefficients are known beforehand, so that `tableau` gives them."""
         return type(self).tableau is not Solver.tableau
 
+    @property
+    def by_rows(self) -> Solver:
+        """The solver as one whose `iterate` shows every row, and goes on from a state that its driver has changed:
+        itself. One that runs as a whole, `Captured` say, gives the solver that it wraps.
+        """
+        return self
+
     def tableau(self, grid: Grid) -> Tableau:
         """The table of coefficients on that grid.
 
