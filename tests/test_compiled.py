@@ -7,9 +7,14 @@ import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import gpu
 from common import normal
 
 from scoresde import VPSDE, Clip, EpsDenoiser, Grid, Latent, VDenoiser, sample
@@ -294,3 +299,20 @@ def test_on_a_gpu(denoiser, solver):
     torch.testing.assert_close(
         sample(denoiser, x, one, steps=5, seed=0).x, sample(denoiser, x, solver, steps=5, seed=0).x
     )
+
+
+def test_the_benchmark_runs_on_a_cpu_and_says_what_it_lacks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "SMALL", gpu.SMALL[1:])
+    monkeypatch.setattr(gpu, "trained", lambda args, budget: {"lacks": "no time left"})
+    gpu.main(["--device", "cpu", "--small", "--out", str(tmp_path)])
+    page = capsys.readouterr().out
+    assert page.strip() == (tmp_path / "README.md").read_text().strip()
+    for said in ("no result", "no CUDA graphs on this device", "Training: no time left"):
+        assert said in page
+    rows = json.loads((tmp_path / "results.json").read_text())["sampling"]
+    assert [(row["mode"], row["batch"]) for row in rows] == [
+        ("eager", 1), ("captured", 1), ("eager", 2), ("captured", 2)
+    ]  # fmt: skip
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            gpu.main([])

@@ -139,7 +139,7 @@ def shuffle(x: Tensor, patch: int) -> Tensor:
     if patch == 1:
         return x
     size, dims = x.shape[2:], x.dim() - 2
-    x = x.reshape(len(x), x.shape[1] // patch**dims, *dims * (patch,), *size)
+    x = x.reshape(x.shape[0], x.shape[1] // patch**dims, *dims * (patch,), *size)
     x = x.permute(0, 1, *(axis for d in range(dims) for axis in (2 + dims + d, 2 + d)))
     return x.reshape(*x.shape[:2], *(n * patch for n in size))
 
@@ -159,7 +159,7 @@ def image_of(x: Tensor, image: Tensor | None, dims: int, channels: int) -> Tenso
         if image is not None:
             raise ValueError("this network takes no image: build it with image_condition= channels to pass one")
         return None
-    expected = (len(x), channels, *x.shape[2:])
+    expected = (x.shape[0], channels, *x.shape[2:])
     if image is None or image.shape != expected:
         found = "none" if image is None else f"shape {tuple(image.shape)}"
         raise ValueError(f"this network is conditional on an image: pass image= of shape {expected}, not {found}")

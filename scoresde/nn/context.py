@@ -49,13 +49,13 @@ def tokens_of(context: Tensor | None, mask: Tensor | None, n: int, width: int, d
     """
     if context is None:
         raise ValueError("context_mask without a context: pass context= too, or neither")
-    if context.ndim != 3 or len(context) not in (1, n) or context.shape[2] != width:
+    if context.ndim != 3 or context.shape[0] not in (1, n) or context.shape[2] != width:
         raise ValueError(
             f"context of shape {tuple(context.shape)}: expected ({n}, tokens, {width}), or one entry for all samples"
         )
     if mask is None:
         mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
-    if mask.dtype != torch.bool or mask.ndim != 2 or len(mask) not in (1, n) or mask.shape[1] != context.shape[1]:
+    if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[0] not in (1, n) or mask.shape[1] != context.shape[1]:
         raise ValueError(
             f"context_mask is {mask.dtype} of shape {tuple(mask.shape)}: expected bool {(n, context.shape[1])}, True "
             "where a token counts (a tokenizer's attention_mask.bool(), the opposite of torch's key_padding_mask)"

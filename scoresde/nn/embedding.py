@@ -117,7 +117,7 @@ class TimeEmbedding(nn.Module):
         if self.contexts is not None:
             if context is None and mask is None:
                 context = time.new_zeros(1, 0, self.contexts.in_features)
-            return tokens_of(context, mask, len(time), self.contexts.in_features, self.contexts.weight.dtype)
+            return tokens_of(context, mask, time.shape[0], self.contexts.in_features, self.contexts.weight.dtype)
         if context is not None or mask is not None:
             raise ValueError("this network takes no context: build it with context= the width of tokens to pass one")
         return None

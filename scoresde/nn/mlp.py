@@ -71,7 +71,7 @@ class MLP(nn.Module):
     ) -> Tensor:
         """x (B, *event_shape), time (B,), label (B,) and vector (B, length) to the shape of x."""
         embedding = self.time(time, label, vector)
-        h = self.inward(x.reshape(len(x), -1))
+        h = self.inward(x.reshape(x.shape[0], -1))
         for block in self.blocks:
             assert isinstance(block, nn.ModuleDict)
             inner = block["first"](block["norm"](h)) + block["time"](embedding)

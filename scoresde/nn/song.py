@@ -110,10 +110,10 @@ class NoiseEmbedding(nn.Module):
                 f, told = f + told, None
         if augment is not None:
             n = 0 if self.augment is None else self.augment.in_features
-            if self.augment is None or augment.shape not in ((n,), (1, n), (len(time), n)):
+            if self.augment is None or augment.shape not in ((n,), (1, n), (time.shape[0], n)):
                 raise ValueError(
                     f"augment has shape {tuple(augment.shape)}: this network takes "
-                    + (f"{(len(time), n)}" if n else "none: build it with augment= its length")
+                    + (f"{(time.shape[0], n)}" if n else "none: build it with augment= its length")
                 )
             f = f + self.augment(augment.to(dtype))
         e: Tensor = self.outward(F.silu(self.inward(f)))

@@ -227,7 +227,7 @@ def recorded(run: Callable[[], Tensor], device: torch.device) -> Callable[[Calla
             run()  # libraries make their handles, and choose their kernels, at the first call
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU
             result = run()
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(device))
