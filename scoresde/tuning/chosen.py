@@ -28,7 +28,7 @@ from scoresde.tuning.solver import TunedSolver
 from scoresde.variance.table import fingerprint
 from scoresde.wrappers import without_codec
 
-__all__ = ["SOLVERS", "SPACINGS", "choose"]
+__all__ = ["SOLVERS", "SPACINGS", "Spacing", "Trial", "Try", "capped", "choose", "finalists"]
 
 SOLVERS: tuple[Solver, ...] = (
     Adams(), DPMSolverPP(2), UniPC(2), UniPC(3), UniPC(3, "eps"), UniPC(2, "v"), UniPC(3, "v"),
@@ -134,21 +134,27 @@ def choose(
         check_solver(solver)
         if solver.adaptive or not solver.has_table:
             raise ArgumentError(f"{solver!r} has no table of steps: only such solvers can be tried")
-    with _Trial(denoiser, shape_or_x, nfe, end, seed, cond, reference_nfe, progress) as trial:
-        first = trial.ranked(trial.of(solvers[:2], spacings), trial.few)
-        grids = [*list(dict.fromkeys(found.spacing for found in first))[:3], *COMMON]
-        more = trial.of(solvers[2:], {name: spacings[name] for name in grids if name in spacings})
-        second = trial.ranked([*first[:4], *more], trial.few)
-        landed = [] if end else [other for found in second[:6] if (other := found.landing_otherwise) is not None]
-        third = trial.ranked([*second[:6], *landed], trial.half)
+    with Trial(denoiser, shape_or_x, nfe, end, seed, cond, reference_nfe, progress) as trial:
         usual = trial.of([default], {})
-        best = trial.ranked([*third[:4], *usual], trial.half)
+        best = trial.ranked([*finalists(trial, solvers, spacings)[:4], *usual], trial.half)
         if not best or not usual:
             raise ArgumentError(f"nfe={nfe}: none of the solvers can be run within it")
         return trial.told(best[0], usual[0])
 
 
-class _Try(NamedTuple):
+def finalists(trial: Trial, solvers: Sequence[Solver], spacings: Mapping[str, Spacing]) -> list[Try]:
+    """The nearest of the solvers on these grids and their own, nearest first, by the half of the samples that chooses:
+    the way of `choose`.
+    """
+    first = trial.ranked(trial.of(solvers[:2], spacings), trial.few)
+    grids = [*list(dict.fromkeys(found.spacing for found in first))[:3], *COMMON]
+    more = trial.of(solvers[2:], {name: spacings[name] for name in grids if name in spacings})
+    second = trial.ranked([*first[:4], *more], trial.few)
+    landed = [] if trial.end else [other for found in second[:6] if (other := found.landing_otherwise) is not None]
+    return trial.ranked([*second[:6], *landed], trial.half)
+
+
+class Try(NamedTuple):
     """A solver on a grid, by its name; "" is its own."""
 
     solver: Solver
@@ -156,7 +162,7 @@ class _Try(NamedTuple):
     grid: Grid
 
     @property
-    def landing_otherwise(self) -> _Try | None:
+    def landing_otherwise(self) -> Try | None:
         """With the other last step, if it has a choice."""
         solver: Any = self.solver
         if (landing := getattr(solver, "landing", None)) is None:
@@ -164,7 +170,7 @@ class _Try(NamedTuple):
         return self._replace(solver=replace(solver, landing="denoise" if landing == "polynomial" else "polynomial"))
 
 
-class _Trial:
+class Trial:
     """The samples, and what was found on them."""
 
     def __init__(
@@ -177,6 +183,7 @@ class _Trial:
         cond: Mapping[str, Any] | None,
         reference_nfe: int | None,
         progress: bool,
+        features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         check_denoiser(denoiser)
         self.denoiser, self.nfe, self.end, self.cond = without_codec(denoiser), nfe, end, cond
@@ -188,11 +195,13 @@ class _Trial:
         source = noise_source(denoiser.device, shape_or_x, [derive_seed(seed, i) for i in range(n)], None, None)
         self.x_T, _ = initial(denoiser, shape_or_x, grid, source)
         self.n, self.few, self.half = n, slice(0, max(n // 8, 4)), slice(0, n // 2)
+        self.cap = math.inf
+        self.features: Callable[[Tensor], Tensor] = features or (lambda x: x)
         self.bar = tqdm(desc=f"choosing for nfe={nfe}", unit="nfe", disable=not progress, leave=False)
         self.truth = self._run(fine, grid, slice(0, n))
-        self.found: dict[tuple[Solver, str, int], Tensor] = {}
+        self.found: dict[tuple[Solver, str, int, int], Tensor] = {}
 
-    def __enter__(self) -> _Trial:
+    def __enter__(self) -> Trial:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -202,15 +211,15 @@ class _Trial:
         cond = None if self.cond is None else entries_of(self.cond, part, self.n)
         found = sample(self.denoiser, self.x_T[part], solver, grid=grid, cond=cond, seed=0)
         self.bar.update(found.nfe)
-        return found.x
+        return self.features(found.x)
 
     def _own(self, solver: Solver, nfe: int) -> tuple[Solver, Grid]:
         """With the steps that it takes by itself within a budget."""
         return steps_of(process(self.denoiser, solver, nfe), solver, nfe=nfe, end=self.end)
 
-    def of(self, solvers: Iterable[Solver], spacings: Mapping[str, Spacing]) -> list[_Try]:
+    def of(self, solvers: Iterable[Solver], spacings: Mapping[str, Spacing]) -> list[Try]:
         """The solvers on their own grids and on these, as many steps as fit the budget; without what cannot be."""
-        found: list[_Try] = []
+        found: list[Try] = []
         for solver in solvers:
             sde, made = process(self.denoiser, solver, self.nfe), set()
             for name, spacing in {"": None, **spacings}.items():
@@ -227,41 +236,60 @@ class _Trial:
                     raise ArgumentError(f"{solver!r} draws noise: its samples cannot be told from a fine solution")
                 if (key := (used, tuple(grid.times.tolist()))) not in made:  # spacings of other names may be the same
                     made.add(key)
-                    found.append(_Try(used, name, grid))
+                    found.append(Try(used, name, grid))
         return found
 
-    def squares(self, one: _Try, part: slice) -> Tensor:
+    def squares(self, one: Try, part: slice) -> Tensor:
         """The mean squared distance of each of these samples from the fine solution, (n,)."""
-        key = (one.solver, one.spacing, part.stop)
+        key = (one.solver, one.spacing, part.start, part.stop)
         if key not in self.found:
             off = (self._run(one.solver, one.grid, part) - self.truth[part]).double()
             self.found[key] = off.square().flatten(1).mean(1).cpu()
         return self.found[key]
 
-    def ranked(self, tries: Iterable[_Try], part: slice) -> list[_Try]:
+    def ranked(self, tries: Iterable[Try], part: slice) -> list[Try]:
         """Nearest first."""
         errors = []
         for one in tries:
             try:
-                errors.append((float(self.squares(one, part).mean()), one))
+                errors.append((float(capped(self.squares(one, part), self.cap).mean()), one))
             except ArithmeticError:  # not finite
                 continue
         return [one for _, one in sorted(errors, key=lambda pair: pair[0])]
 
-    def told(self, best: _Try, usual: _Try) -> TunedSolver:
+    def told(self, best: Try, usual: Try) -> TunedSolver:
         """The best, or the default if that is no worse, by the other half of the samples."""
-        rest = slice(self.n // 2, self.n)
+        return self.reported(best, usual, slice(self.n // 2, self.n))
+
+    def reported(self, best: Try, usual: Try, rest: slice, allowed: float = 0.0) -> TunedSolver:
+        """The better of the two by those samples, with what they say of it; the second where they are as good, or where
+        the first's plain error is larger by more than so many standard errors.
+        """
         mine, theirs = (self.squares(one, rest) for one in (best, usual))
-        if not float(mine.mean()) < float(theirs.mean()):
+        nearer = float(capped(mine, self.cap).mean()) < float(capped(theirs, self.cap).mean())
+        worse = float((mine.mean() / theirs.mean()).log()) / 2 if nearer else math.inf
+        if worse > allowed * _stderr(mine, theirs):
             best, mine = usual, theirs
-        relative = mine / mine.mean() - theirs / theirs.mean()
+        tuned = isinstance(best.solver, TunedSolver)
         return TunedSolver(
-            best.solver,
+            best.solver.solver if tuned else best.solver,
             tuple(best.grid.times.tolist()),
             self.denoiser.sde,
             self.nfe,
+            corrections=best.solver.corrections if tuned else None,
             error=float(mine.mean().sqrt()),
             default=float(theirs.mean().sqrt()),
-            stderr=float(relative.std() / 2 / math.sqrt(len(mine))),
+            stderr=_stderr(mine, theirs),
             model=fingerprint(self.denoiser),
         )
+
+
+def _stderr(mine: Tensor, theirs: Tensor) -> float:
+    """Of log(root mean square of mine / that of theirs), the two being paired."""
+    relative = mine / mine.mean() - theirs / theirs.mean()
+    return float(relative.std() / 2 / math.sqrt(len(mine)))
+
+
+def capped(squares: Tensor, cap: float) -> Tensor:
+    """s / (1 + s / cap): as they are where they are small, and never more than the cap."""
+    return squares / (1 + squares / cap)

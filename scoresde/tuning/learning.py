@@ -1,0 +1,374 @@
+"""Learning a table's numbers: Gauss and Newton's method, damped (Levenberg, 1944; Marquardt, 1963), on their effect.
+
+The state x_R that a table ends with depends on a few dozen numbers v. Of its residuals r = x_R - x*, over all samples
+and entries, with J = dr / dv and H = J J^T, a step is the solution of
+
+    (H + mu diag(H)) dv = -J r
+
+taken if it lowers |r|^2, mu being raised until it does and lowered after. It is the same in whatever units v has. A
+sample with a mean square s counts as s / (1 + s / cap) (`capped`): one that ends in another mode of the data than the
+fine solution is beyond any derivative. v is
+
+    w_k  of each step of the grid: with s = softmax(log h + w), h the start's steps, the times are
+         t_n = t_N + (t_0 - t_N) (s_{n+1} + ... + s_N), which decrease whatever w is, from t_0 to t_N exactly; the table
+         is the solver's own at these times, so that it keeps its theory
+    l_i  of each row: its evaluation is told the time t'_i = t_i e^{l_i}, while the state stands where it stood
+    a'_i, b'_{i,k}    added to the table, over the whole history (`Corrections`)
+
+J is taken by differences of runs, each from the row that changed: no gradient passes through the network, which may be
+behind any wrapper, and what is kept in memory is a few states a row, and J of a part of the samples at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scoresde.denoiser import Denoiser
+from scoresde.entries import entries_of
+from scoresde.grid import Grid
+from scoresde.solvers.base import Solver
+from scoresde.tableau import Tableau
+from scoresde.tuning.chosen import capped
+from scoresde.tuning.corrections import Corrections, wide
+
+__all__ = ["Clock", "Columns", "Numbers", "Pairs", "learn"]
+
+MOST = 2**24
+"""Numbers of J at a time."""
+
+
+class Clock:
+    """What is left of a number of minutes."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+
+    @property
+    def left(self) -> float:
+        """Minutes."""
+        return (self.end - time.monotonic()) / 60
+
+    def check(self) -> None:
+        """Raises TimeoutError when it has run out."""
+        if self.left <= 0:
+            raise TimeoutError
+
+
+class Columns(NamedTuple):
+    """The numbers of a table of R rows without noise, float64: t, p, q, a of shape (R,), b of shape (R, R)."""
+
+    t: Tensor
+    p: Tensor
+    q: Tensor
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def of(cls, table: Tableau) -> Columns:
+        return cls(table.t, table.p, table.q, table.a, wide(table.b))
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A table as a function of v.
+
+    Attributes:
+        solver, grid: the start.
+        w, l, a, b: as in the module's docstring, float64, of shape (N,), (R,), (R,) and (R, R).
+        moves: whether times and labels do: not where the denoiser knows whole steps alone.
+    """
+
+    solver: Solver
+    grid: Grid
+    w: Tensor
+    l: Tensor  # noqa: E741
+    a: Tensor
+    b: Tensor
+    moves: bool = True
+
+    @classmethod
+    def of(cls, solver: Solver, grid: Grid, corrections: Corrections | None = None, moves: bool = True) -> Numbers:
+        """The start itself, with corrections if it has some."""
+        table = solver.tableau(grid)
+        R = len(table)
+        w, l, a, b = (torch.zeros(n, dtype=torch.float64, device="cpu") for n in ((grid.steps,), (R,), (R,), (R, R)))  # noqa: E741
+        if corrections is not None:
+            t, a, b = (torch.tensor(column, dtype=torch.float64, device="cpu") for column in corrections)
+            l = (t / table.t).log()  # noqa: E741
+        return cls(solver, grid, w, l, a, b, moves)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether there are no corrections."""
+        return not any(bool(v.any()) for v in (self.l, self.a, self.b))
+
+    @property
+    def times(self) -> Tensor:
+        """t_0 .. t_N."""
+        t = self.grid.times
+        if not bool(self.w.any()):
+            return t
+        s = torch.softmax((-t.diff()).log() + self.w, 0)
+        inner = t[-1] + (t[0] - t[-1]) * s[1:].flip(0).cumsum(0).flip(0)
+        return torch.cat([t[:1], inner, t[-1:]])
+
+    def table(self, times: Tensor | None = None) -> Tableau:
+        """The solver's own at these times, or at other ones."""
+        return self.solver.tableau(Grid(self.grid.sde, self.times if times is None else times))
+
+    def columns(self, times: Tensor | None = None) -> Columns:
+        """The table with corrections."""
+        base = Columns.of(table := self.table(times))
+        told = base.t
+        if bool(self.l.any()):
+            told = torch.where(table.evaluates, (base.t * self.l.exp()).clamp(max=self.grid.sde.t_limit), base.t)
+        return base._replace(t=told, a=base.a + self.a, b=base.b + self.b)
+
+    def corrections(self) -> Corrections | None:
+        """What a `TunedSolver` keeps beside the times."""
+        if self.untouched:
+            return None
+        lists = (column.tolist() for column in (self.columns().t, self.a, self.b))
+        return Corrections(*lists).checked()
+
+    def moved(self, dv: Tensor) -> Numbers:
+        """The same at v + dv, dv in the order of `Linear.names`."""
+        reads = _reads(self.table())
+        R, N = len(self.l), self.grid.steps
+        b, rest = torch.zeros_like(self.b), dv
+        w = l = torch.zeros(())  # noqa: E741
+        if self.moves:
+            w, l, rest = rest[:N], rest[N : N + R], rest[N + R :]  # noqa: E741
+        b[reads] = rest[R:]
+        return replace(self, w=self.w + w, l=self.l + l, a=self.a + rest[:R], b=self.b + b)
+
+
+def _reads(table: Tableau) -> Tensor:
+    """Which b'_{i,k} there are, (R, R): of evaluations that are made, up to a row's own."""
+    lag, row = torch.arange(len(table), device="cpu"), torch.arange(len(table), device="cpu")[:, None]
+    reads: Tensor = (lag <= row) & table.evaluates[(row - lag).clamp(min=0)]
+    return reads
+
+
+class Run(NamedTuple):
+    """The states x_0 .. x_R of a run, and the F of the rows that evaluate."""
+
+    x: list[Tensor]
+    F: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A model, noises, and where its fine solution leads from them.
+
+    Attributes:
+        denoiser: the model.
+        x: x_T, (B, ...).
+        truth: features of the fine solution, (B, F).
+        features: of the end state, (B, F).
+        cond: conditions.
+        batch: samples that the model takes at once.
+        clock: stops all of it, by TimeoutError.
+        cap: of the mean square of a sample.
+    """
+
+    denoiser: Denoiser
+    x: Tensor
+    truth: Tensor
+    features: Callable[[Tensor], Tensor]
+    cond: Mapping[str, Any]
+    batch: int
+    clock: Clock
+    cap: float = math.inf
+
+    def part(self, part: slice) -> Pairs:
+        return replace(self, x=self.x[part], truth=self.truth[part], cond=entries_of(self.cond, part, len(self.x)))
+
+    def parts(self, most: int) -> list[Pairs]:
+        n = len(self.x)
+        return [self.part(slice(i, i + most)) for i in range(0, n, most)] if most < n else [self]
+
+    def _F(self, c: Columns, i: int, x: Tensor, copies: int = 1, t: float | None = None) -> Tensor:
+        """F_i of copies of the batch, one after another."""
+        self.clock.check()
+        t = float(c.t[i]) if t is None else t
+        cond = self.cond
+        if copies > 1 and cond:
+            cond = entries_of(cond, torch.arange(len(self.x)).repeat(copies), len(self.x))
+        u, w = (float(v) for v in self.denoiser.view_of_output(c.p[i], c.q[i], torch.tensor(t, dtype=torch.float64)))
+        N = self.denoiser.output(x, torch.tensor([t], dtype=torch.float64), **cond)
+        return u * x + w * N
+
+    def run(self, c: Columns, on: list[bool]) -> Run:
+        """All of it, on the whole batch."""
+        return self._on(c, on, 0, Run([self.x], {}))
+
+    def _on(self, c: Columns, on: list[bool], i: int, run: Run, copies: int = 1) -> Run:
+        """From row i, of which x_i is the last state."""
+        x, F = list(run.x), dict(run.F)
+        for j in range(i, len(on)):
+            if on[j] and j not in F:
+                F[j] = self._F(c, j, x[-1], copies)
+            x.append(self._row(c, j, x[-1], F))
+        return Run(x, F)
+
+    @staticmethod
+    def _row(c: Columns, j: int, x: Tensor, F: Mapping[int, Tensor]) -> Tensor:
+        out = float(c.a[j]) * x
+        for k, value in F.items():
+            if k <= j and (b := float(c.b[j, j - k])) != 0:
+                out = out.add_(value, alpha=b)
+        return out
+
+    def squares(self, numbers: Numbers) -> Tensor:
+        """The squared distance of each sample, (B,)."""
+        c, on = numbers.columns(), numbers.table().evaluates.tolist()
+        found = [part.residuals(part.run(c, on).x[-1]) for part in self.parts(self.batch)]
+        return torch.cat([r.square().mean(1) for r in found])
+
+    def error(self, numbers: Numbers) -> float:
+        """The mean square, capped."""
+        return float(capped(self.squares(numbers), self.cap).mean())
+
+    def residuals(self, x: Tensor) -> Tensor:
+        """Of copies of the batch, one after another: (copies B, F), float64."""
+        found = self.features(x).flatten(1).double().cpu()
+        return found - self.truth.repeat(len(found) // len(self.truth), 1)
+
+    def normal(self, numbers: Numbers) -> tuple[Tensor, Tensor]:
+        """H = J J^T (P, P) and J r (P,), of the whole batch, part by part."""
+        width = self.truth[0].numel()
+        P = sum(v.numel() for v in (numbers.w, numbers.l, numbers.a, numbers.b))
+        H = g = torch.zeros(())
+        for part in self.parts(max(1, min(self.batch, MOST // (P * width)))):
+            J, r = part.jacobian(numbers)
+            J, r = (values / (1 + r.square().mean(1, keepdim=True) / self.cap) for values in (J, r))
+            J = J.flatten(1)
+            H, g = H + J @ J.T, g + J @ r.flatten()
+        return H, g
+
+    def jacobian(self, numbers: Numbers) -> tuple[Tensor, Tensor]:
+        """J = dr / dv, shape (P, B, F), and r, shape (B, F)."""
+        table, c = numbers.table(), numbers.columns()
+        on, reads, R = table.evaluates.tolist(), _reads(table), len(table)
+        h = float(torch.finfo(self.x.dtype).eps) ** 0.4
+        base = self.run(c, on)
+        r = self.residuals(base.x[-1])
+        by_a: list[Tensor] = []
+        by_b: list[Tensor] = []
+        for i in range(R):  # a'_i moves x_{i+1} by x_i, b'_{i,k} by F_{i-k}
+            ways = [base.x[i], *(base.F[i - k] for k in range(i + 1) if reads[i, k])]
+            size = _rms(base.x[i + 1])
+            scales = [h * size / max(_rms(way), 1e-12) for way in ways]
+            J = self._after(c, on, i, base, [way * s for way, s in zip(ways, scales, strict=True)], r)
+            J /= torch.tensor(scales, dtype=torch.float64)[:, None, None]
+            by_a.append(J[:1])
+            by_b.append(J[1:])
+        found = [*by_a, *by_b]
+        if numbers.moves:
+            labels = [self._by_label(c, on, i, base, r, h) if on[i] else torch.zeros_like(r) for i in range(R)]
+            found = [self._by_times(numbers, on, r, h), torch.stack(labels), *found]
+        return torch.cat(found), r
+
+    def _after(self, c: Columns, on: list[bool], i: int, base: Run, moves: list[Tensor], r: Tensor) -> Tensor:
+        """Changes of r where x_{i+1} is moved, (K, B, F)."""
+        group = max(1, self.batch // len(self.x))
+        found = []
+        for at in range(0, len(moves), group):
+            some = moves[at : at + group]
+            K = len(some)
+            x = (base.x[i + 1] + torch.stack(some)).flatten(0, 1)
+            F = {j: value.repeat(K, *[1] * (value.ndim - 1)) for j, value in base.F.items() if j <= i}
+            end = self._on(c, on, i + 1, Run([x], F), K).x[-1]
+            found.append(self.residuals(end).reshape(K, *r.shape) - r)
+        return torch.cat(found)
+
+    def _by_label(self, c: Columns, on: list[bool], i: int, base: Run, r: Tensor, h: float) -> Tensor:
+        """By l_i, (B, F): downwards, for the first may stand at the last time there is."""
+        F = {j: value for j, value in base.F.items() if j < i}
+        F[i] = self._F(c, i, base.x[i], t=float(c.t[i]) * math.exp(-h))
+        end = self._on(c, on, i, Run([base.x[i]], F)).x[-1]
+        return (self.residuals(end) - r) / -h
+
+    def _by_times(self, numbers: Numbers, on: list[bool], r: Tensor, h: float) -> Tensor:
+        """By w, (N, B, F): by each inner time, and its derivative by w."""
+        t = numbers.times
+        s = -t.diff() / (t[0] - t[-1])
+        N = len(s)
+        J = torch.zeros(N, *r.shape, dtype=torch.float64)
+        for n in range(1, N):
+            moved = t.clone()
+            moved[n] += h * float(torch.minimum(t[n - 1] - t[n], t[n] - t[n + 1]))
+            by_t = (self.residuals(self.run(numbers.columns(moved), on).x[-1]) - r) / (moved[n] - t[n])
+            later = (torch.arange(N) >= n).double()
+            J += ((t[0] - t[-1]) * s * (later - s[n:].sum()))[:, None, None] * by_t
+        return J
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def learn(
+    numbers: Numbers, train: Pairs, check: Callable[[Numbers], float], rounds: int, told: Callable[[float], Any]
+) -> tuple[Numbers, float]:
+    """The method of the module's docstring; what was best by `check` is kept, be it the start.
+
+    Args:
+        numbers: the start.
+        train: samples that train; its clock stops it.
+        check: the error of numbers, on samples that do not train.
+        rounds: steps at most: fewer where they gain nothing more.
+        told: called with the best error after each.
+
+    Returns:
+        the numbers, and their error by `check`.
+    """
+    with torch.no_grad():
+        best, error = numbers, check(numbers)
+        idle, mu = 0, 1e-2
+        try:
+            value = train.error(numbers)
+            for _ in range(rounds):
+                H, g = train.normal(numbers)
+                found = _step(numbers, train, H, g, mu, value)
+                if found is None:
+                    break
+                gained = found[2] < 0.998 * value
+                numbers, mu, value = found
+                if (now := check(numbers)) < error:
+                    idle = 0 if now < 0.998 * error else idle + 1
+                    best, error = numbers, now
+                else:
+                    idle += 1
+                told(error)
+                if idle >= 4 or not gained:
+                    break
+        except TimeoutError:
+            pass
+    return best, error
+
+
+def _step(
+    numbers: Numbers, train: Pairs, H: Tensor, g: Tensor, mu: float, value: float
+) -> tuple[Numbers, float, float] | None:
+    """The next numbers, mu and mean square; None where none is lower."""
+    D = H.diagonal()
+    D = D + 1e-9 * D.max()
+    for _ in range(8):
+        try:
+            moved = numbers.moved(-torch.linalg.solve(H + mu * torch.diag(D), g))
+            new = train.error(moved)
+        except (ValueError, ArithmeticError, RuntimeError):  # no such times, or no such numbers
+            new = math.inf
+        if new < value:
+            return moved, max(mu / 3, 1e-6), new
+        mu *= 4
+    return None

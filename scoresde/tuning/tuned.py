@@ -1,0 +1,196 @@
+"""`tune`: the times and coefficients of a solver's table, learned for a model and a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from scoresde.checks import ArgumentError, check_count, check_positive, check_whole
+from scoresde.continuity import label_in_steps
+from scoresde.denoiser import Denoiser, check_denoiser
+from scoresde.grid import Grid
+from scoresde.run import check_solver
+from scoresde.solvers.base import Solver
+from scoresde.tuning.chosen import SOLVERS, SPACINGS, Trial, Try, capped, finalists
+from scoresde.tuning.learning import Clock, Numbers, Pairs, learn
+from scoresde.tuning.solver import TunedSolver
+
+__all__ = ["tune"]
+
+FIRST = 6
+"""Steps of each start before the best goes on."""
+
+CAP = 100.0
+"""Of a sample's squared distance, in the median of those of the best untuned: ten times as far is far."""
+
+
+def tune(
+    denoiser: Denoiser,
+    solver: Solver | Sequence[Solver] | None,
+    shape_or_x: Sequence[int] | Tensor,
+    *,
+    nfe: int,
+    end: float = 0.0,
+    seed: int = 0,
+    cond: Mapping[str, Any] | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    starts: int = 3,
+    rounds: int = 40,
+    minutes: float = 10.0,
+    batch_size: int = 1024,
+    reference_nfe: int | None = None,
+    progress: bool = False,
+) -> TunedSolver:
+    """A solver's table, learned for this model and a budget: its times, then corrections to its coefficients over the
+    whole history and to the times that the network is told (`scoresde.tuning.learning` has the method). The teacher is
+    the model's own fine solution from the same noise.
+
+    The first half of the samples trains, with the `starts` best of the solvers and their grids untuned; the third
+    quarter chooses among the untuned, the starts' results and every step of each; the last reports how good it is,
+    beside the best untuned. **Where what was learned is no better on it, or its rms larger by more than two standard
+    errors, the best untuned is returned**, its `error` being `default` then and `story` saying so: from bad training
+    comes no bad solver. In all that chooses, a sample that ends ten times as far off as the median, in another mode of
+    the data say, counts no more than that (`capped`); `error` and `default` are plain.
+
+    Args:
+        denoiser: the model, wrapped as it will be used: guidance, clipping.
+        solver: where it starts: a solver that draws no noise and has a table, on its own grid and on `choose`'s, or
+            several; a `TunedSolver`, from its steps and corrections; None for the solvers of `choose`.
+        shape_or_x: (B, ...) to draw x_T from the prior; or x_T itself. B of a hundred or some: with few samples and
+            many evaluations there is more to learn than they tell.
+        nfe: the budget.
+        end: where the steps end, with noise left if > 0.
+        seed: of x_T.
+        cond: conditions, as for `sample`.
+        features: the distance is that of features(x), (B, ...), of what a run ends with: of z where the denoiser has a
+            codec. By default of x itself.
+        starts: how many are trained, for a few rounds; the best then goes on.
+        rounds: steps of the training of the best, at most.
+        minutes: after which it stops, with what it has; the fine solution and the choice of the starts, which are not
+            interrupted, count.
+        batch_size: samples that the model takes at once while training.
+        reference_nfe: evaluations of the fine solution; by default 12 times as many, at least 120.
+        progress: show what is being done: the error that is reached over that of the best start, and the minutes left.
+
+    Returns:
+        a solver with its steps and corrections, which `sample(denoiser, shape, tuned, nfe=nfe)` takes.
+
+    Raises:
+        ValueError: if there are fewer than 16 samples; if `end` is not within the SDE's times; if a solver draws noise
+            or chooses its own times; if none can be run within the budget; if a tuned one is of another budget or end.
+
+    >>> import torch
+    >>> from scoresde import VPSDE, sample
+    >>> from scoresde.exact import Gaussian
+    >>> from scoresde.solvers import DDIM
+    >>> denoiser = Gaussian(torch.zeros(3), std=torch.tensor([0.05, 0.3, 1.0])).denoiser(VPSDE())
+    >>> tuned = tune(denoiser, DDIM(), (32, 3), nfe=4, starts=1, rounds=8)
+    >>> tuned.error < 0.1 * tuned.default, sample(denoiser, (2, 3), tuned, nfe=4, seed=0).nfe
+    (True, 4)
+    """
+    check_denoiser(denoiser)
+    check_count(nfe=nfe, starts=starts, rounds=rounds, batch_size=batch_size)
+    check_whole(seed=seed)
+    check_positive(minutes=minutes)
+    clock = Clock(minutes)
+    if not 0 <= end < denoiser.sde.t_max:
+        raise ArgumentError(f"end={end}: expected 0 <= end < {denoiser.sde.t_max} of {denoiser.sde!r}")
+    solvers = SOLVERS if solver is None else (solver,) if isinstance(solver, Solver) else tuple(solver)
+    for one in solvers:
+        check_solver(one)
+        if one.adaptive or not one.has_table:
+            raise ArgumentError(f"{one!r} has no table of steps: only such solvers can be tuned")
+    n = len(shape_or_x) if isinstance(shape_or_x, Tensor) else int(shape_or_x[0])
+    if n < 16:
+        raise ArgumentError(f"shape_or_x has {n} samples: expected 16 or more, half of which train")
+    with Trial(denoiser, shape_or_x, nfe, end, seed, cond, reference_nfe, progress, features) as trial:
+        tried = [*_given(trial, solvers), *_named(trial, [one for one in solvers if not isinstance(one, TunedSolver)])]
+        train, chooses, reports = (slice(n * i // 4, n * j // 4) for i, j in ((0, 2), (2, 3), (3, 4)))
+        if not (ranked := trial.ranked(tried, train)):
+            raise ArgumentError(f"nfe={nfe}: none of the solvers can be run within it")
+        trial.cap = CAP * max(float(trial.squares(ranked[0], train).median()), 1e-300)
+        ranked = trial.ranked(ranked, train)[:starts]
+        untuned = trial.ranked(ranked, chooses)[0]
+        best = _trained(trial, ranked, untuned, train, chooses, rounds, batch_size, clock)
+        return trial.reported(best, untuned, reports, allowed=2.0)
+
+
+def _named(trial: Trial, solvers: Sequence[Solver]) -> list[Try]:
+    """Of solvers without steps of their own: as `choose` finds them, or of one, all of its grids."""
+    if len(solvers) < 2:
+        return trial.of(solvers, SPACINGS)
+    return finalists(trial, solvers, SPACINGS)
+
+
+def _given(trial: Trial, solvers: Sequence[Solver]) -> list[Try]:
+    """Of those that have them, as they are.
+
+    Raises:
+        ValueError: if one is of another budget, end or SDE.
+    """
+    found = []
+    for one in solvers:
+        if isinstance(one, TunedSolver):
+            grid = one.within(trial.denoiser.sde, trial.nfe)[1]
+            if float(grid.times[-1]) != trial.end:
+                raise ArgumentError(f"end={trial.end:.4g}: {one!r} has steps of its own, to t = {one.times[-1]:.4g}")
+            if bool((one.tableau(grid).c > 0).any()):
+                raise ArgumentError(f"{one!r} draws noise: its samples cannot be told from a fine solution")
+            found.append(Try(one, "its own", grid))
+    return found
+
+
+def _trained(
+    trial: Trial,
+    ranked: Sequence[Try],
+    untuned: Try,
+    train: slice,
+    chooses: slice,
+    rounds: int,
+    batch_size: int,
+    clock: Clock,
+) -> Try:
+    """The best that training finds, by the samples that choose; that may be the untuned one."""
+    cond = dict(trial.cond or {})
+    whole = Pairs(
+        trial.denoiser, trial.x_T, trial.truth.flatten(1).double().cpu(), trial.features, cond, batch_size, clock
+    )
+    pairs, held = whole.part(train), whole.part(chooses)
+    goal = math.sqrt(float(capped(trial.squares(untuned, chooses), trial.cap).mean()))
+
+    def check(numbers: Numbers) -> float:
+        error = math.sqrt(held.error(numbers))
+        return error if math.isfinite(error) else math.inf
+
+    def told(error: float) -> None:
+        done, left = error / max(goal, 1e-300), max(clock.left, 0.0)
+        trial.bar.set_description(f"tuning for nfe={trial.nfe}: {done:.3f} of the best untuned, {left:.1f} min left")
+
+    moves = label_in_steps(trial.denoiser, trial.denoiser.sde.t_min, trial.denoiser.sde.t_max) is None
+    found: list[tuple[float, Numbers]] = []
+    for one in ranked:
+        own, more = (
+            (one.solver.solver, one.solver.corrections) if isinstance(one.solver, TunedSolver) else (one.solver, None)
+        )
+        start = Numbers.of(own, one.grid, more, moves)
+        if clock.left > 0:
+            numbers, error = learn(start, pairs, check, min(FIRST, rounds), told)
+            found.append((error, numbers))
+    found.sort(key=lambda pair: pair[0])
+    if found and rounds > FIRST and clock.left > 0:
+        numbers, error = learn(found[0][1], pairs, check, rounds - FIRST, told)
+        found.insert(0, (error, numbers))
+    if not found or not found[0][0] < goal:
+        return untuned
+    return _tried(trial, found[0][1])
+
+
+def _tried(trial: Trial, numbers: Numbers) -> Try:
+    grid = Grid(trial.denoiser.sde, numbers.times)
+    tuned = TunedSolver(
+        numbers.solver, tuple(grid.times.tolist()), grid.sde, trial.nfe, corrections=numbers.corrections()
+    )
+    return Try(tuned, "tuned", grid)
