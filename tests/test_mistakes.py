@@ -67,6 +67,7 @@ BARE = {
     "averaged": lambda: training.averaged("nowhere", 0.1, NET),
     "bits_per_dim": lambda: bits_per_dim(NET, X.long().abs()),
     "choose": lambda: tuning.choose(NET, (8, 2), nfe=5),
+    "tune": lambda: tuning.tune(NET, None, (16, 2), nfe=5),
     "decode": lambda: decode(NET, X),
     "diagnose": lambda: diagnose(NET, X),
     "dsm_loss": lambda: dsm_loss(NET, X),

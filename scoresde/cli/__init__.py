@@ -1,6 +1,6 @@
 """The command `scoresde`, also `python -m scoresde`: a module for each of its commands.
 
-train.py  sample.py  edit.py  restore.py  evaluate.py  variance.py  likelihood.py  compare.py  export.py
+train.py  sample.py  edit.py  restore.py  evaluate.py  variance.py  tune.py  likelihood.py  compare.py  export.py
 audit.py  info.py
 config.py      a training run in words: dataclasses, TOML, --set
 defaults.py    what these leave open, chosen for the data
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from scoresde.checks import ArgumentError
-from scoresde.cli import audit, compare, edit, evaluate, export, info, likelihood, restore, sample, train, variance
+from scoresde.cli import audit, compare, edit, evaluate, export, info, likelihood, restore, sample, train, tune, variance
 from scoresde.cli.common import command_parser, sigterm
 from scoresde.cli.drawing import GRIDS
 from scoresde.cli.options import Options, Parser
@@ -46,6 +46,7 @@ EXAMPLES = """examples:
   scoresde evaluate runs/mine --n 1000 --data held_out_folder --out scores.json
   scoresde likelihood runs/mine --data held_out_folder --out bits.json
   scoresde variance runs/mine --out table.npz
+  scoresde tune runs/mine --nfe 5 --out five.json
   scoresde compare runs/mine --solvers adams ddim --nfe 5 10 20 --out runs/compare
   scoresde export runs/mine --out mine --dtype float16
   scoresde audit my_sampler:heun --takes sigmas --out page.md
@@ -63,6 +64,7 @@ COMMANDS: list[tuple[Any, type[Options]]] = [
     (evaluate, evaluate.EvaluateOptions),
     (likelihood, likelihood.LikelihoodOptions),
     (variance, variance.VarianceOptions),
+    (tune, tune.TuneOptions),
     (compare, compare.CompareOptions),
     (export, export.ExportOptions),
     (audit, audit.AuditOptions),
