@@ -7,8 +7,8 @@ that the race (step_counts.py) found nearest, and from what `choose` finds, on n
 quarter chooses, a quarter reports. The error of the result is then measured on the noise of the race, rms |x - x*| /
 sqrt(d) at t = 1e-3 against the exact flow. Beside it stands the least error of the whole race on that same noise, every
 solver on every grid, the peers' included, as benchmarks/results/step_counts has it. Where the race has not been run at
-that number of evaluations, it is the least of those here that are among the 40 best at the numbers next to it. The noise
-of `images` is another than the race's (`problem_of` says why), and it has a race of its own, of the solvers here.
+that number of evaluations, it is the least of those here that are among the 40 best at the numbers next to it. The
+noise of `images` is another than the race's (`problem_of` says why), and it has a race of its own, of the solvers here.
 
 Written into --out: README.md, results.json, a picture, and runs/ with every finished cell, so that a killed run goes on
 where it stopped. A cell ends with its minutes; those in the tables may be less than what training could reach.

@@ -28,7 +28,20 @@ from typing import Any
 import torch
 
 from scoresde.checks import ArgumentError
-from scoresde.cli import audit, compare, edit, evaluate, export, info, likelihood, restore, sample, train, tune, variance
+from scoresde.cli import (
+    audit,
+    compare,
+    edit,
+    evaluate,
+    export,
+    info,
+    likelihood,
+    restore,
+    sample,
+    train,
+    tune,
+    variance,
+)
 from scoresde.cli.common import command_parser, sigterm
 from scoresde.cli.drawing import GRIDS
 from scoresde.cli.options import Options, Parser

@@ -19,10 +19,10 @@ from scoresde.tuning import tune
 
 TEXT = """learn the best times and coefficients of a solver for a network and a number of evaluations
 
-The teacher is the network's own fine solution from the same noise; no data are needed. Half of the noises train, a quarter
-chooses, and a quarter says what was gained: where nothing was, the best untuned solver and grid are written, and it says
-so. The file holds numbers, and names the network with its guidance and clipping: `--solver FILE.json` of `scoresde sample`
-and `compare` takes it for that and no other. Training stops after --minutes with what it has."""
+The teacher is the network's own fine solution from the same noise; no data are needed. Half of the noises train, a
+quarter chooses, and a quarter says what was gained: where nothing was, the best untuned solver and grid are written,
+and it says so. The file holds numbers, and names the network with its guidance and clipping: `--solver FILE.json` of
+`scoresde sample` and `compare` takes it for that and no other. Training stops after --minutes with what it has."""
 
 EXAMPLES = """
 scoresde tune runs/fm --nfe 5 --out five.json

@@ -24,11 +24,12 @@ from scoresde.solvers.base import Solver
 from scoresde.solvers.exponential import DEIS, IPNDM, Adams, DPMSolverPP, ExponentialAB, UniPC
 from scoresde.solvers.first_order import DDIM
 from scoresde.solvers.runge_kutta import Heun
+from scoresde.tuning.corrections import Corrections
 from scoresde.tuning.solver import TunedSolver
 from scoresde.variance.table import fingerprint
 from scoresde.wrappers import without_codec
 
-__all__ = ["SOLVERS", "SPACINGS", "Spacing", "Trial", "Try", "capped", "choose", "finalists"]
+__all__ = ["SOLVERS", "SPACINGS", "Spacing", "Trial", "Try", "apart", "capped", "choose", "finalists"]
 
 SOLVERS: tuple[Solver, ...] = (
     Adams(), DPMSolverPP(2), UniPC(2), UniPC(3), UniPC(3, "eps"), UniPC(2, "v"), UniPC(3, "v"),
@@ -270,18 +271,23 @@ class Trial:
         worse = float((mine.mean() / theirs.mean()).log()) / 2 if nearer else math.inf
         if worse > allowed * _stderr(mine, theirs):
             best, mine = usual, theirs
-        tuned = isinstance(best.solver, TunedSolver)
+        solver, corrections = apart(best.solver)
         return TunedSolver(
-            best.solver.solver if tuned else best.solver,
+            solver,
             tuple(best.grid.times.tolist()),
             self.denoiser.sde,
             self.nfe,
-            corrections=best.solver.corrections if tuned else None,
+            corrections=corrections,
             error=float(mine.mean().sqrt()),
             default=float(theirs.mean().sqrt()),
             stderr=_stderr(mine, theirs),
             model=fingerprint(self.denoiser),
         )
+
+
+def apart(solver: Solver) -> tuple[Solver, Corrections | None]:
+    """What a solver is but for steps of its own, and its corrections."""
+    return (solver.solver, solver.corrections) if isinstance(solver, TunedSolver) else (solver, None)
 
 
 def _stderr(mine: Tensor, theirs: Tensor) -> float:

@@ -35,6 +35,7 @@ from scoresde.entries import entries_of
 from scoresde.grid import Grid
 from scoresde.solvers.base import Solver
 from scoresde.tableau import Tableau
+from scoresde.tensors import told
 from scoresde.tuning.chosen import capped
 from scoresde.tuning.corrections import Corrections, wide
 
@@ -93,6 +94,8 @@ class Numbers:
     b: Tensor
     moves: bool = True
 
+    __repr__ = told
+
     @classmethod
     def of(cls, solver: Solver, grid: Grid, corrections: Corrections | None = None, moves: bool = True) -> Numbers:
         """The start itself, with corrections if it has some."""
@@ -126,17 +129,17 @@ class Numbers:
     def columns(self, times: Tensor | None = None) -> Columns:
         """The table with corrections."""
         base = Columns.of(table := self.table(times))
-        told = base.t
+        t = base.t
         if bool(self.l.any()):
-            told = torch.where(table.evaluates, (base.t * self.l.exp()).clamp(max=self.grid.sde.t_limit), base.t)
-        return base._replace(t=told, a=base.a + self.a, b=base.b + self.b)
+            t = torch.where(table.evaluates, (base.t * self.l.exp()).clamp(max=self.grid.sde.t_limit), base.t)
+        return base._replace(t=t, a=base.a + self.a, b=base.b + self.b)
 
     def corrections(self) -> Corrections | None:
         """What a `TunedSolver` keeps beside the times."""
         if self.untouched:
             return None
-        lists = (column.tolist() for column in (self.columns().t, self.a, self.b))
-        return Corrections(*lists).checked()
+        t, a, b = (column.tolist() for column in (self.columns().t, self.a, self.b))
+        return Corrections(tuple(t), tuple(a), tuple(map(tuple, b))).checked()
 
     def moved(self, dv: Tensor) -> Numbers:
         """The same at v + dv, dv in the order of `Linear.names`."""
@@ -187,6 +190,8 @@ class Pairs:
     batch: int
     clock: Clock
     cap: float = math.inf
+
+    __repr__ = told
 
     def part(self, part: slice) -> Pairs:
         return replace(self, x=self.x[part], truth=self.truth[part], cond=entries_of(self.cond, part, len(self.x)))
@@ -317,7 +322,7 @@ def _rms(x: Tensor) -> float:
 
 
 def learn(
-    numbers: Numbers, train: Pairs, check: Callable[[Numbers], float], rounds: int, told: Callable[[float], Any]
+    numbers: Numbers, train: Pairs, check: Callable[[Numbers], float], rounds: int, said: Callable[[float], Any]
 ) -> tuple[Numbers, float]:
     """The method of the module's docstring; what was best by `check` is kept, be it the start.
 
@@ -326,7 +331,7 @@ def learn(
         train: samples that train; its clock stops it.
         check: the error of numbers, on samples that do not train.
         rounds: steps at most: fewer where they gain nothing more.
-        told: called with the best error after each.
+        said: called with the best error after each.
 
     Returns:
         the numbers, and their error by `check`.
@@ -348,7 +353,7 @@ def learn(
                     best, error = numbers, now
                 else:
                     idle += 1
-                told(error)
+                said(error)
                 if idle >= 4 or not gained:
                     break
         except TimeoutError:

@@ -14,7 +14,7 @@ from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
 from scoresde.run import check_solver
 from scoresde.solvers.base import Solver
-from scoresde.tuning.chosen import SOLVERS, SPACINGS, Trial, Try, capped, finalists
+from scoresde.tuning.chosen import SOLVERS, SPACINGS, Trial, Try, apart, capped, finalists
 from scoresde.tuning.learning import Clock, Numbers, Pairs, learn
 from scoresde.tuning.solver import TunedSolver
 
@@ -172,9 +172,7 @@ def _trained(
     moves = label_in_steps(trial.denoiser, trial.denoiser.sde.t_min, trial.denoiser.sde.t_max) is None
     found: list[tuple[float, Numbers]] = []
     for one in ranked:
-        own, more = (
-            (one.solver.solver, one.solver.corrections) if isinstance(one.solver, TunedSolver) else (one.solver, None)
-        )
+        own, more = apart(one.solver)
         start = Numbers.of(own, one.grid, more, moves)
         if clock.left > 0:
             numbers, error = learn(start, pairs, check, min(FIRST, rounds), told)
