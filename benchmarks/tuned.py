@@ -228,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--problem", nargs="+", choices=[*EXACT], default=[*EXACT], help="exact problems (all)")
     parser.add_argument("--nfe", type=int, nargs="+", default=NFE, help="budgets of evaluations (4 5 6 8 10 15 20)")
     parser.add_argument("--minutes", type=float, default=1.0, help="for each cell (1)")
+    parser.add_argument("--within", type=float, default=math.inf, help="minutes: no cell is begun after (no end)")
     parser.add_argument("--out", type=Path, default=Path("runs/tuned"), help="folder of results")
     parser.add_argument("--fresh", action="store_true", help="forget the cells of earlier runs in --out")
     args = parser.parse_args(argv)
@@ -237,14 +238,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.fresh:
         path.unlink(missing_ok=True)
     store = Cells(path, "benchmarks/tuned.py", "cells", {}, lambda found: (found["problem"], found["nfe"]))
-    race = Race()
+    race, began = Race(), time.monotonic()
     for nfe in args.nfe:
         for name in args.problem:
-            if (name, nfe) not in store.done:
+            if (name, nfe) not in store.done and time.monotonic() < began + 60 * args.within:
                 store.write(found := cell(race, problem_of(name), name, nfe, args.minutes))
                 print(f"{name}, {nfe}: {found['tuned'] / found['untuned']:.3f}, {found['seconds']:.0f} s", flush=True)
-    done = [store.done[name, nfe] for name in args.problem for nfe in args.nfe]
-    print(report(done, args.problem, args.nfe, args.out))
+    done = [store.done[name, nfe] for name in args.problem for nfe in sorted(args.nfe) if (name, nfe) in store.done]
+    print(report(done, args.problem, sorted(args.nfe), args.out))
 
 
 if __name__ == "__main__":
