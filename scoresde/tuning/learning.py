@@ -142,7 +142,7 @@ class Numbers:
         return Corrections(tuple(t), tuple(a), tuple(map(tuple, b))).checked()
 
     def moved(self, dv: Tensor) -> Numbers:
-        """The same at v + dv, dv in the order of `Linear.names`."""
+        """The same at v + dv, dv in the order of `Pairs.jacobian`."""
         reads = _reads(self.table())
         R, N = len(self.l), self.grid.steps
         b, rest = torch.zeros_like(self.b), dv
@@ -260,7 +260,7 @@ class Pairs:
         return H, g
 
     def jacobian(self, numbers: Numbers) -> tuple[Tensor, Tensor]:
-        """J = dr / dv, shape (P, B, F), and r, shape (B, F)."""
+        """J = dr / dv, shape (P, B, F), and r, shape (B, F); v is w, l, where they move, a' and the rows of b'."""
         table, c = numbers.table(), numbers.columns()
         on, reads, R = table.evaluates.tolist(), _reads(table), len(table)
         h = float(torch.finfo(self.x.dtype).eps) ** 0.4
@@ -334,12 +334,13 @@ def learn(
         said: called with the best error after each.
 
     Returns:
-        the numbers, and their error by `check`.
+        the numbers, and their error by `check`; infinity where there was no time to look.
     """
     with torch.no_grad():
-        best, error = numbers, check(numbers)
+        best, error = numbers, math.inf
         idle, mu = 0, 1e-2
         try:
+            error = check(numbers)
             value = train.error(numbers)
             for _ in range(rounds):
                 H, g = train.normal(numbers)
@@ -371,7 +372,7 @@ def _step(
         try:
             moved = numbers.moved(-torch.linalg.solve(H + mu * torch.diag(D), g))
             new = train.error(moved)
-        except (ValueError, ArithmeticError, RuntimeError):  # no such times, or no such numbers
+        except (ValueError, ArithmeticError, torch.linalg.LinAlgError):  # no such times, or no such numbers
             new = math.inf
         if new < value:
             return moved, max(mu / 3, 1e-6), new
