@@ -372,7 +372,7 @@ def _step(
         try:
             moved = numbers.moved(-torch.linalg.solve(H + mu * torch.diag(D), g))
             new = train.error(moved)
-        except (ValueError, ArithmeticError, torch.linalg.LinAlgError):  # no such times, or no such numbers
+        except (ValueError, ArithmeticError, RuntimeError):  # no such times, or no such numbers
             new = math.inf
         if new < value:
             return moved, max(mu / 3, 1e-6), new
