@@ -35,6 +35,7 @@ from scoresde.solvers import (
     DDPM,
     AdaptiveODE,
     AnnealedLangevin,
+    Captured,
     DPMSolverPP,
     EDMStochastic,
     Heun,
@@ -246,6 +247,9 @@ def test_gradients_and_densities_are_the_loops():
 def test_the_budget_is_the_solvers_own():
     assert Parallel(Heun()).within(VP, 9)[1] == Heun().within(VP, 9)[1]
     assert sample(MIXTURE.denoiser(VP), (2, 2), Parallel(Heun()), nfe=9, seed=0).grid.steps == 5
+    for entry in available():  # a chain's nodes, or times between them
+        if entry.name in TABLES:
+            assert Parallel(entry.solver).between == entry.solver.between
 
 
 @dataclass
@@ -297,6 +301,8 @@ def test_what_it_is_not_for():
         Parallel(DDIM(), window=0)
     with pytest.raises(ValueError, match="tol"):
         Parallel(DDIM(), tol=-1.0)
+    with pytest.raises(ValueError, match="cannot be captured"):
+        Captured(Parallel(DDIM()))
     with pytest.raises(ValueError, match="overwrites the states"):
         Replacement(Parallel(DDPM()), torch.tensor([True, False]), y=torch.zeros(1, 2))
 

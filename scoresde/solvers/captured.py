@@ -26,6 +26,7 @@ from scoresde.noise import CounterNoise, Noise, NoiseSource
 from scoresde.sde import SDE
 from scoresde.solvers.base import Around, Solver
 from scoresde.solvers.kept import ready
+from scoresde.solvers.parallel import Parallel
 from scoresde.tableau import Ready, State, Tableau
 
 __all__ = ["Captured"]
@@ -65,8 +66,8 @@ class Captured(Around):
 
     Raises:
         TypeError: if it is no solver.
-        ValueError: if it has no table, as an adaptive one; by the run, on a GPU, if a tensor among the conditions is
-            not on the GPU (a graph would keep its number for good).
+        ValueError: if it has no table, as an adaptive one, or is a `Parallel`; by the run, on a GPU, if a tensor among
+            the conditions is not on the GPU (a graph would keep its number for good).
 
     >>> import scoresde
     >>> from scoresde.exact import Gaussian
@@ -84,6 +85,11 @@ class Captured(Around):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"Captured wraps a solver, DDIM() say, not {self.solver!r}")
+        if isinstance(self.solver, Parallel):
+            raise ArgumentError(
+                f"{self.solver!r} cannot be captured: how many rounds it makes depends on the states that it meets. "
+                f"Take {self.solver.solver!r} itself"
+            )
         if not self.solver.has_table:
             why = "it is adaptive, and chooses its steps" if self.solver.adaptive else "its coefficients depend"
             on = "by" if self.solver.adaptive else "on"

@@ -104,6 +104,10 @@ class Parallel(Around):
             check_count(window=self.window)
         check_nonnegative(tol=self.tol)
 
+    @property
+    def between(self) -> bool:  # type: ignore[override]
+        return self.solver.between
+
     def tableau(self, grid: Grid) -> Tableau:
         return self.solver.tableau(grid)
 
