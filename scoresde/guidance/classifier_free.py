@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -87,6 +87,19 @@ class _Extrapolation(Branching):
         if self.channels is not None and (x.ndim < 2 or max(self.channels) >= x.shape[1]):
             raise ArgumentError(f"channels={self.channels}, but x has shape {tuple(x.shape)}, (B, C, ...)")
         return [good, poor], lambda F_1, F_0: self.guided(F_1, F_0, w)
+
+    def outputs(self, times: Tensor) -> Callable[[int, Tensor, Mapping[str, Any]], Tensor]:
+        """Whether D_1 runs alone at a time is found here, on the host: where the loop is traced, nothing can be."""
+        numbers, both, good = times.tolist(), super().outputs(times), self.denoiser.outputs(times)
+        alone = [known_all(self.weight_at(t) == 1) for t in numbers]
+
+        def at(i: int, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
+            if not alone[i]:
+                return both(i, x, cond)
+            self.poor(x, cond)  # its conditions are checked all the same
+            return self._own(good(i, x, cond), self.denoiser, x, numbers[i])
+
+        return at
 
     def guided(self, F_1: Tensor, F_0: Tensor, w: Tensor) -> Tensor:
         """What the rule makes of the channels that are guided, and F_1 in the others."""
