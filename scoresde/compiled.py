@@ -36,6 +36,7 @@ from scoresde.networks import networks
 from scoresde.noise import CounterNoise, Noise
 from scoresde.run import check_solver, choose, process
 from scoresde.solvers.base import Solver
+from scoresde.solvers.captured import check_straight
 from scoresde.tensors import widen
 
 __all__ = ["SamplerModule", "save_sampler"]
@@ -103,6 +104,7 @@ class SamplerModule(nn.Module):
                 f"{solver!r} has no table: what it does depends on the states that it meets, and cannot be made "
                 "beforehand. Take a solver with a table, UniPC() or DDPM() say"
             )
+        check_straight(solver)
         solver, self.grid = choose(process(denoiser, solver, steps or nfe), solver, steps, nfe, grid)
         self.event, self._up = tuple(int(n) for n in shape[1:]), bool(self.grid.increasing)
         origin = CounterNoise([0], denoiser.device)

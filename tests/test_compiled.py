@@ -22,7 +22,7 @@ from scoresde.codecs import Standardise
 from scoresde.compiled import SamplerModule, save_sampler
 from scoresde.guidance import ClassifierFree, Replacement
 from scoresde.noise import CounterNoise
-from scoresde.solvers import DDIM, DDPM, AdaptiveODE, Captured, Heun, UniPC, available, captured
+from scoresde.solvers import DDIM, DDPM, AdaptiveODE, Captured, Heun, Parallel, UniPC, available, captured
 
 SDE = VPSDE()
 TABLES = [entry for entry in available() if entry.solver.has_table]
@@ -278,6 +278,10 @@ def test_results_are_not_overwritten_and_what_looks_between_runs_by_rows(denoise
 def test_what_cannot_be_captured_is_refused(denoiser, graphs):
     with pytest.raises(ValueError, match=r"AdaptiveODE.* cannot be captured: it is adaptive"):
         Captured(AdaptiveODE())
+    with pytest.raises(ValueError, match=r"Parallel.* stops by the states that it meets"):
+        Captured(Parallel(DDIM()))
+    with pytest.raises(ValueError, match=r"Parallel.* stops by the states that it meets"):
+        SamplerModule(denoiser, Parallel(DDIM()), (3, 4), steps=2)
     with pytest.raises(TypeError, match="wraps a solver"):
         Captured(DDIM)
     cond = {"label": torch.ones(2, device="meta")}

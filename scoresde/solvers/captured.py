@@ -98,6 +98,8 @@ class Captured(Around):
                 "UniPC() say"
             )
 
+        check_straight(self.solver)
+
     @property
     def between(self) -> bool:  # type: ignore[override]
         return self.solver.between
@@ -166,6 +168,14 @@ class Captured(Around):
                 end = kept.launch(given)
         last = len(rows) - 1
         yield State(last, sum(row.n is not None for row in rows.rows), rows.steps[last], True, rows.rows[last].t, end)
+
+
+def check_straight(solver: Solver) -> None:
+    """Raises ValueError if a solver with a table does not run it row by row: `Parallel` stops by what it finds."""
+    if isinstance(solver, Parallel):
+        raise ArgumentError(
+            f"{solver!r} stops by the states that it meets, so take the solver in it: {solver.solver!r}"
+        )
 
 
 def recordable(x: Tensor) -> bool:
