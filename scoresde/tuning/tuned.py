@@ -23,8 +23,8 @@ __all__ = ["tune"]
 FIRST = 6
 """Steps of each start before the best goes on."""
 
-CAP = 100.0
-"""Of a sample's squared distance, in the median of those of the best untuned: ten times as far is far."""
+CAP = 30.0
+"""Of a sample's squared distance, in the median of those of the best untuned."""
 
 
 def tune(
@@ -52,7 +52,7 @@ def tune(
     quarter chooses among the untuned, the starts' results and every step of each; the last reports how good it is,
     beside the best untuned. **Where what was learned is no better on it, or its rms larger by more than two standard
     errors, the best untuned is returned**, its `error` being `default` then and `story` saying so: from bad training
-    comes no bad solver. In all that chooses, a sample that ends ten times as far off as the median, in another mode of
+    comes no bad solver. In all that chooses, a sample that ends five times as far off as the median, in another mode of
     the data say, counts no more than that (`capped`); `error` and `default` are plain.
 
     Args:
@@ -155,9 +155,8 @@ def _trained(
 ) -> Try:
     """The best that training finds, by the samples that choose; that may be the untuned one."""
     cond = dict(trial.cond or {})
-    whole = Pairs(
-        trial.denoiser, trial.x_T, trial.truth.flatten(1).double().cpu(), trial.features, cond, batch_size, clock
-    )
+    truth = trial.truth.flatten(1).double().cpu()
+    whole = Pairs(trial.denoiser, trial.x_T, truth, trial.features, cond, batch_size, clock, trial.cap)
     pairs, held = whole.part(train), whole.part(chooses)
     goal = math.sqrt(float(capped(trial.squares(untuned, chooses), trial.cap).mean()))
 
