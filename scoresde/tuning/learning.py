@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -370,9 +371,10 @@ def _step(
     D = D + 1e-9 * D.max()
     for _ in range(8):
         try:
-            moved = numbers.moved(-torch.linalg.solve(H + mu * torch.diag(D), g))
+            dv = np.linalg.solve((H + mu * torch.diag(D)).numpy(), g.numpy())
+            moved = numbers.moved(-torch.from_numpy(dv))
             new = train.error(moved)
-        except (ValueError, ArithmeticError, RuntimeError):  # no such times, or no such numbers
+        except (ValueError, ArithmeticError):  # numpy's, of a singular H, too; no such times, or no such numbers
             new = math.inf
         if new < value:
             return moved, max(mu / 3, 1e-6), new
