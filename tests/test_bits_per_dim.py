@@ -196,7 +196,7 @@ def test_the_standard_error_covers_what_it_says(exact_density):
     denoiser, P = MIXTURE.denoiser(SDE), probabilities(MIXTURE, 16, (-1.0, 1.0))
     drawn = torch.multinomial(P / P.sum(), 200 * 25, replacement=True, generator=generator(0)).reshape(200, 25, 1)
     repeats = {"levels": 16, "dtype": torch.float64}
-    bits = bits_per_dim(denoiser, ALL, repeats=4000, seed=99, **repeats).per_image
+    bits = bits_per_dim(denoiser, ALL, repeats=1000, seed=99, **repeats).per_image
     truth = float((P / P.sum()) @ bits)
     covered = 0
     for k, images in enumerate(drawn):

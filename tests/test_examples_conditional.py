@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +67,11 @@ def test_draws_of_the_posterior_are_as_far_from_each_other_as_from_the_truth():
     assert palette.ratio_of(to_truth, to_truth) == [1, 0]
 
 
-def test_five_tasks_are_trained_once_and_shown(garments, tmp_path, capsys):
+def test_five_tasks_are_trained_once_and_shown(garments, tmp_path, capsys, monkeypatch):
     import palette
 
+    for name in ("DIFFUSION", "REGRESSION"):
+        monkeypatch.setattr(palette, name, replace(getattr(palette, name), options=palette.NETWORK | {"channels": 8}))
     arguments = ["--data", *garments, "--out", str(tmp_path / "out"), "--models", str(tmp_path / "models")]
     quick = ["--train-steps", "1", "--images", "16", "--several", "4", "--draws", "2", "--nfe", "1"]
     palette.main([*arguments, *quick])
@@ -115,9 +118,11 @@ def test_the_intersection_over_union():
     assert segmentation.iou(torch.full_like(a, -1), torch.full_like(a, -1)) == 1
 
 
-def test_masks_are_drawn(tmp_path):
+def test_masks_are_drawn(tmp_path, monkeypatch):
     import segmentation
 
+    small = {name: replace(m, options=m.options | {"channels": 8}) for name, m in segmentation.MODELS.items()}
+    monkeypatch.setattr(segmentation, "MODELS", small)
     quick = ["--train-steps", "1", "--scenes", "64", "--held-out", "8", "--draws", "2", "--nfe", "1"]
     segmentation.main(["--out", str(tmp_path), "--models", str(tmp_path), *quick])
     results = json.loads((tmp_path / "results.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,12 @@ QUICK = ["--train-steps", "2", "--weights", "0", "1", "3", "--samples", "16", "-
 
 @pytest.fixture(autouse=True)
 def _examples(monkeypatch):
+    """The examples, with a smaller network."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    import guidance
+
+    small = {**guidance.MODEL.options, "channels": 8}
+    monkeypatch.setattr(guidance, "MODEL", replace(guidance.MODEL, options=small))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,7 @@ def test_a_classifier_guides_both_models(folder, capsys, monkeypatch):
     lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
     (out / "rows.jsonl").write_text("".join(lines[:-1]))
     capsys.readouterr()
+    monkeypatch.setattr(classifier_guidance, "draw", lambda *_: None)
     classifier_guidance.main([*arguments, *quick])
     assert capsys.readouterr().out.count("'frechet': [") == 1
     assert json.loads((out / "results.json").read_text())["rows"] == results["rows"]
@@ -116,7 +123,7 @@ def test_every_problem_is_restored(folder):
 
     guidance.trained(folder / "model", steps=2)
     out = folder / "restoration"
-    quick = ["--images", "2", "--draws", "2", "--steps", "5", "--device", "cpu"]
+    quick = ["--images", "2", "--draws", "2", "--steps", "3", "--device", "cpu"]
     restoration.main(["--out", str(out), "--model", str(folder / "model"), *quick])
     results = json.loads((out / "results.json").read_text())
     methods = {problem: [] for problem in restoration.PROBLEMS}

@@ -39,6 +39,7 @@ def test_langevin_with_noise_spreads_and_without_it_does_not(tmp_path, monkeypat
 def test_a_network_of_levels_is_measured_once(tmp_path, monkeypatch):
     import ncsn
 
+    monkeypatch.setattr(ncsn, "NET", {**ncsn.NET, "channels": 8})
     paper = ncsn.Paper(3.0, 3, False, 5, 1e-4, "ncsnv2", denoise=True)
     monkeypatch.setattr(ncsn, "papers", lambda training: {"NCSNv2": paper})
     monkeypatch.setattr(ncsn, "draw", lambda *_: None)

@@ -230,7 +230,7 @@ def test_every_solver_of_the_catalogue_samples_the_conditional(entry: Entry) -> 
     """By exact classifier guidance at scale 1, and by classifier-free guidance at the weight that is the same."""
     data, x_T = Labelled(VPSDE()), normal(2, 2)
     net = EpsDenoiser(data.net("eps"), VPSDE())
-    options: dict[str, Any] = {"seed": 0, "nfe": 120} if entry.adaptive else {"seed": 0, "steps": 5}
+    options: dict[str, Any] = {"seed": 0, "nfe": 60} if entry.adaptive else {"seed": 0, "steps": 5}
     expected = sample(data.of(1), x_T, entry.solver, **options)
     by_classifier = sample(Classifier(net, data.logits, label=1), x_T, entry.solver, **options)
     free = ClassifierFree(net, torch.ones(2), null=NULL, interval=(0.0, 1.0))

@@ -101,7 +101,7 @@ def test_combinations():
             there = [Profile(exponent(s), T * (k + 1) / K) for k in range(K) for s in (0.05, 0.1)]
             x, missed = combination(there, wanted)
             assert abs(float(x.sum()) - 1) < 1e-12
-            tau = (torch.arange(200_000, dtype=torch.float64) + 0.5) * T / 200_000
+            tau = (torch.arange(19_200, dtype=torch.float64) + 0.5) * T / 19_200
             made = sum(
                 share * (p.gamma + 1) / p.t * (tau / p.t) ** p.gamma * (tau < p.t)
                 for share, p in zip(x.tolist(), there, strict=True)
@@ -147,14 +147,14 @@ def test_a_run_that_was_killed_has_the_same(run, tmp_path):
     here = tmp_path / "run"
     trainer(here, steps=150, checkpoint_every=30, schedule="constant").fit(progress=False)
     whole = tmp_path / "whole"
-    trainer(whole, schedule="constant").fit(progress=False)
+    trainer(whole, steps=200, schedule="constant").fit(progress=False)
     for path in checkpoints(here)[:1]:
         shutil.rmtree(path)  # at 150; the run is at 120, and has snapshots at 140 and 150
     (here / "snapshots/checkpoints/00000140/average-1.safetensors").write_bytes(b"half")
     (here / "snapshots/checkpoints/.00000160.1.partial").mkdir()
-    trainer(here, schedule="constant").fit(progress=False)
+    trainer(here, steps=200, schedule="constant").fit(progress=False)
     assert [p.name for p in checkpoints(here / "snapshots")] == sorted(
-        [*(f"{n:08d}" for n in range(20, 401, 20)), "00000150"], reverse=True
+        [*(f"{n:08d}" for n in range(20, 201, 20)), "00000150"], reverse=True
     )
     shutil.rmtree(here / "snapshots/checkpoints/00000150")  # which the whole run has not
     assert not list((here / "snapshots/checkpoints").glob(".*"))
@@ -167,9 +167,9 @@ def test_a_run_that_was_killed_has_the_same(run, tmp_path):
 def test_an_earlier_checkpoint_has_its_own(run, tmp_path):
     """Up to its step, whatever came later."""
     here = shutil.copytree(run, tmp_path / "run")
-    trainer(tmp_path / "short", steps=200, schedule="constant").fit(progress=False)
-    trainer(tmp_path / "long", schedule="constant", checkpoint_every=200).fit(progress=False)
-    early = tmp_path / "long" / "checkpoints" / "00000200"
+    trainer(tmp_path / "short", steps=100, schedule="constant").fit(progress=False)
+    trainer(tmp_path / "long", steps=200, schedule="constant", checkpoint_every=100).fit(progress=False)
+    early = tmp_path / "long" / "checkpoints" / "00000100"
     assert torch.equal(vector(averaged(early, 0.15).net), vector(averaged(tmp_path / "short", 0.15).net))
     assert not torch.equal(vector(averaged(here, 0.15).net), vector(averaged(early, 0.15).net))
 

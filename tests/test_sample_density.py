@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from common import Counting, normal
+from common import Counting, every_pair, normal
 
 from scoresde import EDMSDE, VPSDE, DDPMChain, EpsDenoiser, FlowSDE, Grid, NonFiniteError, log_prob, sample
 from scoresde.exact import Gaussian, GaussianMixture
@@ -15,7 +15,7 @@ from scoresde.solvers import DDIM, DDPM, AdaptiveODE, DPMSolverPP, Heun, Reverse
 
 MIXTURE = GaussianMixture([[1.0, 0.0], [-1.0, 0.5], [0.2, -1.0]], weights=[1, 2, 3], std=0.4)
 IMAGES = GaussianMixture(normal(3, 2, 3, 2, seed=7), std=0.6)
-SDES = [VPSDE(), EDMSDE(), FlowSDE(), DDPMChain()]
+SDES = {type(sde).__name__: sde for sde in (VPSDE(), EDMSDE(), FlowSDE(), DDPMChain())}
 RUNS = {
     "unipc4-v": (UniPC(4, "v"), {"steps": 80}, 1e-3),
     "rk4-angle": (RungeKutta("rk4", "angle"), {"steps": 25}, 1e-3),
@@ -25,9 +25,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("target", [MIXTURE, IMAGES], ids=["plane", "images"])
-@pytest.mark.parametrize("sde", SDES, ids=lambda sde: type(sde).__name__)
-@pytest.mark.parametrize("name", RUNS)
+@every_pair(name=list(RUNS), sde=SDES, target={"plane": MIXTURE, "images": IMAGES})
 def test_it_is_the_density_of_the_samples(name, sde, target):
     """The same as log_prob, to tight tolerances, where the solution stands: both are of the model, prior and all."""
     (solver, given, tolerance), denoiser = RUNS[name], target.denoiser(sde)

@@ -19,7 +19,9 @@ WRITTEN = {
     **{f"{name} as in test_multistep": solver for name, solver in CASES.items()},
     **{f"{name} as in test_single_step": solver for name, solver in EVERY.items()},
 }
-WRITTEN = {name: solver for name, solver in WRITTEN.items() if textbook_of(solver) is not None}
+# Each once, under the first of its names.
+FIRST = {repr(solver): name for name, solver in reversed(WRITTEN.items())}
+WRITTEN = {name: WRITTEN[name] for name in reversed(FIRST.values()) if textbook_of(WRITTEN[name]) is not None}
 
 
 def in_t(solver):

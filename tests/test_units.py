@@ -191,7 +191,7 @@ def test_samples_are_in_the_unit_of_the_data(kind: str, name: str) -> None:
     for s in (1.0, *UNITS):
         sde = in_unit(kind, s)
         x_T = sde.prior((3, 2), torch.Generator().manual_seed(0), dtype=torch.float64)
-        run = sample(modes(s, sde), x_T, solver, seed=1, steps=None if solver.adaptive else 12)
+        run = sample(modes(s, sde), x_T, solver, seed=1, steps=None if solver.adaptive else 7)
         found[s] = run.x / s, run.nfe
     for s in UNITS:
         assert found[s][1] == found[1.0][1]
