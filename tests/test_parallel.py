@@ -301,7 +301,7 @@ def test_what_it_is_not_for():
         Parallel(DDIM(), window=0)
     with pytest.raises(ValueError, match="tol"):
         Parallel(DDIM(), tol=-1.0)
-    with pytest.raises(ValueError, match="cannot be captured"):
+    with pytest.raises(ValueError, match="stops by the states that it meets"):
         Captured(Parallel(DDIM()))
     with pytest.raises(ValueError, match="overwrites the states"):
         Replacement(Parallel(DDPM()), torch.tensor([True, False]), y=torch.zeros(1, 2))

@@ -85,11 +85,6 @@ class Captured(Around):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"Captured wraps a solver, DDIM() say, not {self.solver!r}")
-        if isinstance(self.solver, Parallel):
-            raise ArgumentError(
-                f"{self.solver!r} cannot be captured: how many rounds it makes depends on the states that it meets. "
-                f"Take {self.solver.solver!r} itself"
-            )
         if not self.solver.has_table:
             why = "it is adaptive, and chooses its steps" if self.solver.adaptive else "its coefficients depend"
             on = "by" if self.solver.adaptive else "on"
@@ -97,7 +92,6 @@ class Captured(Around):
                 f"{self.solver!r} cannot be captured: {why} {on} the states that it meets. Take a solver with a table, "
                 "UniPC() say"
             )
-
         check_straight(self.solver)
 
     @property
