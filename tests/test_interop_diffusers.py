@@ -685,6 +685,10 @@ def test_folders_pipelines_shards_and_halves_are_the_same_network(theirs, tmp_pa
     x, time = torch.randn(2, 1, 8, 8), torch.tensor([99, 99])
     model = from_diffusers(tmp_path / "pipe")
     assert model.shape == (1, 8, 8)
+    for solver in (DDIM(), DDPM()):
+        assert sample(model, (2, *model.shape), solver, grid=model.grid(5), seed=0).x.isfinite().all()
+    raw = from_diffusers(tmp_path / "pipe", clip=False)  # what is clipped has no density of the network's
+    assert log_prob(raw, torch.rand(2, *raw.shape) * 2 - 1, steps=4, seed=0).value.isfinite().all()
     assert torch.equal(from_diffusers(pipeline, clip=False).eps(x, 100.0), net(x, time).sample)
     assert torch.equal(from_diffusers(pipeline)(x, 100.0).mean, model(x, 100.0).mean)
     weights = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
