@@ -41,6 +41,7 @@ from scoresde.info import environment
 from scoresde.interop import from_diffusers, from_edm, from_guided_diffusion, from_score_sde
 from scoresde.interop.diffusers import library
 from scoresde.interop.model import Published
+from scoresde.interop.score_sde import CIFAR10, SCORE_SDE
 from scoresde.report import table, write_json
 from scoresde.wrappers import Wrapper
 
@@ -48,8 +49,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from adm_reference import Adm
 from standins import snapshot, write_edm, write_score_sde
 from textbook_song import Made, edm, score_sde
-
-from scoresde.interop.score_sde import CIFAR10, SCORE_SDE
 
 MIB = 2**20
 
@@ -65,7 +64,8 @@ class Case:
         code: that line.
         forward: what theirs predicts of x at label c, of the files' weights.
         label: c of one item, in their words.
-        classes: whether it is told a class, 3.
+        cond: what else it is told.
+        half: whether the weights are float16.
     """
 
     what: str
@@ -75,6 +75,7 @@ class Case:
     forward: Callable[[Path, Tensor, Tensor, dict[str, Tensor]], Tensor]
     label: float
     cond: Callable[[], dict[str, Tensor]] = dict
+    half: bool = False
 
 
 # ---- EDM, CIFAR-10, class-conditional DDPM++ ----
@@ -136,8 +137,7 @@ def _write_adm(folder: Path) -> None:
 
 
 def _forward_adm(folder: Path, x: Tensor, c: Tensor, cond: dict[str, Tensor]) -> Tensor:
-    net = Adm.__new__(Adm)
-    Adm.__init__(net, **ADM)
+    net = Adm(**ADM)
     held = torch.load(folder / "64x64_diffusion.pt", weights_only=True)
     net.state = {name: tensor.double() for name, tensor in held.items()}
     return net(x.double(), c.double(), cond["label"])[:, :3]
@@ -196,6 +196,7 @@ CASES = {
         _forward_diffusers("UNet2DConditionModel", "stable-diffusion/unet"),
         500.0,
         lambda: {"encoder_hidden_states": torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(2))},
+        half=True,
     ),
     "ADM 64": Case(
         "guided-diffusion, 64x64_diffusion.pt",
@@ -253,7 +254,6 @@ def stored(folder: Path, about: dict[str, Any]) -> float:
 
 def loaded(case: Case, folder: Path, forward: bool) -> dict[str, Any]:
     """One loading, in a process of its own."""
-    half = "float16" in case.what
     if "diffusers" in case.what:
         library().UNet2DConditionModel, library().AutoencoderKL, library().UNet2DModel
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -272,11 +272,11 @@ def loaded(case: Case, folder: Path, forward: bool) -> dict[str, Any]:
     x, c = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([case.label])
     cond = case.cond()
     with torch.inference_mode():
-        if half:  # a CPU computes in it slowly: the pass is in float32, from the same numbers
+        if case.half:  # a CPU computes in it slowly: the pass is in float32, from the same numbers
             found["evaluated"] = math.nan
             inner.net.float()
         ours = inner.net(x, c, **cond)
-        if not half:
+        if not case.half:
             found["evaluated"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
         ours = ours[:, : x.shape[1]]
         theirs = case.forward(folder, x, c, cond)

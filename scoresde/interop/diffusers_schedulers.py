@@ -52,6 +52,7 @@ from scoresde.denoiser import (
 from scoresde.grid import Grid
 from scoresde.interop.diffusers_kinds import KINDS, completed
 from scoresde.interop.diffusers_times import chain_grid, edm_times, flow_times, rule_of
+from scoresde.interop.model import uniform_to_data
 from scoresde.schedules import EDMSDE, VESDE, FlowSDE
 from scoresde.sde import SDE
 from scoresde.strides import Toolkit
@@ -152,11 +153,11 @@ class Schedule:
         return denoiser
 
 
-_ADAPTERS: dict[str, tuple[type[NetworkDenoiser], int]] = {
-    "epsilon": (EpsDenoiser, 1),
-    "v_prediction": (VDenoiser, 1),
-    "sample": (X0Denoiser, 1),
-    "flow_prediction": (VelocityDenoiser, 1),
+_ADAPTERS: dict[str, type[NetworkDenoiser]] = {
+    "epsilon": EpsDenoiser,
+    "v_prediction": VDenoiser,
+    "sample": X0Denoiser,
+    "flow_prediction": VelocityDenoiser,
 }
 
 
@@ -183,26 +184,29 @@ def schedule_of(config: Mapping[str, Any], *, mu: float | None = None, own_sigma
     if kind.dialect == "flow" or whole.get("use_flow_sigmas"):
         return _flow(whole, ignored, mu, own_sigmas)
     if kind.dialect == "ve":
-        sde: SDE = VESDE(whole["sigma_min"], whole["sigma_max"])
-
-        def levels(steps: int) -> Grid:
-            times = torch.linspace(1, whole["sampling_eps"], steps, dtype=torch.float64, device="cpu")
-            return Grid(sde, torch.cat([times, times.new_zeros(1)]))
-
-        return Schedule(sde, lambda net: ScoreDenoiser(net, sde, time=sde.sigma), "score", 1, levels, whole, ignored)
+        sde = VESDE(whole["sigma_min"], whole["sigma_max"])
+        return Schedule(
+            sde,
+            lambda net: ScoreDenoiser(net, sde, time=sde.sigma),
+            "score",
+            1,
+            lambda steps: uniform_to_data(sde, steps, whole["sampling_eps"]),
+            whole,
+            ignored,
+        )
     continuous = whole.get("timestep_type") == "continuous" and whole["prediction_type"] == "v_prediction"
     if kind.dialect == "edm" or continuous:
         return _edm(whole, ignored, continuous)
     if whole.get("interpolation_type", "linear") != "linear":
         raise ArgumentError(f"interpolation_type={whole['interpolation_type']!r} of {name} is not read: 'linear' is")
     check_option(("epsilon", "v_prediction", "sample"), prediction_type=whole["prediction_type"])
-    adapter, sign = _ADAPTERS[whole["prediction_type"]]
+    adapter = _ADAPTERS[whole["prediction_type"]]
     chain = DDPMChain(betas_of(whole, kind.least_snr))
     return Schedule(
         chain,
         lambda net: adapter(net, chain, time=chain.label),
         adapter.predicts,
-        sign,
+        1,
         lambda steps: chain_grid(whole, chain, steps, cast(Toolkit, kind.dialect), kind.own_steps),
         whole,
         ignored,
@@ -234,21 +238,19 @@ def _edm(config: dict[str, Any], ignored: dict[str, Any], continuous: bool) -> S
 def _flow(config: dict[str, Any], ignored: dict[str, Any], mu: float | None, own_sigmas: bool) -> Schedule:
     predicts = config.setdefault("prediction_type", "flow_prediction")
     check_option(tuple(_ADAPTERS), prediction_type=predicts)
-    adapter, sign = _ADAPTERS[predicts]
+    adapter, inverted = _ADAPTERS[predicts], config.get("invert_sigmas")
     sde, T = FlowSDE(), config["num_train_timesteps"]
-    if config.get("invert_sigmas"):
-        sign = -1
     if config.get("use_flow_sigmas") and rule_of(config):
         raise ArgumentError(f"{config['_class_name']} has use_flow_sigmas and other sigmas on: expected one of them")
 
     def label(t: Tensor) -> Tensor:
-        return T * (1 - t) if config.get("invert_sigmas") else T * t
+        return T * (1 - t) if inverted else T * t
 
     return Schedule(
         sde,
         lambda net: adapter(net, sde, time=label),
         adapter.predicts,
-        sign,
+        -1 if inverted else 1,
         lambda steps: Grid(sde, flow_times(config, steps, mu, own_sigmas)),
         config,
         ignored,

@@ -14,9 +14,10 @@ from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser
 from scoresde.diagnose import diagnose
 from scoresde.grid import Grid
+from scoresde.sde import SDE
 from scoresde.wrappers import SameMean, Wrapper
 
-__all__ = ["Published", "published"]
+__all__ = ["Published", "published", "uniform_to_data"]
 
 
 class Published(SameMean):
@@ -107,3 +108,9 @@ def published(
         if verdict.suspicious:
             warnings.warn(f"the network does not fit its data: {verdict}", stacklevel=3)
     return model
+
+
+def uniform_to_data(sde: SDE, steps: int, last: float) -> Grid:
+    """Uniform in t from t_max to the last noisy time, then 0, as samplers of score_sde step to a denoised state."""
+    times = torch.linspace(sde.t_max, last, steps, dtype=torch.float64, device="cpu")
+    return Grid(sde, torch.cat([times, times.new_zeros(1)]))

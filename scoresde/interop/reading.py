@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from scoresde.checks import ArgumentError
 from scoresde.errors import CheckpointError, some
 from scoresde.interop.pickles import check_names
+from scoresde.tensors import check_device as check_there
 
 __all__ = ["check_dense", "check_device", "check_digest", "check_stored", "fill", "hashed", "read_torch", "state_of"]
 
@@ -54,11 +55,13 @@ def check_digest(path: Path | str, found: str, sha256: str | None) -> None:
 
 def check_device(device: torch.device | str | None) -> None:
     """Raises ArgumentError if a network cannot be moved there."""
+    if device is None:
+        return
     try:
-        moved = torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # no such device, or not in this build of torch
-        raise ArgumentError(f"device={device!r}: ", f"{str(error).splitlines()[0]}") from error
-    if device is not None and moved.is_meta:
+        check_there(device)
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(str(error)) from error
+    if torch.device(device).type == "meta":
         raise ArgumentError("device='meta': it has shapes and no numbers; expected 'cpu', or an accelerator")
 
 

@@ -30,9 +30,8 @@ from scoresde.chain import DDPMChain
 from scoresde.checks import check_option
 from scoresde.denoiser import EpsDenoiser
 from scoresde.errors import CheckpointError, some
-from scoresde.grid import Grid
 from scoresde.interop.formats import refuse
-from scoresde.interop.model import Published, published
+from scoresde.interop.model import Published, published, uniform_to_data
 from scoresde.interop.reading import check_dense, check_device, fill, hashed, read_torch, state_of
 from scoresde.nn import SongUNet
 from scoresde.nn.blocks import ResidualBlock
@@ -103,7 +102,8 @@ def from_score_sde(
         "their range": [-1.0, 1.0] if options["centered"] else [0.0, 1.0],
     }
     C, size = options["num_channels"], options["image_size"]
-    grid = None if sde.nodes is not None else lambda steps: _uniform(sde, steps)
+    last = 1e-5 if isinstance(sde, VESDE) else 1e-3
+    grid = None if sde.nodes is not None else lambda steps: uniform_to_data(sde, steps, last)
     return published(EpsDenoiser(net.to(device), sde, time=label), (C, size, size), about, grid, data=data)
 
 
@@ -351,10 +351,3 @@ def process_of(options: Mapping[str, Any]) -> tuple[SDE, Callable[[Tensor], Tens
         return VPSDE(low, high), lambda t: 999 * t
     chain = DDPMChain.linear(N, low / N, high / N)
     return chain, chain.label
-
-
-def _uniform(sde: SDE, steps: int) -> Grid:
-    """Uniform from t_max to their end, then 0."""
-    end = 1e-5 if isinstance(sde, VESDE) else 1e-3
-    times = torch.linspace(sde.t_max, end, steps, dtype=torch.float64)
-    return Grid(sde, torch.cat([times, times.new_zeros(1)]))

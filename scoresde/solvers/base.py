@@ -6,8 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from scoresde.solvers.kept import ready
 from scoresde.solvers.rows import Rows
 from scoresde.tableau import State, Tableau
 
-__all__ = ["Around", "SingleStep", "Solver", "check_decreasing"]
+__all__ = ["Around", "SameTable", "SingleStep", "Solver", "check_decreasing"]
 
 
 class Solver:
@@ -176,6 +177,21 @@ class Around(Solver):
 
     def evaluations(self, grid: Grid) -> int | None:
         return self.solver.evaluations(grid)
+
+
+class SameTable(Around):
+    """A dataclass around a solver, whose table it runs in another way, on the solver's own grid."""
+
+    @property
+    def between(self) -> bool:  # type: ignore[override]
+        return self.solver.between
+
+    def tableau(self, grid: Grid) -> Tableau:
+        return self.solver.tableau(grid)
+
+    def within(self, sde: SDE, nfe: int) -> tuple[Solver, Grid]:
+        solver, grid = self.solver.within(sde, nfe)
+        return (self if solver is self.solver else replace(cast(Any, self), solver=solver)), grid
 
 
 def check_decreasing(grid: Grid, solver: Solver) -> None:

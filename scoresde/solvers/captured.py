@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -23,11 +23,10 @@ from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.networks import Holder
 from scoresde.noise import CounterNoise, Noise, NoiseSource
-from scoresde.sde import SDE
-from scoresde.solvers.base import Around, Solver
+from scoresde.solvers.base import SameTable, Solver
 from scoresde.solvers.kept import ready
 from scoresde.solvers.parallel import Parallel
-from scoresde.tableau import Ready, State, Tableau
+from scoresde.tableau import Ready, State
 
 __all__ = ["Captured"]
 
@@ -35,7 +34,7 @@ _MOST = 8  # graphs that one solver keeps: each holds the memory of a run
 
 
 @dataclass(frozen=True)
-class Captured(Around):
+class Captured(SameTable):
     """A solver with a table whose run is one CUDA graph: the samples of the solver itself, in less time where the
     network is small for its GPU, so that launching its kernels takes longer than running them.
 
@@ -95,19 +94,8 @@ class Captured(Around):
         check_straight(self.solver)
 
     @property
-    def between(self) -> bool:  # type: ignore[override]
-        return self.solver.between
-
-    @property
     def by_rows(self) -> Solver:
         return self.solver.by_rows
-
-    def tableau(self, grid: Grid) -> Tableau:
-        return self.solver.tableau(grid)
-
-    def within(self, sde: SDE, nfe: int) -> tuple[Solver, Grid]:
-        solver, grid = self.solver.within(sde, nfe)
-        return (self if solver is self.solver else replace(self, solver=solver)), grid
 
     def frozen_state(self) -> dict[str, Any]:
         """What grids and tables are made of (`scoresde.tensors.frozen`): the graphs have no part in them."""

@@ -19,7 +19,7 @@ own, so that it is the same in any batch; one that is far ahead of the slowest w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +31,9 @@ from scoresde.denoiser import Denoiser
 from scoresde.entries import repeated
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
-from scoresde.sde import SDE
-from scoresde.solvers.base import Around, Solver
+from scoresde.solvers.base import SameTable, Solver
 from scoresde.solvers.kept import ready
-from scoresde.tableau import Ready, State, Tableau
+from scoresde.tableau import Ready, State
 
 __all__ = ["Parallel"]
 
@@ -51,7 +50,7 @@ SMALL = 0.1
 
 
 @dataclass(frozen=True)
-class Parallel(Around):
+class Parallel(SameTable):
     """Another solver's table in few rounds, each one call of the network on many rows, for where a large batch takes
     hardly longer than a small one: the loop's samples to a tolerance, in more evaluations and fewer calls.
 
@@ -104,22 +103,11 @@ class Parallel(Around):
             check_count(window=self.window)
         check_nonnegative(tol=self.tol)
 
-    @property
-    def between(self) -> bool:  # type: ignore[override]
-        return self.solver.between
-
-    def tableau(self, grid: Grid) -> Tableau:
-        return self.solver.tableau(grid)
-
     def evaluations(self, grid: Grid) -> None:
         return None
 
     def steps_within(self, *args: Any, **kwargs: Any) -> int:
         return self.solver.steps_within(*args, **kwargs)
-
-    def within(self, sde: SDE, nfe: int) -> tuple[Solver, Grid]:
-        solver, grid = self.solver.within(sde, nfe)
-        return replace(self, solver=solver), grid
 
     def loop(
         self, denoiser: Denoiser, x: Tensor, grid: Grid, noise: NoiseSource | None, cond: dict[str, Any]

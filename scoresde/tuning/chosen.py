@@ -268,8 +268,7 @@ class Trial:
         """
         mine, theirs = (self.squares(one, rest) for one in (best, usual))
         nearer = float(capped(mine, self.cap).mean()) < float(capped(theirs, self.cap).mean())
-        worse = float((mine.mean() / theirs.mean()).log()) / 2 if nearer else math.inf
-        if worse > allowed * _stderr(mine, theirs):
+        if not nearer or float((mine.mean() / theirs.mean()).log()) / 2 > allowed * _stderr(mine, theirs):
             best, mine = usual, theirs
         solver, corrections = apart(best.solver)
         return TunedSolver(
