@@ -32,7 +32,7 @@ from scoresde.likelihood import bits_per_dim, outer_edges
 from scoresde.pictures import grid
 from scoresde.processes import SDES
 from scoresde.report import Cells, log_ticks
-from scoresde.solvers import DDIM, DDPM
+from scoresde.solvers import DDIM, DDPM, Parallel, UniPC
 from scoresde.solvers.catalogue import SOLVERS, solver_of
 from scoresde.training import ModelConfig, TrainConfig, Trainer
 from scoresde.training.folder import checkpoints
@@ -675,12 +675,12 @@ def test_a_grid_has_white_between_its_images():
         (["--solver", "DDIM(eta=-1)"], "--solver 'DDIM(eta=-1)': eta=-1: expected a finite number >= 0"),
         (["--solver", "DDIM(etaa=1)"], "DDIM has no 'etaa': it knows eta"),
         (["--solver", "UniPC(order=9)"], "order=9: expected a whole number from 1 to 4"),
-        (["--solver", "DDIM(eta=x)"], "expected numbers, texts and lists"),
+        (["--solver", "DDIM(eta=x)"], "expected numbers, texts, lists and solvers"),
         (["--solver", "DDIM(1, 2)"], "too many positional arguments"),
-        (["--solver", "DDIN(1)"], "expected 'DDIM', or one of 28 others to call"),
+        (["--solver", "DDIN(1)"], "expected 'DDIM', or one of 29 others to call"),
         (["--solver", "(" * 3000], "expected one of"),
         (["--solver", "~" * 99999 + "1"], "expected one of"),
-        (["--solver", "__import__('os')"], "expected one of 29 to call"),
+        (["--solver", "__import__('os')"], "expected one of 30 to call"),
         (["--n", "0"], "--n 0"),
         (["--nfe", "3", "--steps", "3"], "one of --nfe and --steps"),
         (["--solver", "heun", "--grid", "karras", "--nfe", "0"], "--nfe 0"),
@@ -749,6 +749,7 @@ def test_solvers_by_name_and_by_call():
     assert all(solver_of(name) == entry.solver for name, entry in SOLVERS.items())
     assert all(solver_of(entry.call) == entry.solver for entry in SOLVERS.values())
     assert solver_of("unipc") == SOLVERS["unipc3"].solver
+    assert solver_of("Parallel(UniPC(order=2), tol=0.01)") == Parallel(UniPC(order=2), tol=0.01)
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

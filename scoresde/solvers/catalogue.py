@@ -6,6 +6,7 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import signature
+from typing import Any
 
 from scoresde.checks import ArgumentError, check_keys, one_of
 from scoresde.files import parsed
@@ -22,6 +23,7 @@ from scoresde.solvers import (
     single_step,
 )
 from scoresde.solvers.base import Solver
+from scoresde.solvers.parallel import Parallel
 
 __all__ = ["ALIASES", "SOLVERS", "Entry", "available", "call_of", "solver_of"]
 
@@ -213,11 +215,11 @@ _ENTRIES = [
 
 SOLVERS = {entry.name: entry for entry in available()}
 ALIASES = {"unipc": "unipc3", "dpm++": "dpm++2m", "deis": "deis3", "ipndm": "ipndm4"}
-_CLASSES = {type(entry.solver).__name__: type(entry.solver) for entry in _ENTRIES}
+_CLASSES = {type(entry.solver).__name__: type(entry.solver) for entry in _ENTRIES} | {"Parallel": Parallel}
 
 
 def solver_of(text: str) -> Solver:
-    """The solver of a name that `scoresde solvers` lists, or of a call: unipc3, ddim, 'DDIM(eta=0.2)'.
+    """The solver of a name that `scoresde solvers` lists, or of a call: unipc3, 'DDIM(eta=0.2)', 'Parallel(DDPM())'.
 
     Raises:
         ValueError: if there is none.
@@ -231,16 +233,28 @@ def solver_of(text: str) -> Solver:
         call = parsed(lambda text: ast.parse(text, mode="eval").body, text.strip())
     except (SyntaxError, ValueError):
         call = None
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+    if not isinstance(call, ast.Call):
         listed = one_of(text, [*SOLVERS, *ALIASES])
         raise ArgumentError(f"solver={text!r}: {listed} that `scoresde solvers` lists, or a call, 'DDIM(eta=0.2)' say")
-    if (made := _CLASSES.get(call.func.id)) is None:
-        raise ArgumentError(f"solver={text!r}: {one_of(call.func.id, _CLASSES)} to call, 'DDIM(eta=0.2)' say")
+    return _called(text, call)
+
+
+def _called(text: str, call: ast.Call) -> Solver:
+    """The solver of a call in a text, which may have others among its arguments."""
+    name = call.func.id if isinstance(call.func, ast.Name) else ast.unparse(call.func)
+    if (made := _CLASSES.get(name)) is None:
+        raise ArgumentError(f"solver={text!r}: {one_of(name, _CLASSES)} to call, 'DDIM(eta=0.2)' say")
+
+    def value(node: ast.expr) -> Any:
+        return _called(text, node) if isinstance(node, ast.Call) else ast.literal_eval(node)
+
     try:
-        args = [ast.literal_eval(arg) for arg in call.args]
-        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        args = [value(arg) for arg in call.args]
+        options = {str(keyword.arg): value(keyword.value) for keyword in call.keywords}
+    except ArgumentError:
+        raise
     except (ValueError, TypeError) as error:
-        raise ArgumentError(f"solver={text!r}: expected numbers, texts and lists for its arguments") from error
+        raise ArgumentError(f"solver={text!r}: expected numbers, texts, lists and solvers for its arguments") from error
     try:
         check_keys(made.__name__, options, (known := signature(made)).parameters)
         known.bind(*args, **options)
