@@ -10,6 +10,7 @@
 from importlib.metadata import version
 
 from scoresde import chain, denoiser, schedules, sde
+from scoresde.cascade import Cascade, Stage
 from scoresde.chain import *
 from scoresde.denoiser import *
 from scoresde.diagnose import diagnose
@@ -30,12 +31,14 @@ __version__ = version("scoresde")
 
 __all__ = [
     "SDES",
+    "Cascade",
     "Clip",
     "DynamicThreshold",
     "Grid",
     "Latent",
     "NonFiniteError",
     "Solution",
+    "Stage",
     "State",
     "Tableau",
     "__version__",

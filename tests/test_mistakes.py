@@ -84,6 +84,7 @@ BARE = {
     "log_prob": lambda: log_prob(NET, X),
     "measure_errors": lambda: variance.measure_errors(NET, X),
     "npr_loss": lambda: losses.npr_loss(NET, None, X),
+    "Stage": lambda: scoresde.Stage(NET, (2,)),
     "ocm_loss": lambda: losses.ocm_loss(NET, None, X),
     "sample": lambda: sample(NET, (4, 2), DDIM(), steps=2),
     "save_sampler": lambda: compiled.save_sampler(NET, DDIM(), "a.pt2", shape=(4, 2), steps=2),

@@ -164,13 +164,13 @@ class DataConfig:
             raise ValueError(f"{source}: the network is told {', '.join(self.conditions)}; only its own data have all")
         alike = self.beside(source)
         size = None if measured else alike.size
-        condition = condition_of(f"given:{source}", size=size, background=alike.background, lazy=not measured)
-        assert isinstance(condition, Given)
-        n = len(condition)
-        if measured:
-            y = condition(torch.zeros(n), Shown(torch.arange(n, device="cpu"), n))
-            condition = Given(self._own_condition().taken(y, shape))
-        return TrainingData(torch.zeros(1).expand(n, *shape), conditions=(condition,))
+        given = condition_of(f"given:{source}", size=size, background=alike.background, lazy=not measured)
+        assert isinstance(given, Given)
+        x = torch.zeros(1).expand(n := len(given), *shape)
+        if not measured:
+            return TrainingData(x, conditions=(given,))
+        y = given(torch.zeros(n), Shown(torch.arange(n, device="cpu"), n))
+        return TrainingData(x, conditions=self._own_condition().measured(y, shape))
 
     def _own_condition(self) -> Condition:
         return condition_of(self.conditions[0], size=self.size)

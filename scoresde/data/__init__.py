@@ -7,7 +7,8 @@
 `read_data` gives the items themselves, all of them, in memory.
 """
 
-from scoresde.data import cifar, download, folder, idx, order, tasks, toys, training
+from scoresde.data import augmented, cifar, download, folder, idx, order, tasks, toys, training, words
+from scoresde.data.augmented import *
 from scoresde.data.cifar import *
 from scoresde.data.conditions import Condition, Given, GivenContext, dropped, nothing
 from scoresde.data.download import *
@@ -20,6 +21,7 @@ from scoresde.data.sources import BUILT_IN, Data, digit_levels, digits, read_dat
 from scoresde.data.tasks import *
 from scoresde.data.toys import *
 from scoresde.data.training import *
+from scoresde.data.words import *
 from scoresde.levels import scaled
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "read_data",
     "scaled",
 ]
+__all__ += augmented.__all__
 __all__ += cifar.__all__
 __all__ += download.__all__
 __all__ += folder.__all__
@@ -45,3 +48,4 @@ __all__ += order.__all__
 __all__ += tasks.__all__
 __all__ += toys.__all__
 __all__ += training.__all__
+__all__ += words.__all__

@@ -132,6 +132,10 @@ class Condition(ABC):
             ValueError: if it is none for such items.
         """
 
+    def options(self, shape: Sequence[int]) -> dict[str, int]:
+        """What a network of `scoresde.nn` is to be built with to be told it."""
+        return {"image_condition" if self.key == "image" else self.key: self.channels(shape)}
+
     @abstractmethod
     def __call__(self, x: Tensor, shown: Shown) -> Tensor:
         """Floating point, on the device of x: an image (B, channels, ...) of the size of x, a vector (B, channels), or
@@ -165,6 +169,10 @@ class Condition(ABC):
         if tuple(y.shape[1:]) != expected:
             raise ValueError(f"{self!r}: measurements of shape {tuple(y.shape[1:])}, expected {expected}")
         return y
+
+    def measured(self, y: Tensor, shape: Sequence[int]) -> tuple[Condition, ...]:
+        """The same as conditions of items that are not known."""
+        return (Given(self.taken(y, shape)),)
 
     def to(self, device: torch.device | str) -> Condition:
         """The same, with what it holds in another device's memory."""

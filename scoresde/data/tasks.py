@@ -16,9 +16,8 @@ soon copied, and add little to it.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,22 +25,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scoresde.checks import ArgumentError, check_count, check_option, one_of
+from scoresde.checks import check_count, check_option
 from scoresde.data.conditions import Condition, Given, GivenContext, same_number
-from scoresde.data.folder import ImageFolder
 from scoresde.data.shown import Shown, choices
-from scoresde.data.sources import find_data
 from scoresde.levels import scaled
 
 __all__ = [
-    "TASKS",
     "Colourisation",
     "Inpainting",
     "JPEGRestoration",
     "OneOf",
     "SuperResolution",
     "Uncropping",
-    "condition_of",
 ]
 
 Fill = Literal["zeros", "noise"]
@@ -275,17 +270,22 @@ class SuperResolution(Condition):
 
     def __call__(self, x: Tensor, shown: Shown) -> Tensor:
         same_number(x, shown)
-        return _resized(_resized(x, self._small(x.shape[1:])), x.shape[2:])
+        return resized(self.small(x), x.shape[2:])
+
+    def small(self, x: Tensor) -> Tensor:
+        """down(x)."""
+        return resized(x, self._small(x.shape[1:]))
 
     def taken(self, y: Tensor, shape: Sequence[int]) -> Tensor:
         small = tuple(y.shape[1:]) == (shape[0], *self._small(shape))
-        return super().taken(_resized(y, shape[1:]) if small else y, shape)
+        return super().taken(resized(y, shape[1:]) if small else y, shape)
 
     def _small(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(-(-n // self.factor) for n in shape[1:])
 
 
-def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Images of another size, by the interpolation of `SuperResolution`."""
     return F.interpolate(x, size=tuple(size), mode="bicubic", antialias=True)
 
 
@@ -330,83 +330,3 @@ class OneOf(Condition):
                 y = task(x[mine.to(x.device)], shown.some(mine))
                 found[mine.to(x.device), : max(y.shape[1], x.shape[1])] = y
         return found
-
-
-# --- in words --------------------------------------------------------------------------------------------------------
-
-
-def _fill(argument: str) -> Fill:
-    check_option(("", "zeros", "noise"), fill=argument)
-    return "noise" if argument == "noise" else "zeros"
-
-
-def _super_resolution(argument: str) -> Condition:
-    if not argument.isdecimal():
-        raise ValueError("expected a factor, super-resolution:4 say")
-    return SuperResolution(int(argument))
-
-
-def _colourisation(argument: str) -> Condition:
-    if argument:
-        raise ValueError("it takes no argument")
-    return Colourisation()
-
-
-def _jpeg_restoration(argument: str) -> Condition:
-    lowest, _, highest = argument.partition("-")
-    if not lowest.isdecimal() or not (highest or lowest).isdecimal():
-        raise ValueError("expected a quality or a range of them, jpeg:5-30 say")
-    return JPEGRestoration(int(lowest), int(highest or lowest))
-
-
-TASKS: dict[str, Callable[[str], Condition]] = {
-    "super-resolution": lambda argument: _super_resolution(argument or "4"),
-    "inpainting": lambda argument: Inpainting(fill=_fill(argument)),
-    "uncropping": lambda argument: Uncropping(fill=_fill(argument)),
-    "colourisation": _colourisation,
-    "jpeg": lambda argument: _jpeg_restoration(argument or "5-30"),
-}
-"""The conditions that `condition_of` knows by name, each a function of what stands after the colon."""
-
-
-def condition_of(
-    text: str,
-    *,
-    size: int | tuple[int, int] | None = None,
-    background: str | None = None,
-    skip: bool | Collection[str] = False,
-    lazy: bool = True,
-) -> Condition:
-    """A condition by name.
-
-    Args:
-        text: super-resolution:4, inpainting or inpainting:noise, uncropping likewise, colourisation, jpeg:5-30; several
-            of them with + between, for one of them each (`OneOf`); or given:PATH, a file .npy, .npz or .safetensors,
-            or a folder of images.
-        size, background, skip: of such a folder's images; see `ImageFolder`.
-        lazy: they are decoded when they are wanted; False: once, into memory.
-
-    Raises:
-        ValueError: if there is none of that name, or its argument is none.
-        FileNotFoundError: if there is no such file or folder.
-
-    >>> condition_of("super-resolution:2"), condition_of("jpeg:10")
-    (SuperResolution(factor=2), JPEGRestoration(lowest=10, highest=10))
-    >>> condition_of("super-resolution:2+colourisation")
-    OneOf(tasks=(SuperResolution(factor=2), Colourisation()))
-    """
-    name, _, argument = text.partition(":")
-    if name != "given" and "+" in text:
-        return OneOf(tuple(condition_of(part) for part in text.split("+")))
-    if name == "given" and argument:
-        alike: dict[str, Any] = {"size": size, "background": background, "skip": skip}
-        found = find_data(argument, **alike if Path(argument).is_dir() else {})
-        if isinstance(found, ImageFolder):
-            return Given(found if lazy else found.batch(range(len(found))), 256)
-        return Given(found.x, found.levels or (256 if found.x.dtype == torch.uint8 else None))
-    if name not in TASKS:
-        raise ArgumentError(f"condition={text!r}: {one_of(name, TASKS)}, or given:PATH")
-    try:
-        return TASKS[name](argument)
-    except ValueError as error:
-        raise ArgumentError(f"condition={text!r}: ", str(error)) from error

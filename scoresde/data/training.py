@@ -18,7 +18,7 @@ from scoresde.data.folder import ImageFolder, unreadable
 from scoresde.data.pictures import Mode
 from scoresde.data.shown import Shown, drops, flips, mirrored
 from scoresde.data.sources import find_data
-from scoresde.data.tasks import condition_of
+from scoresde.data.words import condition_of
 from scoresde.errors import not_finite, some
 from scoresde.levels import outer_edges, scaled, signed
 from scoresde.tensors import shown, told
@@ -141,13 +141,12 @@ class TrainingData:
         """
         found: dict[str, int] = {} if self.num_classes is None else {"num_classes": self.num_classes}
         for condition in self.conditions:
-            option = "image_condition" if condition.key == "image" else condition.key
-            channels = condition.channels(self.shape)
-            if option != "context":
-                channels += found.get(option, 0)
-            elif found.get(option, channels) != channels:
-                raise ValueError(f"contexts with tokens of {found[option]} and of {channels} entries: give one width")
-            found[option] = channels
+            for option, channels in condition.options(self.shape).items():
+                if option == "context" and found.get(option, channels) != channels:
+                    raise ValueError(
+                        f"contexts with tokens of {found[option]} and of {channels} entries: give one width"
+                    )
+                found[option] = channels if option == "context" else channels + found.get(option, 0)
         return found
 
     def first(self, n: int) -> TrainingData:
