@@ -21,7 +21,7 @@ from scoresde.checks import check_positive
 from scoresde.codecs import Codec
 from scoresde.entries import check_cond
 from scoresde.errors import given_to, items_of, not_finite, some
-from scoresde.networks import Holder, first_parameter, networks
+from scoresde.networks import Encodes, Holder, first_parameter, networks
 from scoresde.sde import SDE
 from scoresde.tensors import Time, as_time, check_batch, dtype_of_label, expand_like, known_any, precise, told, widen
 from scoresde.views import Affine, check_time, combine, first_where, mean_of_view, tells_nothing, view_of_mean
@@ -95,6 +95,13 @@ class Denoiser(Holder, ABC):
     def borrowed(self) -> bool:
         """Whether `posterior` has the variance of another law than that of its mean: to sample with, and no more."""
         return False
+
+    def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The conditions of a run as its evaluations take them: where the network encodes some of them
+        (`scoresde.nn.Encoding`), here, once, before the first. A wrapper that reads or replaces what would be encoded
+        leaves them as they are; each evaluation then encodes them, with the same result.
+        """
+        return dict(cond or {})
 
     def score(self, x: Tensor, t: Time, **cond: Any) -> Tensor:
         """grad_x log p_t(x), shape of x."""
@@ -219,6 +226,9 @@ class NetworkDenoiser(Denoiser):
     def with_net(self, net: Callable[..., Tensor]) -> NetworkDenoiser:
         """The same denoiser around another network, an averaged copy say."""
         return type(self)(net, self.sde, time=self.time)
+
+    def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
+        return self.net.encode(**(cond or {})) if isinstance(self.net, Encodes) else dict(cond or {})
 
     def affine(self, t: Time) -> Affine:
         return mean_of_view(self.predicts, self.sde, precise(t))

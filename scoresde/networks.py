@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Holder", "contents", "first_parameter", "networks"]
+__all__ = ["Encodes", "Holder", "contents", "first_parameter", "networks"]
 
 
 class Holder:
     """An object whose attributes, or lists and tuples of them, may be networks, or holders again."""
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """A network that makes conditions of others by networks of its own: `scoresde.nn.Encoding`."""
+
+    encoders: torch.nn.ModuleDict
+
+    def encode(self, **cond: Any) -> dict[str, Any]:
+        """The conditions with encoded ones in place of raw ones."""
+        ...
 
 
 def contents(holder: Holder) -> Iterator[Holder | torch.nn.Module]:

@@ -108,11 +108,15 @@ def sample(
     if grid.increasing:
         with torch.set_grad_enabled(differentiable):
             x_T = encoded(denoiser, x_T, cond)
+    with torch.set_grad_enabled(differentiable):
+        told = denoiser.prepared(cond)
     if log_prob:
         if trajectory or path or noise is not None:
             raise ValueError("log_prob= does not go with trajectory=, path= or noise=: give seed= or generator=")
         kind: Any = "hutchinson" if log_prob is True else log_prob
-        return _with_density(denoiser, x_T, out_dtype, solver, grid, kind, source, cond, differentiable, progress)
+        return _with_density(
+            denoiser, x_T, out_dtype, solver, grid, kind, source, (cond, told), differentiable, progress
+        )
 
     draw: Noise = source
     if path:
@@ -121,7 +125,7 @@ def sample(
         draw = BrownianNoise(solver.tableau(grid), source.entropies(len(x_T)))
 
     def run(solver: Solver = solver) -> Iterator[State]:
-        return solver.iterate(denoiser, x_T, grid, draw, cond)
+        return solver.iterate(denoiser, x_T, grid, draw, told)
 
     last, states = None, [x_T] if trajectory else []
     with torch.set_grad_enabled(differentiable):
@@ -168,13 +172,14 @@ def _with_density(
     grid: Grid,
     kind: Any,
     source: NoiseSource,
-    cond: Mapping[str, Any] | None,
+    conds: tuple[Mapping[str, Any] | None, Mapping[str, Any]],
     differentiable: bool,
     progress: bool,
 ) -> Solution:
-    """The solution with its log-density, log p(x_T) - log |det dx / dx_T|."""
+    """The solution with its log-density, log p(x_T) - log |det dx / dx_T|; conds as given, and as prepared."""
+    cond, told = conds
     trace = kind if isinstance(kind, Divergence) else Divergence(kind)
-    volume = density_run(denoiser, x_T, solver, grid, trace, source.probes(), cond, differentiable)
+    volume = density_run(denoiser, x_T, solver, grid, trace, source.probes(), told, differentiable)
     with torch.set_grad_enabled(differentiable):
         with tqdm(desc=type(solver).__name__, disable=not progress, leave=False) as bar:
             x, log_det = volume.solve(x_T, bar.update)

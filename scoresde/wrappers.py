@@ -61,6 +61,9 @@ class SameMean(Wrapper):
     def covariance(self, t: Time) -> Tensor | None:
         return self.denoiser.covariance(t)
 
+    def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
+        return self.denoiser.prepared(cond)
+
     def view(self, name: str, x: Tensor, t: Time, /, **cond: Any) -> Tensor:
         return self.denoiser.view(name, x, t, **cond)
 
@@ -141,6 +144,9 @@ class Limit(Wrapper):
 
     def covariance(self, t: Time) -> Tensor | None:
         return self.denoiser.covariance(t)
+
+    def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
+        return self.denoiser.prepared(cond)
 
 
 class Clip(Limit):

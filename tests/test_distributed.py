@@ -12,7 +12,7 @@ import torch.distributed as dist
 from common import normal
 from test_trainer import Plain, make
 
-from scoresde.nn import DiT, padded
+from scoresde.nn import MLP, DiT, Encoding, padded
 from scoresde.training import parallel, start
 from scoresde.training.folder import checkpoints
 from scoresde.variance import SplitOutput, ocm_loss, training_loss
@@ -31,6 +31,11 @@ def build(folder=None, steps=12, **options):
             settings["net"] = DiT(1, 1, 8, 1, 2, dims=1, context=settings.pop("context")).double()
         settings["cond"] = padded([DATA[:k, :2] for k in torch.arange(50).remainder(3).tolist()])
         return make(folder, steps=steps, data=DATA[:, None], **settings)
+    if settings.pop("encoder", None):  # trained along; a third of the items are told nothing
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            settings["net"] = Encoding(MLP(3, 8, 1, vector=2).double(), {"source": torch.nn.Linear(3, 2).double()})
+        settings["cond"] = {"source": DATA * (torch.arange(50).remainder(3) > 0)[:, None]}
     return make(folder, steps=steps, data=DATA, **{"net": Plain(), **settings})
 
 
@@ -99,6 +104,7 @@ RUNS = {
     "augmented": {},
     "evaluated": {"evaluate_every": 6},
     "a context": {"context": 2},
+    "an encoder": {"encoder": True},
     "a head": {"loss": training_loss(ocm_loss)},
 }
 

@@ -16,6 +16,7 @@ from scoresde.data.folder import *
 from scoresde.data.idx import *
 from scoresde.data.loader import loader
 from scoresde.data.order import *
+from scoresde.data.raw import Itself, Raw
 from scoresde.data.shown import Shown
 from scoresde.data.sources import BUILT_IN, Data, digit_levels, digits, read_data
 from scoresde.data.tasks import *
@@ -30,6 +31,8 @@ __all__ = [
     "Data",
     "Given",
     "GivenContext",
+    "Itself",
+    "Raw",
     "Shown",
     "digit_levels",
     "digits",

@@ -5,6 +5,7 @@
     image     A(x, u), of the size of x, concatenated to x_t: what a task leaves of x (`scoresde.data.tasks`), or a
               given image (segmentation: x is its mask)
     context   tokens of any number, with context_mask, which of them count: of a text, say
+    others    what a network of its own makes one of these of (`scoresde.nn.Encoding`): the item itself, token ids, ...
 
 For guidance without a classifier (Ho and Salimans, 2022) a network is told nothing with probability p, and then all of
 it is nothing at once. **Nothing** is K, the null class, for a label, zeros for a vector and an image (mid-grey in
@@ -109,8 +110,9 @@ class Condition(ABC):
     """
 
     @property
-    def key(self) -> Literal["image", "vector", "context"]:
-        """The keyword by which the networks of `scoresde.nn` take it."""
+    def key(self) -> str:
+        """The keyword by which the networks of `scoresde.nn` take it: "image", "vector" or "context"; or another, by
+        which an encoder does."""
         return "image"
 
     @property
@@ -133,7 +135,9 @@ class Condition(ABC):
         """
 
     def options(self, shape: Sequence[int]) -> dict[str, int]:
-        """What a network of `scoresde.nn` is to be built with to be told it."""
+        """What a network of `scoresde.nn` is to be built with to be told it: nothing, where an encoder takes it."""
+        if self.key not in ("image", "vector", "context"):
+            return {}
         return {"image_condition" if self.key == "image" else self.key: self.channels(shape)}
 
     @abstractmethod

@@ -12,6 +12,7 @@ from scoresde.checks import ArgumentError, check_option, one_of
 from scoresde.data.augmented import AugmentedSuperResolution
 from scoresde.data.conditions import Condition, Given
 from scoresde.data.folder import ImageFolder
+from scoresde.data.raw import Itself
 from scoresde.data.sources import find_data
 from scoresde.data.tasks import (
     Colourisation,
@@ -63,6 +64,7 @@ TASKS: dict[str, Callable[[str], Condition]] = {
     "inpainting": lambda argument: Inpainting(fill=_fill(argument)),
     "uncropping": lambda argument: Uncropping(fill=_fill(argument)),
     "colourisation": _colourisation,
+    "itself": lambda argument: Itself(argument or "source"),
     "jpeg": lambda argument: _jpeg_restoration(argument or "5-30"),
 }
 """The conditions that `condition_of` knows by name, each a function of what stands after the colon."""
@@ -81,7 +83,8 @@ def condition_of(
     Args:
         text: super-resolution:4, augmented-super-resolution:2:0.5 (up to what share of noise), inpainting or
             inpainting:noise, uncropping likewise, colourisation, jpeg:5-30; several of them with + between, for one of
-            them each (`OneOf`); or given:PATH, a file .npy, .npz or .safetensors, or a folder of images.
+            them each (`OneOf`); itself, of which an encoder makes a condition; or given:PATH, a file .npy, .npz or
+            .safetensors, or a folder of images.
         size, background, skip: of such a folder's images; see `ImageFolder`.
         lazy: they are decoded when they are wanted; False: once, into memory.
 

@@ -9,7 +9,7 @@ With D = r x + s N for one and D_i = r_i x + s_i N_i for another, D_i is what th
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,18 @@ from scoresde.tensors import Time, precise
 from scoresde.views import VIEWS, Affine, combine, mean_of_view
 from scoresde.wrappers import SameMean, Wrapper
 
-__all__ = ["Branch", "Branching", "Call", "Combined", "Conditioned", "evaluate", "replaced", "times_of", "translated"]
+__all__ = [
+    "Branch",
+    "Branching",
+    "Call",
+    "Combined",
+    "Conditioned",
+    "evaluate",
+    "prepared_beside",
+    "replaced",
+    "times_of",
+    "translated",
+]
 
 Branch = tuple[Denoiser, Mapping[str, Any]]
 """A denoiser and the conditions that it is evaluated under."""
@@ -65,6 +76,9 @@ class Conditioned(SameMean):
         """What the wrapped denoiser is given where the call has these conditions."""
         kept = {name: value for name, value in cond.items() if name not in self.drop}
         return replaced(kept, self.cond, x)
+
+    def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
+        return prepared_beside(self.denoiser, cond, [*self.drop, *self.cond])
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         return self.denoiser.posterior(x, t, **self.conditions(cond, x))
@@ -232,6 +246,12 @@ def replaced(cond: Mapping[str, Any], values: Mapping[str, Any], x: Tensor) -> d
             check_cond({name: value}, x.shape[0])
             made[name] = value
     return made
+
+
+def prepared_beside(denoiser: Denoiser, cond: Mapping[str, Any] | None, names: Collection[str]) -> dict[str, Any]:
+    """`prepared` of a wrapper that has conditions of its own by these names: as they are, where one would be gone."""
+    found = denoiser.prepared(cond)
+    return dict(cond or {}) if any(name in (cond or {}) and name not in found for name in names) else found
 
 
 def _root(denoiser: Denoiser) -> Denoiser:

@@ -25,7 +25,7 @@ from scoresde.checks import ArgumentError, check_option, check_whole
 from scoresde.data.conditions import nothing_like, null_of
 from scoresde.denoiser import Denoiser, Posterior
 from scoresde.guidance.base import Scale, check_scale, known_all, scale_at
-from scoresde.guidance.branches import Branch, Branching, Combined, evaluate, replaced, times_of
+from scoresde.guidance.branches import Branch, Branching, Combined, evaluate, prepared_beside, replaced, times_of
 from scoresde.guidance.rules import RULES, Rule, projected
 from scoresde.networks import networks
 from scoresde.tensors import Time, known_any, precise
@@ -206,6 +206,9 @@ class ClassifierFree(_Extrapolation):
 
     def covariance(self, t: Time) -> Tensor | None:
         return None if self.variance is None else self.denoiser.covariance(t)
+
+    def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
+        return prepared_beside(self.denoiser, cond, () if self.by_default else tuple(self.null or ()))
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         w = self.weight_at(t, len(x))

@@ -404,7 +404,8 @@ def twisted_smc(
     check_call(denoiser, x_T, cond)
     ess = []
     with torch.no_grad():
-        for last, weights in solver.run(denoiser, x_T, grid, source, cond, equal=False):
+        told = denoiser.prepared(cond)
+        for last, weights in solver.run(denoiser, x_T, grid, source, told, equal=False):
             state = last
             ess.append(weights.effective())
     if bad := not_finite(state.x):

@@ -217,8 +217,9 @@ def elbo(
     decode = Decoder.of(x0, run.decoder if decoder is None else decoder, levels, data_range)
     with torch.no_grad():
         given = _Given.of_data(denoiser, x0, cond, draw, run.decodings)
+        told = denoiser.prepared(cond)
     with torch.no_grad(), tqdm(desc="elbo", total=run.nfe, unit="nfe", disable=not progress, leave=False) as bar:
-        terms = run.terms(denoiser, given.data, decode, dict(cond or {}), bar.update)
+        terms = run.terms(denoiser, given.data, decode, told, bar.update)
         alpha, sigma = float(denoiser.sde.alpha(run.start)), float(denoiser.sde.sigma(run.start))
         std = denoiser.sde.prior_std_at(run.start)
         prior = -gaussian_kl(given.dim, (sigma / std) ** 2, given.square * (alpha / std) ** 2)

@@ -197,6 +197,7 @@ def log_prob(
     sde, start = denoiser.sde, denoiser.sde.t_min if t is None else _time(denoiser.sde, t)
     with torch.set_grad_enabled(bool(differentiable)):
         z, log_volume, of = state_of(denoiser, x, cond, data=t is None)
+        cond = denoiser.prepared(cond)
     run = (
         denoiser,
         Divergence(divergence, probes, distribution, mode, chunk).within(z[0].numel()),

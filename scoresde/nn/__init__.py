@@ -1,15 +1,28 @@
 """Networks net(x, time, label=None, vector=None, image=None, context=None, context_mask=None) for the denoisers'
 adapters: an MLP for vectors (which takes neither image nor context), a U-Net and a transformer (DiT) for series, images
-and volumes; and net(x, time) to logits, a classifier of what is noisy.
+and volumes; one whose conditions others encode (`Encoding`); and net(x, time) to logits, a classifier of what is noisy.
 """
 
 from scoresde.nn.classifier import NoisyClassifier
 from scoresde.nn.context import padded
 from scoresde.nn.dit import DiT
 from scoresde.nn.embedding import TimeEmbedding
+from scoresde.nn.encoding import Encoding
+from scoresde.nn.image import ImageEncoder
 from scoresde.nn.magnitude import MagnitudeUNet
 from scoresde.nn.mlp import MLP
 from scoresde.nn.song import SongUNet
 from scoresde.nn.unet import UNet
 
-__all__ = ["MLP", "DiT", "MagnitudeUNet", "NoisyClassifier", "SongUNet", "TimeEmbedding", "UNet", "padded"]
+__all__ = [
+    "MLP",
+    "DiT",
+    "Encoding",
+    "ImageEncoder",
+    "MagnitudeUNet",
+    "NoisyClassifier",
+    "SongUNet",
+    "TimeEmbedding",
+    "UNet",
+    "padded",
+]

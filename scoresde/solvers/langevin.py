@@ -78,8 +78,9 @@ def langevin(
     source = noise_source(x.device, x, seed, generator, noise)
     state, states = widen(x), [x]
     with torch.no_grad():
+        told = denoiser.prepared(cond)
         for k in range(steps):
-            score = denoiser.score(state, t, **dict(cond or {}))
+            score = denoiser.score(state, t, **told)
             state = state + step_size / 2 * score + math.sqrt(step_size) * source(k, state)
             if trajectory:
                 states.append(narrowed(state, x.dtype, "the chains"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scoresde.data.arrays import digest
 from scoresde.denoiser import NetworkDenoiser
+from scoresde.nn.encoding import Encoding
 from scoresde.sde import SDE
 from scoresde.training.config import TrainConfig
 from scoresde.training.step import Loss
@@ -45,7 +48,21 @@ def identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
         "scale of the output": values_of(denoiser.affine(t)[1]),
         "time label": values_of(denoiser.label(t)),
         "network": f"{network_name(denoiser.net)}, {sum(p.numel() for p in denoiser.net.parameters())} parameters",
+        **frozen_parts(denoiser.net),
     }
+
+
+def frozen_parts(net: nn.Module) -> dict[str, str]:
+    """What a checkpoint does not hold: a digest of each frozen encoder. None on the meta device, where there is
+    nothing."""
+    frozen = net.frozen if isinstance(net, Encoding) else {}
+    found: dict[str, str] = {}
+    for name, encoder in frozen.items():
+        state = encoder.state_dict()
+        if not any(x.is_meta for x in state.values()):
+            text = "".join(f"{key} {digest(x)};" for key, x in state.items())
+            found[f"frozen {name}"] = f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return found
 
 
 def identity_of_run(

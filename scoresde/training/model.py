@@ -30,7 +30,7 @@ from scoresde.errors import CheckpointError
 from scoresde.processes import sde_name, sde_of
 from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.identity import identity
-from scoresde.training.whole_files import weights_file
+from scoresde.training.whole_files import read_weights, weights_file
 
 __all__ = ["ModelConfig", "check_model", "load", "load_ema", "opened"]
 
@@ -43,6 +43,7 @@ PREDICTIONS: dict[str, type[NetworkDenoiser]] = {
     "edm": EDMDenoiser,
 }
 NETWORKS = {"unet": "UNet", "dit": "DiT", "mlp": "MLP"}
+ENCODERS = {"image": "ImageEncoder"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class ModelConfig:
         predicts: "eps", "v", "x0", "score", "velocity", or "edm" for Karras preconditioning.
         time_scale: the network is told time_scale * t; by default t itself (ln(sigma / alpha) / 4 for "edm").
         sigma_data: of "edm" alone, standard deviation of the data.
+        encoders: of conditions that other networks compute (`scoresde.nn.Encoding`), by the raw condition's name: a
+            mapping of `network`, "image" for `ImageEncoder`, its `options`, the `key` of what it makes, "vector" by
+            default, and `frozen`: false, or the path of a safetensors file of its weights, which then stay as they are
+            and in that file alone; or true for a network that brings its own, as it says by `pretrained`.
 
     Raises:
         ValueError: on another name, an option that is not known (naming it), or one that JSON cannot hold.
@@ -75,12 +80,13 @@ class ModelConfig:
     predicts: str = "eps"
     time_scale: float | None = None
     sigma_data: float | None = None
+    encoders: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sde", sde_name(self.sde))
         check_option(PREDICTIONS, predicts=self.predicts)
         check_option([key for key, name in NETWORKS.items() if hasattr(networks, name)], network=self.network)
-        for name in ("sde_options", "options"):
+        for name in ("sde_options", "options", "encoders"):
             try:
                 # As they will be when they have been read back: lists for tuples.
                 object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
@@ -88,6 +94,8 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: JSON cannot hold it ({error})") from error
         sde_of(self.sde, self.sde_options)  # raises on options that it has not
         check_keys(f"network {self.network!r}", self.options, inspect.signature(self._class).parameters)
+        for name, encoder in self.encoders.items():
+            object.__setattr__(self, "encoders", {**self.encoders, name: _described(name, encoder)})
         if self.preset is not None and not hasattr(self._class, "preset"):
             raise ArgumentError(f"preset={self.preset!r}: network {self.network!r} has no presets")
         if self.sigma_data is not None and self.predicts != "edm":
@@ -105,7 +113,10 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What `of` takes, of JSON's types."""
-        return asdict(self)
+        found = asdict(self)
+        if not self.encoders:
+            del found["encoders"]  # which earlier versions did not have
+        return found
 
     @property
     def _class(self) -> type[nn.Module]:
@@ -134,7 +145,13 @@ class ModelConfig:
         make: Callable[..., nn.Module] = self._class
         if self.preset is not None:
             make = partial(getattr(self._class, "preset"), self.preset)  # noqa: B009
-        return made_of(f"network {self.network!r}", make, self.options)
+        net = made_of(f"network {self.network!r}", make, self.options)
+        if not self.encoders:
+            return net
+        made = {name: _encoder(name, encoder) for name, encoder in self.encoders.items()}
+        keys = {name: encoder["key"] for name, encoder in self.encoders.items()}
+        frozen = [name for name, encoder in self.encoders.items() if encoder["frozen"]]
+        return networks.Encoding(net, made, keys=keys, frozen=frozen)
 
     def around(self, net: nn.Module) -> NetworkDenoiser:
         """The denoiser around a network."""
@@ -142,6 +159,44 @@ class ModelConfig:
         time = None if self.time_scale is None else _Scaled(self.time_scale)
         more = {} if self.sigma_data is None else {"sigma_data": self.sigma_data}
         return kind(net, sde, time=time, **more)
+
+
+def _described(name: str, encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoder in words, whole and checked."""
+    if not isinstance(encoder, Mapping):
+        raise TypeError(f"encoders[{name!r}] is {encoder!r}: expected a mapping, {{'network': 'image', ...}}")
+    check_keys(f"encoder {name!r}", encoder, ("network", "options", "key", "frozen"))
+    found = {"network": "image", "options": {}, "key": "vector", "frozen": False, **encoder}
+    check_option(ENCODERS, network=found["network"])
+    kind = _encoder_class(found)
+    check_keys(f"encoder {found['network']!r}", found["options"], inspect.signature(kind).parameters)
+    if found["frozen"] is True and not getattr(kind, "pretrained", False):
+        raise ArgumentError(
+            f"encoders[{name!r}] is frozen, and {kind.__name__} brings no weights: give the path of a safetensors file "
+            "of them as frozen"
+        )
+    return found
+
+
+def _encoder_class(encoder: Mapping[str, Any]) -> type[nn.Module]:
+    found: type[nn.Module] = getattr(networks, ENCODERS[encoder["network"]])
+    return found
+
+
+def _encoder(name: str, encoder: Mapping[str, Any]) -> nn.Module:
+    """What the words say, with the weights of its file where it has one.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if the options or the file do not fit.
+    """
+    made = made_of(f"encoder {name!r}", _encoder_class(encoder), encoder["options"])
+    path = encoder["frozen"]
+    if isinstance(path, str) and not any(p.is_meta for p in made.parameters()):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}, of the frozen encoder {name!r}, is not there")
+        read_weights(Path(path).parent, [], Path(path).name, made)
+    return made
 
 
 @dataclass(frozen=True)
@@ -234,5 +289,5 @@ def check_model(model: ModelConfig, denoiser: NetworkDenoiser) -> None:
         net = model.net()
     assert isinstance(denoiser.net, nn.Module)
     theirs, ours = identity(model.around(net)), identity(denoiser)
-    if different := [f"{key}: {theirs[key]} in words, {ours[key]} given" for key in ours if theirs[key] != ours[key]]:
+    if different := [f"{key}: {theirs[key]} in words, {ours[key]} given" for key in theirs if theirs[key] != ours[key]]:
         raise ValueError("model= describes another denoiser (model.build() makes its own). " + "; ".join(different))

@@ -81,8 +81,9 @@ class Shards(Layout):
         for module in [*units(net), net]:
             # The root too is sharded again after its forward, so that outside of one there are shards only.
             fully_shard(module, mesh=self._mesh, reshard_after_forward=True, mp_policy=self._policy)
-        if hasattr(net, "both"):  # a head's network is called by it
-            register_fsdp_forward_method(net, "both")
+        for name in ("both", "encode"):  # a head's network is called by the one, an `Encoding` by the other
+            if hasattr(net, name):
+                register_fsdp_forward_method(net, name)
 
     def twin(self, net: nn.Module) -> nn.Module:
         found = _rebuilt(self._bare, (torch.empty_like(x, device="cpu") for x in tensors(self._bare)))
