@@ -22,8 +22,9 @@ from common import normal
 from test_run_folder import Payload, seal
 from test_trainer import make
 
-from scoresde import VPSDE, EpsDenoiser
-from scoresde.nn import DiT, UNet
+from scoresde import VPSDE, EpsDenoiser, sample
+from scoresde.nn import DiT, Encoding, UNet
+from scoresde.solvers import DDIM
 from scoresde.training import (
     CheckpointError,
     ModelConfig,
@@ -74,12 +75,34 @@ class Blocks(torch.nn.Module):
         return self.twin(h) * self.scale
 
 
+class Told(torch.nn.Module):
+    """A network that is told two vectors."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, time, vector, other):
+        return self.net(x + vector, time) + other
+
+
+def encoding(net):
+    """Of two encoders one is trained along, and one is frozen."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trained = torch.nn.Sequential(torch.nn.Linear(3, 3), *torch.nn.ModuleList(Block(3) for _ in range(2)))
+        both = {"a": trained.double(), "b": torch.nn.Linear(3, 3).double()}
+    return Encoding(Told(net), both, keys={"b": "other"}, frozen=["b"])
+
+
 def build(folder=None, steps=12, **options):
     """A run whose network, data and seed are those of every process."""
     settings = {"log_every": 1, "checkpoint_every": 4, "schedule": "constant", "weight_decay": 0.1, **options}
     settings.setdefault("ema_decay", (0.9, 0.5))
     if settings.get("loss"):
         settings["net"] = SplitOutput(Blocks(outputs=6))
+    if settings.pop("encoders", None):
+        settings["net"], settings["cond"] = encoding(settings.get("net", Blocks())), {"a": DATA, "b": DATA.flip(0)}
     return make(folder, steps=steps, data=DATA, **{"net": Blocks(), **settings})
 
 
@@ -114,6 +137,7 @@ RUNS = {
     "in uneven parts": {"batch_size": 15, "accumulate": 4},
     "evaluated": {"evaluate_every": 6},
     "a head": {"loss": training_loss(ocm_loss)},
+    "encoders": {"encoders": True},
     "compiled": {"compile": "aot_eager", "steps": 4},
     "in the background": {"async_save": True},
 }
@@ -130,6 +154,11 @@ def runs(rank, folder):
         trainer = prepared(name, folder / name, shard=True, net=Blocks(seed=5 * rank))  # rank 0's is everyone's
         trainer.fit(progress=False)
         torch.save([trainer.losses, whole_of(trainer), trainer.evaluations], folder / f"{name}-{rank}.pt")
+        if name == "encoders":  # which a run calls by themselves
+            run = {"steps": 2, "cond": {"a": DATA[:4], "b": DATA[:4]}}
+            with trainer.averaged() as denoiser:
+                together = sample(denoiser, DATA[:4], DDIM(), **run).x
+            torch.testing.assert_close(together, sample(trainer.ema, DATA[:4], DDIM(), **run).x, rtol=0, atol=1e-12)
 
 
 def shards(rank, folder):

@@ -47,6 +47,7 @@ OWN = {
     "Diagnosis",
     "Given",
     "GivenContext",
+    "Raw",
     "Replacement",
     "VarianceTable",
 }  # which say it in words of their own
