@@ -334,7 +334,8 @@ def cells(names: Iterable[str], work: Work, field: Sequence[Contestant]) -> list
             races: list[Race] = ["law"] if user and problem.law else ["endpoint" if contestant.deterministic else "law"]
             own = [contestant.spacing] if contestant.spacing and contestant.spacing not in work.args.grids else []
             for race, grid, nfe in itertools.product(races, [*work.args.grids, *own], work.args.nfe):
-                if (race == "endpoint" or problem.law) and grid in (contestant.grids or [*work.args.grids, *own]):
+                held = race in work.args.race and (race == "endpoint" or problem.law)
+                if held and grid in (contestant.grids or [*work.args.grids, *own]):
                     found.append(Cell(name, race, contestant.package, contestant.name, grid, nfe))
     return found
 
@@ -701,6 +702,7 @@ def user_problem(args: argparse.Namespace) -> Problem:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", nargs="+", choices=[*EXACT, "all"], default=["all"], help="exact problems (all)")
+    parser.add_argument("--race", nargs="+", choices=["endpoint", "law"], default=["endpoint", "law"], help="(both)")
     parser.add_argument("--peers", action="store_true", help="race the peers that are installed too")
     parser.add_argument("--solvers", nargs="+", default=["*"], help="patterns of names, 'UniPC*' 'azula *' say (all)")
     parser.add_argument("--nfe", type=int, nargs="+", default=NFE, help="budgets of evaluations (5 8 10 15 20 50)")

@@ -62,6 +62,12 @@ CHOSEN = "chosen"
 SAMPLES, SEED = 64, 101  # of the choice
 
 
+def noise_of_choice(problem: Problem) -> Tensor:
+    """x_T of the choice: other noise than that of the race."""
+    like = problem.x[:1].expand(SAMPLES, *problem.x.shape[1:])
+    return problem.sde.prior_std_at(problem.sde.t_max) * Normals(SEED)(0, like)
+
+
 BESIDE: list[Solver] = [DPMSolverPP(2), UniPC(3), UniPC(4, "v")]
 """What was recommended before, on the same grids."""
 
@@ -135,9 +141,7 @@ def race(store: Store, names: Iterable[str], budgets: Sequence[int]) -> dict[Cel
             return make
 
         def chosen(problem: Problem, nfe: int = nfe) -> Any:
-            like = problem.x[:1].expand(SAMPLES, *problem.x.shape[1:])
-            x_T = problem.sde.prior_std_at(problem.sde.t_max) * Normals(SEED)(0, like)
-            found = tuned(problem.denoiser, x_T, nfe=nfe, end=problem.end)
+            found = tuned(problem.denoiser, noise_of_choice(problem), nfe=nfe, end=problem.end)
             made, grid = Ours(found.solver, True), Grid(problem.sde, found.times)
             return lambda x, draws: made.run(problem.denoiser, x, grid, draws)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -75,6 +76,32 @@ def test_impulses_give_the_exact_law():
         return x * problem.std * (x.norm(dim=1, keepdim=True) / 8)  # a step size of the sample's own, say
 
     assert problem.law_distance(not_affine, 6) < 5 * (1 / problem.draws) ** 0.5  # of the means and deviations together
+
+
+@pytest.mark.parametrize("name", problems.EXACT)
+def test_noise_is_independent_of_the_data_and_of_other_noise(name):
+    """x_T of both races, the noise of the law race and that of the choice, their standard deviation divided out: along
+    a mean each is a standard normal number, and so is, nearly, a sum of products of two over its root of squares. There
+    are 1e5 at most.
+    """
+    problem, seen = problems.EXACT[name](), []
+    vars(problem)["_to_truth"] = lambda x: 0.0
+
+    def run(x, draws):
+        seen[:] = x, draws(0, x)
+        return x.square()  # not affine, or the law race of the Gaussian draws nothing
+
+    problem.law_distance(run, 5)
+    scale = problem.sde.prior_std
+    parts = [problem.x / scale, seen[0] / scale, seen[1], users_view.noise_of_choice(problem) / scale]
+    if isinstance(problem, problems.MixtureProblem):
+        means = problem.means[problem.means.norm(dim=1) > 0]
+        for part in parts:
+            along = part.flatten(1) @ (means / means.norm(dim=1, keepdim=True)).T
+            assert float(along.abs().max()) < 6  # 43 where x_T had the seed of the images
+    for one, other in itertools.combinations(parts, 2):
+        product = one[:64] * other[:64]
+        assert abs(float(product.sum() / product.square().sum().sqrt())) < 6
 
 
 def test_sliced_w2_of_two_laws():
