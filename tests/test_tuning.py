@@ -3,7 +3,9 @@ model."""
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from scoresde.cli import main
 from scoresde.errors import CheckpointError
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.solvers import DDIM, DDPM, AdaptiveODE, DPMSolverPP, UniPC
+from scoresde.training import load
 from scoresde.tuning import TunedSolver, choose
 from scoresde.wrappers import Clip
 
@@ -207,3 +210,38 @@ def test_compare_chooses_on_the_way(moons, tmp_path, capsys):
     assert main([*race, "--data", "two-moons:100", "--features", "pixels", "--out", str(out)]) == 0
     assert "chosen" in (out / "README.md").read_text()
     assert (moons / "tuned" / "nfe-4.json").exists()
+
+
+def test_compare_takes_a_solvers_file(moons, tmp_path, capsys):
+    """At its own budget; made anew, its cell is too; a file of another model is refused before anything is run."""
+    five, out = tmp_path / "five.json", tmp_path / "race"
+    best = choose(load(moons), (16, 2), nfe=5, reference_nfe=40, **FEW)
+    best.save(five)
+    race = [
+        "compare",
+        str(moons),
+        "--solvers",
+        str(five),
+        "ddim",
+        "--nfe",
+        "5",
+        "--n",
+        "20",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
+    race += ["--data", "two-moons:100", "--features", "pixels", "--out", str(out)]
+
+    def cell():
+        assert main(race) == 0
+        capsys.readouterr()
+        found = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+        return [one["scores"] for one in found if one.get("solver") == str(five)]
+
+    assert len(cell()) == len(cell()) == 1
+    replace(best, solver=DDIM()).save(five)
+    assert len(set(map(str, cell()))) == 2
+    replace(best, model="another").save(five)
+    assert main(race) != 0
+    assert "another" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.checks import check_count
-from scoresde.cli.chosen import CHOSEN
+from scoresde.cli.chosen import CHOSEN, read
 from scoresde.cli.common import SessionOptions, check_folder, going_on, record
 from scoresde.cli.drawing import GRIDS, DrawOptions, Recipe, StepOptions, draw_all, recipe, rounded
 from scoresde.cli.measuring import Measure, MeasureOptions, check_measurable, measures
@@ -48,8 +48,8 @@ class CompareOptions(Options):
 
     model: ModelOptions = part("the model")
     solvers: list[str] = option(
-        "names from `scoresde solvers`, calls, 'DDIM(eta=0.2)', or 'chosen', the best for each budget, which is looked "
-        "for on the way and kept in RUN/tuned (adams dpm++2m ddim heun er-sde3)",
+        "names from `scoresde solvers`, calls, 'DDIM(eta=0.2)', files of `scoresde tune`, or 'chosen', the best for "
+        "each budget, which is looked for on the way and kept in RUN/tuned (adams dpm++2m ddim heun er-sde3)",
         ["adams", "dpm++2m", "ddim", "heun", "er-sde3"], "NAME", nargs="+")  # fmt: skip
     nfe: list[int] = option("budgets of evaluations (5 10 20)", [5, 10, 20], "N", nargs="+")
     grids: list[str] = option(
@@ -81,7 +81,7 @@ def run(options: CompareOptions) -> None:
         check_count(n=options.n, nfe=nfe)
     check_folder(out)
     for name in options.solvers:
-        if name != CHOSEN:
+        if name != CHOSEN and not name.endswith(".json"):
             solver_of(name)
     with session.start() as device:
         model = options.model.open(session, device)
@@ -119,6 +119,8 @@ class Race:
         # Which checks the rest of the options.
         made = recipe(options.draw, StepOptions(solver="ddim", nfe=1000, steps=None, grid="default"), model)
         self.told, self._model_made_for = made.told, made.model.made_for
+        files = [name for name in options.solvers if name.endswith(".json")]
+        self.files = {name: sha(Path(name).read_bytes()) for name in files if read(Path(name), made.denoiser)}
         self._real: Embedded | None = None
 
     def made_for(self) -> dict[str, Any]:
@@ -144,7 +146,9 @@ class Race:
     def run(self, kept: Cells) -> None:
         """Do what is not done yet."""
         lead = parallel.rank() == 0
-        todo = [cell for cell in self.cells if cell not in kept.done]
+        todo = [
+            cell for cell in self.cells if kept.done.get(cell, {"file": ...}).get("file") != self.files.get(cell[0])
+        ]
         with tqdm(
             desc="compare", total=len(self.cells), initial=len(self.cells) - len(todo), unit="cell",
             disable=not self.options.session.progress,
@@ -159,7 +163,9 @@ class Race:
     def measure(self, cell: Cell, floor: bool) -> list[dict[str, Any]]:
         """The record of a cell, on request after that of real data; none in other processes than the first."""
         solver, grid, nfe = cell
-        head = {"solver": solver, "grid": grid, "nfe": nfe}
+        head: dict[str, Any] = {"solver": solver, "grid": grid, "nfe": nfe}
+        if solver in self.files:
+            head["file"] = self.files[solver]
         start = time.perf_counter()
         try:
             made = recipe(self.options.draw, StepOptions(solver=solver, nfe=nfe, steps=None, grid=grid), self.model)
