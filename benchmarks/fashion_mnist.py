@@ -194,21 +194,34 @@ class Experiment:
     def clipped(self, name: str, clip: bool) -> Denoiser:
         return Clip(self.model(name)) if clip else self.model(name)
 
-    def chosen(self, name: str, nfe: int, clip: bool) -> TunedSolver:
-        """The solver and grid that are chosen for a network, kept in a file of their own."""
-        model, path = self.clipped(name, clip), self.folder / f"{name}-{nfe}{'-clipped' * clip}.json"
+    def solver(
+        self, name: str, path: Path, clip: bool, what: str, make: Callable[[Denoiser], TunedSolver]
+    ) -> TunedSolver:
+        """What was made for a network, kept in a file; made anew where it is of other weights."""
+        model = self.clipped(name, clip)
         if path.exists() and (found := TunedSolver.load(path, model.sde)).model == fingerprint(model):
             return found
-        with self.clock(name)("choosing"):
-            found = choose(model, (SAMPLES, *self.held_out.shape[1:]), nfe=nfe, seed=SEED)
+        with self.clock(name)(what):
+            found = make(model)
         found.save(path)
         return found
+
+    def chosen(self, name: str, nfe: int, clip: bool) -> TunedSolver:
+        """The solver and grid that are chosen for a network."""
+        path = self.folder / f"{name}-{nfe}{'-clipped' * clip}.json"
+        return self.solver(
+            name, path, clip, "choosing", lambda model: choose(model, self.shape(SAMPLES), nfe=nfe, seed=SEED)
+        )
+
+    def shape(self, n: int) -> tuple[int, ...]:
+        """Of n samples."""
+        return (n, *self.held_out.shape[1:])
 
     def draw(self, name: str, solver: Solver, grid: Grid | int, clip: bool, number: int, n: int) -> Tensor:
         """One set of samples, clipped or as they come; the same x_T and noise for every solver."""
         made = self.clipped(name, clip)
         how = {"nfe": grid} if isinstance(grid, int) else {"grid": grid}
-        x = sample(made, (n, *self.held_out.shape[1:]), solver, **how, seed=derive_seed(number, n)).x.cpu()
+        x = sample(made, self.shape(n), solver, **how, seed=derive_seed(number, n)).x.cpu()
         return x.clamp(-1, 1) if clip else x
 
     def frechet(

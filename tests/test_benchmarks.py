@@ -8,6 +8,7 @@ import math
 import sys
 import textwrap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import analytic_variance
 import correctors
+import fashion_mnist
 import likelihood
 import networks
 import noise
@@ -24,6 +26,7 @@ import overhead
 import peers
 import problems
 import step_counts
+import tuned_network
 import users_view
 from common import SDES, Nonlinear, generator, normal
 from kept import Score, verdict
@@ -33,6 +36,8 @@ from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.likelihood.interval import student_interval
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP, Heun, UniPC, available
 from scoresde.training import averaged, load
+from scoresde.tuning import TunedSolver
+from scoresde.wrappers import Clip
 
 QUICK = ["--jobs", "1", "--nfe", "5", "8", "--grids", "log-SNR", "uniform"]
 
@@ -567,6 +572,46 @@ def test_networks_are_trained_chosen_and_written(tmp_path, monkeypatch):
     for name, value in load(out / "EDM").net.state_dict().items():
         torch.testing.assert_close(value, expected[name].half().float(), rtol=0, atol=0)
     assert 0 < found["moved by float16"] < 1e-2
+
+
+def test_tuned_solvers_of_a_network_are_kept_and_judged(tmp_path, monkeypatch):
+    """A tiny setting; the same command draws and learns nothing again, and the solvers are the network's own."""
+    levels = torch.randint(0, 256, (40, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    monkeypatch.setattr(fashion_mnist, "fashion_mnist_levels", lambda split: (levels, None))
+    monkeypatch.setattr(tuned_network, "NETWORKS", ("EDM",))
+    monkeypatch.setattr(fashion_mnist, "SAMPLES", 8)
+    few = {"solvers": (DDIM(), DPMSolverPP()), "spacings": {}, "reference_nfe": 6}
+    monkeypatch.setattr(fashion_mnist, "choose", partial(fashion_mnist.choose, **few))
+    monkeypatch.setattr(tuned_network, "STARTS", (DDIM(),))
+    words = [
+        "--out",
+        str(tmp_path),
+        "--nfe",
+        "2",
+        "3",
+        "--features",
+        "2",
+        "--noises",
+        "16",
+        "--work",
+        "2",
+        "--teacher",
+        "6",
+    ]
+    words += ["--fine", "4", "--shown", "2", "--set-size", "4", "--sets", "2"]
+    tuned_network.main(words)
+    page, found = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "results.json").read_text())
+    lines = ["2, default", "2, choose", "3, default", "3, choose", "2, tuned", "2, features", "3, tuned", "4, fine"]
+    assert {line: len(values) for line, values in found["networks"]["EDM"].items()} == dict.fromkeys(lines, 2)
+    monkeypatch.setattr(tuned_network, "tune", None)
+    tuned_network.main(words)
+    again = json.loads((tmp_path / "results.json").read_text())
+    for line in lines:
+        assert again["networks"]["EDM"][line] == pytest.approx(found["networks"]["EDM"][line], rel=1e-6)
+    kept = TunedSolver.load(tmp_path / "EDM-2.json")
+    kept.check_model(Clip(load(tuned_network.FOLDER / "EDM")))
+    few, many = (Score.of(found["networks"]["EDM"][line]).values for line in ("2, tuned", "3, default"))
+    assert f"| 2, tuned | 3, default | {float((few - many).mean()):+.2f} |" in page
 
 
 @pytest.mark.parametrize("spacing", sorted({spacing for _, spacing in peers.USUAL}))
