@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -111,13 +111,20 @@ class Totals(NamedTuple):
     norm: float
     steps: int
     seconds: float
+    told: dict[str, float]
 
 
 class Interval:
-    """The losses and gradient norms since the last report: on the device until they are read, once for many steps."""
+    """The losses and gradient norms since the last report: on the device until they are read, once for many steps.
 
-    def __init__(self, values: list[list[float]] | None = None) -> None:
-        self.values = [list(pair) for pair in values or []]
+    Args:
+        values: a row for each step before: its loss, the gradient's norm, what the loss told of itself, and the norms
+            of further groups of parameters.
+        told: names of what the loss tells.
+    """
+
+    def __init__(self, values: list[list[float]] | None = None, told: Sequence[str] = ()) -> None:
+        self.values, self.told = [list(row) for row in values or []], tuple(told)
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._steps, self._start = 0, time.perf_counter()
 
@@ -138,7 +145,7 @@ class Interval:
         self._start += time.perf_counter() - begin
 
     def add(self, loss: Tensor, norm: Tensor) -> None:
-        """Of one step; the loss is this process's share."""
+        """Of one step: this process's share of the loss, (), or with what it tells, (1 + K,); and the norm or norms."""
         self._pending.append((loss, norm))
         self._steps += 1
 
@@ -150,21 +157,25 @@ class Interval:
         """
         if not self._pending:
             return
-        losses = parallel.total(torch.stack([loss for loss, _ in self._pending]))
-        norms = torch.stack([norm for _, norm in self._pending])
-        found = torch.stack([losses.double(), norms.to(losses.device).double()], 1).tolist()
+        n, K = len(self._pending), len(self.told)
+        losses = parallel.total(torch.stack([loss for loss, _ in self._pending])).reshape(n, 1 + K)
+        norms = torch.stack([norm for _, norm in self._pending]).reshape(n, -1)
+        rows = torch.cat([losses.double(), norms.to(losses.device).double()], 1)
+        order = [0, 1 + K, *range(1, 1 + K), *range(2 + K, rows.shape[1])]
+        found = rows[:, order].tolist()
+        names = ["loss", "gradient's norm", *self.told, *(rows.shape[1] - 2 - K) * ["gradient's norm"]]
         for i, values in enumerate(found):
-            for what, value in zip(("loss", "gradient's norm"), values, strict=True):
+            for what, value in zip(names, values, strict=True):
                 if not math.isfinite(value):
-                    raise NonFiniteLossError(step - len(found) + i, value, what)
+                    raise NonFiniteLossError(step - n + i, value, what)
         self.values += found
         self._pending = []
 
     def end(self) -> Totals:
         """Means of the interval, and the steps and seconds of this session's part of it; the next one begins."""
-        losses, norms = zip(*self.values, strict=True)
-        n = len(losses)
-        found = Totals(math.fsum(losses) / n, math.fsum(norms) / n, self._steps, self.seconds)
+        loss, norm, *more = (math.fsum(column) / len(column) for column in zip(*self.values, strict=True))
+        told = dict(zip(self.told, more, strict=False))
+        found = Totals(loss, norm, self._steps, self.seconds, told)
         self.values = []
         self.start()
         return found
