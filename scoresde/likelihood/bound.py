@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -69,6 +69,9 @@ class Elbo:
         log_volume: log |det dz/dx| of a codec that has it, shape (B,), else None.
         decoding: E log p(x | z) of a codec that has it, shape (B,), else None.
         entropy: H[q(z | x)] of its encoder, exact, shape (B,), else None.
+        stderrs: the standard error of each term that is estimated, by its name, shape (B,): of denoising,
+            reconstruction and, where there is one, decoding. Their draws are not shared, so stderr^2 is the sum of
+            their squares.
     """
 
     value: Tensor
@@ -83,6 +86,7 @@ class Elbo:
     log_volume: Tensor | None = None
     decoding: Tensor | None = None
     entropy: Tensor | None = None
+    stderrs: dict[str, Tensor] = field(default_factory=dict)
 
     __repr__ = told
 
@@ -224,16 +228,18 @@ def elbo(
         std = denoiser.sde.prior_std_at(run.start)
         prior = -gaussian_kl(given.dim, (sigma / std) ** 2, given.square * (alpha / std) ** 2)
         value = prior + terms.denoising + terms.reconstruction
-    square_error, doubt, decoding = terms.variance, terms.doubt, None
+    squares = {"denoising": terms.of_denoising, "reconstruction": terms.of_reconstruction}
+    doubt, decoding = terms.doubt, None
     if given.log_volume is not None:
         value = value + given.log_volume
     elif given.decoded is not None and given.entropy is not None:
         n, decoding = len(given.decoded), given.decoded.mean(0)
         of_decoded = given.decoded.var(0) / n if n > 1 else torch.full_like(value, math.nan)
         value = value + decoding + given.entropy
-        square_error, doubt = square_error + of_decoded, doubt + 2 * of_decoded**2 / max(n - 1, 1)
+        squares, doubt = {**squares, "decoding": of_decoded}, doubt + 2 * of_decoded**2 / max(n - 1, 1)
     if bad := not_finite(value):  # the terms of z are
         raise NonFiniteError(f"what the codec adds is not finite for samples {some(bad)}", None, None, bad)
+    square_error = sum(squares.values(), torch.zeros_like(value))
     return Elbo(
         value,
         square_error.sqrt(),
@@ -247,6 +253,7 @@ def elbo(
         given.log_volume,
         decoding,
         given.entropy,
+        {name: square.sqrt() for name, square in squares.items()},
     )
 
 

@@ -133,11 +133,9 @@ class Chain(NamedTuple):
         terms = torch.stack(rows).reshape(len(self.table), self.draws, -1)
         check_finite(terms.sum(1), self.table.t[:, None].expand(-1, terms.shape[2]))
         mean = terms.mean(1)
-        variance = doubt = torch.full_like(mean[0], math.nan)
-        if self.draws > 1:
-            each = terms.var(1) / self.draws
-            variance, doubt = each.sum(0), 2 * (each**2).sum(0) / (self.draws - 1)
-        return Terms(mean[:-1].sum(0), mean[-1], variance, doubt)
+        each = terms.var(1) / self.draws if self.draws > 1 else torch.full_like(mean, math.nan)
+        doubt = 2 * (each**2).sum(0) / max(self.draws - 1, 1)
+        return Terms(mean[:-1].sum(0), mean[-1], each[:-1].sum(0), each[-1], doubt)
 
 
 def _one_step_table(denoiser: Denoiser, solver: Solver, grid: Grid, variance: str) -> Tableau:

@@ -93,7 +93,7 @@ class Continuous(NamedTuple):
         decoded = terms[K:] + decode.of_noise(self.decoder) * beta * c[K:]
         step, of_decoded = self.width / K, decoded.var(0) / len(decoded)
         doubt = step**4 * doubt + 2 * of_decoded**2 / (len(decoded) - 1)
-        return Terms(-step * strata, decoded.mean(0), step**2 * variance + of_decoded, doubt)
+        return Terms(-step * strata, decoded.mean(0), step**2 * variance, of_decoded, doubt)
 
 
 def _share(y: Tensor, dim: int) -> Tensor:

@@ -49,11 +49,12 @@ _NOISE, _TIMES, _CODES = 3, 4, 7
 
 @shown
 class Terms(NamedTuple):
-    """The two random parts, the variance of their sum, and the variance of that, float64, each of shape (B,)."""
+    """The two random parts, their variances, and the variance of the sum of these, float64, each of shape (B,)."""
 
     denoising: Tensor
     reconstruction: Tensor
-    variance: Tensor
+    of_denoising: Tensor
+    of_reconstruction: Tensor
     doubt: Tensor
 
 
