@@ -31,6 +31,7 @@ from scoresde.pictures import is_picture
 from scoresde.report import attribute, theirs
 from scoresde.training import CheckpointError
 from scoresde.training.folder import Checkpoint
+from scoresde.training.identity import weights_digest
 from scoresde.training.model import load, opened
 from scoresde.training.whole_files import weights_file
 
@@ -313,7 +314,11 @@ def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", s
             raise ValueError(f"{folder} does not say what its data were, no {ABOUT}: give --shape, that of one item")
         options = found.manifest["model"]["options"]
         about = About(tuple(shape), 256 if is_picture(shape) else None, options.get("num_classes"))
-    weights = {"weights": _weights_digest(denoiser), "sde": repr(denoiser.sde), "denoiser": type(denoiser).__name__}
+    weights = {
+        "weights": weights_digest(networks(denoiser)),
+        "sde": repr(denoiser.sde),
+        "denoiser": type(denoiser).__name__,
+    }
     return Model(denoiser, about, weights, found)
 
 
@@ -360,7 +365,7 @@ def load_denoiser(text: str, checkpoint: Path | None = None) -> tuple[Denoiser, 
     return found, {
         "denoiser": f"{text}, {_source_digest(module)}",
         "checkpoint": "none" if checkpoint is None else sha(checkpoint.read_bytes()),
-        "weights": _weights_digest(found),
+        "weights": weights_digest(networks(found)),
     }
 
 
@@ -399,15 +404,6 @@ def parameters(denoiser: Denoiser) -> int:
 def _source_digest(module: ModuleType) -> str:
     source = inspect.getsourcefile(module)
     return "no source" if source is None else sha(Path(source).read_bytes())
-
-
-def _weights_digest(denoiser: Denoiser) -> str:
-    nets, total = list(networks(denoiser)), hashlib.sha256()
-    for net in nets:
-        for name, value in net.state_dict().items():
-            if isinstance(value, Tensor):
-                total.update(f"{name} {digest(value)}".encode())
-    return f"sha256 {total.hexdigest()[:12]}" if nets else "none"
 
 
 def sha(content: Any) -> str:

@@ -1,10 +1,14 @@
 """Networks net(x, time, label=None, vector=None, image=None, context=None, context_mask=None) for the denoisers'
 adapters: an MLP for vectors (which takes neither image nor context), a U-Net and a transformer (DiT) for series, images
 and volumes; one whose conditions others encode (`Encoding`); and net(x, time) to logits, a classifier of what is noisy.
+Beside them autoencoders, whose latent a diffusion may be of, and the discriminator of patches that some are trained
+against.
 """
 
+from scoresde.nn.autoencoder import Autoencoder, Codebook, KLAutoencoder, Reconstruction, VQAutoencoder
 from scoresde.nn.classifier import NoisyClassifier
 from scoresde.nn.context import padded
+from scoresde.nn.discriminator import PatchDiscriminator
 from scoresde.nn.dit import DiT
 from scoresde.nn.embedding import TimeEmbedding
 from scoresde.nn.encoding import Encoding
@@ -14,15 +18,6 @@ from scoresde.nn.mlp import MLP
 from scoresde.nn.song import SongUNet
 from scoresde.nn.unet import UNet
 
-__all__ = [
-    "MLP",
-    "DiT",
-    "Encoding",
-    "ImageEncoder",
-    "MagnitudeUNet",
-    "NoisyClassifier",
-    "SongUNet",
-    "TimeEmbedding",
-    "UNet",
-    "padded",
-]
+__all__ = ["MLP", "Autoencoder", "Codebook", "DiT", "Encoding", "ImageEncoder", "KLAutoencoder", "MagnitudeUNet"]
+__all__ += ["NoisyClassifier", "PatchDiscriminator", "Reconstruction", "SongUNet", "TimeEmbedding", "UNet"]
+__all__ += ["VQAutoencoder", "padded"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from scoresde.checks import check_option
+from scoresde.checks import ArgumentError, check_option
 from scoresde.nn.sizes import Double, Edge, Halve, filter_taps
 
 __all__ = [
@@ -257,7 +257,7 @@ class ResidualBlock(nn.Module):
 
     Args:
         inputs, outputs: channels of x and of the result.
-        embedding: width of the embedding that scale and shift come from.
+        embedding: width of the embedding that scale and shift come from; None for a block that is told nothing.
         dropout: probability, before the last convolution.
         dims: axes of the data.
         resample: "down" halves x and the branch before its first convolution, "up" doubles them (BigGAN's blocks).
@@ -277,7 +277,7 @@ class ResidualBlock(nn.Module):
         self,
         inputs: int,
         outputs: int,
-        embedding: int,
+        embedding: int | None,
         dropout: float,
         *,
         dims: int = 2,
@@ -296,25 +296,27 @@ class ResidualBlock(nn.Module):
         check_option(("down", "up", None), resample=resample)
         check_option(("group", "instance"), norm=norm)
         self.skip_scale, self.additive = skip_scale, additive
-        grouped = norm == "group"
-        self.norm1 = group_norm(inputs, groups, eps) if grouped else InstanceNorm(inputs, embedding)
+        grouped, width = norm == "group", embedding or 0
+        if not grouped and not width:
+            raise ArgumentError("norm='instance' is affine in an embedding: give embedding=, its width")
+        self.norm1 = group_norm(inputs, groups, eps) if grouped else InstanceNorm(inputs, width)
         self.conv1 = conv(dims, inputs, outputs, 3, dilation=dilation)
-        self.modulate = nn.Linear(embedding, (1 if additive else 2) * outputs) if grouped else None
-        self.norm2 = group_norm(outputs, groups, eps) if grouped else InstanceNorm(outputs, embedding)
+        self.modulate = nn.Linear(width, (1 if additive else 2) * outputs) if grouped and width else None
+        self.norm2 = group_norm(outputs, groups, eps) if grouped else InstanceNorm(outputs, width)
         self.conv2 = zero(conv(dims, outputs, outputs, 3, dilation=dilation))
         self.dropout = nn.Dropout(dropout)
         kept = inputs == outputs and not (project and resample)
         self.skip = nn.Identity() if kept else conv(dims, inputs, outputs, 1)
         self.resample = None if resample is None else {"down": Halve, "up": Double}[resample](dims, fir, edge)
 
-    def forward(self, x: Tensor, embedding: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None, size: Sequence[int] | None = None) -> Tensor:
         """x (B, inputs, ...) and embedding (B, embedding) to (B, outputs, ...); of that size where it doubles."""
-        h = F.silu(self.norm1(x) if self.modulate is not None else self.norm1(x, embedding))
+        h = F.silu(_normed(self.norm1, x, embedding))
         if self.resample is not None:
             h, x = self.resample(h, size), self.resample(x, size)
         h = self.conv1(h)
-        if self.modulate is None:
-            h = self.norm2(h, embedding)
+        if self.modulate is None or embedding is None:
+            h = _normed(self.norm2, h, embedding)
         elif self.additive:
             h = self.norm2(h + _modulation(self.modulate, x, embedding))
         else:
@@ -322,3 +324,8 @@ class ResidualBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(self.dropout(F.silu(h)))
         return _scaled(self.skip(x) + h, self.skip_scale)
+
+
+def _normed(norm: nn.Module, x: Tensor, embedding: Tensor | None) -> Tensor:
+    found: Tensor = norm(x, embedding) if isinstance(norm, InstanceNorm) else norm(x)
+    return found

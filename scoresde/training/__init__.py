@@ -1,9 +1,14 @@
-"""Training by denoising score matching: the loss, where it puts its effort, and a trainer."""
+"""Training by denoising score matching: the loss, where it puts its effort, and a trainer; and of the autoencoders that
+a latent diffusion needs."""
 
 from scoresde.errors import CheckpointError
-from scoresde.training import weights
+from scoresde.training import autoencoders, latents, perceptual, weights
+from scoresde.training.autoencoder_loss import AutoencoderLoss
+from scoresde.training.autoencoder_trainer import AutoencoderTrainer
+from scoresde.training.autoencoders import AutoencoderConfig, export_codec, load_autoencoder, load_codec
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource
+from scoresde.training.latents import LatentData
 from scoresde.training.loss import Part, dsm_loss, two_term_loss
 from scoresde.training.model import ModelConfig, load, load_ema
 from scoresde.training.parallel import start
@@ -13,5 +18,7 @@ from scoresde.training.trainer import Trainer
 from scoresde.training.weights import *
 
 __all__ = ["CheckpointError", "DataSource", "ModelConfig", "NonFiniteLossError", "Part", "TrainConfig", "Trainer"]
+__all__ += ["AutoencoderConfig", "AutoencoderLoss", "AutoencoderTrainer", "LatentData", "autoencoders", "export_codec"]
+__all__ += ["latents", "load_autoencoder", "load_codec", "perceptual"]
 __all__ += ["averaged", "dsm_loss", "load", "load_ema", "start", "two_term_loss"]
 __all__ += weights.__all__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -18,7 +18,8 @@ from scoresde.training.config import TrainConfig
 from scoresde.training.step import Loss
 from scoresde.training.weights import TimeSampler, Weighting
 
-__all__ = ["FREE", "identity", "identity_of_run", "network_name", "probe", "sde_in_words", "values_of", "versions"]
+__all__ = ["FREE", "config_in_words", "identity", "identity_of_run", "network_in_words", "network_name", "probe"]
+__all__ += ["sde_in_words", "values_of", "versions", "weights_digest"]
 
 # What may differ between two sessions of a run, rounding aside.
 FREE = (
@@ -47,7 +48,7 @@ def identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
         "parameterisation": type(denoiser).__name__,
         "scale of the output": values_of(denoiser.affine(t)[1]),
         "time label": values_of(denoiser.label(t)),
-        "network": f"{network_name(denoiser.net)}, {sum(p.numel() for p in denoiser.net.parameters())} parameters",
+        "network": network_in_words(denoiser.net),
         **frozen_parts(denoiser.net),
     }
 
@@ -75,9 +76,6 @@ def identity_of_run(
 ) -> dict[str, Any]:
     """What a run's checkpoints are made for; `data` says it of its data. How long a run is, and how often it reports,
     may change between sessions."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    if not config.power:
-        del settings["power"]  # which earlier versions did not have
     sde, u = denoiser.sde, torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
     return {
         **identity(denoiser),
@@ -85,8 +83,31 @@ def identity_of_run(
         "weighting": values_of(weighting(sde, probe(sde))),
         "times": f"{type(times).__name__}, quantiles {values_of(times.quantile(sde, u))}",
         **({} if loss is None else {"loss": getattr(loss, "__name__", type(loss).__name__)}),
-        **{f"config.{name}": value for name, value in settings.items()},
+        **config_in_words(config),
     }
+
+
+def config_in_words(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint is made for of a run's configuration."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    if not config.power:
+        del settings["power"]  # which earlier versions did not have
+    return {f"config.{name}": value for name, value in settings.items()}
+
+
+def network_in_words(net: nn.Module) -> str:
+    """Its class, and how large it is."""
+    return f"{network_name(net)}, {sum(p.numel() for p in net.parameters())} parameters"
+
+
+def weights_digest(nets: Iterable[nn.Module]) -> str:
+    """A hash of the weights and buffers of networks; "none" where there are no networks."""
+    nets, total = list(nets), hashlib.sha256()
+    for net in nets:
+        for name, value in net.state_dict().items():
+            if isinstance(value, Tensor):
+                total.update(f"{name} {digest(value)}".encode())
+    return f"sha256 {total.hexdigest()[:12]}" if nets else "none"
 
 
 def network_name(net: nn.Module) -> str:
