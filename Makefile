@@ -24,7 +24,7 @@ test: $(READY)  ## the laws
 
 test-interop: $(READY)  ## the laws of scoresde.interop beside diffusers itself; installs it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[interop]"
-	$(BIN)/python -m pytest tests/test_interop_diffusers.py tests/test_interop_attacks.py
+	$(BIN)/python -m pytest tests/test_interop_diffusers.py tests/test_interop_attacks.py tests/test_activations.py
 
 docs: $(PAGES)  ## the pages and the reference, in build/site; a warning is an error
 	rm -rf build/pages build/site

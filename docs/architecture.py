@@ -9,7 +9,7 @@ from pathlib import Path
 FLOORS = [
     ("the ground", "checks errors tensors networks counter entries files report info levels pictures"),
     ("forward processes, grids", "sde chain schedules processes strides grid"),
-    ("what is known of x_0", "views codecs denoiser wrappers continuity noise"),
+    ("what is known of x_0", "views codecs denoiser wrappers continuity noise activations"),
     ("the table and its loop", "tableau brownian exact diagnose"),
     ("networks and their data", "nn data metrics training"),
     ("solvers, a file a family", "solvers"),
