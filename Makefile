@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PAGES := $(VENV)/.pages
 
-.PHONY: demo test test-interop docs tables audits lint types doctest format clean
+.PHONY: demo test test-examples test-interop docs tables audits lint types doctest format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ demo: $(READY)  ## train on real digits, race the solvers, draw the pictures (un
 
 test: $(READY)  ## the laws
 	$(BIN)/python -m pytest -n auto
+
+test-examples: $(READY)  ## the examples of systems, each in a setting of a minute
+	$(BIN)/python examples/diffusion_autoencoder.py --out build/diffusion_autoencoder --models build/diffusion_autoencoder --train-steps 60 --latent-steps 200 --known 2000 --images 32 --samples 200 --nfe 10
 
 test-interop: $(READY)  ## the laws of scoresde.interop beside diffusers itself; installs it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[interop]"

@@ -1,0 +1,93 @@
+"""examples/diffusion_autoencoder.py runs and goes on, and its laws hold: what is encoded comes back, an edit
+reaches the margin that it was to reach by the shortest way, and principal components are a projection.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common import normal
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
+
+from scoresde.metrics import PCA
+
+
+@pytest.fixture(autouse=True)
+def _examples(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+
+
+@pytest.fixture
+def garments(tmp_path):
+    """A file of squares of a garment's size, of all classes, and one with the same in another order."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(60, 1, 28, 28, dtype=torch.uint8)
+    images[:, :, 6:22, 8:20] = torch.randint(100, 256, (60, 1, 16, 12), generator=generator).to(torch.uint8)
+    for name, order in (("one", 1), ("other", -1)):
+        labels = np.arange(60)[::order] % 10
+        np.savez(tmp_path / f"{name}.npz", images=images.numpy()[::order].copy(), labels=labels)
+    return [str(tmp_path / "one.npz"), str(tmp_path / "other.npz")]
+
+
+def test_what_is_encoded_comes_back():
+    """The error of there and back falls with the evaluations, whatever the network and its encoder are."""
+    from diffusion_autoencoder import AUTOENCODER, relative
+
+    denoiser = AUTOENCODER.build(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in denoiser.net.parameters():
+            p.add_(0.03 * torch.randn(p.shape, generator=generator))
+    denoiser.net.double().eval()
+    x = normal(2, 1, 8, 8)
+    coarse, fine = (relative(denoiser, x, nfe)[0] for nfe in (10, 40))
+    assert fine < min(1e-3, coarse / 4)
+
+
+def test_an_edit_reaches_its_margin_by_the_shortest_way():
+    from diffusion_autoencoder import Linear
+
+    features, labels = 3 * normal(200, 4) + 1, torch.arange(200) % 3
+    linear = Linear(features + labels[:, None], labels)
+    assert float((linear.logits(features + labels[:, None]).argmax(1) == labels).double().mean()) > 1 / 3
+    old, new = labels, (labels + 1) % 3
+    moved = linear.moved(features, old, new, 2.0)
+    logits, rows = linear.logits(moved), torch.arange(200)
+    torch.testing.assert_close(logits[rows, new] - logits[rows, old], torch.full((200,), 2.0, dtype=torch.float64))
+    way = linear.standardised(moved) - linear.standardised(features)
+    d = linear.W[new] - linear.W[old]
+    torch.testing.assert_close(way.norm(dim=1) * d.norm(dim=1), (way * d).sum(1).abs())  # along the normal
+
+
+def test_principal_components_are_a_projection():
+    from diffusion_autoencoder import from_components
+
+    x = 0.1 * normal(20, 1, 4, 4)
+    pca = PCA(x, 3)
+    once = from_components(pca, pca(x), (1, 4, 4))
+    torch.testing.assert_close(from_components(pca, pca(once), (1, 4, 4)), once, rtol=0, atol=1e-6)
+
+
+def test_it_is_trained_once_and_shown(garments, tmp_path, capsys):
+    import diffusion_autoencoder
+
+    arguments = ["--data", *garments, "--out", str(tmp_path / "out"), "--models", str(tmp_path / "models")]
+    quick = ["--train-steps", "1", "--latent-steps", "1", "--images", "8", "--samples", "16", "--nfe", "2"]
+    diffusion_autoencoder.main([*arguments, *quick])
+    first = json.loads((tmp_path / "out/results.json").read_text())
+    assert capsys.readouterr().out.count("training on 60 images") == 2
+    assert set(first["probe"]) == {"z", "PCA", "lead"}
+    assert [(row["margin"], row["of"]) for row in first["edits"]] == [
+        (margin, of) for margin in (0, 5, 10) for of in ("z", "PCA")
+    ]
+    assert {"README.md", "diffusion_autoencoder.png"} < {path.name for path in (tmp_path / "out").iterdir()}
+    diffusion_autoencoder.main([*arguments, *quick])
+    assert "training on" not in capsys.readouterr().out
+    again = json.loads((tmp_path / "out/results.json").read_text())
+    assert all(again[key] == first[key] for key in ("probe", "reconstruction", "round_trip", "edits", "frechet"))
