@@ -3,6 +3,7 @@ encoder makes of it, an encoder that is trained along is trained, averaged, save
 one stays as it is.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from scoresde.solvers.langevin import langevin
 from scoresde.training import CheckpointError, ModelConfig, TrainConfig, Trainer, dsm_loss, load_ema
 from scoresde.training.export import export
 from scoresde.training.loss import two_term_loss
+from scoresde.variance import SplitOutput
 
 X, TIME = normal(6, 3, dtype=torch.float32), torch.linspace(0.1, 0.9, 6)
 IDS = torch.tensor([[1, 2, 0], [3, 0, 0], [0, 0, 0], [2, 2, 2], [1, 0, 0], [0, 0, 0]])  # two items have no text
@@ -121,8 +123,27 @@ def test_what_contradicts_itself_is_refused():
         with_source(keys={"text": "vector"})
     with pytest.raises(ValueError, match="an encoder of vector that makes vector"):
         Encoding(nn.Identity(), {"vector": nn.Linear(3, 2)})
+    with pytest.raises(ValueError, match="an encoder of a that makes b"):
+        Encoding(nn.Identity(), {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}, keys={"a": "b"})
     with pytest.raises(ValueError, match="an encoder of context that makes context"):
         Encoding(nn.Identity(), {"context": Text()}).encode(context=IDS)
+
+
+class Twice(nn.Module):
+    """A prediction, and a second output for a head."""
+
+    def forward(self, x: Tensor, time: Tensor, vector: Tensor) -> Tensor:
+        return torch.cat([x + vector, x * vector], dim=1)
+
+
+def test_a_network_with_a_head_keeps_both_outputs():
+    net = Encoding(SplitOutput(Twice()), {"source": nn.Linear(3, 3)})
+    both, vector = net.both(X, TIME, source=X), net.encode(source=X)["vector"]
+    assert torch.equal(torch.cat(both), torch.cat([X + vector, X * vector]))
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin.encoders["source"].bias += 1
+    torch.testing.assert_close(twin.both(X, TIME, source=X)[0], X + vector + 1)
 
 
 def test_an_encoder_takes_its_condition_in_its_own_dtype():

@@ -79,7 +79,7 @@ class Encoding(nn.Module):
         check_keys("frozen", frozen, self.names)
         self.keys = {name: (keys or {}).get(name, "vector") for name in self.names}
         for name in self.names:
-            _check_name(name, (self.keys[name],))
+            self._check_keys(name, (self.keys[name],))
         self.net = net
         self.encoders = nn.ModuleDict({name: encoders[name] for name in self.names if name not in frozen})
         self.frozen: Mapping[str, nn.Module] = _Shared(
@@ -132,7 +132,7 @@ class Encoding(nn.Module):
         dtype = getattr(first_parameter(encoder), "dtype", None)
         made = encoder(mapped(lambda leaf: _cast(leaf, dtype), value))
         made = dict(made) if isinstance(made, Mapping) else {self.keys[name]: made}
-        _check_name(name, made)
+        self._check_keys(name, made)
         if (told := _told(value)) is None:
             return made
         null = {"label": getattr(self.net, "condition_sizes", {}).get("label", 0)}
@@ -141,6 +141,14 @@ class Encoding(nn.Module):
             for key, y in made.items()
             if y is not None
         }
+
+    def _check_keys(self, name: str, made: Collection[str]) -> None:
+        """Raises ValueError if an encoder makes something by the name of a raw condition."""
+        if raw := [key for key in made if key in self.names]:
+            raise ValueError(
+                f"an encoder of {name} that makes {', '.join(raw)}, the name of a raw condition: what is given by it "
+                "could be either; name raw conditions after what they are, text= or tokens= say"
+            )
 
     def _here(self, name: str, value: Any) -> nn.Module:
         """The frozen encoder, on the device of what it is to encode."""
@@ -151,14 +159,6 @@ class Encoding(nn.Module):
             return encoder
         self.frozen = _Shared({**self.frozen, name: (moved := _moved(encoder, lambda x: x.to(device)))})
         return moved
-
-
-def _check_name(name: str, made: Collection[str]) -> None:
-    if name in made:
-        raise ValueError(
-            f"an encoder of {name} that makes {name}: what is given under that name could be either; name the raw "
-            "condition after what it is, text= or tokens= say"
-        )
 
 
 def _cast(leaf: Any, dtype: torch.dtype | None) -> Any:
