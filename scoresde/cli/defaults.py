@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from scoresde.cli.config import SECTIONS, RunConfig, check_sections, section
-from scoresde.data import TrainingData
+from scoresde.data import Captions, TrainingData
 from scoresde.processes import sde_of
-from scoresde.training.model import ModelConfig
+from scoresde.training.model import ModelConfig, sizes_of
 from scoresde.training.weights import LogNormalTimes
 
 __all__ = ["CHOSEN", "chosen", "completed"]
@@ -64,7 +64,8 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData, cpu
         if small and "preset" not in model and (patch := _patch(shape[1:])) > 1:
             options.setdefault("patch", patch)
         model.setdefault("preset", _preset(max(shape[1:], default=0), small))
-    for key, value in _about(network, shape, data).items():
+    _read(found, data, small)
+    for key, value in {**_about(network, shape, data), **_sizes(model)}.items():
         if options.setdefault(key, value) != value:
             raise ValueError(f"model.options.{key} = {options[key]!r}, but the data's is {value!r}: leave it out")
     model["options"] = options
@@ -114,6 +115,37 @@ def _preset(size: int, small: bool) -> int:
     if small:
         return 8 if size <= 48 else 28
     return 8 if size <= 12 else 28 if size <= 28 else 32 if size <= 48 else 64
+
+
+def _read(found: dict[str, dict[str, Any]], data: TrainingData, small: bool) -> None:
+    """Where there are captions, what reads them: their tokenizer is kept, and an encoder made for it.
+
+    Raises:
+        ValueError: if the network takes none.
+    """
+    captions = next((condition for condition in data.conditions if isinstance(condition, Captions)), None)
+    if captions is None:
+        return
+    model, words = found["model"], captions.tokenizer.words
+    if model["network"] == "mlp":
+        raise ValueError("captions are read by the attention of a U-Net or a DiT: the items are vectors")
+    found["data"]["tokens"] = words
+    encoders = dict(model.get("encoders", {}))
+    encoder: dict[str, Any]
+    if words.startswith("hf:"):
+        encoder = {"network": "pretrained-text", "options": {"name": words.removeprefix("hf:")}, "frozen": True}
+    else:
+        encoder = {"network": "text", "options": {"width": 64 if small else 256, "depth": 2 if small else 4}}
+    given = dict(encoders.get("text", {}))
+    own = {"length": captions.length, **({} if words.startswith("hf:") else {"tokens": words})}
+    encoders["text"] = {**encoder, **given, "options": {**encoder["options"], **own, **given.get("options", {})}}
+    model["encoders"] = encoders
+
+
+def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
+    """The options of a network that what reads texts settles."""
+    text = model.get("encoders", {}).get("text")
+    return {} if text is None else sizes_of(text)
 
 
 def _about(network: str, shape: tuple[int, ...], data: TrainingData) -> dict[str, Any]:

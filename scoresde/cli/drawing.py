@@ -16,7 +16,8 @@ from scoresde.checks import check_count, check_whole
 from scoresde.cli.chosen import CHOSEN, fitting, read, taken
 from scoresde.cli.models import Model
 from scoresde.cli.options import Options, option
-from scoresde.data import TrainingData, nothing, scaled
+from scoresde.cli.texts import Texts, null_of_run
+from scoresde.data import TrainingData, scaled
 from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError
 from scoresde.grid import SPACINGS
@@ -75,6 +76,7 @@ class Recipe:
         label: the class of all (K, of K classes: none), or None: the classes in turn.
         told: items with their conditions, where the network is told some: sample i has those of item i, and where
             there are too few they begin again; its class, too, unless there is a label.
+        texts: what they are to show, in words, or None.
     """
 
     model: Model
@@ -84,15 +86,16 @@ class Recipe:
     seed: int = 0
     label: int | None = None
     told: TrainingData | None = None
+    texts: Texts | None = None
 
-    def cond(self, items: range) -> dict[str, Tensor]:
+    def cond(self, items: range) -> dict[str, Any]:
         """What the network is told for the samples of these numbers."""
         cond = self.model.labels(self.label, items)
         if self.told is not None:
             told = self.told.batch(_in_turn(items, len(self.told))).cond
             own = {key: value.to(self.denoiser.device) for key, value in told.items()}
             cond = {**cond, **own} if self.label is None else {**own, **cond}
-        return cond
+        return cond if self.texts is None else {**cond, **self.texts.cond(items)}
 
     def labels(self, items: range) -> Tensor | None:
         """The classes of the samples of these numbers, or None."""
@@ -133,6 +136,7 @@ class Recipe:
             "seed": str(self.seed),
             "class": "in turn" if self.label is None else str(self.label),
             **({} if self.told is None else {"conditions of": self.told.fingerprint}),
+            **({} if self.texts is None else {"text": repr(self.texts.texts), "negative": repr(self.texts.negative)}),
         }
 
 
@@ -249,6 +253,7 @@ class DrawOptions(Options):
 
     seed: int = option("of the samples (0)", 0)
     label: str | None = option(f"{CLASS_HELP} (each class in turn)", metavar="K", flags=("--class",))
+    text: Texts | None
     guidance: Guidance | None
     classifier: ByClassifier | None
     condition_from: str | None = option(
@@ -298,7 +303,10 @@ def recipe(
     if own_steps and not tuned:
         raise ValueError(f"--solver {named} has steps of its own, and other ones are needed here: name a solver")
     solver = solver_of(DEFAULT_SOLVER if own_steps else named)
-    made = Recipe(model, model.denoiser, solver, {}, options.seed, label, _told(options, model, label is None))
+    if options.text is not None:
+        options.text.check(model.denoiser, options.guidance is not None)
+    items = _told(options, model, label is None)
+    made = Recipe(model, model.denoiser, solver, {}, options.seed, label, items, options.text)
     denoiser = model.denoiser if options.guidance is None else _guided(options.guidance, made)
     if options.classifier is not None and guide is not None:
         denoiser = options.classifier.around(guide, denoiser, model)
@@ -344,7 +352,7 @@ def _tuned(made: Recipe, steps: StepOptions, deterministic: bool, progress: bool
 def _told(options: DrawOptions, model: Model, classes: bool) -> TrainingData | None:
     """The items of --condition-from, as `Model.told`, which must be such as the model's."""
     source, K = options.condition_from, model.about.num_classes
-    told = model.told(source, options.measured, classes=classes)
+    told = model.told(source, options.measured, classes=classes, captions=options.text is None)
     if told is not None and told.num_classes is not None and K is not None and told.num_classes > K:
         raise ValueError(f"--condition-from {source} has {told.num_classes} classes, the model {K}")
     if told is not None and told.shape != model.about.shape:
@@ -369,8 +377,7 @@ def _guided(guidance: Guidance, made: Recipe) -> Denoiser:
             f"--guidance {guidance.weight:g}: the network was never trained without its condition; `scoresde train "
             "--drop 0.1` does so in a tenth of all cases"
         )
-    # Each is one number throughout.
-    null = {key: value.flatten()[0].item() for key, value in nothing(cond, made.model.about.num_classes).items()}
+    null = null_of_run(cond, made.model.about.num_classes, made.texts)
     interval = None if guidance.interval is None else (guidance.interval[0], guidance.interval[1])
     rule = guidance.rule or "cfg"
     return below_limit(

@@ -170,13 +170,15 @@ class Model:
         """Of its run's images, where they are transparent."""
         return None if (own := self.data()) is None else own.background
 
-    def told(self, source: str | None = None, measured: bool = False, classes: bool = True) -> TrainingData | None:
+    def told(
+        self, source: str | None = None, measured: bool = False, classes: bool = True, captions: bool = True
+    ) -> TrainingData | None:
         """The items whose conditions samples are drawn for; None if the network is told nothing but a class.
 
         Args:
             source: other items than those of the run.
             measured: it has what the network is told already.
-            classes: whether the items' classes are wanted, too.
+            classes, captions: whether the items' classes, and captions, are wanted, too.
 
         Raises:
             ValueError: if there is a source and no condition, or none of the run's configuration; as `DataConfig.told`.
@@ -191,7 +193,10 @@ class Model:
                 )
             return None
         own = self._own_data()
-        return _told(own if classes else replace(own, classes=False), source, self.about.shape, measured)
+        own = replace(own, classes=own.classes and classes, captions=own.captions if captions else None)
+        if not own.conditions and own.captions is None and not captions:
+            return None
+        return _told(own, source, self.about.shape, measured)
 
     def told_of(self, data: DataConfig) -> DataConfig:
         """The same items with what the network is told of each: its class and conditions, random ones from seed 0.
@@ -207,7 +212,7 @@ class Model:
         if data.source != own.source and any(told.startswith("given:") for told in own.conditions):
             raise ValueError(f"--data {data.source}: the network is told {', '.join(own.conditions)}, known of "
                              f"{own.source} alone")  # fmt: skip
-        return replace(data, condition=own.condition)
+        return replace(data, condition=own.condition, captions=own.captions_of(data.source), tokens=own.tokens)
 
     def _own_data(self) -> DataConfig:
         if (own := self.data()) is None:

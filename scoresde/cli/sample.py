@@ -28,6 +28,7 @@ scoresde sample runs/fm --out samples.png                          64 of them, A
 scoresde sample runs/fm --n 5000 --solver ddim --nfe 50 --out samples.npz
 scoresde sample runs/fm --class 3 --solver 'DDIM(eta=0.2)' --steps 100 --clip --out threes.png
 scoresde sample runs/fm --class 3 --guidance 2 --out typical_threes.png       of a run of `scoresde train --drop 0.1`
+scoresde sample runs/text --text "a three left of a seven" --guidance 3 --out seven.png      --negative TEXT: and not
 scoresde sample runs/fm --class 3 --classifier c.safetensors --classifier-scale 5 --out guided.png    by a classifier
 scoresde sample runs/fm --solver ddpm --nfe 50 --variance table.npz --out analytic.png
 scoresde sample runs/fm --solver chosen --nfe 5 --out few.png      the best solver and grid for it, from now on

@@ -68,6 +68,7 @@ scoresde train --data fashion-mnist --set evaluate.data=fashion-mnist-test --out
 scoresde train --data my_folder --size 64 --set train.precision=bfloat16 --set train.compile=true --out runs/mine
 scoresde train --data my_folder --size 64 --condition super-resolution:4 --out runs/sr     details of small images
 scoresde train --data fashion-mnist --classes --drop 0.1 --out runs/guided     for guidance without a classifier
+scoresde train --data my_folder --size 64 --captions my_folder/captions.csv --drop 0.1 --out runs/text      from text
 torchrun --nproc-per-node=4 -m scoresde train --data my_folder --size 64 --out runs/mine
 torchrun --nproc-per-node=8 -m scoresde train --config large.toml --set train.shard=true --out runs/large
 scoresde train --out runs/mine                                     goes on
@@ -92,6 +93,17 @@ class ShortOptions(Options):
         "each item",
         metavar="TASK",
         dest="data.condition",
+    )
+    captions: str | None = option(
+        "data.captions, what is said of each item, which the network reads: a file .txt, .csv or .jsonl, or a folder "
+        "that has one",
+        metavar="FILE",
+        dest="data.captions",
+    )
+    tokens: str | None = option(
+        "data.tokens of captions: bytes, words (by the library tokenizers), or hf:NAME, an encoder of Hugging Face "
+        "(bytes)",
+        dest="data.tokens",
     )
     drop: float | None = option("data.drop: tell it nothing with this probability (0)", metavar="P", dest="data.drop")
     size: int | None = option("data.size, to make of a folder's images", metavar="PIXELS", dest="data.size")

@@ -9,6 +9,7 @@
 
 from scoresde.data import augmented, cifar, download, folder, idx, order, tasks, toys, training, words
 from scoresde.data.augmented import *
+from scoresde.data.captions import Captions, read_captions
 from scoresde.data.cifar import *
 from scoresde.data.conditions import Condition, Given, GivenContext, dropped, nothing
 from scoresde.data.download import *
@@ -27,6 +28,7 @@ from scoresde.levels import scaled
 
 __all__ = [
     "BUILT_IN",
+    "Captions",
     "Condition",
     "Data",
     "Given",
@@ -39,6 +41,7 @@ __all__ = [
     "dropped",
     "loader",
     "nothing",
+    "read_captions",
     "read_data",
     "scaled",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from scoresde.noise import derive_seed
 from scoresde.tensors import told
 
-__all__ = ["Shown", "choices", "drops", "flips", "mirrored"]
+__all__ = ["Shown", "choices", "drops", "flips", "mirrored", "picked"]
 
 # Streams beside that of the epoch's permutation, derive_seed(seed, 0, epoch).
 _FLIPS, _DROPS, _TASK, _NOISE, _CHOICE = 1, 2, 3, 4, 5
@@ -106,7 +106,13 @@ def drops(shown: Shown, probability: float) -> Tensor:
 
 def choices(shown: Shown, n: int) -> Tensor:
     """One of n for each item, all alike likely: int64, shape (B,)."""
-    return (shown.uniform(1, _CHOICE)[:, 0] * n).long()
+    return picked(shown, torch.full((len(shown),), n, device="cpu"))
+
+
+def picked(shown: Shown, counts: Tensor) -> Tensor:
+    """For each item one of its own number (B,), all alike likely: int64, shape (B,)."""
+    chosen = (shown.uniform(1, _CHOICE)[:, 0] * counts).long()
+    return torch.minimum(chosen, counts - 1)  # the product may have been rounded up
 
 
 def mirrored(x: Tensor, which: Tensor | None) -> Tensor:

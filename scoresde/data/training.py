@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_whole
 from scoresde.data.arrays import digest
+from scoresde.data.captions import Captions, read_captions
 from scoresde.data.conditions import Condition, Given, dropped
 from scoresde.data.folder import ImageFolder, unreadable
 from scoresde.data.pictures import Mode
@@ -21,6 +22,7 @@ from scoresde.data.sources import find_data
 from scoresde.data.words import condition_of
 from scoresde.errors import not_finite, some
 from scoresde.levels import outer_edges, scaled, signed
+from scoresde.nn.tokens import Tokenizer, WordTokens, tokenizer_of
 from scoresde.tensors import shown, told
 
 __all__ = ["Batch", "TrainingData", "training_data"]
@@ -57,7 +59,8 @@ class TrainingData:
             are. Or an `ImageFolder`.
         labels: of the items, N entries.
         levels: how many there are, 256 in 8-bit images; None for floating-point data.
-        flip: mirror each image, left to right, with probability 1/2, anew in every epoch.
+        flip: mirror each image, left to right, with probability 1/2, anew in every epoch; not where a caption says left
+            or right.
         seed: of the flips, of random conditions and of dropping.
         classes: what the labels stand for.
         num_classes: K, how many classes there are, in whole labels (N,): as many as have names, or occur.
@@ -104,6 +107,8 @@ class TrainingData:
         for condition in self.conditions:
             condition.check(self.shape, len(self))
             _check_names(self.x, condition)
+            if self.flip and isinstance(condition, Captions) and condition.sides is not None:
+                raise ArgumentError(f"flip=True: of a mirrored image {condition.sides!r} is not true")
         if not 0 <= self.drop <= 1:
             raise ArgumentError(f"drop={self.drop}: expected a probability, 0 <= drop <= 1")
         if self.drop and not self.conditions and self.labels is None:
@@ -256,6 +261,8 @@ def training_data(
     skip: bool | Collection[str] = False,
     flip: bool = False,
     conditions: Sequence[Condition | str] = (),
+    captions: str | Path | Sequence[str | Sequence[str]] | None = None,
+    tokenizer: Tokenizer | str = "bytes",
     drop: float = 0.0,
     seed: int = 0,
     lazy: bool = True,
@@ -270,6 +277,9 @@ def training_data(
         levels: of integers that are not uint8, or not 0 to 255: how many.
         flip, drop, seed: see `TrainingData`.
         conditions: `scoresde.data.conditions`, or their names, "super-resolution:4" say (`condition_of`).
+        captions: what is said of each image: a file, or a folder that has one (`read_captions`), or a text or several
+            for each. What the network is told of an item's caption then is `text`, its tokens (`Captions`).
+        tokenizer: of the captions (`scoresde.nn.tokens`); "bytes", or "words", those of these captions.
         lazy: a folder's images are decoded when they are wanted; False: once, into memory.
 
     Raises:
@@ -278,6 +288,10 @@ def training_data(
     found = find_data(source, labels=labels, size=size, mode=mode, background=background, skip=skip, download=download)
     alike: dict[str, Any] = {"size": size, "background": background, "skip": skip}
     told = [condition_of(c, **alike) if isinstance(c, str) else c for c in conditions]
+    if captions is not None:
+        left = found.skipped if isinstance(found, ImageFolder) else ()
+        names = None if found.names is None else sorted([*found.names, *left], key=Path)
+        told.append(_captions(captions, names, tokenizer))
     if isinstance(found, ImageFolder):
         found, told = _paired(found, told)
     if not lazy:
@@ -299,6 +313,16 @@ def training_data(
         return TrainingData(x, kept, chosen, flip, seed, classes, None, tuple(told), drop, skipped)
     except ValueError as error:
         raise ArgumentError(f"{source}: {error}") from error
+
+
+def _captions(
+    captions: str | Path | Sequence[str | Sequence[str]], names: Sequence[str] | None, tokenizer: Tokenizer | str
+) -> Captions:
+    """Of items whose files have these names."""
+    given = read_captions(captions, names) if isinstance(captions, str | Path) else captions
+    if tokenizer == "words":
+        tokenizer = WordTokens.trained([t for texts in given for t in ([texts] if isinstance(texts, str) else texts)])
+    return Captions(given, tokenizer_of(tokenizer) if isinstance(tokenizer, str) else tokenizer, names=names)
 
 
 def _paired(x: ImageFolder, told: Sequence[Condition]) -> tuple[ImageFolder, list[Condition]]:

@@ -75,7 +75,7 @@ class Conditioned(SameMean):
     def conditions(self, cond: Mapping[str, Any], x: Tensor) -> Mapping[str, Any]:
         """What the wrapped denoiser is given where the call has these conditions."""
         kept = {name: value for name, value in cond.items() if name not in self.drop}
-        return replaced(kept, self.cond, x)
+        return replaced(kept, self.cond, x.shape[0])
 
     def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
         return prepared_beside(self.denoiser, cond, [*self.drop, *self.cond])
@@ -226,8 +226,9 @@ def translated(N: Tensor, source: Denoiser, target: Denoiser, x: Tensor, t: Time
     return combine(ratio(r_i - r, s), x, ratio(s_i, s), N)
 
 
-def replaced(cond: Mapping[str, Any], values: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
-    """cond with some of its conditions replaced: each by itself, or shaped like what it replaces (`entries.like`).
+def replaced(cond: Mapping[str, Any], values: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """The conditions of n samples with some of them replaced: each by itself, or shaped like what it replaces
+    (`entries.like`).
 
     Raises:
         ValueError: if a value does not fit, or other tokens would be counted by the mask of those that they replace.
@@ -241,9 +242,9 @@ def replaced(cond: Mapping[str, Any], values: Mapping[str, Any], x: Tensor) -> d
     made = dict(cond)
     for name, value in values.items():
         if name in cond:
-            made[name] = like(cond[name], value, x.shape[0], name)
+            made[name] = like(cond[name], value, n, name)
         else:
-            check_cond({name: value}, x.shape[0])
+            check_cond({name: value}, n)
             made[name] = value
     return made
 

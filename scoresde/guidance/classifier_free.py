@@ -24,8 +24,9 @@ from torch import Tensor
 from scoresde.checks import ArgumentError, check_option, check_whole
 from scoresde.data.conditions import nothing_like, null_of
 from scoresde.denoiser import Denoiser, Posterior
+from scoresde.entries import counted, leaves
 from scoresde.guidance.base import Scale, check_scale, known_all, scale_at
-from scoresde.guidance.branches import Branch, Branching, Combined, evaluate, prepared_beside, replaced, times_of
+from scoresde.guidance.branches import Branch, Branching, Combined, evaluate, replaced, times_of
 from scoresde.guidance.rules import RULES, Rule, projected
 from scoresde.networks import networks
 from scoresde.tensors import Time, known_any, precise
@@ -35,6 +36,9 @@ from scoresde.wrappers import lacks_variance
 __all__ = ["Autoguidance", "ClassifierFree"]
 
 Convention = Literal["scale", "strength"]
+
+_NULL = "null, prepared"
+"""Where `ClassifierFree.prepared` keeps the conditions of D_0."""
 
 
 class _Extrapolation(Branching):
@@ -64,6 +68,10 @@ class _Extrapolation(Branching):
             if len(set(self.channels)) < len(self.channels) or not self.channels:
                 raise ArgumentError(f"channels={self.channels}: expected different channels, and one at least")
 
+    def good(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The conditions of D_1."""
+        return cond
+
     @abstractmethod
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
         """D_0 and its conditions."""
@@ -79,7 +87,7 @@ class _Extrapolation(Branching):
         return torch.where((level > low) & (level <= high), w, 1.0)
 
     def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
-        w, good, poor = self.weight_at(t, x.shape[0]), (self.denoiser, cond), self.poor(x, cond)
+        w, good, poor = self.weight_at(t, x.shape[0]), (self.denoiser, self.good(cond)), self.poor(x, cond)
         if known_all(w == 1):
             return [good], None
         if known_all(w == 0) and self.rule.view is None and self.channels is None:
@@ -97,7 +105,7 @@ class _Extrapolation(Branching):
             if not alone[i]:
                 return both(i, x, cond)
             self.poor(x, cond)  # its conditions are checked all the same
-            return self._own(good(i, x, cond), self.denoiser, x, numbers[i])
+            return self._own(good(i, x, self.good(cond)), self.denoiser, x, numbers[i])
 
         return at
 
@@ -208,7 +216,18 @@ class ClassifierFree(_Extrapolation):
         return None if self.variance is None else self.denoiser.covariance(t)
 
     def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
-        return prepared_beside(self.denoiser, cond, () if self.by_default else tuple(self.null or ()))
+        """The null, of a negative text say, is encoded once as well, and goes with the conditions from then on."""
+        given, found = dict(cond or {}), self.denoiser.prepared(cond)
+        names = () if self.by_default else tuple(self.null or ())
+        if not any(name in given and name not in found for name in names):
+            return found
+        if _NULL in found:  # of guidance around guidance
+            return given
+        n = max((k for leaf in leaves([given, self.null]) if (k := counted(leaf)) is not None), default=1)
+        return {**found, _NULL: self.denoiser.prepared(self._nulled(given, n))}
+
+    def good(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: value for name, value in cond.items() if name != _NULL}
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         w = self.weight_at(t, len(x))
@@ -223,7 +242,7 @@ class ClassifierFree(_Extrapolation):
             r, s = denoiser.affine(times)
             return combine(1 / s, D, -r / s, many)
 
-        found = evaluate([(self.denoiser, cond), self.poor(x, cond)], x, call, self.batched)
+        found = evaluate([(self.denoiser, self.good(cond)), self.poor(x, cond)], x, call, self.batched)
         F_1, F_0 = (self._own(N, self.denoiser, x, t) for N in found)
         r, s = self.affine(t)
         var = variances[0]  # of the conditional branch, which comes first
@@ -231,12 +250,18 @@ class ClassifierFree(_Extrapolation):
         return Posterior(combine(r, x, s, self.guided(F_1, F_0, w)), var)
 
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
+        if _NULL in cond:
+            return self.denoiser, cond[_NULL]
         self._check_conditions(cond)
+        return self.denoiser, self._nulled(cond, x.shape[0])
+
+    def _nulled(self, cond: Mapping[str, Any], n: int) -> dict[str, Any]:
+        """The conditions of D_0 for n samples."""
         if isinstance(self.null, Mapping) and self.by_default:
-            return self.denoiser, {k: nothing_like(v, self.null[k]) if k in self.null else v for k, v in cond.items()}
+            return {k: nothing_like(v, self.null[k]) if k in self.null else v for k, v in cond.items()}
         if isinstance(self.null, Mapping):
-            return self.denoiser, replaced(cond, self.null, x)
-        return self.denoiser, {k: v for k, v in cond.items() if self.null is not None and k not in self.null}
+            return replaced(cond, self.null, n)
+        return {k: v for k, v in cond.items() if self.null is not None and k not in self.null}
 
     def _check_conditions(self, cond: Mapping[str, Any]) -> None:
         """Raises ValueError unless the condition that is to be null is there, and fits."""

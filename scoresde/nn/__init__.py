@@ -1,8 +1,8 @@
 """Networks net(x, time, label=None, vector=None, image=None, context=None, context_mask=None) for the denoisers'
 adapters: an MLP for vectors (which takes neither image nor context), a U-Net and a transformer (DiT) for series, images
-and volumes; one whose conditions others encode (`Encoding`); and net(x, time) to logits, a classifier of what is noisy.
-Beside them autoencoders, whose latent a diffusion may be of, and the discriminator of patches that some are trained
-against.
+and volumes; one whose conditions others encode (`Encoding`), texts by a transformer (`TextEncoder`) say; and net(x,
+time) to logits, a classifier of what is noisy. Beside them autoencoders, whose latent a diffusion may be of, and the
+discriminator of patches that some are trained against.
 """
 
 from scoresde.nn.autoencoder import Autoencoder, Codebook, KLAutoencoder, Reconstruction, VQAutoencoder
@@ -15,9 +15,13 @@ from scoresde.nn.encoding import Encoding
 from scoresde.nn.image import ImageEncoder
 from scoresde.nn.magnitude import MagnitudeUNet
 from scoresde.nn.mlp import MLP
+from scoresde.nn.pretrained import PretrainedText
 from scoresde.nn.song import SongUNet
+from scoresde.nn.text import TextEncoder
+from scoresde.nn.tokens import ByteTokens, PretrainedTokens, Tokenizer, WordTokens, tokenizer_of
 from scoresde.nn.unet import UNet
 
-__all__ = ["MLP", "Autoencoder", "Codebook", "DiT", "Encoding", "ImageEncoder", "KLAutoencoder", "MagnitudeUNet"]
-__all__ += ["NoisyClassifier", "PatchDiscriminator", "Reconstruction", "SongUNet", "TimeEmbedding", "UNet"]
-__all__ += ["VQAutoencoder", "padded"]
+__all__ = ["MLP", "Autoencoder", "ByteTokens", "Codebook", "DiT", "Encoding", "ImageEncoder", "KLAutoencoder"]
+__all__ += ["MagnitudeUNet", "NoisyClassifier", "PatchDiscriminator", "PretrainedText", "PretrainedTokens"]
+__all__ += ["Reconstruction", "SongUNet", "TextEncoder", "TimeEmbedding", "Tokenizer", "UNet", "VQAutoencoder"]
+__all__ += ["WordTokens", "padded", "tokenizer_of"]

@@ -25,7 +25,7 @@ from scoresde.nn.blocks import attend, concatenate, conv, shuffle, unshuffle, ze
 from scoresde.nn.context import CrossAttention, Tokens
 from scoresde.nn.embedding import TimeEmbedding
 
-__all__ = ["DiT"]
+__all__ = ["DiT", "Layer", "norm", "positions"]
 
 PRESETS: dict[int | str, dict[str, Any]] = {
     8: {"patch": 2, "width": 96, "depth": 4, "heads": 4},
@@ -53,17 +53,27 @@ def positions(size: Sequence[int], width: int, device: torch.device | None = Non
 
 def _modulate(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(1 + scale) norm(h) + shift."""
-    return (1 + scale) * _norm(h) + shift
+    return (1 + scale) * norm(h) + shift
 
 
-def _norm(h: Tensor) -> Tensor:
+def norm(h: Tensor) -> Tensor:
+    """Layer norm without parameters of its own."""
     return F.layer_norm(h, h.shape[-1:], eps=1e-6)
 
 
-class _Block(nn.Module):
-    """Attention and an MLP, each modulated, gated and added, with attention to a context of that width between them."""
+class Layer(nn.Module):
+    """A layer of a transformer (Vaswani et al., 2017), norms first:
 
-    def __init__(self, width: int, heads: int, mlp: int, dropout: float, context: int | None) -> None:
+    h = h + project(attention(norm h)),    h = h + outward(GELU(inward(norm h)))
+
+    Args:
+        width: features of each place.
+        heads: of attention, which divide the width.
+        mlp: hidden features of the MLP.
+        dropout: probability, on what is added.
+    """
+
+    def __init__(self, width: int, heads: int, mlp: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -72,22 +82,37 @@ class _Block(nn.Module):
         for layer in (self.qkv, self.project, self.inward, self.outward):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        """h (B, N, width), and which of the N places are looked at, bool (B, N), by default all; to the same shape."""
+        h = h + self.dropout(self.attention(norm(h), None if mask is None else mask[:, None, None]))
+        return h + self.dropout(self.mlp(norm(h)))
+
+    def attention(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        B, N, width = h.shape
+        q, k, v = self.qkv(h).reshape(B, N, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        out: Tensor = self.project(attend(q, k, v, mask).transpose(1, 2).reshape(B, N, width))
+        return out
+
+    def mlp(self, h: Tensor) -> Tensor:
+        out: Tensor = self.outward(F.gelu(self.inward(h), approximate="tanh"))
+        return out
+
+
+class _Block(Layer):
+    """A layer, modulated and gated, with attention to a context of that width in its midst."""
+
+    def __init__(self, width: int, heads: int, mlp: int, dropout: float, context: int | None) -> None:
+        super().__init__(width, heads, mlp, dropout)
         self.modulate = zero(nn.Linear(width, 6 * width))
         self.cross = None if context is None else CrossAttention(width, context, heads)
 
-    def forward(self, h: Tensor, embedding: Tensor, tokens: Tokens | None) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, tokens: Tokens | None) -> Tensor:  # type: ignore[override]
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(F.silu(embedding))[:, None].chunk(6, dim=-1)
         h = h + gate1 * self.dropout(self.attention(_modulate(h, scale1, shift1)))
         if self.cross is not None and tokens is not None:
-            h = h + self.dropout(self.cross(_norm(h), tokens))
-        inner = F.gelu(self.inward(_modulate(h, scale2, shift2)), approximate="tanh")
-        return h + gate2 * self.dropout(self.outward(inner))
-
-    def attention(self, h: Tensor) -> Tensor:
-        B, N, width = h.shape
-        q, k, v = self.qkv(h).reshape(B, N, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        out: Tensor = self.project(attend(q, k, v).transpose(1, 2).reshape(B, N, width))
-        return out
+            h = h + self.dropout(self.cross(norm(h), tokens))
+        return h + gate2 * self.dropout(self.mlp(_modulate(h, scale2, shift2)))
 
 
 class DiT(nn.Module):

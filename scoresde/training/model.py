@@ -32,7 +32,7 @@ from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.identity import identity
 from scoresde.training.whole_files import read_weights, weights_file
 
-__all__ = ["ModelConfig", "check_model", "load", "load_ema", "opened"]
+__all__ = ["ModelConfig", "check_model", "load", "load_ema", "opened", "sizes_of"]
 
 PREDICTIONS: dict[str, type[NetworkDenoiser]] = {
     "eps": EpsDenoiser,
@@ -43,7 +43,7 @@ PREDICTIONS: dict[str, type[NetworkDenoiser]] = {
     "edm": EDMDenoiser,
 }
 NETWORKS = {"unet": "UNet", "dit": "DiT", "mlp": "MLP"}
-ENCODERS = {"image": "ImageEncoder"}
+ENCODERS = {"image": "ImageEncoder", "text": "TextEncoder", "pretrained-text": "PretrainedText"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,11 @@ class ModelConfig:
         time_scale: the network is told time_scale * t; by default t itself (ln(sigma / alpha) / 4 for "edm").
         sigma_data: of "edm" alone, standard deviation of the data.
         encoders: of conditions that other networks compute (`scoresde.nn.Encoding`), by the raw condition's name: a
-            mapping of `network`, "image" for `ImageEncoder`, its `options`, the `key` of what it makes, "vector" by
-            default, and `frozen`: false, or the path of a safetensors file of its weights, which then stay as they are
-            and in that file alone; or true for a network that brings its own, as it says by `pretrained`.
+            mapping of `network`, "image", "text" or "pretrained-text" for `ImageEncoder`, `TextEncoder` or
+            `PretrainedText` (by default that of the condition's name, if there is one, else "image"), its `options`,
+            the `key` of what it makes, "vector" by default, and `frozen`: false, or the path of a safetensors file of
+            its weights, which then stay as they are and in that file alone; or true for a network that brings its own,
+            as it says by `pretrained`.
 
     Raises:
         ValueError: on another name, an option that is not known (naming it), or one that JSON cannot hold.
@@ -166,7 +168,13 @@ def _described(name: str, encoder: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(encoder, Mapping):
         raise TypeError(f"encoders[{name!r}] is {encoder!r}: expected a mapping, {{'network': 'image', ...}}")
     check_keys(f"encoder {name!r}", encoder, ("network", "options", "key", "frozen"))
-    found = {"network": "image", "options": {}, "key": "vector", "frozen": False, **encoder}
+    found = {
+        "network": name if name in ENCODERS else "image",
+        "options": {},
+        "key": "vector",
+        "frozen": False,
+        **encoder,
+    }
     check_option(ENCODERS, network=found["network"])
     kind = _encoder_class(found)
     check_keys(f"encoder {found['network']!r}", found["options"], inspect.signature(kind).parameters)
@@ -181,6 +189,17 @@ def _described(name: str, encoder: Mapping[str, Any]) -> dict[str, Any]:
 def _encoder_class(encoder: Mapping[str, Any]) -> type[nn.Module]:
     found: type[nn.Module] = getattr(networks, ENCODERS[encoder["network"]])
     return found
+
+
+def sizes_of(encoder: Mapping[str, Any]) -> dict[str, int]:
+    """The options of a network that is told what an encoder of texts, in these words, finds.
+
+    Raises:
+        ValueError: if it cannot be made of its options.
+    """
+    with torch.device("meta"):
+        made = made_of("encoder", _encoder_class(encoder), encoder["options"])
+    return dict(getattr(made, "sizes", {}))
 
 
 def _encoder(name: str, encoder: Mapping[str, Any]) -> nn.Module:
