@@ -19,6 +19,7 @@ from scoresde.likelihood import log_prob
 from scoresde.solvers import DDIM, DDPM, AdaptiveODE, Heun, RawEps, UniPC
 from scoresde.tableau import responses
 from scoresde.tuning import Corrections, TunedSolver, tune
+from scoresde.tuning.chosen import ratio
 from scoresde.tuning.learning import Clock, Columns, Numbers, Pairs, learn
 
 SDE = VPSDE()
@@ -181,9 +182,9 @@ def test_a_network_that_knows_whole_steps_keeps_its_times_and_labels():
 def test_bad_training_gives_the_start_and_says_so(monkeypatch):
     """Training that returns nonsense, and says that it is perfect."""
 
-    def bad(numbers, train, check, rounds, told):
+    def bad(numbers, train, held, rounds, told):
         dv = torch.full((train.jacobian(numbers)[0].shape[0],), 0.3, dtype=torch.float64)
-        return numbers.moved(dv), 0.0
+        return numbers.moved(dv), torch.zeros(len(held.x), dtype=torch.float64)
 
     monkeypatch.setattr("scoresde.tuning.tuned.learn", bad)
     found = tune(MIXTURE, DDIM(), noise(32, 2), nfe=4, **FEW)
@@ -198,10 +199,9 @@ def test_training_keeps_what_was_best_of_what_did_not_train():
     truth = sample(MIXTURE, x, UniPC(3), grid=Grid.sampling(SDE, 60, power=4, end=1e-3)).x
     start = Numbers.of(UniPC(2), Grid.power(SDE, 4, end=1e-3))
     held = pairs(MIXTURE, x, truth)
-    before = held.error(start)
-    best, error = learn(start, pairs(MIXTURE, x, truth + normal(24, 2)), held.error, 6, lambda error: None)
-    assert error <= before
-    assert held.error(best) == error
+    best, squares = learn(start, pairs(MIXTURE, x, truth + normal(24, 2)), held, 6, lambda squares: None)
+    assert ratio(squares, held.squares(start)) <= 1
+    assert torch.equal(held.squares(best), squares)
 
 
 def test_no_time_gives_the_start(monkeypatch):

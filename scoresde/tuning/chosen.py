@@ -29,7 +29,22 @@ from scoresde.tuning.solver import TunedSolver
 from scoresde.variance.table import fingerprint
 from scoresde.wrappers import without_codec
 
-__all__ = ["SOLVERS", "SPACINGS", "Spacing", "Trial", "Try", "apart", "capped", "choose", "finalists"]
+__all__ = [
+    "SOLVERS",
+    "SPACINGS",
+    "Spacing",
+    "Trial",
+    "Try",
+    "apart",
+    "capped",
+    "choose",
+    "common_cap",
+    "excess",
+    "finalists",
+]
+
+CAP = 1000.0
+"""Of a sample's squared distance, in medians."""
 
 SOLVERS: tuple[Solver, ...] = (
     Adams(), DPMSolverPP(2), UniPC(2), UniPC(3), UniPC(3, "eps"), UniPC(2, "v"), UniPC(3, "v"),
@@ -185,6 +200,7 @@ class Trial:
         reference_nfe: int | None,
         progress: bool,
         features: Callable[[Tensor], Tensor] | None = None,
+        robust: bool = False,
     ) -> None:
         check_denoiser(denoiser)
         self.denoiser, self.nfe, self.end, self.cond = without_codec(denoiser), nfe, end, cond
@@ -196,7 +212,7 @@ class Trial:
         source = noise_source(denoiser.device, shape_or_x, [derive_seed(seed, i) for i in range(n)], None, None)
         self.x_T, _ = initial(denoiser, shape_or_x, grid, source)
         self.n, self.few, self.half = n, slice(0, max(n // 8, 4)), slice(0, n // 2)
-        self.cap = math.inf
+        self.robust = robust
         self.features: Callable[[Tensor], Tensor] = features or (lambda x: x)
         self.bar = tqdm(desc=f"choosing for nfe={nfe}", unit="nfe", disable=not progress, leave=False)
         self.truth = self._run(fine, grid, slice(0, n))
@@ -249,14 +265,19 @@ class Trial:
         return self.found[key]
 
     def ranked(self, tries: Iterable[Try], part: slice) -> list[Try]:
-        """Nearest first."""
-        errors = []
+        """Nearest first; where `robust`, by squares that are capped by those of the one with the least median."""
+        found = []
         for one in tries:
             try:
-                errors.append((float(capped(self.squares(one, part), self.cap).mean()), one))
+                found.append((self.squares(one, part), one))
             except ArithmeticError:  # not finite
                 continue
-        return [one for _, one in sorted(errors, key=lambda pair: pair[0])]
+        cap = self.cap_of(*(squares for squares, _ in found))
+        return [one for _, one in sorted(found, key=lambda pair: float(capped(pair[0], cap).mean()))]
+
+    def cap_of(self, *squares: Tensor) -> float:
+        """`common_cap` of them, where `robust`; else there is none."""
+        return common_cap(*squares) if self.robust else math.inf
 
     def told(self, best: Try, usual: Try) -> TunedSolver:
         """The best, or the default if that is no worse, by the other half of the samples."""
@@ -264,11 +285,12 @@ class Trial:
 
     def reported(self, best: Try, usual: Try, rest: slice, allowed: float = 0.0) -> TunedSolver:
         """The better of the two by those samples, with what they say of it; the second where they are as good, or where
-        the first's plain error is larger by more than so many standard errors.
+        the first's plain mean square is larger by more than so many standard errors of the paired difference.
         """
         mine, theirs = (self.squares(one, rest) for one in (best, usual))
-        nearer = float(capped(mine, self.cap).mean()) < float(capped(theirs, self.cap).mean())
-        if not nearer or float((mine.mean() / theirs.mean()).log()) / 2 > allowed * _stderr(mine, theirs):
+        cap = self.cap_of(mine, theirs)
+        nearer = float(capped(mine, cap).mean()) < float(capped(theirs, cap).mean())
+        if not nearer or excess(mine, theirs) > allowed:
             best, mine = usual, theirs
         solver, corrections = apart(best.solver)
         return TunedSolver(
@@ -293,6 +315,29 @@ def _stderr(mine: Tensor, theirs: Tensor) -> float:
     """Of log(root mean square of mine / that of theirs), the two being paired."""
     relative = mine / mine.mean() - theirs / theirs.mean()
     return float(relative.std() / 2 / math.sqrt(len(mine)))
+
+
+def excess(mine: Tensor, theirs: Tensor) -> float:
+    """By how many of its standard errors the mean of mine exceeds that of theirs, the two being paired. Of k samples
+    in the wrong mode in mine alone it is about sqrt(k), whatever they do to a ratio of means: one or two prove nothing.
+    """
+    more = mine - theirs
+    return float(more.mean() / (more.std() / math.sqrt(len(more))).clamp(min=1e-300))
+
+
+def common_cap(*squares: Tensor) -> float:
+    """The cap that several solvers' squared distances are compared with: `CAP` times the least of their medians. It
+    falls with the best of them; of a cap of the start, samples in the wrong mode would hide all that is gained after.
+    """
+    return CAP * max(min((float(one.median()) for one in squares), default=math.inf), 1e-300)
+
+
+def ratio(mine: Tensor, theirs: Tensor) -> float:
+    """Of their means, capped in common; infinity where some of mine are not finite."""
+    if not bool(mine.isfinite().all()):
+        return math.inf
+    cap = common_cap(mine, theirs)
+    return float(capped(mine, cap).mean() / capped(theirs, cap).mean().clamp(min=1e-300))
 
 
 def capped(squares: Tensor, cap: float) -> Tensor:

@@ -7,7 +7,9 @@ and entries, with J = dr / dv and H = J J^T, a step is the solution of
 
 taken if it lowers |r|^2, mu being raised until it does and lowered after. It is the same in whatever units v has. A
 sample with a mean square s counts as s / (1 + s / cap) (`capped`): one that ends in another mode of the data than the
-fine solution is beyond any derivative. v is
+fine solution is beyond any derivative. The cap is some medians of s, and so falls as the rest comes nearer. After a
+good step J is not taken again, but brought up to date by what the step did to r (Broyden, 1965), and of many entries of
+r it is kept as `SKETCH` random sums of a sample's. v is
 
     w_k  of each step of the grid: with s = softmax(log h + w), h the start's steps, the times are
          t_n = t_N + (t_0 - t_N) (s_{n+1} + ... + s_N), which decrease whatever w is, from t_0 to t_N exactly; the table
@@ -16,7 +18,8 @@ fine solution is beyond any derivative. v is
     a'_i, b'_{i,k}    added to the table, over the whole history (`Corrections`)
 
 J is taken by differences of runs, each from the row that changed: no gradient passes through the network, which may be
-behind any wrapper, and what is kept in memory is a few states a row, and J of a part of the samples at a time.
+behind any wrapper, and what is kept in memory is a few states a row, and J of a part of the samples at a time, but for
+the sums.
 """
 
 from __future__ import annotations
@@ -37,13 +40,19 @@ from scoresde.grid import Grid
 from scoresde.solvers.base import Solver
 from scoresde.tableau import Tableau
 from scoresde.tensors import told
-from scoresde.tuning.chosen import capped
+from scoresde.tuning.chosen import common_cap, ratio
 from scoresde.tuning.corrections import Corrections, wide
 
 __all__ = ["Clock", "Columns", "Numbers", "Pairs", "learn"]
 
 MOST = 2**24
 """Numbers of J at a time."""
+
+SKETCH = 64
+"""Sums that are kept of a sample's residuals."""
+
+AGAIN = 0.5
+"""J is taken anew after a step that leaves more than this of the mean square."""
 
 
 class Clock:
@@ -180,7 +189,6 @@ class Pairs:
         cond: conditions.
         batch: samples that the model takes at once.
         clock: stops all of it, by TimeoutError.
-        cap: of the mean square of a sample.
     """
 
     denoiser: Denoiser
@@ -190,7 +198,6 @@ class Pairs:
     cond: Mapping[str, Any]
     batch: int
     clock: Clock
-    cap: float = math.inf
 
     __repr__ = told
 
@@ -233,32 +240,26 @@ class Pairs:
                 out = out.add_(value, alpha=b)
         return out
 
-    def squares(self, numbers: Numbers) -> Tensor:
-        """The squared distance of each sample, (B,)."""
+    def ends(self, numbers: Numbers) -> tuple[Tensor, Tensor]:
+        """Of each sample the squared distance, (B,), and the sums of its residuals, (B, S)."""
         c, on = numbers.columns(), numbers.table().evaluates.tolist()
         found = [part.residuals(part.run(c, on).x[-1]) for part in self.parts(self.batch)]
-        return torch.cat([r.square().mean(1) for r in found])
+        return torch.cat([r.square().mean(1) for r in found]), torch.cat([_sums(r) for r in found])
 
-    def error(self, numbers: Numbers) -> float:
-        """The mean square, capped."""
-        return float(capped(self.squares(numbers), self.cap).mean())
+    def squares(self, numbers: Numbers) -> Tensor:
+        """The squared distance of each sample, (B,)."""
+        return self.ends(numbers)[0]
 
     def residuals(self, x: Tensor) -> Tensor:
         """Of copies of the batch, one after another: (copies B, F), float64."""
         found = self.features(x).flatten(1).double().cpu()
         return found - self.truth.repeat(len(found) // len(self.truth), 1)
 
-    def normal(self, numbers: Numbers) -> tuple[Tensor, Tensor]:
-        """H = J J^T (P, P) and J r (P,), of the whole batch, part by part."""
-        width = self.truth[0].numel()
+    def slopes(self, numbers: Numbers) -> Tensor:
+        """J of the sums, (P, B, S), of the whole batch, part by part."""
         P = sum(v.numel() for v in (numbers.w, numbers.l, numbers.a, numbers.b))
-        H = g = torch.zeros(())
-        for part in self.parts(max(1, min(self.batch, MOST // (P * width)))):
-            J, r = part.jacobian(numbers)
-            J, r = (values / (1 + r.square().mean(1, keepdim=True) / self.cap) for values in (J, r))
-            J = J.flatten(1)
-            H, g = H + J @ J.T, g + J @ r.flatten()
-        return H, g
+        parts = self.parts(max(1, min(self.batch, MOST // (P * self.truth[0].numel()))))
+        return torch.cat([_sums(part.jacobian(numbers)[0]) for part in parts], 1)
 
     def jacobian(self, numbers: Numbers) -> tuple[Tensor, Tensor]:
         """J = dr / dv, shape (P, B, F), and r, shape (B, F); v is w, l, where they move, a' and the rows of b'."""
@@ -280,7 +281,7 @@ class Pairs:
         found = [*by_a, *by_b]
         if numbers.moves:
             labels = [self._by_label(c, on, i, base, r, h) if on[i] else torch.zeros_like(r) for i in range(R)]
-            found = [self._by_times(numbers, on, r, h), torch.stack(labels), *found]
+            found = [self._by_times(numbers, on, base, r, h), torch.stack(labels), *found]
         return torch.cat(found), r
 
     def _after(self, c: Columns, on: list[bool], i: int, base: Run, moves: list[Tensor], r: Tensor) -> Tensor:
@@ -303,19 +304,41 @@ class Pairs:
         end = self._on(c, on, i, Run([base.x[i]], F)).x[-1]
         return (self.residuals(end) - r) / -h
 
-    def _by_times(self, numbers: Numbers, on: list[bool], r: Tensor, h: float) -> Tensor:
+    def _by_times(self, numbers: Numbers, on: list[bool], base: Run, r: Tensor, h: float) -> Tensor:
         """By w, (N, B, F): by each inner time, and its derivative by w."""
-        t = numbers.times
+        t, c = numbers.times, numbers.columns()
         s = -t.diff() / (t[0] - t[-1])
         N = len(s)
         J = torch.zeros(N, *r.shape, dtype=torch.float64)
         for n in range(1, N):
             moved = t.clone()
             moved[n] += h * float(torch.minimum(t[n - 1] - t[n], t[n] - t[n + 1]))
-            by_t = (self.residuals(self.run(numbers.columns(moved), on).x[-1]) - r) / (moved[n] - t[n])
+            now = numbers.columns(moved)
+            end = self._on(now, on, *self._until(c, now, base)).x[-1]
+            by_t = (self.residuals(end) - r) / (moved[n] - t[n])
             later = (torch.arange(N) >= n).double()
             J += ((t[0] - t[-1]) * s * (later - s[n:].sum()))[:, None, None] * by_t
         return J
+
+    @staticmethod
+    def _until(c: Columns, now: Columns, base: Run) -> tuple[int, Run]:
+        """The first row that differs, and the run up to it, its evaluation included where that is the same."""
+        rows = torch.stack([(mine != other).reshape(len(c.t), -1).any(1) for mine, other in zip(c, now, strict=True)])
+        i = int(rows.any(0).int().argmax())
+        looks = i if bool(rows[:3, i].any()) else i + 1
+        return i, Run(base.x[: i + 1], {j: value for j, value in base.F.items() if j < looks})
+
+
+def _sums(r: Tensor) -> Tensor:
+    """Random sums of the last axis of (..., F), (..., S): signs from a fixed seed, every S-th entry in one sum. Their
+    squares sum to those of r in the mean over signs, exactly where F <= S.
+    """
+    F = r.shape[-1]
+    if F <= SKETCH:
+        return r
+    signs = torch.randint(0, 2, (F,), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    padded = torch.nn.functional.pad(r * signs, (0, -F % SKETCH))
+    return padded.unflatten(-1, (-1, SKETCH)).sum(-2)
 
 
 def _rms(x: Tensor) -> float:
@@ -323,60 +346,71 @@ def _rms(x: Tensor) -> float:
 
 
 def learn(
-    numbers: Numbers, train: Pairs, check: Callable[[Numbers], float], rounds: int, said: Callable[[float], Any]
-) -> tuple[Numbers, float]:
-    """The method of the module's docstring; what was best by `check` is kept, be it the start.
+    numbers: Numbers, train: Pairs, held: Pairs, rounds: int, said: Callable[[Tensor], Any]
+) -> tuple[Numbers, Tensor | None]:
+    """The method of the module's docstring; what was best of the samples that do not train is kept, be it the start.
 
     Args:
         numbers: the start.
         train: samples that train; its clock stops it.
-        check: the error of numbers, on samples that do not train.
-        rounds: steps at most: fewer where they gain nothing more.
-        said: called with the best error after each.
+        held: samples that choose among the steps.
+        rounds: times at most that derivatives are taken: fewer where they gain nothing more.
+        said: called with the best's squared distances after each step.
 
     Returns:
-        the numbers, and their error by `check`; infinity where there was no time to look.
+        the numbers, and the squared distances of `held`; None where there was no time to look.
     """
-    with torch.no_grad():
-        best, error = numbers, math.inf
-        idle, mu = 0, 1e-2
-        try:
-            error = check(numbers)
-            value = train.error(numbers)
-            for _ in range(rounds):
-                H, g = train.normal(numbers)
-                found = _step(numbers, train, H, g, mu, value)
-                if found is None:
-                    break
-                gained = found[2] < 0.998 * value
-                numbers, mu, value = found
-                if (now := check(numbers)) < error:
-                    idle = 0 if now < 0.998 * error else idle + 1
-                    best, error = numbers, now
-                else:
-                    idle += 1
-                said(error)
-                if idle >= 4 or not gained:
-                    break
-        except TimeoutError:
-            pass
-    return best, error
+    best, kept = numbers, None
+    try:
+        with torch.no_grad():
+            kept = held.squares(numbers)
+            state, idle = Descent(train, numbers), 0
+            while state.taken < rounds and idle < 4 and state.step():
+                now = held.squares(state.numbers)
+                if (gain := ratio(now, kept)) < 1:
+                    best, kept = state.numbers, now
+                idle = 0 if gain < 0.998 else idle + 1
+                said(kept)
+    except TimeoutError:
+        pass
+    return best, kept
 
 
-def _step(
-    numbers: Numbers, train: Pairs, H: Tensor, g: Tensor, mu: float, value: float
-) -> tuple[Numbers, float, float] | None:
-    """The next numbers, mu and mean square; None where none is lower."""
-    D = H.diagonal()
-    D = D + 1e-9 * D.max()
-    for _ in range(8):
-        try:
-            dv = np.linalg.solve((H + mu * torch.diag(D)).numpy(), g.numpy())
-            moved = numbers.moved(-torch.from_numpy(dv))
-            new = train.error(moved)
-        except (ValueError, ArithmeticError):  # numpy's, of a singular H, too; no such times, or no such numbers
-            new = math.inf
-        if new < value:
-            return moved, max(mu / 3, 1e-6), new
-        mu *= 4
-    return None
+class Descent:
+    """Where it stands: numbers, their squares and sums, J or None, and mu; `taken` counts the times that J was."""
+
+    def __init__(self, train: Pairs, numbers: Numbers) -> None:
+        self.train, self.numbers, self.mu, self.taken = train, numbers, 1e-2, 0
+        self.squares, self.sums = train.ends(numbers)
+        self.J: Tensor | None = None
+
+    def step(self) -> bool:
+        """To the next numbers; False where none is nearer by 0.1 %."""
+        if fresh := self.J is None:
+            self.J, self.taken = self.train.slopes(self.numbers), self.taken + 1
+        assert self.J is not None
+        weight = 1 / (1 + self.squares / common_cap(self.squares))[:, None]
+        J = (self.J * weight).flatten(1)
+        H, g = J @ J.T, J @ (self.sums * weight).flatten()
+        D = H.diagonal()
+        D = D + 1e-9 * D.max()
+        for _ in range(8 if fresh else 2):
+            try:
+                dv = torch.from_numpy(-np.linalg.solve((H + self.mu * torch.diag(D)).numpy(), g.numpy()))
+                moved = self.numbers.moved(dv)
+                squares, sums = self.train.ends(moved)
+                left = ratio(squares, self.squares)
+            except (ValueError, ArithmeticError):  # numpy's, of a singular H, too; no such times, or no such numbers
+                left = math.inf
+            if left < 0.999:
+                break
+            self.mu *= 4
+        else:
+            self.J = None
+            return not fresh and self.step()
+        unit = D * dv / (dv @ (D * dv))
+        self.J = self.J + unit[:, None, None] * (sums - self.sums - torch.tensordot(dv, self.J, 1))
+        if left > AGAIN:
+            self.J = None
+        self.numbers, self.squares, self.sums, self.mu = moved, squares, sums, max(self.mu / 3, 1e-6)
+        return True
