@@ -1,6 +1,7 @@
 """Tuned solvers beside the best untuned ones of the race, on the exact problems, few evaluations.
 
     python benchmarks/tuned.py --out benchmarks/results/tuned
+    python benchmarks/tuned.py --seeds 20 --problem ring images --nfe 5 --out benchmarks/results/tuned
 
 In each cell, a problem and a number of evaluations, `scoresde.tuning.tune` starts from the 20 solvers and grids here
 that the race (step_counts.py) found nearest, and from what `choose` finds, on noise of its own: half of it trains, a
@@ -10,8 +11,12 @@ solver on every grid, the peers' included, as benchmarks/results/step_counts has
 that number of evaluations, it is the least of those here that are among the 40 best at the numbers next to it. The
 noise of `images` is another than the race's (`problem_of` says why), and it has a race of its own, of the solvers here.
 
-Written into --out: README.md, results.json, a picture, and runs/ with every finished cell, so that a killed run goes on
-where it stopped. A cell ends with its minutes; those in the tables may be less than what training could reach.
+With --seeds, a cell is tuned as many times from one start, the best of ours in the race, each time on other noise; then
+start and result are compared on fresh noise, the same for all seeds.
+
+Tuning ends by its rounds, so that a busy machine does not change what is found. Written into --out: README.md,
+results.json, a picture, and runs/ with every finished cell, so that a killed run goes on where it stopped; the page has
+all that are there.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from scoresde.info import environment
 from scoresde.report import Cells, table, write_json
 from scoresde.solvers import Solver
 from scoresde.tuning import TunedSolver, tune
-from scoresde.tuning.chosen import SOLVERS
+from scoresde.tuning.chosen import CAP, SOLVERS, excess, ratio
 
 NFE = [4, 5, 6, 8, 10, 15, 20]
 RACE = Path(__file__).parent / "results" / "step_counts" / "results.json"
@@ -44,11 +49,24 @@ STARTS, NEAR = 20, 40
 SEED = 7
 
 
-def samples(problem: str, nfe: int) -> int:
-    """Of the tuning: enough that the corrections of many evaluations are told by them."""
+FRESH = {"images": 1024}
+"""Samples that the results of seeds are compared on; 8192 elsewhere."""
+
+
+def effort(problem: str, nfe: int) -> dict[str, int]:
+    """Samples of the tuning, starts and rounds: enough samples that the corrections of many evaluations are told by
+    them, and about a minute of one core.
+    """
     if problem == "images":
-        return 256
-    return 512 if problem == "gaussian" else 1024 if nfe <= 6 else 2048
+        few = nfe <= 6
+        rounds = 12 if few else 10 if nfe <= 10 else 100 // nfe
+        return {
+            "samples": 512 if few else 256,
+            "starts": 3 if few else 2 if nfe <= 10 else 1,
+            "rounds": rounds,
+            "batch_size": 64,
+        }
+    return {"samples": 512 if problem == "gaussian" else 4096, "starts": 3, "rounds": 15, "batch_size": 4096}
 
 
 class Race:
@@ -121,23 +139,20 @@ def untuned(race: Race, problem: Problem, name: str, nfe: int) -> tuple[float, s
     return found[0][0], found[0][1], [start for *_, start in found[:STARTS]]
 
 
+def noise(problem: Problem, samples: int, seed: int) -> Tensor:
+    return problem.sde.prior((samples, *problem.x.shape[1:]), torch.Generator().manual_seed(seed), torch.float64)
+
+
 def cell(race: Race, problem: Problem, name: str, nfe: int, minutes: float) -> dict[str, Any]:
     """One cell, measured."""
     best, whose, starts = untuned(race, problem, name, nfe)
-    n = samples(name, nfe)
-    shape = (n, *problem.x.shape[1:])
-    x_T = problem.sde.prior(shape, torch.Generator().manual_seed(SEED), torch.float64)
-    began = time.perf_counter()
+    options = effort(name, nfe)
+    x_T = noise(problem, n := options.pop("samples"), SEED)
+    began = time.process_time()
     found = tune(
-        problem.denoiser,
-        [*starts, *SOLVERS],
-        x_T,
-        nfe=nfe,
-        end=problem.end,
-        minutes=minutes,
-        rounds=60,
-        batch_size=4096,
+        problem.denoiser, [*starts, *SOLVERS], x_T, nfe=nfe, end=problem.end, minutes=minutes, **cast(Any, options)
     )
+    seconds = time.process_time() - began
     return {
         "problem": name,
         "nfe": nfe,
@@ -148,8 +163,50 @@ def cell(race: Race, problem: Problem, name: str, nfe: int, minutes: float) -> d
         "report": found.error / found.default,
         "stderr": found.stderr,
         "samples": n,
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(seconds, 1),
     }
+
+
+class Seeds:
+    """A cell from one start, again and again, on fresh noise."""
+
+    def __init__(self, race: Race, problem: Problem, name: str, nfe: int) -> None:
+        self.problem, self.name, self.nfe = problem, name, nfe
+        self.start = untuned(race, problem, name, nfe)[2][0]
+        self.x = noise(problem, FRESH.get(name, 8192), SEED - 1)
+        self.batch = 64 if name == "images" else 2048
+        self.truth = torch.cat([table_flow(problem.denoiser, x, problem.end, 200)[0] for x in self.x.split(self.batch)])
+        self.theirs = self._squares(self.start)
+
+    def _squares(self, solver: TunedSolver) -> Tensor:
+        x = torch.cat(
+            [sample(self.problem.denoiser, x, solver, nfe=self.nfe, seed=0).x for x in self.x.split(self.batch)]
+        )
+        return (x - self.truth).square().flatten(1).mean(1)
+
+    def __call__(self, seed: int, minutes: float) -> dict[str, Any]:
+        """Of one seed: by how many standard errors the result is worse, and the ratios of rms and of capped rms."""
+        options = effort(self.name, self.nfe) | {"starts": 1}
+        x_T = noise(self.problem, options.pop("samples"), SEED + 1 + seed)
+        found = tune(
+            self.problem.denoiser,
+            self.start,
+            x_T,
+            nfe=self.nfe,
+            end=self.problem.end,
+            minutes=minutes,
+            **cast(Any, options),
+        )
+        mine = self._squares(found)
+        return {
+            "problem": self.name,
+            "nfe": self.nfe,
+            "seed": seed,
+            "given back": found.error == found.default,
+            "worse by": excess(mine, self.theirs),
+            "rms": float((mine.mean() / self.theirs.mean()).sqrt()),
+            "capped": math.sqrt(ratio(mine, self.theirs)),
+        }
 
 
 def plot(path: Path, cells: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
@@ -177,12 +234,14 @@ def plot(path: Path, cells: Sequence[dict[str, Any]], names: Sequence[str]) -> N
     plt.close(figure)
 
 
-def report(cells: Sequence[dict[str, Any]], names: Sequence[str], budgets: Sequence[int], out: Path) -> str:
+def report(cells: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]], out: Path) -> str:
     """Write the page, the numbers and the picture; return the page."""
     env = environment("cpu", torch.float64)
+    names = [name for name in EXACT if any(found["problem"] == name for found in cells)]
+    budgets = sorted({found["nfe"] for found in cells})
     by = {(found["problem"], found["nfe"]): found for found in cells}
-    ratios = {key: found["tuned"] / found["untuned"] for key, found in by.items()}
-    page = ["# Tuned solvers", "", f"`python {env['command']}`", ""]
+    ratios = [found["tuned"] / found["untuned"] for found in cells]
+    page = ["# Tuned solvers", "", f"`python {env['command']}`, commit {env['commit']}.", ""]
     page += [
         "Errors of what `scoresde.tuning.tune` makes over the least of the whole race, peers included, every solver on "
         "every grid, at as many evaluations: rms |x - x*| / sqrt(d) at t = 1e-3 against the exact flow, on the noise "
@@ -200,52 +259,110 @@ def report(cells: Sequence[dict[str, Any]], names: Sequence[str], budgets: Seque
         rows.append(["best of the race", *(number(found["untuned"]) if found else "" for found in here)])
         rows.append(["seconds", *(f"{found['seconds']:.0f}" if found else "" for found in here)])
     page += table(["evaluations", *budgets], rows)
-    values = list(ratios.values())
     page += [
         "",
-        f"{sum(v <= 0.5 for v in values)} of {len(values)} cells are at 0.5 or below; the median is "
-        f"{statistics.median(values):.2g}, the worst {max(values):.2g}. Seconds are of one core, with others on it.",
+        f"{sum(v <= 0.5 for v in ratios)} of {len(ratios)} cells are at 0.5 or below; the median is "
+        f"{statistics.median(ratios):.2g}, the worst {max(ratios):.2g}. Seconds are processor time of one core.",
         "",
         "![error against evaluations](tuned.png)",
         "",
-        "| cell | best of the race | tuned from | on its own third set | samples |",
-        "|---|---|---|---|---|",
     ]
-    page += [
-        f"| {found['problem']}, {found['nfe']} | {found['whose']} | `{found['start']}` | {found['report']:.2g} of its "
-        f"start | {found['samples']} |"
+    rows = [
+        [
+            f"{found['problem']}, {found['nfe']}",
+            found["whose"],
+            f"`{found['start']}`",
+            f"{found['report']:.2g}, log +- {found['stderr']:.2g}",
+            found["samples"],
+        ]
         for found in cells
     ]
+    page += table(["cell", "best of the race", "tuned from", "its third set: rms over its start's", "samples"], rows)
+    page += [
+        "",
+        "The third set counts samples that end in another mode of the data than the exact flow's as they are. Where "
+        "there are a few such, of the start and of the result alike, its rms is theirs and says little of the others. "
+        "A cell of the race has few samples (64 images), and its best is one in which none of them is lost: whether "
+        "the tuned one loses one of them, which is then its whole error, is partly luck.",
+        "",
+    ]
+    if seeds:
+        page += [*of_seeds(seeds), ""]
     plot(out / "tuned.png", cells, names)
-    write_json(out / "results.json", {"environment": env, "cells": list(cells)})
-    text = "\n".join(page) + "\n"
+    write_json(out / "results.json", {"environment": env, "cells": list(cells), "seeds": list(seeds)})
+    text = "\n".join(page)
     (out / "README.md").write_text(text)
     return text
+
+
+def of_seeds(seeds: Sequence[dict[str, Any]]) -> list[str]:
+    """Their part of the page."""
+    rows = []
+    for name, nfe in dict.fromkeys((one["problem"], one["nfe"]) for one in seeds):
+        here = [one for one in seeds if (one["problem"], one["nfe"]) == (name, nfe)]
+        spread = []
+        for key in ("rms", "capped"):
+            values = sorted(one[key] for one in here)
+            spread.append(f"{values[0]:.2g}, {statistics.median(values):.2g}, {values[-1]:.2g}")
+        worse = sum(one["worse by"] > 2 for one in here)
+        back = sum(one["given back"] for one in here)
+        rows.append([f"{name}, {nfe}", f"{worse} of {len(here)}", back, *spread, FRESH.get(name, 8192)])
+    head = ["cell", "worse by over 2 s.e.", "given back", "rms", "capped rms", "fresh samples"]
+    return [
+        "## Other seeds",
+        "",
+        "The same cell tuned again and again, each time on other noise, from one start, the best of the solvers here "
+        "in the race; both then on fresh noise, the same for all seeds. Worse: the mean square is larger than that of "
+        "the start by more than two standard errors of the paired difference. Ratios to the start's: least, median, "
+        f"largest; capped: a sample's square s counts as s / (1 + s / cap), the cap being {CAP:.0f} times the lesser "
+        "of both medians.",
+        "",
+        *table(head, rows),
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", nargs="+", choices=[*EXACT], default=[*EXACT], help="exact problems (all)")
     parser.add_argument("--nfe", type=int, nargs="+", default=NFE, help="budgets of evaluations (4 5 6 8 10 15 20)")
-    parser.add_argument("--minutes", type=float, default=1.0, help="for each cell (1)")
+    parser.add_argument("--seeds", type=int, default=0, help="tune each cell so many times instead (0)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="after which a tuning stops with what it has (30)")
     parser.add_argument("--within", type=float, default=math.inf, help="minutes: no cell is begun after (no end)")
     parser.add_argument("--out", type=Path, default=Path("runs/tuned"), help="folder of results")
-    parser.add_argument("--fresh", action="store_true", help="forget the cells of earlier runs in --out")
+    parser.add_argument("--fresh", action="store_true", help="forget what earlier runs left in --out")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    path = args.out / "runs" / "cells.jsonl"
-    if args.fresh:
-        path.unlink(missing_ok=True)
-    store = Cells(path, "benchmarks/tuned.py", "cells", {}, lambda found: (found["problem"], found["nfe"]))
-    race, began = Race(), time.monotonic()
+    cells, seeds = (
+        Cells(
+            args.out / "runs" / f"{name}.jsonl",
+            "benchmarks/tuned.py",
+            name,
+            {},
+            lambda found: (found["problem"], found["nfe"], found.get("seed")),
+            fresh=args.fresh,
+        )
+        for name in ("cells", "seeds")
+    )
+    race, end = Race(), time.monotonic() + 60 * args.within
     for nfe in args.nfe:
         for name in args.problem:
-            if (name, nfe) not in store.done and time.monotonic() < began + 60 * args.within:
-                store.write(found := cell(race, problem_of(name), name, nfe, args.minutes))
+            left = [seed for seed in range(args.seeds) if (name, nfe, seed) not in seeds.done]
+            if left and time.monotonic() < end:
+                again = Seeds(race, problem_of(name), name, nfe)
+                for seed in left:
+                    if time.monotonic() < end:
+                        seeds.write(found := again(seed, args.minutes))
+                        print(
+                            f"{name}, {nfe}, seed {seed}: {found['capped']:.3f} capped, {found['rms']:.3f}", flush=True
+                        )
+            if not args.seeds and (name, nfe, None) not in cells.done and time.monotonic() < end:
+                cells.write(found := cell(race, problem_of(name), name, nfe, args.minutes))
                 print(f"{name}, {nfe}: {found['tuned'] / found['untuned']:.3f}, {found['seconds']:.0f} s", flush=True)
-    done = [store.done[name, nfe] for name in args.problem for nfe in sorted(args.nfe) if (name, nfe) in store.done]
-    print(report(done, args.problem, sorted(args.nfe), args.out))
+    order = [*EXACT]
+    done = sorted(cells.done.values(), key=lambda found: (order.index(found["problem"]), found["nfe"]))
+    if done:
+        print(report(done, sorted(seeds.done.values(), key=lambda found: found["seed"]), args.out))
 
 
 if __name__ == "__main__":
