@@ -66,7 +66,8 @@ def effort(problem: str, nfe: int) -> dict[str, int]:
             "rounds": rounds,
             "batch_size": 64,
         }
-    return {"samples": 512 if problem == "gaussian" else 4096, "starts": 3, "rounds": 15, "batch_size": 4096}
+    n = 512 if problem == "gaussian" else 4096
+    return {"samples": n, "starts": 9 if nfe <= 10 else 3, "rounds": 60 if nfe <= 10 else 30, "batch_size": 4096}
 
 
 class Race:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from scoresde.tuning.solver import TunedSolver
 __all__ = ["tune"]
 
 FIRST = 6
-"""Steps of each start before the best goes on."""
+"""Rounds of each start before the best go on."""
 
 
 def tune(
@@ -74,8 +75,8 @@ def tune(
         cond: conditions, as for `sample`.
         features: the distance is that of features(x), (B, ...), of what a run ends with: of z where the denoiser has a
             codec. By default of x itself.
-        starts: how many are trained, for a few rounds; the best then goes on.
-        rounds: steps of the training of the best, at most.
+        starts: how many are trained, for a few rounds; the best third goes on for three times as many, and so on.
+        rounds: times that derivatives are taken in the training of the best, at most; each gives one step or several.
         minutes: after which it stops, with what it has; the fine solution and the choice of the starts, which are not
             interrupted, count.
         batch_size: samples that the model takes at once while training.
@@ -169,37 +170,34 @@ def _trained(
         done, left = ratio(squares, goal) ** 0.5, max(clock.left, 0.0)
         trial.bar.set_description(f"tuning for nfe={trial.nfe}: {done:.3f} of the best untuned, {left:.1f} min left")
 
-    def further(start: Numbers, rounds: int, minutes: float) -> None:
-        if minutes > 0:
-            part = replace(whole, clock=Clock(minutes))
-            numbers, squares = learn(start, part.part(train), part.part(chooses), rounds, told)
-            if squares is not None:
-                found.append((numbers, squares))
+    def further(start: Numbers, rounds: int, minutes: float) -> tuple[Numbers, Tensor | None]:
+        part = replace(whole, clock=Clock(minutes))
+        return learn(start, part.part(train), part.part(chooses), rounds, told)
 
     moves = label_in_steps(trial.denoiser, trial.denoiser.sde.t_min, trial.denoiser.sde.t_max) is None
-    found: list[tuple[Numbers, Tensor]] = []
-    share = clock.left / 2 / max(len(ranked), 1)
-    for one in ranked:
-        own, more = apart(one.solver)
-        further(Numbers.of(own, one.grid, more, moves), min(FIRST, rounds), min(share, clock.left))
-    if found and rounds > FIRST:
-        further(_nearest(found)[0], rounds - FIRST, clock.left)
-    if not found or not ratio((best := _nearest(found))[1], goal) < 1:
-        return untuned
-    return _tried(trial, best[0])
-
-
-def _nearest(found: Sequence[tuple[Numbers, Tensor]]) -> tuple[Numbers, Tensor]:
-    cap = common_cap(*(squares for _, squares in found))
-    return min(found, key=lambda one: float(capped(one[1], cap).mean()))
+    parts = ((apart(one.solver), one.grid) for one in ranked)
+    going = [Numbers.of(own, grid, more, moves) for (own, more), grid in parts]
+    best, squares, now, left = going[0], None, min(FIRST, rounds), rounds
+    while left and clock.left > 0:
+        share = clock.left / (1 if len(going) == 1 else 2 * len(going))
+        tried = [further(one, now, share) for one in going if clock.left > 0]
+        found = [(numbers, value) for numbers, value in tried if value is not None]
+        if not found:
+            break
+        cap = common_cap(*(value for _, value in found))
+        found.sort(key=lambda one: float(capped(one[1], cap).mean()))
+        (best, squares), going = found[0], [one for one, _ in found[: math.ceil(len(going) / 3)]]
+        left -= now
+        now = left if len(going) == 1 else min(3 * now, left)
+    return untuned if squares is None or not ratio(squares, goal) < 1 else _tried(trial, best)
 
 
 def _apart(trial: Trial, ranked: Sequence[Try], part: slice) -> list[Try]:
-    """Without those whose samples are another's: what has two names."""
+    """Without those whose samples are as far off as another's, to a hundredth: what has two names, or nearly."""
     kept: list[Try] = []
     for one in ranked:
         mine = trial.squares(one, part)
-        if not any(torch.allclose(mine, trial.squares(other, part), rtol=1e-6, atol=0) for other in kept):
+        if not any(torch.allclose(mine, trial.squares(other, part), rtol=0.01, atol=0) for other in kept):
             kept.append(one)
     return kept
 
