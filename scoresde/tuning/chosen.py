@@ -341,5 +341,5 @@ def ratio(mine: Tensor, theirs: Tensor) -> float:
 
 
 def capped(squares: Tensor, cap: float) -> Tensor:
-    """s / (1 + s / cap): as they are where they are small, and never more than the cap."""
-    return squares / (1 + squares / cap)
+    """s / (1 + s / cap): as they are where they are small, and never more than the cap, which infinity counts as."""
+    return 1 / (1 / squares + 1 / cap)
