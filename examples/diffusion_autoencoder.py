@@ -1,6 +1,6 @@
 """An image as 32 numbers that mean something and the noise that is left: a diffusion autoencoder.
 
-    python examples/diffusion_autoencoder.py        some ten minutes on two quiet cores, most of it training; --help
+    python examples/diffusion_autoencoder.py        some five minutes on one quiet core, most of it training; --help
 
 Preechakul et al. (2022, "Diffusion autoencoders: toward a meaningful and decodable representation") train an encoder
 z = Enc(x_0) together with the diffusion model that is told z, by the loss of that model alone (section 3):
@@ -56,9 +56,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Z = 32
-ENCODER = {"options": {"vector": Z, "channels": 16, "multipliers": (1, 2, 4)}}
+ENCODER = {"options": {"vector": Z, "channels": 8, "multipliers": (1, 2, 4, 8)}}
 AUTOENCODER = ModelConfig(
-    options={"channels": 32, "multipliers": (1, 2), "blocks": 1, "patch": 2, "vector": Z},
+    options={"channels": 32, "multipliers": (1, 2), "blocks": 1, "patch": 4, "vector": Z},
     encoders={"source": ENCODER},
     predicts="v",
     time_scale=999,
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="labelled images to train on, and held out, by name or path")  # fmt: skip
     parser.add_argument("--classifier", type=Path, default=WEIGHTS["fashion-mnist"],
                         help="that reads edits and has features, of examples/train_classifier.py")  # fmt: skip
-    parser.add_argument("--train-steps", type=int, default=1200, help="of 64 images (1200)")
+    parser.add_argument("--train-steps", type=int, default=1500, help="of 64 images (1500)")
     parser.add_argument("--latent-steps", type=int, default=3000, help="of 64 latents (3000)")
     parser.add_argument("--known", type=int, default=20_000, help="training images whose latents are used (20000)")
     parser.add_argument("--images", type=int, default=200, help="held-out images to reconstruct and edit (200)")
