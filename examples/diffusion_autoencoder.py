@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="labelled images to train on, and held out, by name or path")  # fmt: skip
     parser.add_argument("--classifier", type=Path, default=WEIGHTS["fashion-mnist"],
                         help="that reads edits and has features, of examples/train_classifier.py")  # fmt: skip
-    parser.add_argument("--train-steps", type=int, default=1500, help="of 64 images (1500)")
+    parser.add_argument("--train-steps", type=int, default=2500, help="of 32 images (2500)")
     parser.add_argument("--latent-steps", type=int, default=3000, help="of 64 latents (3000)")
     parser.add_argument("--known", type=int, default=20_000, help="training images whose latents are used (20000)")
     parser.add_argument("--images", type=int, default=200, help="held-out images to reconstruct and edit (200)")
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     options = {"image_channels": training.shape[0]}
     encoder = {"options": {**ENCODER["options"], **options, "size": training.shape[1:]}}
     model = replace(AUTOENCODER, options=AUTOENCODER.options | options, encoders={"source": encoder})
-    autoencoder = trained(model, training, args.models / "autoencoder", args.train_steps, args.seed, batch_size=64)
+    autoencoder = trained(model, training, args.models / "autoencoder", args.train_steps, args.seed, batch_size=32)
     start = time.perf_counter()
     known = training.first(args.known), labels[: args.known]
     results, drawn = measured(autoencoder, known, (held_out, truth), args)
@@ -324,7 +324,7 @@ scoresde {about["scoresde"]}, commit {about["commit"]}. Training, by its logs, {
 (autoencoder) and {seconds["latent"]:.0f} s (latent diffusion) of the wall clock, the rest {seconds["measure"]:.0f} s.
 
 Fashion-MNIST at 28 x 28; a U-Net and an encoder of {results["parameters"]:,} parameters together, trained for
-{results["train_steps"]} steps of 64 images by the loss of the U-Net alone (Preechakul et al., 2022). z has {Z} numbers.
+{results["train_steps"]} steps of 32 images by the loss of the U-Net alone (Preechakul et al., 2022). z has {Z} numbers.
 Every sample, and every encoding, takes {results["nfe"]} evaluations of `{results["solver"]}`.
 In brackets the standard error over held-out images; each network was trained once.
 
