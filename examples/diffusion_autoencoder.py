@@ -244,7 +244,7 @@ def measured(
         found = score(y)["frechet"]
         frechet |= {name: [found.value, found.stderr], "real images": [found.floor, found.floor_std]}
 
-    pairs = [(i, int((classes != classes[i]).nonzero()[0])) for i in range(min(4, len(x)))]
+    pairs = [(i, int((classes.roll(-i) != classes[i]).nonzero()[0] + i) % len(x)) for i in range(min(4, len(x)))]
     results = {
         "probe": probe,
         "explained": pca.explained,
