@@ -2,6 +2,7 @@
 encodes once and finds what encoding by hand does, and captions go with their images.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_words_are_kept_and_unknown_ones_are_said(tmp_path: Path) -> None:
     assert not ids[1].any()
     assert words(["a dark"])[0].equal(ids[0, :2])
     words.save(tmp_path / "tokens.json")
-    for again in (WordTokens.load(tmp_path / "tokens.json"), tokenizer_of(words.words)):
+    for again in (WordTokens.load(tmp_path / "tokens.json"), tokenizer_of(words.words), copy.deepcopy(words)):
         assert again(["a dark seven"]).equal(ids[:1])
         assert again.vocabulary == words.vocabulary == 8  # and among them [UNK]
     with pytest.raises(ValueError, match="the word 'darke' of 'a darke seven' is not among the 7 known; 'dark' is"):

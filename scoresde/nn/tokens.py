@@ -110,13 +110,13 @@ class WordTokens(Tokenizer):
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        library = _library()
-        if isinstance(tokenizer, str):
-            try:
-                tokenizer = library.Tokenizer.from_str(tokenizer)
-            except Exception as error:  # the library raises no other
-                raise ValueError(f"it is no tokenizer of the library tokenizers: {error}") from error
-        self.tokenizer = tokenizer
+        words = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str()
+        try:
+            self.tokenizer = _library().Tokenizer.from_str(words)  # a copy, for it is changed here
+        except ImportError:
+            raise
+        except Exception as error:  # the library raises no other
+            raise ValueError(f"it is no tokenizer of the library tokenizers: {error}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self._unknown = getattr(self.tokenizer.model, "unk_token", None)
