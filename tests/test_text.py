@@ -16,7 +16,7 @@ from torch import Tensor
 from scoresde import VPSDE, EpsDenoiser, load, sample
 from scoresde.cli import main
 from scoresde.data import Captions, Shown, TrainingData, dropped, nothing, read_captions, training_data
-from scoresde.guidance import ClassifierFree
+from scoresde.guidance import ClassifierFree, Energy
 from scoresde.nn import ByteTokens, DiT, Encoding, PretrainedText, TextEncoder, UNet, WordTokens, tokenizer_of
 from scoresde.solvers import DDIM
 from scoresde.training import ModelConfig, TrainConfig, Trainer
@@ -123,6 +123,10 @@ def test_a_run_encodes_once_and_finds_what_encoding_by_hand_does() -> None:
         at = guide(X, t, text=TEXTS).mean  # outside of a run it is encoded at each evaluation
         assert torch.equal(at, away(X, t, **by_hand).mean)
     assert len(calls) == 2 * 2 + 2
+    calls.clear()
+    energy = Energy(ClassifierFree(denoiser, 3.0), lambda x, t: x.flatten(1).square().sum(1), 0.0)
+    assert torch.equal(sample(energy, shape, DDIM(), cond={"text": TEXTS}, **how).x, guided)
+    assert len(calls) == 1
     one = sample(ClassifierFree(denoiser, 1.0, null={"text": "dark"}), shape, DDIM(), cond={"text": TEXTS}, **how).x
     assert torch.equal(one, told)
 

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from scoresde.denoiser import Denoiser
 from scoresde.entries import check_entries
 from scoresde.guidance.base import Guidance, Scale
+from scoresde.guidance.branches import prepared_beside
 from scoresde.guidance.gradients import guided_by, usable
 from scoresde.sde import SDE
 from scoresde.tensors import Time, dtype_of_label, known_any, precise, widen
@@ -92,6 +93,9 @@ class Classifier(Guidance):
             raise ValueError("time= is for a classifier of noisy data: a clean one is called as classifier(x)")
         self.classifier, self.clean, self.time, self.conditional = classifier, clean, time, conditional
         self.label = label if isinstance(label, str) else _labels(label, "label")
+
+    def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
+        return prepared_beside(self.denoiser, cond, [self.label] if isinstance(self.label, str) else [])
 
     def passed_on(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(self.label, str) or self.conditional:

@@ -72,6 +72,9 @@ class Energy(Guidance):
             raise TypeError(f"energy is {type(energy).__name__}: expected a function of (x, t), or of x_0 if clean")
         self.energy, self.clean = energy, clean
 
+    def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
+        return self.denoiser.prepared(cond)
+
     def guided(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         t = usable(t)
 
