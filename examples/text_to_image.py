@@ -60,7 +60,6 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 HELD_OUT = {(a, (3 * a + k) % 10) for a in range(10) for k in (1, 4)}
 SHAPE, SIDE, DARK, LENGTH = (1, 12, 20), 10, 0.45, 40
 READER_DIGITS = 700  # of 1797
-TEXT = {"network": "text", "options": {"width": 64, "depth": 2, "heads": 4, "length": LENGTH}}
 SOLVER, SETS, SHOWN = DPMSolverPP(order=2), ("seen", "held out"), 6
 WEIGHTS, STRENGTHS = (1.0, 1.5, 2.0, 3.0, 5.0), (0.5, 1.0, 2.0, 4.0)
 
@@ -169,10 +168,10 @@ class CLIP(nn.Module):
     A further channel says how far to the right a pixel is, for f takes means over the pixels.
     """
 
-    def __init__(self, channels: int, features: int = 64) -> None:
+    def __init__(self, channels: int, length: int, features: int = 64) -> None:
         super().__init__()
         self.image = NoisyClassifier(features, image_channels=4 * (channels + 1), channels=32)
-        self.text, self.outward = TextEncoder(64, 2, length=LENGTH), nn.Linear(64, features)
+        self.text, self.outward = TextEncoder(64, 2, length=length), nn.Linear(64, features)
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -221,12 +220,14 @@ def reading(denoiser: NetworkDenoiser, x0: Tensor, draws: Any, cond: Mapping[str
 
 def learned(data: TrainingData, args: argparse.Namespace) -> tuple[NetworkDenoiser, NetworkDenoiser]:
     """The text-conditional denoiser and CLIP, trained or continued on the same captioned images."""
+    length = next(said.length for said in data.conditions if isinstance(said, Captions))
+    encoder = {"network": "text", "options": {"width": 64, "depth": 2, "heads": 4, "length": length}}
     options = {"image_channels": data.shape[0], "channels": 32, "multipliers": (1, 2), "blocks": 1, "patch": 2}
     text = ModelConfig(options={**options, "vector": 64, "context": 64}, predicts="v", time_scale=999,
-                       encoders={"text": TEXT})  # fmt: skip
+                       encoders={"text": encoder})  # fmt: skip
     diffusion = trained(text.build(args.seed), data, args.models / "diffusion", args.train_steps, 2e-3, 64, model=text,
                         weighting=min_snr(5.0))  # fmt: skip
-    clip = X0Denoiser(seeded(lambda: CLIP(data.shape[0]), args.seed), VPSDE(), time=lambda t: 999 * t)
+    clip = X0Denoiser(seeded(lambda: CLIP(data.shape[0], length), args.seed), VPSDE(), time=lambda t: 999 * t)
     every = replace(data, drop=0.0)
     return diffusion, trained(clip, every, args.models / "clip", args.clip_steps, 1e-3, 128, loss=contrastive)
 

@@ -69,3 +69,17 @@ def test_it_runs_goes_on_and_its_laws_hold(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "step 1 to 2" in out
     assert out.count("training on") == 1
+
+
+def test_it_takes_images_and_captions_of_ones_own(tmp_path):
+    import text_to_image as example
+
+    from scoresde.pictures import write_png
+
+    for i in range(3):
+        write_png(tmp_path / f"{i}.png", torch.full((1, 12, 12), 80 * i, dtype=torch.uint8))
+    (tmp_path / "captions.txt").write_text("black\ndark\nbright, and of more letters than a caption of digits has\n")
+    steps = ["--train-steps", "1", "--clip-steps", "1", "--nfe", "1"]
+    where = ["--out", str(tmp_path / "out"), "--models", str(tmp_path / "models")]
+    example.main(["--data", str(tmp_path), "--size", "8", "8", *steps, *where, "--text", "dark", "bright"])
+    assert (tmp_path / "out" / "text_to_image.png").stat().st_size > 5_000

@@ -223,6 +223,7 @@ class ClassifierFree(_Extrapolation):
             return found
         if _NULL in found:  # of guidance around guidance
             return given
+        self._check_conditions(given)
         n = max((k for leaf in leaves([given, self.null]) if (k := counted(leaf)) is not None), default=1)
         return {**found, _NULL: self.denoiser.prepared(self._nulled(given, n))}
 
