@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 # --- the scenes ------------------------------------------------------------------------------------------------------
 
 
-def scenes(n: int, digits: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def scenes(n: int, digits: Tensor, seed: int, contrasts: Sequence[float] = CONTRASTS) -> tuple[Tensor, Tensor, Tensor]:
     """n scenes: images (n, 1, 20, 20) in [-1, 1], masks in {-1, 1}, and contrasts (n,), which take turns."""
     generator = torch.Generator().manual_seed(seed)
     ink = torch.zeros(n, 1, SIZE, SIZE)
@@ -112,7 +112,7 @@ def scenes(n: int, digits: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         corner = torch.randint(SIZE - digits.shape[-1] + 1, (n, 2), generator=generator)
         with_it = ink.maximum(placed((digits[which] + 1) / 2, corner))
         ink = torch.where((k < how_many).reshape(-1, 1, 1, 1), with_it, ink)
-    contrast = torch.tensor(CONTRASTS).repeat(-(-n // len(CONTRASTS)))[:n]
+    contrast = torch.tensor(contrasts).repeat(-(-n // len(contrasts)))[:n]
     sign = 2.0 * torch.randint(2, (n,), generator=generator) - 1
     image = TEXTURE * textures(n, generator) + (sign * contrast).reshape(-1, 1, 1, 1) * ink
     return image.clamp(-1, 1), (ink > 0.5).float() * 2 - 1, contrast

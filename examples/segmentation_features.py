@@ -1,0 +1,309 @@
+"""Segmentation from twenty labelled images, by the features of a diffusion model that never saw a label.
+
+    python examples/segmentation_features.py       some ten minutes on one core, most of it training; --help
+
+Baranchuk et al. (2022, "Label-efficient semantic segmentation with diffusion models"): train a diffusion model on
+images without labels; noise a labelled image to a few times t, take what blocks of the network's decoder return, resize
+and concatenate, f(x) = [h_l(x_t, t) for every t and l]; train small classifiers of a pixel's f on the labelled pixels,
+and let an ensemble of them segment. An image of 20 pixels bears less noise than one of 256, so f is taken for four
+draws of the noise: all are trained on, and probabilities are averaged. Beside it, on the same labelled images, the same
+
+
+    one noise      of one draw of the noise
+    untrained      of the network before training
+    patches        but of the 7 x 7 grey values around a pixel
+    pixels         but of its grey value alone
+
+and, supervised, the same U-Net, trained on the labelled images by cross-entropy.
+
+**Scenes** are those of examples/segmentation.py at contrasts of 0.4 and 0.8, times 2: one to three real digits, darker
+or lighter than a random texture. A pixel is digit or ground. What is held out are scenes of digits that are in no
+other; mIoU is the mean over classes of |said and true| / |said or true|, each over all pixels.
+
+`--data FILE.npz` has your own: "unlabelled" (N, C, H, W), floating point about [-1, 1], and "images" (M, C, H, W) with
+"masks" (M, H, W), whole numbers from 0; of the M images those that no draw of labels takes are held out.
+
+Writes segmentation_features.png, results.json and README.md into --out. A run that is killed goes on from its last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from guidance import split
+from palette import cell, mean_and_error, spent, trained
+from segmentation import scenes
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scoresde.activations import features
+from scoresde.data import TrainingData
+from scoresde.denoiser import NetworkDenoiser
+from scoresde.info import environment
+from scoresde.noise import derive_seed
+from scoresde.report import table, write_json
+from scoresde.training import ModelConfig
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BLOCKS, TIMES, NOISES = "up.*", (0.05, 0.15, 0.25), 4  # the decoder; 50, 150 and 250 steps of 1000; draws of the noise
+SHOWN, CLUSTERED = ("up.1", "up.3", "up.5"), (0.01, 0.05, 0.15, 0.25)  # in the k-means picture: the last of each level
+NETWORK = {"channels": 24, "multipliers": (1, 2, 2), "blocks": 1}
+SCORES = {
+    "diffusion": "features of the diffusion model",
+    "one noise": "the same, of one draw of the noise",
+    "untrained": "features of the network before training",
+    "patches": "7 x 7 grey values around the pixel",
+    "pixels": "grey value of the pixel",
+    "supervised": "the U-Net, supervised",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/segmentation_features"), help="folder of results")
+    parser.add_argument("--model", type=Path, default=Path("runs/segmentation_features/model"), help="run folder")
+    parser.add_argument("--data", type=Path, help="your own images and masks, .npz; see above")
+    parser.add_argument("--train-steps", type=int, default=1200, help="of the diffusion model, 64 images each (1200)")
+    parser.add_argument("--scenes", type=int, default=20000, help="without labels (20000)")
+    parser.add_argument("--held-out", type=int, default=100, help="scenes to measure on (100)")
+    parser.add_argument("--labelled", type=int, default=20, help="images with labels (20)")
+    parser.add_argument("--draws", type=int, default=5, help="of these, each others (5)")
+    parser.add_argument("--classifier-steps", type=int, default=200, help="of the pixel classifiers (200)")
+    parser.add_argument("--supervised-steps", type=int, default=200, help="of the supervised U-Net (200)")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes, weights, training and noise (0)")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    unlabelled, *pairs = data(args)
+    model = ModelConfig(options=NETWORK | {"image_channels": unlabelled.shape[1]}, predicts="v", time_scale=999)
+    training = TrainingData(unlabelled)
+    denoiser = trained(model, training, args.model, args.train_steps, args.seed, batch_size=64)
+    start = time.process_time()
+    rows, drawn = measured(model, denoiser, *pairs, args)
+    results = {
+        "environment": environment(),
+        "seconds": {"train": spent(args.model), "measure": round(time.process_time() - start, 1)},
+        "parameters": sum(p.numel() for p in denoiser.net.parameters()),
+        "model": model.to_dict(),
+        "times": TIMES,
+        "layers": BLOCKS,
+        "noises": NOISES,
+        "classes": int(max(pairs[1].max(), pairs[3].max())) + 1,
+        **{name: value for name, value in vars(args).items() if name not in ("out", "model", "data")},
+        "held_out": len(pairs[2]),
+        "rows": rows,
+    }
+    write_json(args.out / "results.json", results)
+    (args.out / "README.md").write_text(report(results))
+    draw(drawn, denoiser, *pairs[2:], args.out / "segmentation_features.png")
+    print("\n" + report(results) + f"\nwrote {args.out}/segmentation_features.png, results.json and README.md")
+
+
+def data(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Images without labels; images and masks to draw labelled ones of, draw after draw; and those held out."""
+    drawn = args.draws * args.labelled
+    if args.data is not None:
+        with np.load(args.data) as file:
+            unlabelled, images, masks = (torch.as_tensor(file[name]) for name in ("unlabelled", "images", "masks"))
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+        images, masks = images[order].float(), masks[order].long()
+        return unlabelled.float(), images[:drawn], masks[:drawn], images[drawn:], masks[drawn:]
+    sets = []
+    for i, n in enumerate((args.scenes, drawn, args.held_out)):
+        image, mask, _ = scenes(n, split()[i == 2][0], args.seed + 10 * i, contrasts=(0.4, 0.8))
+        sets.append((2 * image, (mask[:, 0] > 0).long()))
+    return sets[0][0], *sets[1], *sets[2]
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+def classifier(
+    f: Tensor, y: Tensor, classes: int, steps: int, seed: int, members: int = 5
+) -> Callable[[Tensor], Tensor]:
+    """An ensemble of pixel MLPs, f (n, F) to their mean probabilities (n, classes), trained on labels y (n,)."""
+    generator, (std, mean) = torch.Generator().manual_seed(seed), torch.std_mean(f, 0)
+    parameters = [
+        (torch.randn(members, a, b, generator=generator).mul(math.sqrt(2 / a)).requires_grad_(),
+         torch.zeros(members, 1, b, requires_grad=True))
+        for a, b in itertools.pairwise((f.shape[1], 64, 32, classes))
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(itertools.chain(*parameters), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def logits(f: Tensor) -> Tensor:
+        h = ((f - mean) / (std + 1e-6)).expand(members, *f.shape)
+        for k, (weight, bias) in enumerate(parameters):
+            h = torch.baddbmm(bias, h.relu() if k else h, weight)
+        return h
+
+    for _ in range(steps):
+        k = torch.randint(len(f), (512,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(logits(f[k]).flatten(0, 1), y[k].repeat(members)).backward()
+        optimizer.step()
+        schedule.step()
+    return lambda f: logits(f).softmax(2).mean(0)
+
+
+def supervised(model: ModelConfig, x: Tensor, y: Tensor, seed: int, classes: int, steps: int) -> nn.Module:
+    """The U-Net of the model with an output for each class, trained on x (n, C, H, W) and y (n, H, W)."""
+    net = ModelConfig(options=model.options | {"out_channels": classes}).build(seed).net
+    assert isinstance(net, nn.Module)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        k = torch.randint(len(x), (8,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x[k], torch.zeros(len(k))), y[k]).backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval()
+
+
+def iou(said: Tensor, true: Tensor, classes: int) -> Tensor:
+    """|said and true| / |said or true| of each class that is in either, over all pixels."""
+    table = torch.bincount(classes * true.flatten() + said.flatten(), minlength=classes**2).reshape(classes, classes)
+    both, either = table.diag(), table.sum(0) + table.sum(1) - table.diag()
+    return both[either > 0] / either[either > 0]
+
+
+def spaces(model: ModelConfig, denoiser: NetworkDenoiser, seed: int) -> dict[str, Callable[[Tensor, int], Tensor]]:
+    """What each pixel classifier is given, of images (n, C, H, W) and a seed: (draws of the noise, n, F, H, W)."""
+
+    def activations(of: NetworkDenoiser, noises: int) -> Callable[[Tensor, int], Tensor]:
+        return lambda x, seed: torch.stack(
+            [features(of, x, TIMES, BLOCKS, seed=derive_seed(seed, k), batch_size=100) for k in range(noises)]
+        )
+
+    def patches(x: Tensor, seed: int) -> Tensor:
+        return F.unfold(F.pad(x, (3, 3, 3, 3), mode="reflect"), 7).unflatten(2, x.shape[2:])[None]
+
+    return {
+        "diffusion": activations(denoiser, NOISES),
+        "one noise": activations(denoiser, 1),
+        "untrained": activations(model.build(seed), NOISES),
+        "patches": patches,
+        "pixels": lambda x, seed: x[None],
+    }
+
+
+def measured(
+    model: ModelConfig, denoiser: NetworkDenoiser, x: Tensor, y: Tensor, held: Tensor, truth: Tensor,
+    args: argparse.Namespace,
+) -> tuple[list[dict], dict[str, Tensor]]:  # fmt: skip
+    """A row for each method, and what the first draw's says of the held-out images."""
+    classes, n = int(max(y.max(), truth.max())) + 1, args.labelled
+    draws = [(x[k : k + n], y[k : k + n], args.seed + k) for k in range(0, n * args.draws, n)]
+    said: dict[str, list[Tensor]] = {}
+    for name, space in spaces(model, denoiser, args.seed).items():
+        ensembles = []
+        for images, masks, seed in draws:
+            f = space(images, seed).movedim(2, -1)
+            labels = masks.expand(len(f), *masks.shape).flatten()
+            ensembles.append(classifier(f.flatten(0, -2), labels, classes, args.classifier_steps, seed))
+        parts: list[list[Tensor]] = [[] for _ in draws]
+        for i, part in enumerate(held.split(10)):
+            f = space(part, derive_seed(args.seed, i)).movedim(2, -1)
+            with torch.no_grad():
+                for ensemble, found in zip(ensembles, parts, strict=True):
+                    found.append(ensemble(f.flatten(0, -2)).view(*f.shape[:-1], classes).mean(0).argmax(-1))
+        said[name] = [torch.cat(found) for found in parts]
+        print(f"{name}: mIoU {[round(float(iou(s, truth, classes).mean()), 3) for s in said[name]]}", flush=True)
+    nets = [supervised(model, *some, classes, args.supervised_steps) for some in draws]
+    with torch.no_grad():
+        said["supervised"] = [
+            torch.cat([net(part, torch.zeros(len(part))).argmax(1) for part in held.split(100)]) for net in nets
+        ]
+    scores = {name: torch.stack([iou(s, truth, classes).mean() for s in found]) for name, found in said.items()}
+    rows = []
+    for name, score in scores.items():
+        digits = torch.stack([iou(s.clamp(max=1), truth.clamp(max=1), 2)[1] for s in said[name]])
+        row = {"method": name, "each": [round(float(s), 4) for s in score], "miou": mean_and_error(score)}
+        rows.append(row | {"lead": mean_and_error(scores["diffusion"] - score), "objects": mean_and_error(digits)})
+    return rows, {name: found[0] for name, found in said.items()}
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def report(results: dict) -> str:
+    """The table, as Markdown."""
+    about, times = results["environment"], ", ".join(map(str, results["times"]))
+    rows = [
+        [SCORES[row["method"]], cell(row["miou"], 3), cell(row["objects"], 3),
+         "" if row["method"] == "diffusion" else f"{row['lead'][0]:+.3f} ({row['lead'][1]:.3f})"]
+        for row in results["rows"]
+    ]  # fmt: skip
+    titles = ["segmented by", "mIoU", "IoU of what is not ground", "the first one's lead in mIoU"]
+    return f"""# Segmentation from {results["labelled"]} labelled images, by features
+
+`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
+scoresde {about["scoresde"]}, commit {about["commit"]}. Training {results["seconds"]["train"]:.0f} s of the wall clock,
+all else {results["seconds"]["measure"]:.0f} s of the processor.
+
+A diffusion model of {results["parameters"]:,} parameters was trained for {results["train_steps"]} steps of 64 images
+without labels (`examples/segmentation_features.py`, seed {results["seed"]}). Features are what the blocks of its
+decoder, `{results["layers"]}`, return at t = {times} of 1 (steps 50, 150 and 250 of 1000), for
+{results["noises"]} draws of the noise, over which probabilities are averaged. {results["draws"]} draws of
+{results["labelled"]} labelled images, and {results["held_out"]} held-out ones; in brackets the standard error over the
+draws, which are the same for all methods. All pixel classifiers are ensembles of five MLPs, trained alike for
+{results["classifier_steps"]} steps; the supervised U-Net has {results["supervised_steps"]} steps of 8 images.
+
+{chr(10).join(table(titles, rows))}
+
+Left, held-out images with what each says after the first draw. Right, five clusters of pixels by k-means of what one
+block returns at one time, without any label, coloured in the order of their mean grey value: the first two images, a
+block a row, a time a column.
+
+![What each method says; and k-means of features at several blocks and times](segmentation_features.png)
+"""
+
+
+def draw(said: dict[str, Tensor], denoiser: NetworkDenoiser, x: Tensor, truth: Tensor, path: Path) -> None:
+    """Held-out images with what each method says, and clusters of their pixels."""
+    rows = 2 * len(SHOWN)
+    columns = {"image": x.mean(1), "truth": truth, **{name: said[name] for name in SCORES}}
+    figure = plt.figure(figsize=(1.05 * (len(columns) + len(CLUSTERED) + 1), 1.05 * rows + 0.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[len(columns), len(CLUSTERED) + 0.6])
+    for i, line in enumerate(left.subplots(rows, len(columns), squeeze=False)):
+        for axis, (name, shown) in zip(line, columns.items(), strict=True):
+            limit = 1 if name == "image" else int(truth.max())
+            axis.imshow(shown[i].numpy(), cmap="gray", vmin=-1 if name == "image" else 0, vmax=limit)
+            axis.set_title(name if i == 0 else "", fontsize=10)
+            axis.set_axis_off()
+    axes = right.subplots(rows, len(CLUSTERED), squeeze=False)
+    for (j, block), (k, t) in itertools.product(enumerate(SHOWN), enumerate(CLUSTERED)):
+        found = clusters(features(denoiser, x[:40], t, block), x[:40])
+        for i in range(2):
+            axis = axes[len(SHOWN) * i + j, k]
+            axis.imshow(found[i].numpy(), cmap="viridis", vmin=0, vmax=4)
+            axis.set_title(f"t = {t:g}" if i + j == 0 else "", fontsize=10)
+            axis.set(xticks=[], yticks=[], ylabel=block if k == 0 else "")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def clusters(f: Tensor, x: Tensor, count: int = 5) -> Tensor:
+    """The cluster of each pixel, numbered by their mean grey value: f (n, F, H, W) and x (n, C, H, W) to (n, H, W)."""
+    found = KMeans(count, n_init=2, random_state=0).fit_predict(f.movedim(1, -1).flatten(0, -2).numpy())
+    which, grey = torch.as_tensor(found).long(), x.mean(1).flatten()
+    means = torch.stack([grey[which == c].mean() for c in range(count)])
+    return means.argsort().argsort()[which].view(len(x), *x.shape[2:])
+
+
+if __name__ == "__main__":
+    main()
