@@ -24,7 +24,7 @@ other; mIoU is the mean over classes of |said and true| / |said or true|, each o
 "masks" (M, H, W), whole numbers from 0; of the M images those that no draw of labels takes are held out.
 
 Writes segmentation_features.png, results.json and README.md into --out. A run that is killed goes on from its last
-checkpoint.
+checkpoint, and finished parts stay.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from scoresde.data import TrainingData
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.info import environment
 from scoresde.noise import derive_seed
-from scoresde.report import table, write_json
+from scoresde.report import Cells, table, write_json
 from scoresde.training import ModelConfig
 
 matplotlib.use("Agg")
@@ -207,27 +207,33 @@ def measured(
 ) -> tuple[list[dict], dict[str, Tensor]]:  # fmt: skip
     """A row for each method, and what the first draw's says of the held-out images."""
     classes, n = int(max(y.max(), truth.max())) + 1, args.labelled
-    draws = [(x[k : k + n], y[k : k + n], args.seed + k) for k in range(0, n * args.draws, n)]
-    said: dict[str, list[Tensor]] = {}
-    for name, space in spaces(model, denoiser, args.seed).items():
-        ensembles = []
-        for images, masks, seed in draws:
-            f = space(images, seed).movedim(2, -1)
-            labels = masks.expand(len(f), *masks.shape).flatten()
-            ensembles.append(classifier(f.flatten(0, -2), labels, classes, args.classifier_steps, seed))
-        parts: list[list[Tensor]] = [[] for _ in draws]
-        for i, part in enumerate(held.split(10)):
-            f = space(part, derive_seed(args.seed, i)).movedim(2, -1)
-            with torch.no_grad():
-                for ensemble, found in zip(ensembles, parts, strict=True):
-                    found.append(ensemble(f.flatten(0, -2)).view(*f.shape[:-1], classes).mean(0).argmax(-1))
-        said[name] = [torch.cat(found) for found in parts]
-        print(f"{name}: mIoU {[round(float(iou(s, truth, classes).mean()), 3) for s in said[name]]}", flush=True)
-    nets = [supervised(model, *some, classes, args.supervised_steps) for some in draws]
-    with torch.no_grad():
-        said["supervised"] = [
-            torch.cat([net(part, torch.zeros(len(part))).argmax(1) for part in held.split(100)]) for net in nets
-        ]
+    made_for = {name: str(value) for name, value in vars(args).items() if name not in ("out", "model")}
+    made_for["features"] = str((BLOCKS, TIMES, NOISES))
+    program, path = "segmentation_features.py", args.model / "said.jsonl"
+    parts = Cells(path, program, "segmentations", made_for, lambda part: (part["method"], part["draw"]))
+    given = spaces(model, denoiser, args.seed)
+    for name in SCORES:
+        todo = [d for d in range(args.draws) if (name, d) not in parts.done]
+        g = given[name](held, args.seed).movedim(2, -1) if todo and name in given else held
+        for d in todo:
+            x_d, y_d, seed = x[d * n : (d + 1) * n], y[d * n : (d + 1) * n], args.seed + 1 + d
+            if name in given:
+                f = given[name](x_d, seed).movedim(2, -1)
+                labels = y_d.expand(len(f), *y_d.shape).flatten()
+                says = classifier(f.flatten(0, -2), labels, classes, args.classifier_steps, seed)
+                with torch.no_grad():  # an image at a time, its draws of the noise averaged
+                    found = [says(one.flatten(0, -2)).view(len(one), -1, classes).mean(0) for one in g.unbind(1)]
+            else:
+                net = supervised(model, x_d, y_d, seed, classes, args.supervised_steps)
+                with torch.no_grad():
+                    found = [net(one, torch.zeros(1)).movedim(1, -1).view(-1, classes) for one in g.split(1)]
+            said = torch.stack(found).argmax(-1)
+            parts.write({"method": name, "draw": d, "said": said.flatten().tolist()})
+            print(f"{name}, draw {d + 1}: mIoU {float(iou(said, truth, classes).mean()):.3f}", flush=True)
+    said = {
+        name: [torch.tensor(parts.done[name, d]["said"]).view(truth.shape) for d in range(args.draws)]
+        for name in SCORES
+    }
     scores = {name: torch.stack([iou(s, truth, classes).mean() for s in found]) for name, found in said.items()}
     rows = []
     for name, score in scores.items():
