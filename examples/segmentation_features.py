@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {
         "environment": environment(),
         "seconds": {"train": spent(args.model), "measure": round(time.process_time() - start, 1)},
+        "load": os.getloadavg()[2],
         "parameters": sum(p.numel() for p in denoiser.net.parameters()),
         "model": model.to_dict(),
         "times": TIMES,
@@ -259,7 +261,8 @@ def report(results: dict) -> str:
 
 `{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
 scoresde {about["scoresde"]}, commit {about["commit"]}. Training {results["seconds"]["train"]:.0f} s of the wall clock,
-all else {results["seconds"]["measure"]:.0f} s of the processor.
+all else {results["seconds"]["measure"]:.0f} s of the processor where no part was done before; {results["load"]:.1f}
+processes shared the cores of the machine.
 
 A diffusion model of {results["parameters"]:,} parameters was trained for {results["train_steps"]} steps of 64 images
 without labels (`examples/segmentation_features.py`, seed {results["seed"]}). Features are what the blocks of its
