@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import pickle
+import shutil
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from common import generator, normal
 
+import scoresde
 from scoresde import VPSDE, Latent, elbo
 from scoresde.codecs import AutoencoderCodec, Encoded, Standardise
 from scoresde.data import Colourisation, TrainingData
@@ -31,6 +35,7 @@ from scoresde.training import (
     export_codec,
     load_autoencoder,
     load_codec,
+    load_latent,
 )
 from scoresde.training.autoencoder_loss import AutoencoderWorker
 from scoresde.training.autoencoders import CODEC, Measured, measured
@@ -461,3 +466,52 @@ class TestLinearGaussian:
             spread = getattr(found, name).std()
             assert 0.4 < float(spread**2 / stderr.square().mean()) < 1.8, name
         assert torch.equal(found.entropy, found.entropy[:1].expand(60))
+
+
+class TestCommands:
+    def test_an_autoencoder_and_a_diffusion_of_its_latent(self, tmp_path, monkeypatch, capsys):
+        """Trained, gone on with, drawn from, exported, with the bound in its terms; and each refusal in its place."""
+        pytest.importorskip("msgspec")
+        from scoresde.cli import main
+
+        monkeypatch.chdir(tmp_path)
+        np.save("x.npy", torch.randint(256, (12, 1, 8, 8), generator=generator(0)).to(torch.uint8).numpy())
+
+        def run(*words):
+            status = main([str(word) for word in words])
+            return status, capsys.readouterr()
+
+        own = ["--data", "x.npy", "--batch-size", 4, "--device", "cpu", "--quiet", "--set", "train.schedule=constant"]
+        codec = ["train-autoencoder", *own, "--set", "autoencoder.options.channels=4", "--out", "codec"]
+        assert run(*codec, "--steps", 1)[0] == 0
+        assert run("train-autoencoder", "--out", "codec", "--steps", 2, "--quiet")[1].out.startswith(
+            "codec: 2 steps, psnr"
+        )
+        assert (tmp_path / "codec/samples/00000002.png").exists()
+        assert "another" in run(*codec, "--steps", 2, "--adversarial", 0.5)[1].err
+        assert "expected a power of two" in run(*codec, "--factor", 3)[1].err
+        small = [*("--set", "model.options.channels=8", "--set", "evaluate.grid=2", "--set", "evaluate.nfe=1")]
+        latent = ["train", *own, *small, "--codec", "codec", "--out", "latent"]
+        assert run(*latent, "--steps", 1)[0] == 0
+        assert run("train", "--out", "latent", "--steps", 2, "--quiet")[0] == 0
+        draw = ["--n", 2, "--nfe", 1, "--quiet", "--out"]
+        assert run("sample", "latent", *draw, "a.npz")[0] == 0
+        assert run("export", "latent", "--out", "away")[0] == 0
+        assert run("sample", "away", *draw, "b.npz")[0] == 0
+        a, b = (np.load(name)["images"] for name in ("a.npz", "b.npz"))
+        assert a.shape == (2, 1, 8, 8)
+        assert (a == b).all()
+        model = load_latent("latent")
+        assert model.codec is not None
+        with pytest.warns(UserWarning, match="its samples are latents: scoresde.training.load_latent decodes"):
+            scoresde.load("latent")
+        measure = ["likelihood", "latent", "--limit", 2, "--quiet", "--out", "bound.json"]
+        assert "of data it has a bound alone" in run(*measure)[1].err
+        assert run(*measure, "--bound", "--draws", 4)[0] == 0
+        terms = json.loads((tmp_path / "bound.json").read_text())["bound"]["terms"]
+        assert terms.keys() == {"decoding", "prior", "denoising", "reconstruction", "entropy"}
+        assert "diffuses latents" in run("sample", "latent", "--clip", *draw, "c.npz")[1].err
+        assert run(*codec, "--steps", 3)[0] == 0
+        assert "is another codec than --codec codec" in run(*latent, "--steps", 3)[1].err
+        shutil.rmtree("latent/codec")
+        assert "the codec of" in run("sample", "latent", *draw, "c.npz")[1].err

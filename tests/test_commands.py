@@ -78,7 +78,18 @@ def here(tmp_path, monkeypatch):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 COMMANDS = (
-    *("train", "sample", "edit", "restore", "evaluate", "likelihood", "variance", "compare", "export"),
+    *(
+        "train",
+        "train-autoencoder",
+        "sample",
+        "edit",
+        "restore",
+        "evaluate",
+        "likelihood",
+        "variance",
+        "compare",
+        "export",
+    ),
     *("info", "solvers", "tableau"),
 )
 

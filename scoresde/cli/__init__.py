@@ -1,10 +1,11 @@
 """The command `scoresde`, also `python -m scoresde`: a module for each of its commands.
 
-train.py  sample.py  edit.py  restore.py  evaluate.py  variance.py  tune.py  likelihood.py  compare.py  export.py
-audit.py  info.py
+train.py  train_autoencoder.py  sample.py  edit.py  restore.py  evaluate.py  variance.py  tune.py  likelihood.py
+compare.py  export.py  audit.py  info.py
 config.py      a training run in words: dataclasses, TOML, --set
 defaults.py    what these leave open, chosen for the data
 kept.py        the configuration that a run folder keeps
+latents.py     the codec and the latents of a run
 models.py      run folders and other models
 drawing.py     samples by number, in any batch and on any number of processes
 inputs.py      given images as items of a model
@@ -39,6 +40,7 @@ from scoresde.cli import (
     restore,
     sample,
     train,
+    train_autoencoder,
     tune,
     variance,
 )
@@ -53,6 +55,7 @@ __all__ = ["GRIDS", "SDES", "SOLVERS", "main"]
 
 EXAMPLES = """examples:
   scoresde train --data my_folder --size 32 --out runs/mine
+  scoresde train-autoencoder --data my_folder --size 64 --out runs/codec
   scoresde sample runs/mine --n 64 --solver adams --nfe 20 --out samples.png
   scoresde edit runs/mine --input strokes.png --strength 0.5 --out edited.png
   scoresde restore runs/mine --input photo.png --operator box:8,8,12,12 --out restored.png
@@ -71,6 +74,7 @@ Ctrl-C and 143 after SIGTERM, what is finished being kept."""
 
 COMMANDS: list[tuple[Any, type[Options]]] = [
     (train, train.TrainOptions),
+    (train_autoencoder, train_autoencoder.TrainAutoencoderOptions),
     (sample, sample.SampleOptions),
     (edit, edit.EditOptions),
     (restore, restore.RestoreOptions),
@@ -96,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--version", action="version", version=f"scoresde {version('scoresde')}")
     commands = found.add_subparsers(dest="command", required=True, metavar="command")
     for module, options in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
+        name = module.__name__.rpartition(".")[2].replace("_", "-")
         command_parser(commands, name, module.TEXT, module.EXAMPLES, module.run, options)
     info.add_parsers(commands)
     return found

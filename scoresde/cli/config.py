@@ -182,13 +182,13 @@ SECTIONS: dict[str, type[Any]] = {
 }
 
 
-def check_sections(settings: Mapping[str, Any]) -> None:
+def check_sections(settings: Mapping[str, Any], sections: Mapping[str, type[Any]] = SECTIONS) -> None:
     """Raises ValueError, naming them, if there are sections or keys that are not known."""
-    check_keys("the configuration", settings, SECTIONS)
+    check_keys("the configuration", settings, sections)
     for name, section in settings.items():
         if not isinstance(section, Mapping):
             raise ValueError(f"{name} = {section!r}: expected a section, {name}.KEY = VALUE")
-        check_keys(f"section {name!r}", section, (f.name for f in fields(SECTIONS[name])))
+        check_keys(f"section {name!r}", section, (f.name for f in fields(sections[name])))
 
 
 def section(kind: type[T], name: str, settings: Mapping[str, Any]) -> T:

@@ -9,6 +9,7 @@ from typing import Any
 from scoresde.cli.config import SECTIONS, RunConfig, check_sections, section
 from scoresde.data import Captions, TrainingData
 from scoresde.processes import sde_of
+from scoresde.training.latents import LatentData
 from scoresde.training.model import ModelConfig, sizes_of
 from scoresde.training.weights import LogNormalTimes
 
@@ -31,7 +32,9 @@ _COST = ("model.network", "model.preset", "model.options.patch", "train.steps", 
 _LR = {8: 1e-3, 28: 5e-4, 32: 2e-4, 64: 1e-4}
 
 
-def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData, cpu: bool = False) -> RunConfig:
+def completed(
+    settings: Mapping[str, Mapping[str, Any]], data: TrainingData | LatentData, cpu: bool = False
+) -> RunConfig:
     """A configuration with what it leaves open chosen for the data and the device:
 
     - the network: a U-Net of the preset nearest in size to images, an MLP for vectors, with the data's channels, axes,
@@ -45,7 +48,7 @@ def completed(settings: Mapping[str, Mapping[str, Any]], data: TrainingData, cpu
 
     Args:
         settings: by section; see `RunConfig`.
-        data: what `settings["data"]` says.
+        data: what `settings["data"]` says, or their latents.
         cpu: whether it is to be trained on a CPU.
 
     Raises:
@@ -148,7 +151,7 @@ def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
     return {} if text is None else sizes_of(text)
 
 
-def _about(network: str, shape: tuple[int, ...], data: TrainingData) -> dict[str, Any]:
+def _about(network: str, shape: tuple[int, ...], data: TrainingData | LatentData) -> dict[str, Any]:
     """The options of a network that the data settle."""
     found: dict[str, Any] = {"event_shape": list(shape)} if network == "mlp" else {"image_channels": shape[0]}
     if network != "mlp" and len(shape) != 3:

@@ -320,6 +320,8 @@ def recipe(
         denoiser = AnalyticDenoiser(denoiser, table, (-1.0, 1.0) if model.about.levels is not None else None)
         solver = OptimalVariance(solver)
     if options.clip:
+        if denoiser.codec is not None:
+            raise ValueError("--clip is for images in [-1, 1], and the model diffuses latents")
         denoiser = Clip(denoiser)
     if len(counts) == 2:
         raise ValueError("give one of --nfe and --steps")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scoresde.cli.models import ABOUT, CONFIG, folder_of
 from scoresde.cli.options import Options, option
+from scoresde.training.autoencoders import CODEC_FOLDER, export_codec
 from scoresde.training.export import DTYPES, export
 from scoresde.training.model import opened
 from scoresde.training.whole_files import weights_file
@@ -52,5 +53,7 @@ def run(options: ExportOptions) -> None:
     for name in (CONFIG, ABOUT):
         if (folder / name).exists():
             shutil.copy(folder / name, out / name)
-    size = sum(path.stat().st_size for path in out.iterdir())
+    if (folder / CODEC_FOLDER).exists():
+        export_codec(folder / CODEC_FOLDER, out / CODEC_FOLDER)
+    size = sum(path.stat().st_size for path in out.rglob("*"))
     print(f"{out}: {size / 1e6:.1f} MB, {options.dtype}")

@@ -39,6 +39,7 @@ class DataConfig:
         limit: the first N items only.
         in_memory: decode a folder's images once, into memory.
         download: a data set that is not at its folder, into it.
+        codec: a run folder of `scoresde train-autoencoder`: what is diffused are the items' latents.
     """
 
     source: str
@@ -56,6 +57,7 @@ class DataConfig:
     limit: int | None = None
     in_memory: bool = False
     download: bool = False
+    codec: str | None = None
 
     def open(self, *, seed: int = 0, lazy: bool | None = None) -> TrainingData:
         """The data.

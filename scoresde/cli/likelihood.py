@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from scoresde.checks import check_count
 from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, going_on, record
 from scoresde.cli.config import DataConfig
+from scoresde.cli.densities import LevelOptions, OdeOptions
 from scoresde.cli.measuring import DataOptions
 from scoresde.cli.models import (
     NAME_HELP,
@@ -42,72 +43,29 @@ from scoresde.data import Data, TrainingData, read_data
 from scoresde.errors import NonFiniteError
 from scoresde.interop.source import source_of
 from scoresde.levels import outer_edges
-from scoresde.likelihood.bits import Dequantize, bits_per_dim, dequantized, log_density, mean_and_stderr
+from scoresde.likelihood.bits import bits_per_dim, dequantized, log_density, mean_and_stderr
 from scoresde.likelihood.bound import elbo
 from scoresde.noise import seeds_of
 from scoresde.report import Cells, write_json
 from scoresde.training import parallel
 
+TERMS = ("decoding", "prior", "denoising", "reconstruction", "entropy")
+
 TEXT = """bits/dim of images, or log p of other data, from a run folder or your own model; goes on where it was killed
 
 The likelihood is that of the probability-flow ODE. Finished batches are kept beside --out; the same command goes on
-from them. Image i is measured with its own seed, whatever the batch. A network that was trained with --classes or
+from them. Image i is measured with its own seed, whatever the batch. A model of an autoencoder's latents has no
+likelihood of data but a bound, --bound. A network that was trained with --classes or
 --condition is told those of each item, and the density is the conditional one."""
 
 EXAMPLES = """
 scoresde likelihood runs/fm --data fashion-mnist-test --limit 1000 --out bits.json
 scoresde likelihood runs/fm --data cifar10-test:/data/cifar --download --steps 40 --bound --out bits.json
 scoresde likelihood digits --denoiser my_model:denoiser --steps 40 --bound --out bits.json
+scoresde likelihood runs/latent --data fashion-mnist-test --limit 256 --bound --out bound.json     in its terms
 scoresde likelihood images.npy --denoiser my_model:load --checkpoint model.pt --out bits.json
 torchrun --nproc-per-node=4 -m scoresde likelihood runs/fm --data fashion-mnist-test --out bits.json
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class OdeOptions(Options):
-    """How the ODE is solved: arguments of `log_prob`."""
-
-    divergence: str | None = option("(hutchinson)", choices=("hutchinson", "exact", "hutch++"))
-    probes: int | None = option("of the divergence", metavar="N")
-    steps: int | None = option("fixed ones, instead of adaptive steps", metavar="N")
-    rtol: float | None = option("of adaptive steps")
-    atol: float | None = option("of adaptive steps")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseOptions(Options):
-    """How levels are dequantised: arguments of `bits_per_dim`."""
-
-    dequantize: Dequantize | None = option("noise in the bins (uniform)", choices=get_args(Dequantize))
-    repeats: int | None = option("independent estimates per image (1)", metavar="R")
-    importance: int | None = option("draws of the importance-weighted bound (1)", metavar="K")
-    t: float | None = option("where the ODE starts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LevelOptions(Options):
-    """Data of whole levels."""
-
-    levels: int | None = option("how many (256)", metavar="L")
-    range: list[float] | None = option(
-        "what the bins of the levels fill, in the model's units (-1 1)", metavar=("LO", "HI"), nargs=2
-    )
-    levels_at_ends: bool = option("level 0 is at LO itself and the last at HI, as after torchvision's ToTensor")
-    noise: NoiseOptions
-
-    def of_data(self, source: str | None, data: Data) -> dict[str, Any]:
-        """The arguments of `bits_per_dim` that say what the levels are and how they are dequantised.
-
-        Raises:
-            ValueError: if they contradict what is known of the data.
-        """
-        if self.levels is not None and data.levels not in (None, self.levels):
-            raise ValueError(f"--levels {self.levels}: {source} has {data.levels}")
-        levels, (lo, hi) = self.levels or data.levels or 256, self.range or (-1.0, 1.0)
-        data_range = (lo, hi) if self.range or data.data_range is None else data.data_range
-        if self.levels_at_ends:
-            data_range = outer_edges(lo, hi, levels)
-        return {"levels": levels, "data_range": data_range, **self.noise.given()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +197,12 @@ class _Job:
             dequantized(self.x, self.images["levels"], data_range=self.images["data_range"], seed=0)  # checks them all
         if not options.bound:
             _refuse(options.given("draws"), "is for --bound")
+        codec = self.denoiser.codec
+        self.bound_alone = codec is not None and codec.log_volume(self._real(self.x[:1])) is None
+        if self.bound_alone:
+            if not options.bound:
+                raise ValueError("the model diffuses an autoencoder's latents: of data it has a bound alone, --bound")
+            _refuse([*self.ode, *options.levels.noise.given()], "is of a likelihood, and a latent model has none")
 
     @property
     def unit(self) -> str:
@@ -263,8 +227,11 @@ class _Job:
         x, seeds = self.x[which.start : which.stop], self.seeds[which.start : which.stop]
         cond = {"cond": self._cond(which)}
         try:
+            bound = self._bound(x, seeds, cond) if self.options.bound else {}
+            if self.bound_alone:
+                return bound
             record = self._density(x, seeds, cond) if self.images is None else self._bits_per_dim(x, seeds, cond)
-            return record | (self._bound(x, seeds, cond) if self.options.bound else {})
+            return record | bound
         except NonFiniteError as stop:
             first = which.start + stop.samples[0]
             name = "" if self.names is None else f" ({self.names[first]})"
@@ -311,9 +278,19 @@ class _Job:
         if self.images is not None:
             of_levels = self.images["levels"], self.images["data_range"]
             x = dequantized(x, of_levels[0], data_range=of_levels[1], seed=seeds)
+        elif self.bound_alone:
+            x = x.float()
         found = elbo(self.denoiser, x.to(self.denoiser.device), draws=self.options.draws, seed=seeds, **cond)
         value, stderr = (found.value, found.stderr) if self.images is None else found.of_levels(*of_levels)
-        return {"bound": value.tolist(), "bound_stderr": stderr.tolist(), "bound_nfe": found.nfe}
+        record = {"bound": value.tolist(), "bound_stderr": stderr.tolist(), "bound_nfe": found.nfe}
+        if not self.bound_alone:
+            return record
+        terms = {name: getattr(found, name).tolist() for name in TERMS}
+        return {"each": record["bound"], "each_stderr": record["bound_stderr"], **record, **terms}
+
+    def _real(self, x: Tensor) -> Tensor:
+        """Items of any kind as numbers that a codec takes."""
+        return x.float().to(self.denoiser.device)
 
 
 def _refuse(given: Iterable[str], why: str) -> None:
@@ -349,6 +326,8 @@ def _first(record: dict[str, Any]) -> int:
 
 
 def _result(job: _Job, kept: Batches) -> dict[str, Any]:
+    if job.bound_alone:
+        return _bound_alone(job, kept)
     each, each_stderr = kept.items("each"), kept.items("each_stderr")
     value, stderr = mean_and_stderr(each, each_stderr)
     sizes = [len(part) for part in kept.column("each")]
@@ -377,10 +356,37 @@ def _result(job: _Job, kept: Batches) -> dict[str, Any]:
     return result | record(job.options, job.denoiser.device)
 
 
+def _bound_alone(job: _Job, kept: Batches) -> dict[str, Any]:
+    """Of a latent model: the bound, and its terms in nats an item."""
+    bound, stderr = kept.items("bound"), kept.items("bound_stderr")
+    mean, error = mean_and_stderr(bound, stderr)
+    terms = {}
+    for name in TERMS:
+        value, of_value = mean_and_stderr(each := kept.items(name), torch.zeros_like(each))
+        terms[name] = {"value": value, "stderr": of_value}
+    result: dict[str, Any] = {
+        "unit": job.unit,
+        "bound": {"value": mean, "stderr": error, "terms": terms, "nfe": sum(kept.column("bound_nfe"))},
+        "items": len(bound),
+        "batches": len(kept.column("bound_nfe")),
+        "seconds": round(sum(kept.column("seconds")), 3),
+        "each": bound.tolist(),
+        "each_stderr": stderr.tolist(),
+    }
+    return result | ({} if job.names is None else {"names": job.names}) | record(job.options, job.denoiser.device)
+
+
 def _summary(result: dict[str, Any]) -> str:
     def shown(value: float, stderr: float) -> str:
         return f"{value:.4f}" + ("" if math.isnan(stderr) else f" +- {stderr:.2g}")
 
+    if "value" not in result:
+        bound = result["bound"]
+        text = (
+            f"variational bound {shown(bound['value'], bound['stderr'])} {result['unit']} over {result['items']} items"
+        )
+        terms = (f"{name} {shown(term['value'], term['stderr'])}" for name, term in bound["terms"].items())
+        return f"{text}; in nats an item: {', '.join(terms)}"
     calls = result["nfe"] / result["batches"]
     text = f"{shown(result['value'], result['stderr'])} {result['unit']} over {result['items']} items"
     text += f", {calls:.0f} network calls a batch"

@@ -30,10 +30,12 @@ from scoresde.networks import networks
 from scoresde.pictures import is_picture
 from scoresde.report import attribute, theirs
 from scoresde.training import CheckpointError
-from scoresde.training.folder import Checkpoint
+from scoresde.training.autoencoders import latent_codec
+from scoresde.training.folder import Checkpoint, folder_of
 from scoresde.training.identity import weights_digest
-from scoresde.training.model import load, opened
+from scoresde.training.model import loaded, opened
 from scoresde.training.whole_files import weights_file
+from scoresde.wrappers import Latent
 
 __all__ = [
     "ABOUT",
@@ -68,6 +70,7 @@ class About:
         classes: their names, or None.
         conditions: what else the network is told, in words.
         skipped: the files that were left out, as they could not be read; None where all were to be.
+        latent: the shape of an item's latent, where that is diffused.
     """
 
     shape: tuple[int, ...]
@@ -76,12 +79,13 @@ class About:
     classes: list[str] | None = None
     conditions: tuple[str, ...] = ()
     skipped: tuple[str, ...] | None = None
+    latent: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, data: TrainingData) -> About:
+    def of(cls, data: TrainingData, latent: tuple[int, ...] | None = None) -> About:
         told = tuple(repr(condition) for condition in data.conditions)
         skipped = None if data.skipped is None else tuple(data.skipped)
-        return cls(data.shape, data.levels, data.num_classes, data.classes, told, skipped)
+        return cls(data.shape, data.levels, data.num_classes, data.classes, told, skipped, latent)
 
     @property
     def pictures(self) -> bool:
@@ -90,8 +94,9 @@ class About:
 
     def write(self, folder: Path) -> None:
         found = asdict(self)
-        if self.skipped is None:
-            del found["skipped"]
+        for name in ("skipped", "latent"):
+            if found[name] is None:
+                del found[name]
         text = sealed(found, indent=1) + "\n"
         write_whole(folder / ABOUT, lambda file: file.write(text.encode()))
 
@@ -112,7 +117,8 @@ class About:
             told = tuple(map(str, found.get("conditions", ())))  # which runs of before they were there have not
             skipped = None if found.get("skipped") is None else tuple(map(str, found["skipped"]))
             shape = tuple(int(n) for n in found["shape"])
-            about = cls(**{**found, "shape": shape, "conditions": told, "skipped": skipped})
+            latent = None if found.get("latent") is None else tuple(int(n) for n in found["latent"])
+            about = cls(**{**found, "shape": shape, "conditions": told, "skipped": skipped, "latent": latent})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} is damaged: {error} (`scoresde train --out {folder}` writes it anew; or else give `--shape`)"
@@ -141,7 +147,7 @@ class Model:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of an item of what is diffused: of data, or of a latent of theirs."""
-        own = self.denoiser.shape if isinstance(self.denoiser, Published) else None
+        own = self.denoiser.shape if isinstance(self.denoiser, Published) else self.about.latent
         return own or self.about.shape
 
     @property
@@ -311,8 +317,10 @@ def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", s
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such run folder")
     found = opened(path, weights_file(average))
-    denoiser = load(found, average, device)
+    denoiser: Denoiser = loaded(found, average, device)
     folder = folder_of(found)
+    if (codec := latent_codec(found, device=device)) is not None:
+        denoiser = Latent(denoiser, codec)
     about = About.read(folder)
     if about is None:
         if not shape:
@@ -339,11 +347,6 @@ def open_published(text: str, name: str | None, device: torch.device | str, shap
         raise ValueError(f"{text} does not say what shape its items have: give --shape, that of one item")
     about = About(items, 256 if is_picture(items) else None, model.about.get("classes") or None)
     return Model(model, about, {"files": json.dumps(model.about["files"], sort_keys=True), "sde": repr(model.sde)})
-
-
-def folder_of(found: Checkpoint) -> Path:
-    """The folder that says what a checkpoint's data were: that of its run; of `scoresde export`, its own."""
-    return found.path.parents[1] if found.path.parent.name == "checkpoints" else found.path
 
 
 def is_run(path: Path) -> bool:

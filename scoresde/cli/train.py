@@ -31,9 +31,11 @@ from scoresde.cli.config import (
 from scoresde.cli.defaults import CHOSEN, chosen, completed
 from scoresde.cli.drawing import Recipe, draw, rounded
 from scoresde.cli.kept import CONFIG, mismatch, run_settings
+from scoresde.cli.latents import items_of
 from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import About, Model, parameters
 from scoresde.cli.options import Options, option, part
+from scoresde.codecs import Codec
 from scoresde.data import Given, TrainingData
 from scoresde.data.pictures import Mode
 from scoresde.denoiser import Denoiser, NetworkDenoiser
@@ -44,12 +46,12 @@ from scoresde.metrics import check_space, evaluate
 from scoresde.pictures import grid, write_png
 from scoresde.processes import SDES
 from scoresde.solvers.catalogue import solver_of
-from scoresde.training import Trainer, parallel, two_term_loss
+from scoresde.training import LatentData, Trainer, parallel, two_term_loss
 from scoresde.training.folder import MismatchError, checkpoints
 from scoresde.training.lock import held_by_first
 from scoresde.training.loss import Draws
 from scoresde.training.step import Loss, check_trainable
-from scoresde.wrappers import Clip
+from scoresde.wrappers import Clip, Latent
 
 TEXT = """train a network on images, vectors or a built-in data set; goes on where it stopped
 
@@ -67,6 +69,7 @@ scoresde train --config run.toml --set train.steps=3000 --set model.options.chan
 scoresde train --data fashion-mnist --set evaluate.data=fashion-mnist-test --out runs/fm     Frechet distance on the way
 scoresde train --data my_folder --size 64 --set train.precision=bfloat16 --set train.compile=true --out runs/mine
 scoresde train --data my_folder --size 64 --condition super-resolution:4 --out runs/sr     details of small images
+scoresde train --data fashion-mnist --codec runs/codec --out runs/latent     a diffusion of an autoencoder's latents
 scoresde train --data fashion-mnist --classes --drop 0.1 --out runs/guided     for guidance without a classifier
 scoresde train --data my_folder --size 64 --captions my_folder/captions.csv --drop 0.1 --out runs/text      from text
 torchrun --nproc-per-node=4 -m scoresde train --data my_folder --size 64 --out runs/mine
@@ -79,6 +82,7 @@ FILES = """files in OUT:
   log.csv         loss, learning rate, speed and metrics
   threads.json    of a CPU, as they were chosen: train.threads
   checkpoints/    the last few; `scoresde sample OUT` and `scoresde.load(OUT)` read the newest
+  codec/          with --codec: the autoencoder; and latents/, the data as it encodes them
   samples/        a grid of samples every train.evaluate_every steps (images)"""
 
 
@@ -104,6 +108,12 @@ class ShortOptions(Options):
         "data.tokens of captions: bytes, words (by the library tokenizers), or hf:NAME, an encoder of Hugging Face "
         "(bytes)",
         dest="data.tokens",
+    )
+    codec: str | None = option(
+        "data.codec, a run of `scoresde train-autoencoder`: what is diffused are the items' latents, encoded once; the "
+        "run has a copy of it",
+        metavar="FOLDER",
+        dest="data.codec",
     )
     drop: float | None = option("data.drop: tell it nothing with this probability (0)", metavar="P", dest="data.drop")
     size: int | None = option("data.size, to make of a folder's images", metavar="PIXELS", dest="data.size")
@@ -201,12 +211,13 @@ def run(options: TrainOptions) -> None:
     with options.session.start() as device:
         data_config = replace(data_config, skip=left_out(data_config, options))
         data = data_config.open(seed=settings.get("train", {}).get("seed", 0))
-        config = completed(settings, data, device.type == "cpu")
         with held_by_first(options.out):  # what another run is at is neither read nor written
-            trainer = prepare(config, data, options.out, device)
+            items = items_of(data_config, data, options.out, device, options.session.progress)
+            config = completed(settings, items, device.type == "cpu")
+            trainer = prepare(config, data, items, options.out, device)
             if parallel.rank() == 0:
                 write_toml(options.out / CONFIG, config.to_dict())
-                About.of(data).write(options.out)
+                about_of(data, items).write(options.out)
             remarks(options, config, trainer, device, chosen(settings, config))
             again = f"scoresde train --out {options.out} goes on from the last checkpoint"
             with going_on(again):
@@ -227,8 +238,16 @@ def left_out(data: DataConfig, options: TrainOptions) -> bool | tuple[str, ...]:
     return tuple(found)
 
 
-def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.device) -> Trainer:
-    """The trainer, continued from the folder's checkpoint if there is one."""
+def about_of(data: TrainingData, items: TrainingData | LatentData) -> About:
+    """What a run says of its data."""
+    return About.of(data, items.shape if isinstance(items, LatentData) else None)
+
+
+def prepare(
+    config: RunConfig, data: TrainingData, items: TrainingData | LatentData, out: Path, device: torch.device
+) -> Trainer:
+    """The trainer, continued from the folder's checkpoint if there is one; `items` are what it is trained on, the data
+    or their latents."""
     denoiser = config.model.build(config.train.seed)
     assert isinstance(denoiser.net, nn.Module)
     try:
@@ -238,16 +257,16 @@ def prepare(config: RunConfig, data: TrainingData, out: Path, device: torch.devi
         raise ValueError(f"--sde {config.model.sde} --predicts {config.model.predicts}: {error} ({hint})") from error
     if not (config.train.shard and parallel.world() > 1):  # FSDP2 moves a shard of it
         denoiser.net.to(device)
-    if len(data.shape) == 3:
+    if len(items.shape) == 3:
         denoiser.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster on a CPU
-    evaluation = Evaluation.of(config, data, out, device)
-    if device.type == "cuda" and isinstance(data.x, torch.Tensor) and data.x.nbytes < 2**31 and not data.lazy:
-        data = data.to(device)
+    evaluation = Evaluation.of(config, data, items, out, device)
+    if isinstance(items, TrainingData) and device.type == "cuda" and isinstance(items.x, torch.Tensor):
+        items = items.to(device) if items.x.nbytes < 2**31 and not items.lazy else items
     loss: dict[str, Any] = {"weighting": config.loss.weight(config.model.sigma_data), "times": config.loss.sampler()}
     try:
         return Trainer(
             denoiser,
-            data,
+            items,
             config.train,
             **({"loss": two_terms(config.loss, data.num_classes, loss)} if config.loss.unconditional else loss),
             folder=out,
@@ -278,8 +297,9 @@ def remarks(
         what = "done" if trainer.step >= config.train.steps else "going on"
         options.session.say(f"{options.out} is at step {trainer.step} of {config.train.steps}: {what}")
     size = parameters(trainer.denoiser)
-    about = About.of(trainer.data) if isinstance(trainer.data, TrainingData) else None
-    what = "" if about is None or about.num_classes is None else f" of {about.num_classes} classes"
+    items = trainer.data if isinstance(trainer.data, TrainingData | LatentData) else None
+    what = " as latents" * isinstance(items, LatentData)
+    what += "" if items is None or items.num_classes is None else f" of {items.num_classes} classes"
     options.session.say(
         f"{trainer.denoiser}, {size / 1e6:.3g} million parameters, on {len(trainer.data)} items{what}, {device}"
     )
@@ -287,7 +307,7 @@ def remarks(
         options.session.say(
             f"chosen for {len(trainer.data)} items on {device.type}: {' '.join(chosen)} (--set changes it)"
         )
-    if isinstance(trainer.data, TrainingData) and (left := left_of_data(trainer.denoiser.sde, trainer.data.std(64))):
+    if items is not None and (left := left_of_data(trainer.denoiser.sde, items.std(64))):
         options.session.say(left)
     if device.type == "cpu" and size > 10e6:
         options.session.say("this network is large for a CPU: without --preset, a small one is chosen")
@@ -312,6 +332,7 @@ class Evaluation:
         told: items with their conditions, where the network is told some.
         out: run folder; pictures go to samples/STEP.png.
         reference, features: of the metrics, or None for none.
+        codec: of a run on latents, else None.
     """
 
     def __init__(
@@ -322,21 +343,32 @@ class Evaluation:
         out: Path,
         reference: Any,
         features: Any,
+        codec: Codec | None,
     ) -> None:
         self.config, self.about, self.told, self.out = config, about, told, out
-        self.reference, self.features = reference, features
+        self.reference, self.features, self.codec = reference, features, codec
         self.solver = solver_of(config.solver)
 
     @classmethod
-    def of(cls, config: RunConfig, data: TrainingData, out: Path, device: torch.device) -> Evaluation | None:
+    def of(
+        cls,
+        config: RunConfig,
+        data: TrainingData,
+        items: TrainingData | LatentData,
+        out: Path,
+        device: torch.device,
+    ) -> Evaluation | None:
         """None if there is nothing to do. Everything is read here, before a step is done."""
-        about, wanted = About.of(data), config.evaluate
+        about, wanted = about_of(data, items), config.evaluate
+        codec = items.codec if isinstance(items, LatentData) else None
+        if codec is not None and wanted.clip:
+            raise ValueError("evaluate.clip = true is for images in [-1, 1], and this is a run on latents")
         solver_of(wanted.solver)
         if not about.pictures or wanted.grid == 0:
             wanted = replace(wanted, grid=0)
         told = replace(data, flip=False, drop=0.0) if data.conditions else None
         if wanted.data is None:
-            return cls(wanted, about, told, out, None, None) if wanted.grid else None
+            return cls(wanted, about, told, out, None, None, codec) if wanted.grid else None
         reference = reference_of(replace(config.data.plain().beside(wanted.data), classes=False))
         if len(reference) < 12:
             raise ValueError(f"evaluate.data {wanted.data} has {len(reference)} items: expected 12 at least")
@@ -346,12 +378,13 @@ class Evaluation:
             told = config.data.told(wanted.data)
         features = features_of(wanted.features, wanted.data, reference, device)
         check_space(wanted.metrics, features)
-        return cls(wanted, about, told, out, reference, features)
+        return cls(wanted, about, told, out, reference, features, codec)
 
     def __call__(self, denoiser: NetworkDenoiser, step: int) -> dict[str, float]:
         """A picture of samples, and metrics by name."""
-        config, model = self.config, Model(denoiser, self.about, {})
-        shown = Clip(denoiser) if config.clip else denoiser
+        whole: Denoiser = denoiser if self.codec is None else Latent(denoiser, self.codec)
+        config, model = self.config, Model(whole, self.about, {})
+        shown = Clip(whole) if config.clip else whole
         made = Recipe(model, shown, self.solver, {}, config.seed, told=self.told)
         if not self.solver.adaptive:
             made = replace(made, options={"nfe": config.nfe})

@@ -5,7 +5,7 @@ from scoresde.errors import CheckpointError
 from scoresde.training import autoencoders, latents, perceptual, weights
 from scoresde.training.autoencoder_loss import AutoencoderLoss
 from scoresde.training.autoencoder_trainer import AutoencoderTrainer
-from scoresde.training.autoencoders import AutoencoderConfig, export_codec, load_autoencoder, load_codec
+from scoresde.training.autoencoders import AutoencoderConfig, export_codec, load_autoencoder, load_codec, load_latent
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource
 from scoresde.training.latents import LatentData
@@ -19,6 +19,6 @@ from scoresde.training.weights import *
 
 __all__ = ["CheckpointError", "DataSource", "ModelConfig", "NonFiniteLossError", "Part", "TrainConfig", "Trainer"]
 __all__ += ["AutoencoderConfig", "AutoencoderLoss", "AutoencoderTrainer", "LatentData", "autoencoders", "export_codec"]
-__all__ += ["latents", "load_autoencoder", "load_codec", "perceptual"]
+__all__ += ["latents", "load_autoencoder", "load_codec", "load_latent", "perceptual"]
 __all__ += ["averaged", "dsm_loss", "load", "load_ema", "start", "two_term_loss"]
 __all__ += weights.__all__

@@ -30,15 +30,16 @@ from scoresde.files import sealed, unsealed, write_whole
 from scoresde.networks import contents
 from scoresde.nn import Autoencoder, KLAutoencoder, VQAutoencoder
 from scoresde.training.feed import DataSource, digest
-from scoresde.training.folder import WHOLE, Checkpoint, seal
+from scoresde.training.folder import WHOLE, Checkpoint, folder_of, seal
 from scoresde.training.identity import weights_digest
-from scoresde.training.model import opened
+from scoresde.training.model import loaded, opened
 from scoresde.training.whole_files import weights_file, write_weights
+from scoresde.wrappers import Latent
 
-__all__ = ["CODEC", "AutoencoderConfig", "Measured", "codec_in_words", "export_codec", "load_autoencoder", "load_codec"]
-__all__ += ["measured"]
+__all__ = ["CODEC", "CODEC_FOLDER", "AutoencoderConfig", "Measured", "codec_in_words", "export_codec", "latent_codec"]
+__all__ += ["load_autoencoder", "load_codec", "load_latent", "measured"]
 
-CODEC = "codec.json"
+CODEC, CODEC_FOLDER = "codec.json", "codec"
 KINDS: dict[str, type[Autoencoder]] = {"kl": KLAutoencoder, "vq": VQAutoencoder}
 
 
@@ -227,8 +228,7 @@ def load_codec(path: str | Path, device: torch.device | str = "cpu", batch: int 
     """A trained autoencoder as a codec, with its scale, shift and decoder's standard deviation.
 
     Args:
-        path: the run folder of an `AutoencoderTrainer`, what `export_codec` wrote, or the latent run that it was
-            trained into.
+        path: the run folder of an `AutoencoderTrainer`, or what `export_codec` wrote.
         device: where to.
         batch: items that go through the networks at a time; all by default.
 
@@ -249,6 +249,55 @@ def _opened(path: Path, device: torch.device | str) -> tuple[Autoencoder, Measur
             "AutoencoderTrainer.fit measures them at its end"
         )
     return net, found
+
+
+def load_latent(
+    path: str | Path | Checkpoint,
+    codec: str | Path | None = None,
+    average: int | None = 0,
+    device: torch.device | str = "cpu",
+    batch: int | None = None,
+) -> Latent:
+    """A denoiser that was trained on latents, with their codec: its samples are data.
+
+    Args:
+        path: the run folder of a `Trainer(..., LatentData.of(...))`, as `scoresde.training.load` takes it.
+        codec: of the codec, as `load_codec` takes it; by default RUN/codec, where `scoresde train --codec` has it.
+        average, device: as there.
+        batch: as for `load_codec`.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `scoresde.training.load` and `load_codec`; if the run was none on
+            latents, or had another codec.
+    """
+    found = opened(path, weights_file(average))
+    held = latent_codec(found, codec, device, batch)
+    if held is None:
+        raise CheckpointError(f"{found.path} was not trained on latents: scoresde.load loads it")
+    return Latent(loaded(found, average, device), held)
+
+
+def latent_codec(
+    found: Checkpoint,
+    codec: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    batch: int | None = None,
+) -> AutoencoderCodec | None:
+    """The codec of a run on latents, as for `load_latent`; None where it was trained on data.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as there.
+    """
+    data = str(found.manifest["made_for"].get("data", ""))
+    if not data.startswith("LatentData"):
+        return None
+    where = folder_of(found) / CODEC_FOLDER if codec is None else Path(codec)
+    if not where.exists():
+        raise FileNotFoundError(f"{where}: the codec of {found.path} is not there; load_latent(path, codec=) names it")
+    held = load_codec(where, device, batch)
+    if codec_in_words(held) not in data:
+        raise CheckpointError(f"{where} is another codec than that of {found.path}, {data}")
+    return held
 
 
 def export_codec(path: str | Path, out: str | Path) -> Path:
@@ -286,9 +335,9 @@ def codec_in_words(codec: Codec) -> str:
     """What tells a codec from others: what it is, with a hash of all tensors in it. Of functions only their names are
     known."""
     held = [codec, *contents(codec)]
-    numbers = {
-        name: value for one in held if isinstance(one, Codec) for name, value in vars(one).items()
+    numbers = [
+        (name, value) for one in held if isinstance(one, Codec) for name, value in vars(one).items()
         if isinstance(value, Tensor)
-    }  # fmt: skip
+    ]  # fmt: skip
     networks = weights_digest(one for one in held if isinstance(one, torch.nn.Module))
-    return f"{codec!r}, weights {networks}, {', '.join(f'{name} {digest(value)}' for name, value in numbers.items())}"
+    return f"{codec!r}, weights {networks}, {', '.join(f'{name} {digest(value)}' for name, value in numbers)}"

@@ -36,7 +36,18 @@ from scoresde.files import sealed, sync, unsealed, warn_unsealed, write_flushed
 from scoresde.training import whole_files
 from scoresde.training.whole_files import OPTIMISER, check_safetensors
 
-__all__ = ["SHARDED", "WHOLE", "Checkpoint", "MismatchError", "begin", "checkpoints", "finish", "newest", "seal"]
+__all__ = [
+    "SHARDED",
+    "WHOLE",
+    "Checkpoint",
+    "MismatchError",
+    "begin",
+    "checkpoints",
+    "finish",
+    "folder_of",
+    "newest",
+    "seal",
+]
 
 WHOLE, SHARDED = "scoresde-run-1", "scoresde-shards-1"
 KEYS = {"format", "step", "made_for", "config", "model", "settings", "progress", "versions", "files"}
@@ -210,6 +221,11 @@ def seal(folder: Path, files: Iterable[str], manifest: Mapping[str, Any]) -> Non
     text = sealed({**manifest, "files": {name: _sha256(folder / name) for name in files}}, indent=1) + "\n"
     write_flushed(folder / MANIFEST, lambda file: file.write(text.encode()))
     sync(folder)
+
+
+def folder_of(found: Checkpoint) -> Path:
+    """The folder that says what a checkpoint's data were: that of its run; of `scoresde export`, its own."""
+    return found.path.parents[1] if found.path.parent.name == "checkpoints" else found.path
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -32,7 +33,7 @@ from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.identity import identity
 from scoresde.training.whole_files import read_weights, weights_file
 
-__all__ = ["ModelConfig", "check_model", "load", "load_ema", "opened", "sizes_of"]
+__all__ = ["ModelConfig", "check_model", "load", "load_ema", "loaded", "opened", "sizes_of"]
 
 PREDICTIONS: dict[str, type[NetworkDenoiser]] = {
     "eps": EpsDenoiser,
@@ -237,13 +238,27 @@ def load(path: str | Path | Checkpoint, average: int | None = 0, device: torch.d
         average: which of the averaged weights, where there are several; None for the weights without averaging.
         device: where to.
 
+    Of a run on latents it is the denoiser of these, of which a warning tells: `load_latent` has the codec, too.
+
     Raises:
         FileNotFoundError: if there is no checkpoint.
         CheckpointError: if these weights are whole in none (of a checkpoint that is passed over a warning tells; its
             other files are not looked at), the model's description is missing, from another version or not of what
             the weights were made for, or there is no such average.
     """
-    found = opened(path, name := weights_file(average))
+    found = opened(path, weights_file(average))
+    denoiser = loaded(found, average, device)
+    if str(found.manifest["made_for"].get("data", "")).startswith("LatentData"):
+        warnings.warn(
+            f"{found.path} was trained on latents, and its samples are latents: scoresde.training.load_latent decodes",
+            stacklevel=2,
+        )
+    return denoiser
+
+
+def loaded(found: Checkpoint, average: int | None, device: torch.device | str = "cpu") -> NetworkDenoiser:
+    """A checkpoint's denoiser, as `load`: of a run on latents that of these."""
+    name = weights_file(average)
     if found.manifest["model"] is None:
         raise CheckpointError(
             f"{found.path} does not say what the model is, the Trainer having been given no model=ModelConfig(...): "

@@ -36,11 +36,11 @@ def check_resume(found: Checkpoint, made_for: Mapping[str, Any], config: TrainCo
         warnings.warn(
             f"{found.path} was written with {manifest['versions']}, this is {versions()}: the run goes on, but its "
             "last bits will be others",
-            stacklevel=4,
+            stacklevel=5,
         )
     if config.schedule != "constant" and (steps := manifest["config"]["steps"]) != config.steps:
         warnings.warn(
             f"{found.path} is of a run of {steps} steps, this is one of {config.steps}: from here on the learning rate "
             "goes down to zero at its end",
-            stacklevel=4,
+            stacklevel=5,
         )

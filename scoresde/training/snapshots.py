@@ -22,7 +22,7 @@ from scoresde.training.average import tensors
 from scoresde.training.config import TrainConfig
 from scoresde.training.folder import WHOLE, Checkpoint, begin, checkpoints, finish
 from scoresde.training.layout import Layout
-from scoresde.training.model import load, load_ema, opened
+from scoresde.training.model import load_ema, loaded, opened
 from scoresde.training.power import Profile, combination, exponent
 from scoresde.training.whole_files import weights_file, write_weights
 
@@ -85,7 +85,7 @@ def averaged(run: str | Path | Checkpoint, length: float, denoiser: NetworkDenoi
         raise CheckpointError(
             f"{newest.path} has no power averages to make others of: TrainConfig(power=(0.05, 0.1)) has a run keep them"
         )
-    found = load(newest) if denoiser is None else load_ema(newest, denoiser)
+    found = loaded(newest, 0) if denoiser is None else load_ema(newest, denoiser)
     assert isinstance(found.net, nn.Module)
     step = newest.manifest["step"]
     there = [(at, i, Profile(g, at.manifest["step"])) for at in [*_before(newest), newest] for i, g in averages.items()]
