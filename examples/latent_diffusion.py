@@ -142,8 +142,8 @@ def words(channels: int, patch: int, features: int = 32) -> ModelConfig:
 
 def config(steps: int, seed: int) -> TrainConfig:
     """At a constant rate and with averages, so that a run that is given more steps goes on as if it had had them."""
-    often = {"checkpoint_every": 100, "keep": 1, "schedule": "constant"}
-    return TrainConfig(steps=steps, batch_size=64, lr=1e-3, ema_decay=0.995, seed=seed, workers=0, **often)
+    often = {"checkpoint_every": 100, "keep": 1, "schedule": "constant", "warmup": 20}
+    return TrainConfig(steps=steps, batch_size=64, lr=2e-3, ema_decay=0.99, seed=seed, workers=0, **often)
 
 
 def train_autoencoder(model: AutoencoderConfig, data: TrainingData, folder: Path, steps: int, seed: int) -> None:
@@ -309,8 +309,9 @@ def report(r: dict) -> str:
 scoresde {about["scoresde"]}, commit {about["commit"]}.
 
 One U-Net on{first} Fashion-MNIST, of pixels and of an autoencoder's latent (`examples/latent_diffusion.py`), trained
-for as long, {r["images"]} images drawn of each by {r["nfe"]} evaluations of `{r["solver"].partition("(")[0]}`. The autoencoder
-({r["parameters"]["autoencoder"]:,} parameters, {r["autoencoder_steps"]} steps, **{cost["autoencoder"]:.0f} s** of
+for as long, {r["images"]} images drawn of each by {r["nfe"]} evaluations of `{r["solver"].partition("(")[0]}`. The
+autoencoder ({r["parameters"]["autoencoder"]:,} parameters, {r["autoencoder_steps"]} steps,
+**{cost["autoencoder"]:.0f} s** of
 training, counted apart) gives held-out images back with a PSNR of {r["psnr"]:.1f} dB and a Frechet distance of
 {cell(frechet["reconstructions"])}: no diffusion of its latent comes below that.
 

@@ -47,5 +47,6 @@ def items_of(
 
     parallel.by_first(kept)
     codec: AutoencoderCodec = load_codec(where, device)
-    found = parallel.by_first(lambda: LatentData.of(data, codec, out / FOLDER, progress=progress))
-    return found if parallel.world() == 1 else LatentData.of(data, codec, out / FOLDER)
+    if parallel.world() > 1:
+        parallel.by_first(lambda: len(LatentData.of(data, codec, out / FOLDER, progress=progress)))
+    return LatentData.of(data, codec, out / FOLDER, progress=progress)
