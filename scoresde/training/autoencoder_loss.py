@@ -136,6 +136,7 @@ class AutoencoderWorker(nn.Module):
 
     def forward(self, x: Tensor, draws: Draws, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         net, loss = self.players.autoencoder, self._loss
+        x = x.to(net.last_layer.dtype)
         part = Part.of(draws, len(x), x.device)
         shape = (len(x), *net.latent_shape(x.shape[1:]))
         noise = part.draw(shape, lambda whole: torch.randn(whole, generator=part.generator, device=x.device)).to(x)

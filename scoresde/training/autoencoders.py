@@ -200,13 +200,12 @@ def measured(net: Autoencoder, data: DataSource, items: int = 2048, batch: int =
     """
     check_count(items=items, batch=batch)
     which = torch.linspace(0, len(data) - 1, min(len(data), items), device="cpu").round().long()
-    device = net.last_layer.device
     generator = torch.Generator("cpu").manual_seed(0)
     count, entries, error = 0, 0, 0.0
     shape: tuple[int, ...] = ()
     total, square = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for part in which.split(batch):
-        x = data.batch(part, torch.zeros_like(part))[0].to(device)
+        x = data.batch(part, torch.zeros_like(part))[0].to(net.last_layer)
         found = net.encode(x)
         law = found if isinstance(found, Encoded) else Encoded(found, torch.zeros_like(found))
         m = law.draw(torch.randn(law.mean.shape, generator=generator, device="cpu").to(law.mean))
