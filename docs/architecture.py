@@ -7,9 +7,9 @@ from pathlib import Path
 
 # From the ground up. A room imports from the floors below it, and from what stands to its left on its own.
 FLOORS = [
-    ("the ground", "checks errors tensors networks counter entries files report info levels pictures"),
+    ("the ground", "checks errors tensors networks masks counter entries files report info levels pictures"),
     ("forward processes, grids", "sde chain schedules processes strides grid"),
-    ("what is known of x_0", "views codecs denoiser wrappers continuity noise activations"),
+    ("what is known of x_0", "views codecs denoiser wrappers continuity noise masked activations"),
     ("the table and its loop", "tableau brownian exact diagnose"),
     ("networks and their data", "nn data metrics training"),
     ("solvers, a file a family", "solvers"),

@@ -17,6 +17,8 @@ from scoresde.diagnose import diagnose
 from scoresde.editing import decode, encode
 from scoresde.grid import Grid
 from scoresde.likelihood import bits_per_dim, elbo, log_prob
+from scoresde.masked import Masked
+from scoresde.masks import batch_of
 from scoresde.noise import sample_seeds
 from scoresde.processes import SDES, sde_of
 from scoresde.run import Solution
@@ -36,12 +38,14 @@ __all__ = [
     "DynamicThreshold",
     "Grid",
     "Latent",
+    "Masked",
     "NonFiniteError",
     "Solution",
     "Stage",
     "State",
     "Tableau",
     "__version__",
+    "batch_of",
     "bits_per_dim",
     "decode",
     "diagnose",

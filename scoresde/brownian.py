@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoresde.masks import Own
 from scoresde.sde import SDE
 from scoresde.tableau import Tableau
 from scoresde.tensors import expand_like
@@ -81,6 +82,7 @@ class BrownianPath:
         event: shape of a sample.
         clock: increasing function of lambda; by default the identity.
         area: whether its integral is wanted too.
+        own: the entries that a sample has a path of, by default all: the numbers of the path depend on them alone.
     """
 
     def __init__(
@@ -89,8 +91,12 @@ class BrownianPath:
         event: Sequence[int],
         clock: Callable[[float], float] = float,
         area: bool = False,
+        own: Own | None = None,
     ) -> None:
         self.shape = (len(entropies), *event)
+        self._own = own or Own(self.shape)
+        n = math.prod(event)
+        self._counts = [n] * len(entropies) if self._own.mask is None else self._own.dims.long().tolist()
         self._keys = [np.array([e % 2**64, e >> 64], dtype=np.uint64) for e in entropies]
         self._philox = np.random.Philox(key=0)
         self._generator = np.random.Generator(self._philox)
@@ -121,7 +127,7 @@ class BrownianPath:
         if at > cell.low:
             left = self._left(cell, self._clock(at))
             W, A = self._end(left)
-        return W.reshape(self.shape), None if A is None else A.reshape(self.shape)
+        return self._own.placed(W), None if A is None else self._own.placed(A)
 
     def between(self, start: float, end: float) -> _Point:
         """The increment over [start, end] of lambda, and with `area` the integral of the path over it less its value at
@@ -164,8 +170,8 @@ class BrownianPath:
 
     def _normals(self, level: int, index: int) -> Tensor:
         """Standard normals (1, B, n), or two of them for the area: Philox's counter says of which interval."""
-        X = np.empty((1 + self._area, self.shape[0], math.prod(self.shape[1:])))
-        for sample, key in enumerate(self._keys):
+        X = np.zeros((1 + self._area, self.shape[0], max(self._counts)))
+        for (sample, key), count in zip(enumerate(self._keys), self._counts, strict=True):
             self._philox.state = {
                 "bit_generator": "Philox",
                 "state": {"counter": np.array([0, 0, index, level], dtype=np.uint64), "key": key},
@@ -175,7 +181,7 @@ class BrownianPath:
                 "uinteger": 0,
             }
             for x in X:
-                self._generator.standard_normal(out=x[sample])
+                self._generator.standard_normal(out=x[sample, :count])
         return torch.from_numpy(X)
 
 
@@ -189,13 +195,14 @@ class BrownianNoise:
     Args:
         table: the table.
         entropies: one per sample, as `SeededNoise.entropies` gives them.
+        own: the entries that a sample has, as for `BrownianPath`.
 
     Raises:
         ValueError: if a noisy row is not a whole step of the grid, one row from one time to the next, with noise left
             at its end.
     """
 
-    def __init__(self, table: Tableau, entropies: Sequence[int]) -> None:
+    def __init__(self, table: Tableau, entropies: Sequence[int], own: Own | None = None) -> None:
         sde, times = table.grid.sde, table.grid.times
         noisy = table.c > 0
         rows_of_step = torch.bincount(table.step, minlength=table.grid.steps)[table.step]
@@ -207,14 +214,14 @@ class BrownianNoise:
                 "path: use a solver with one row a step (DDPM, ExponentialSDE, EulerMaruyama, ...), or path=False"
             )
         self._ends = list(zip(_lambdas(sde, table.t), _lambdas(sde, times[table.step + 1]), strict=True))
-        self._entropies = list(entropies)
+        self._entropies, self._own = list(entropies), own
         self._path: BrownianPath | None = None
 
     def __call__(self, row: int, x: Tensor) -> Tensor:
         if self._path is None:
             if len(self._entropies) != len(x):
                 raise ValueError(f"{len(self._entropies)} entropies for {len(x)} samples: give one per sample")
-            self._path = BrownianPath(self._entropies, x.shape[1:], snr)
+            self._path = BrownianPath(self._entropies, x.shape[1:], snr, own=self._own)
         start, end = self._ends[row]
         before, after = self._path.at(start)[0], self._path.at(end)[0]
         return ((after - before) / math.sqrt(snr(end) - snr(start))).to(x)

@@ -32,6 +32,7 @@ from scoresde.entries import counted, repeated
 from scoresde.files import write_whole
 from scoresde.grid import Grid
 from scoresde.info import environment
+from scoresde.masks import refuse_masks
 from scoresde.networks import networks
 from scoresde.noise import CounterNoise, Noise
 from scoresde.run import check_solver, choose, process
@@ -98,6 +99,7 @@ class SamplerModule(nn.Module):
     ) -> None:
         super().__init__()
         check_denoiser(denoiser)
+        refuse_masks(denoiser, type(self).__name__)
         check_solver(solver)
         if not solver.has_table:
             raise TypeError(

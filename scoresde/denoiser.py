@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +21,7 @@ from scoresde.checks import check_positive
 from scoresde.codecs import Codec
 from scoresde.entries import check_cond
 from scoresde.errors import given_to, items_of, not_finite, some
+from scoresde.masks import Own, refuse_masks
 from scoresde.networks import Encodes, Holder, first_parameter, networks
 from scoresde.sde import SDE
 from scoresde.tensors import Time, as_time, check_batch, dtype_of_label, expand_like, known_any, precise, told, widen
@@ -66,6 +67,7 @@ class Denoiser(Holder, ABC):
     """
 
     sde: SDE
+    mask_name: str | None = None  # of the condition that is a mask, in `scoresde.Masked`
 
     @abstractmethod
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
@@ -85,6 +87,10 @@ class Denoiser(Holder, ABC):
         t. None where it is not: `posterior` may know it all the same.
         """
         return None
+
+    def own(self, shape: Sequence[int], cond: Mapping[str, Any]) -> Own:
+        """Which entries of a batch of that shape are its items' own: all, without a mask (`scoresde.Masked`)."""
+        return Own(shape)
 
     @property
     def codec(self) -> Codec | None:
@@ -394,8 +400,8 @@ def check_denoiser(denoiser: object, of: str = "") -> None:
         raise TypeError(f"{what}: wrap the network, EpsDenoiser(net, sde, time=...)")
 
 
-def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) -> None:
-    """What every run checks before its first evaluation.
+def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None, masks: bool = False) -> None:
+    """What every run checks before its first evaluation; `masks`: whether it knows of them.
 
     Raises:
         TypeError: if the denoiser is none, or cond is no mapping.
@@ -403,6 +409,8 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None) ->
             is empty, or not finite.
     """
     check_denoiser(denoiser)
+    if not masks:
+        refuse_masks(denoiser)
     if x.numel() == 0:
         raise ValueError(f"the batch has shape {tuple(x.shape)}: it is empty")
     with suppress(RuntimeError):  # nothing can be looked at, under vmap say

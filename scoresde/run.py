@@ -44,6 +44,7 @@ class Solution:
         log_prob: if asked for, log p_t(x) in nats, shape (B,), NaN if not complete.
         log_prob_stderr: its standard error from the probes, shape (B,).
         rounds: of `scoresde.solvers.Parallel`: batches that the evaluations were made in, one after the other.
+        mask: of a `scoresde.Masked` denoiser, bool, shape of x: which entries there are; the others of x are 0.
         log_prob_of: what it is the density of: "x", or, with a codec that has no volume, "z", the latent.
     """
 
@@ -58,6 +59,7 @@ class Solution:
     log_prob_of: Literal["x", "z"] | None = None
     latent: Tensor | None = None
     rounds: int | None = None
+    mask: Tensor | None = None
 
     __repr__ = told
 

@@ -16,6 +16,7 @@ from scoresde.errors import NonFiniteError, all_finite, narrowed, not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.flow import density_run
+from scoresde.masked import masked_noise, own_of
 from scoresde.noise import Noise, NoiseSource, noise_source
 from scoresde.run import Solution, check_solver, choose, encoded, initial, locate, process, results
 from scoresde.solvers.base import Solver
@@ -65,7 +66,8 @@ def sample(
         generator: instead of a seed, one generator that draws for the whole batch.
         noise: instead of a seed, a function noise(row, x) that returns z of the shape of x; x_T must then be given.
         cond: keyword arguments for the network: tensors and lists of strings with an entry per sample, or one for all;
-            dicts, lists and tuples of them, nested as you like; and anything else, for all samples.
+            dicts, lists and tuples of them, nested as you like; and anything else, for all samples. Of a
+            `scoresde.Masked` denoiser, for samples of various sizes, the mask is among them.
         trajectory: keep the state at every time of the grid.
         progress: show a progress bar.
         device: where x_T is drawn; by default where the network's parameters are (give it for a network without).
@@ -99,10 +101,13 @@ def sample(
     sde = process(denoiser, solver, steps or nfe)
     solver, grid = choose(sde, solver, steps, nfe, grid, end=sde.t_min if log_prob else 0.0)
     source = noise_source(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
+    denoiser, own = own_of(denoiser, shape_or_x.shape if isinstance(shape_or_x, Tensor) else shape_or_x, cond)
+    source = masked_noise(source, own)
     if grid.increasing and not isinstance(shape_or_x, Tensor):
         raise ValueError("an increasing grid encodes data: give x, not a shape")
     x_T, out_dtype = initial(denoiser, shape_or_x, grid, source)
-    check_call(denoiser, x_T, cond)
+    x_T = own.only(x_T)
+    check_call(denoiser, x_T, cond, masks=True)
     if trajectory:
         solver = solver.by_rows
     if grid.increasing:
@@ -122,7 +127,7 @@ def sample(
     if path:
         if not solver.has_table:
             raise ValueError(f"path=True is for solvers with a table, not {solver!r}; ReverseSDE has a path of its own")
-        draw = BrownianNoise(solver.tableau(grid), source.entropies(len(x_T)))
+        draw = BrownianNoise(solver.tableau(grid), source.entropies(len(x_T)), own)
 
     def run(solver: Solver = solver) -> Iterator[State]:
         return solver.iterate(denoiser, x_T, grid, draw, told)
@@ -148,6 +153,7 @@ def sample(
         t=float(grid.times[-1]) if complete else last.t,
         latent=latent,
         rounds=last.rounds,
+        mask=own.mask,
     )
 
 
@@ -178,12 +184,13 @@ def _with_density(
 ) -> Solution:
     """The solution with its log-density, log p(x_T) - log |det dx / dx_T|; conds as given, and as prepared."""
     cond, told = conds
+    own = denoiser.own(x_T.shape, cond or {})
     trace = kind if isinstance(kind, Divergence) else Divergence(kind)
     volume = density_run(denoiser, x_T, solver, grid, trace, source.probes(), told, differentiable)
     with torch.set_grad_enabled(differentiable):
         with tqdm(desc=type(solver).__name__, disable=not progress, leave=False) as bar:
             x, log_det = volume.solve(x_T, bar.update)
-        value = denoiser.sde.prior_log_prob(x_T.double()) - log_det
+        value = denoiser.sde.prior_log_prob(x_T.double(), own) - log_det
     if bad := not_finite(value + x.reshape(len(x), -1).sum(1)):
         raise volume.locate(x_T, bad)
     stderr = volume.variance.clamp(min=0).sqrt()
@@ -207,4 +214,5 @@ def _with_density(
         log_prob_stderr=stderr.to(wide),
         log_prob_of=of,
         latent=latent,
+        mask=own.mask,
     )

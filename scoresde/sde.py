@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_positive
+from scoresde.masks import Own
 from scoresde.tensors import Time, as_time, check_batch, drawn_from, expand_like, same
 
 __all__ = ["NOT_NOISE", "SDE"]
@@ -269,10 +270,10 @@ class SDE(ABC):
         x = std * torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
         return x if device is None else x.to(device)
 
-    def prior_log_prob(self, x: Tensor) -> Tensor:
-        """log N(x; 0, prior_std^2 I) in nats, shape (B,), for x of shape (B, ...)."""
-        z = x.reshape(x.shape[0], -1) / self.prior_std
-        return -0.5 * (z**2).sum(-1) - z.shape[1] * (math.log(self.prior_std) + 0.5 * math.log(2 * math.pi))
+    def prior_log_prob(self, x: Tensor, own: Own | None = None) -> Tensor:
+        """log N(x; 0, prior_std^2 I) in nats, shape (B,), for x of shape (B, ...); of the items' own entries."""
+        own, z = own or Own(x.shape), x / self.prior_std
+        return -0.5 * own.sum(z**2) - own.dims * (math.log(self.prior_std) + 0.5 * math.log(2 * math.pi))
 
 
 class VariancePreserving(SDE):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from scoresde.codecs import Chained, Codec
 from scoresde.denoiser import Denoiser, NetworkDenoiser, Posterior, check_denoiser
+from scoresde.masks import Own
 from scoresde.networks import contents
 from scoresde.tensors import Time, expand_like
 from scoresde.views import Affine
@@ -32,7 +33,14 @@ __all__ = [
 
 
 class Wrapper(Denoiser):
-    """A denoiser that changes another's posterior mean. One that leaves the variance alone hands `covariance` on."""
+    """A denoiser that changes another's posterior mean. One that leaves the variance alone hands `covariance` on.
+
+    Attributes:
+        masks: whether it may stand around or in a `scoresde.Masked`: it takes each entry by itself, or its means over
+            an item's own.
+    """
+
+    masks: ClassVar[bool] = False
 
     def __init__(self, denoiser: Denoiser) -> None:
         check_denoiser(denoiser, type(self).__name__)
@@ -42,6 +50,9 @@ class Wrapper(Denoiser):
     @property
     def device(self) -> torch.device:
         return self.denoiser.device
+
+    def own(self, shape: Sequence[int], cond: Mapping[str, Any]) -> Own:
+        return self.denoiser.own(shape, cond)
 
     @property
     def codec(self) -> Codec | None:
@@ -134,13 +145,19 @@ class Limit(Wrapper):
     mean and with the eps of the mean before it, as diffusers' DDIM, is the solver `RawEps`.
     """
 
+    masks = True
+
     @abstractmethod
     def limit(self, mean: Tensor) -> Tensor:
         """The limited mean, of the same shape."""
 
+    def limited(self, mean: Tensor, own: Own) -> Tensor:
+        """The same, where these are the items' own entries: for a limit that takes each entry by itself."""
+        return self.limit(mean)
+
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         mean, var = self.denoiser.posterior(x, t, **cond)
-        return Posterior(self.limit(mean), var)
+        return Posterior(self.limited(mean, self.own(x.shape, cond)), var)
 
     def covariance(self, t: Time) -> Tensor | None:
         return self.denoiser.covariance(t)
@@ -200,7 +217,14 @@ class DynamicThreshold(Limit):
         self.quantile, self.bound, self.cap, self.interpolate = quantile, bound, cap, interpolate
 
     def limit(self, mean: Tensor) -> Tensor:
-        s = expand_like(self._quantile(mean.reshape(len(mean), -1).abs()).clamp(self.bound, self.cap), mean)
+        return self.limited(mean, Own(mean.shape))
+
+    def limited(self, mean: Tensor, own: Own) -> Tensor:
+        sizes, alike = own.rows(mean).abs(), own.alike()
+        q = torch.cat([self._quantile(sizes[which, :n]) for n, which in alike])
+        if own.mask is not None:  # they came one number of entries after the other
+            q = q[torch.cat([which for _, which in alike if isinstance(which, Tensor)]).argsort()]
+        s = expand_like(q.clamp(self.bound, self.cap), mean)
         return mean.clamp(-s, s) * (self.bound / s)
 
     def _quantile(self, values: Tensor) -> Tensor:

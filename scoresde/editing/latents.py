@@ -34,6 +34,7 @@ from torch import Tensor
 from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
+from scoresde.masks import Own
 from scoresde.run import Solution, check_solver, choose, process
 from scoresde.sampling import sample
 from scoresde.solvers import AdaptiveODE, Solver
@@ -264,7 +265,8 @@ def plan(
 def _round_trip_error(back: Solution, x: Tensor) -> Tensor:
     if back.status != "complete":
         return torch.full((len(x),), math.inf, dtype=widen(x).dtype, device=x.device)
-    distance, size = (widen(v).reshape(len(x), -1).norm(dim=1) for v in (back.x - x, x))
+    own = Own(x.shape, back.mask)
+    distance, size = (own.norm(widen(v)) for v in (back.x - x, x))
     return torch.where(distance == 0, distance, distance / size)  # exact, for x = 0 too
 
 

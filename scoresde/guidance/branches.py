@@ -66,6 +66,8 @@ class Conditioned(SameMean):
     tensor([3., 3.])
     """
 
+    masks = True
+
     def __init__(self, denoiser: Denoiser, drop: Sequence[str] = (), **cond: Any) -> None:
         super().__init__(denoiser)
         self.drop, self.cond = (drop,) if isinstance(drop, str) else tuple(drop), cond

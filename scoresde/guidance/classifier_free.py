@@ -27,7 +27,8 @@ from scoresde.denoiser import Denoiser, Posterior
 from scoresde.entries import counted, leaves
 from scoresde.guidance.base import Scale, check_scale, known_all, scale_at
 from scoresde.guidance.branches import Branch, Branching, Combined, evaluate, replaced, times_of
-from scoresde.guidance.rules import RULES, Rule, projected
+from scoresde.guidance.rules import RULES, Rule, extrapolated, projected
+from scoresde.masks import mask_name
 from scoresde.networks import networks
 from scoresde.tensors import Time, known_any, precise
 from scoresde.views import combine
@@ -71,6 +72,10 @@ class _Extrapolation(Branching):
     def good(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
         """The conditions of D_1."""
         return cond
+
+    @property
+    def masks(self) -> bool:  # type: ignore[override]
+        return self.rule.function is extrapolated  # the others take norms and products over all of an event
 
     @abstractmethod
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
@@ -262,7 +267,8 @@ class ClassifierFree(_Extrapolation):
             return {k: nothing_like(v, self.null[k]) if k in self.null else v for k, v in cond.items()}
         if isinstance(self.null, Mapping):
             return replaced(cond, self.null, n)
-        return {k: v for k, v in cond.items() if self.null is not None and k not in self.null}
+        kept = () if self.null is None else cond.keys() - set(self.null)
+        return {k: v for k, v in cond.items() if k in kept or k == mask_name(self.denoiser)}
 
     def _check_conditions(self, cond: Mapping[str, Any]) -> None:
         """Raises ValueError unless the condition that is to be null is there, and fits."""

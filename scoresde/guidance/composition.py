@@ -61,6 +61,8 @@ class Product(Branching):
     True
     """
 
+    masks = True
+
     def __init__(
         self,
         denoisers: Sequence[Denoiser],

@@ -64,6 +64,8 @@ class Energy(Guidance):
     True
     """
 
+    masks = True
+
     def __init__(
         self, denoiser: Denoiser, energy: Callable[..., Tensor], scale: Scale = 1.0, *, clean: bool = False
     ) -> None:

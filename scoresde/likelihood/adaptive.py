@@ -20,7 +20,7 @@ from torch import Tensor
 from scoresde.entries import leaves
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.likelihood.divergence import Products
-from scoresde.likelihood.spread import Spread
+from scoresde.likelihood.spread import Spreads
 from scoresde.likelihood.volume import Progress, Volume
 from scoresde.networks import networks
 from scoresde.solvers.adaptive_ode import underflow
@@ -78,9 +78,10 @@ class AdaptiveVolume(Volume):
     def solve(self, x: Tensor, progress: Progress = lambda _: None) -> tuple[Tensor, Tensor]:
         self.motion = motion = _Tracing(self, x.dtype, progress)
         self.dtype, self.event, self.n = x.dtype, x.shape[1:], x[0].numel()
+        self.own = self.denoiser.own(x.shape, self.cond)
         log_det = x.new_zeros(len(x), dtype=torch.float64)
-        nothing = self.error = self.variance = self.doubt = torch.zeros_like(log_det)
-        spread, first = Spread(self.trace.distribution), self.first_step
+        self.error = self.variance = self.doubt = torch.zeros_like(log_det)
+        spread, first = Spreads(self.trace.distribution, self.own), self.first_step
         self.t, self.status, self.nfe = self.parts[0].t, "complete", 0
         for row, leg in enumerate(self.parts):
             self.probes = self.trace.draw(x, self.noise, row)
@@ -99,7 +100,7 @@ class AdaptiveVolume(Volume):
                 raise NonFiniteError(message, leg.step, stop.t, bad) from None
             log_det, self.t, self.nfe = log_det + change, leg.s, motion.nfe
             spread.add(self._v, u.movedim(1, 0))
-            self.variance, self.doubt = spread.variance + nothing, spread.doubt + nothing
+            self.variance, self.doubt = spread.told(self.error)
         motion.budget, motion.progress = math.inf, lambda _: None  # the adjoint evaluates again
         return x, log_det
 
@@ -111,7 +112,7 @@ class AdaptiveVolume(Volume):
         u, w = (float(c) for c in self.denoiser.view_of_output(torch.zeros_like(t), torch.ones_like(t), t))
         self.motion.reached = leg.t, x
         found = self.motion.products(x, leg.t, self.probes)
-        change = self.n * math.log(a) + b / a * (u * self.n + w * found.trace)
+        change = self.own.dims * math.log(a) + b / a * (u * self.own.dims + w * found.trace)
         return x * (a + b * u) + found.N * (b * w), change, b / a * w * found.u.movedim(0, 1)
 
     def _integrate(self, x: Tensor, leg: Leg, first: float) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -145,18 +146,17 @@ class AdaptiveVolume(Volume):
         y = path[-1]
         x = (r_s * y[:, :n]).reshape(len(x), *self.event).to(self.dtype)
         u = y[:, n + 1 :].reshape(len(x), -1, n)
-        return x, n * math.log(r_s / r_t) + self._volume(y), u, watched.step
+        return x, self.own.dims * math.log(r_s / r_t) + self._volume(y), u, watched.step
 
     @property
     def _v(self) -> Tensor:
         """The probes that the trace is estimated with, (K, B, n)."""
-        v = self.trace.estimating(self.probes)
-        return v.reshape(*v.shape[:2], self.n).double()
+        return self.own.rows(self.trace.estimating(self.probes)).double()
 
     def _volume(self, y: Tensor) -> Tensor:
         """The log-volume that a state holds."""
         known, u = y[:, self.n], y[:, self.n + 1 :].reshape(len(y), -1, self.n)
-        return known + (self._v.movedim(0, 1) * u).sum(2).mean(1) if u.shape[1] else known
+        return known + self.own.total(self._v.movedim(0, 1) * u).mean(1) if u.shape[1] else known
 
 
 class _Tracing(Motion):
@@ -174,7 +174,7 @@ class _Tracing(Motion):
         create_graph = volume.create_graph and torch.is_grad_enabled()
         output = lambda y: self.denoiser.output(y, t, **self.cond)  # noqa: E731
         slope = float(volume._slope(torch.tensor(t, dtype=torch.float64, device="cpu")))
-        found = volume.trace(output, x, probes, create_graph, slope)
+        found = volume.trace(output, x, probes, create_graph, slope, volume.own)
         if self.nfe == volume.looked:
             volume.smoothing = volume._smoothing(t, x, found)
         self.nfe += found.calls
@@ -208,7 +208,7 @@ class _Watched:
         found = motion.products(r * w, float(t), self.probes)
         rate = w * u + found.N.to(w.dtype) * v
         self.last = at, w.detach().reshape(len(y), n), rate.detach().reshape(len(y), n)
-        known = u * n + v * r * found.base
+        known = u * volume.own.dims + v * r * found.base
         products = (v * r * found.u).movedim(0, 1).flatten(1)
         return torch.cat([rate.reshape(len(y), n), known[:, None], products], 1)
 
@@ -218,8 +218,8 @@ class _Watched:
         self.error, y = error.detach(), self.y
         error = self.error
         of_w = error[:, :n] / (volume.atol + volume.rtol * y[:, :n].abs())
-        tolerance = volume.atol * math.sqrt(n) + volume.rtol * volume._volume(y).abs()
-        return torch.maximum(of_w.pow(2).mean(1).sqrt(), (volume._volume(error) / tolerance).abs()).max()
+        tolerance = volume.atol * volume.own.root + volume.rtol * volume._volume(y).abs()
+        return torch.maximum(volume.own.mean(of_w.pow(2)).sqrt(), (volume._volume(error) / tolerance).abs()).max()
 
     def callback_step(self, angle: Tensor, y: Tensor, step: Tensor) -> None:
         motion, at = self.volume.motion, self._half_log_snr(angle)
@@ -234,7 +234,7 @@ class _Watched:
         at, w, rate = self.last  # at the step's end: dw = -(D / c - a w) / b dtheta, a = cos(theta), b = sin(theta)
         _, signal, sigma, _ = volume.motion.scales(at)
         gradient = -(signal / sigma) * rate - w  # of log p in w: r (alpha D - r w) / sigma^2
-        change = (gradient * self.error[:, :n]).sum(1) + volume._volume(self.error)
+        change = volume.own.sum(gradient * self.error[:, :n]) + volume._volume(self.error)
         volume.error = volume.error + change.abs()
 
 

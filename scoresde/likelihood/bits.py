@@ -39,6 +39,8 @@ from scoresde.errors import NonFiniteError, not_finite
 from scoresde.levels import check_levels
 from scoresde.likelihood.flow import log_prob, state_of
 from scoresde.likelihood.interval import student_interval
+from scoresde.masked import own_of
+from scoresde.masks import Own
 from scoresde.noise import derive_seed, seeds_of
 from scoresde.sde import SDE
 from scoresde.wrappers import without_codec
@@ -71,6 +73,8 @@ class BitsPerDim:
         error: mean of the estimated discretisation error's size, |LogProb.error|: a bias that no stderr shows.
         offset: log2(levels / (hi - lo)), already added.
         t: the time at which the ODE started.
+        dims: of a `scoresde.Masked` denoiser the number of entries of each image, int64, shape (N,), that its bits are
+            divided by; value is the mean over the images, each counting once. None where all have those of an image.
     """
 
     value: float
@@ -83,6 +87,7 @@ class BitsPerDim:
     error: float
     offset: float
     t: float
+    dims: Tensor | None = None
 
     def __iter__(self) -> Iterator[float]:
         return iter((self.value, self.stderr, self.nfe))
@@ -165,8 +170,10 @@ def bits_per_dim(
     >>> print(f"{result.value:.1f} bits/dim, of which the offset is {result.offset:.0f}")
     5.3 bits/dim, of which the offset is 7
     """
-    y = _checked(images, levels, data_range)
-    check_call(denoiser, y, cond)
+    denoiser, own = own_of(denoiser, images.shape if isinstance(images, Tensor) else (), cond)
+    y = _checked(images if own.mask is None else own.only(images), levels, data_range)
+    own = Own(own.shape, None if own.mask is None else own.mask.cpu())
+    check_call(denoiser, y, cond, masks=True)
     check_option(get_args(Dequantize), dequantize=dequantize)
     check_count(repeats=repeats, importance=importance, batch_size=len(y) if batch_size is None else batch_size)
     if importance > 1 and options.get("divergence") != "exact":
@@ -184,7 +191,8 @@ def bits_per_dim(
             )
     bins = _Bins.of(denoiser.sde, dequantize, lo, (hi - lo) / levels, t)
     seeds = seeds_of(seed, len(y))
-    shape, unit = (len(y), repeats, importance), y[0].numel() * math.log(2)
+    shape, unit = (len(y), repeats, importance), torch.as_tensor(own.dims, device="cpu").double() * math.log(2)
+    unit = unit.expand(len(y))
     rows = math.prod(shape)
     parts = [range(rows)[first : first + (batch_size or rows)] for first in range(0, rows, batch_size or rows)]
     found, nfe = [], 0
@@ -192,7 +200,7 @@ def bits_per_dim(
         for part in parts:
             index = list(zip(*(axis.tolist() for axis in np.unravel_index(part, shape)), strict=True))
             which = [i for i, _, _ in index]
-            v, log_q = bins.draw(y[which], [derive_seed(seeds[i], r, k, 0) for i, r, k in index])
+            v, log_q = bins.draw(y[which], [derive_seed(seeds[i], r, k, 0) for i, r, k in index], own.take(which))
             run_seeds = [derive_seed(seeds[i], r, k, 1) for i, r, k in index]
             entries = entries_of(cond, which, len(y))
             log_p = log_density(
@@ -209,7 +217,7 @@ def bits_per_dim(
     value, stderr = mean_and_stderr(per_image, per_image_stderr)
     counts = [n - 1 for n in shape if n > 1]  # of what the spread is taken over: images, else repeats, else draws
     dof = float(counts[0] if counts else probe_dof[0, 0, 0])
-    discretisation = float(error.abs().mean() / unit)
+    discretisation = float((error.abs() / unit[:, None, None]).mean())
     if value < 0 and dequantize != "none":
         warnings.warn(
             f"{value:.3g} bits/dim, which cannot be; discretisation error about {discretisation:.2g}: take more "
@@ -227,6 +235,7 @@ def bits_per_dim(
         error=discretisation,
         offset=-math.log2(bins.Delta),
         t=denoiser.sde.t_min if bins.t is None else bins.t,
+        dims=None if own.mask is None else own.dims.long(),
     )
 
 
@@ -284,23 +293,28 @@ class _Bins:
         tau = Delta / 2 * math.exp(float(sde.half_log_snr(float(t))))
         return cls(lo, Delta, noise, float(t), float(sde.alpha(float(t))), tau)
 
-    def draw(self, y: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """v ~ q given y, one draw per seed, and log q(v): float64, shapes of y and (B,), on the CPU."""
-        d = y[0].numel()
-        log_q = torch.full((len(y),), -d * math.log(self.Delta), dtype=torch.float64, device="cpu")
+    def draw(self, y: Tensor, seeds: Sequence[int], own: Own | None = None) -> tuple[Tensor, Tensor]:
+        """v ~ q given y, one draw per seed, and log q(v) of the own entries, by default all: float64, shapes of y and
+        (B,), on the CPU.
+        """
+        own = own or Own(y.shape)
+        d, n = own.dims, y[0].numel()
+        counts = [n] * len(y) if own.mask is None else own.dims.long().tolist()
+        log_q = torch.zeros(len(y), dtype=torch.float64, device="cpu") - d * math.log(self.Delta)
         middle = self.lo + (y.double() + 0.5) * self.Delta
         if self.noise == "none":
             return middle, log_q
-        u = torch.empty(y.shape, dtype=torch.float64, device="cpu")
-        for row, seed in zip(u, seeds, strict=True):
-            row.uniform_(generator=torch.Generator("cpu").manual_seed(seed))
+        rows = torch.zeros(len(y), n, dtype=torch.float64, device="cpu")
+        for row, seed, count in zip(rows, seeds, counts, strict=True):
+            row[:count].uniform_(generator=torch.Generator("cpu").manual_seed(seed))
+        u = own.placed(rows)
         if self.noise == "uniform":
             return middle + (u - 0.5) * self.Delta, log_q
         # z by its inverse distribution function; where Z rounds to 1, u = 0 must not be -infinity.
         Z = math.erf(self.tau / math.sqrt(2))
         z = (math.sqrt(2) * torch.erfinv(Z * (2 * u - 1))).clamp(-self.tau, self.tau)
         s = self.Delta / (2 * self.tau)
-        log_normal = -z.square().reshape(len(y), -1).sum(1) / 2 - d * math.log(math.sqrt(2 * math.pi) * s * Z)
+        log_normal = -own.sum(z.square()) / 2 - d * math.log(math.sqrt(2 * math.pi) * s * Z)
         return middle + s * z, log_normal
 
 
@@ -335,7 +349,11 @@ def log_density(
         raise non_finite([which[j] for j in bad], f"log p = {found.value[bad[0]]:g}", None, None)
     numbers = (found.value, found.stderr, found.dof, found.error)
     value, stderr, dof, error = (number.detach().cpu().double() for number in numbers)
-    value = value + z[0].numel() * math.log(alpha) + (0.0 if log_volume is None else log_volume.detach().cpu())
+    value = (
+        value
+        + torch.as_tensor(denoiser.own(z.shape, options.get("cond") or {}).dims, device="cpu") * math.log(alpha)
+        + (0.0 if log_volume is None else log_volume.detach().cpu())
+    )
     return LogDensity(value, stderr, dof, error, found.nfe, of)
 
 
@@ -352,8 +370,11 @@ def mean_and_stderr(each: Tensor, each_stderr: Tensor) -> tuple[float, float]:
     return float(each.mean()), float(spread)
 
 
-def _bounds(log_ratio: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-    """Bits/dim of each image and its standard error, (N,), from log p(x) / q(x) of shape (N, repeats, K)."""
+def _bounds(log_ratio: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits/dim of each image and its standard error, (N,), from log p(x) / q(x) of shape (N, repeats, K), and what
+    one of them is in nats, (N,).
+    """
+    unit = unit[:, None]
     R, K = log_ratio.shape[1:]
     log_mean = log_ratio.logsumexp(2) - math.log(K)
     bits = -log_mean / unit

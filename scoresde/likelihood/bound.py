@@ -42,6 +42,8 @@ from scoresde.likelihood.chain import Chain
 from scoresde.likelihood.continuous import Continuous
 from scoresde.likelihood.decoder import Data, Decoder, Draws, float64, gaussian_kl, square_norm, total
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
+from scoresde.masked import own_of
+from scoresde.masks import Own
 from scoresde.run import encoded
 from scoresde.solvers.base import Solver
 from scoresde.tensors import check_batch, told
@@ -64,7 +66,8 @@ class Elbo:
         denoising: minus the sum of the steps' divergences, or the integral over lambda, shape (B,).
         reconstruction: E log p(x_0 | x_{t_1}), shape (B,); a log probability if levels were given, else a log density.
         nfe: evaluations of the denoiser that were made, each on the whole batch.
-        dim: number of dimensions of a sample of what the bound is of.
+        dim: number of dimensions of a sample of what the bound is of: one for all, or of a `scoresde.Masked` denoiser
+            the own of each, float64, shape (B,).
         of: "x", the data given; or "z", where a codec has neither a volume nor a bound, and value says nothing of data.
         log_volume: log |det dz/dx| of a codec that has it, shape (B,), else None.
         decoding: E log p(x | z) of a codec that has it, shape (B,), else None.
@@ -81,7 +84,7 @@ class Elbo:
     denoising: Tensor
     reconstruction: Tensor
     nfe: int
-    dim: int
+    dim: int | Tensor
     of: Literal["x", "z"] = "x"
     log_volume: Tensor | None = None
     decoding: Tensor | None = None
@@ -194,7 +197,9 @@ def elbo(
     (200, True)
     """
     check_batch(x, "x")
-    check_call(denoiser, x, cond)
+    denoiser, own = own_of(denoiser, x.shape, cond)
+    x = own.only(x)
+    check_call(denoiser, x, cond, masks=True)
     check_option(("solver", "posterior"), variance=variance)
     if variance == "posterior" and denoiser.borrowed:
         raise ValueError(
@@ -210,7 +215,7 @@ def elbo(
             f"levels={levels} with {denoiser.codec!r}: the bins of levels are of data, and the decoder here is of z; "
             "give x dequantized(images, levels), without levels=, and take .of_levels(levels, data_range)"
         )
-    draw = Draws.of(x, seed)
+    draw = Draws.of(x, seed, own)
     x0 = float64(x)
     if solver is None or grid is None:
         if variance != "solver":
@@ -218,9 +223,9 @@ def elbo(
         run: Chain | Continuous = Continuous.of(denoiser.sde, draws or 64, draw)
     else:
         run = Chain.of(denoiser, solver, grid, draws, draw, variance)
-    decode = Decoder.of(x0, run.decoder if decoder is None else decoder, levels, data_range)
+    decode = Decoder.of(x0, run.decoder if decoder is None else decoder, levels, data_range, own)
     with torch.no_grad():
-        given = _Given.of_data(denoiser, x0, cond, draw, run.decodings)
+        given = _Given.of_data(denoiser, x0, own, cond, draw, run.decodings)
         told = denoiser.prepared(cond)
     with torch.no_grad(), tqdm(desc="elbo", total=run.nfe, unit="nfe", disable=not progress, leave=False) as bar:
         terms = run.terms(denoiser, given.data, decode, told, bar.update)
@@ -248,7 +253,7 @@ def elbo(
         terms.denoising,
         terms.reconstruction,
         run.nfe,
-        x0[0].numel() if given.of == "x" else given.dim,
+        own.dims if given.of == "x" else given.dim,
         given.of,
         given.log_volume,
         decoding,
@@ -272,7 +277,7 @@ class _Given(NamedTuple):
 
     data: Data
     square: Tensor
-    dim: int
+    dim: int | Tensor
     of: Literal["x", "z"] = "x"
     log_volume: Tensor | None = None
     decoded: Tensor | None = None
@@ -280,11 +285,17 @@ class _Given(NamedTuple):
 
     @classmethod
     def of_data(
-        cls, denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None, draw: Draws, decodings: int
+        cls,
+        denoiser: Denoiser,
+        x: Tensor,
+        own: Own,
+        cond: Mapping[str, Any] | None,
+        draw: Draws,
+        decodings: int,
     ) -> _Given:
         given, codec = dict(cond or {}), denoiser.codec
         if codec is None:
-            return cls(lambda: x, square_norm(x), x[0].numel())
+            return cls(lambda: x, square_norm(x, own), own.dims)
         log_volume = codec.log_volume(x, **given)
         if log_volume is None and (law := codec.encoding(x, **given)) is not None:
             data = draw.data(law)

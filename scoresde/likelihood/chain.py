@@ -107,7 +107,7 @@ class Chain(NamedTuple):
             u, w = denoiser.view_of_output(u, w, self.table.t)
         # mean of p - mean of q = u x_t + w N - A x_t - (alpha_s - A alpha_t) x_0, in x_0, eps and N
         k, m = u * alpha_t - alpha_s, (u - self.A) * sigma_t
-        output, times, dim = denoiser.outputs(self.table.t), self.table.t.tolist(), data()[0].numel()
+        output, times, own = denoiser.outputs(self.table.t), self.table.t.tolist(), denoiser.own(data().shape, cond)
         c2, b2, l2 = (self.table.c**2).tolist(), (self.b**2).tolist(), self.l2.tolist()
         rows = []
         for i in range(len(self.table)):
@@ -125,10 +125,10 @@ class Chain(NamedTuple):
                 if i == len(self.table) - 1:
                     rows.append(decode(error))
                 elif var is None:
-                    rows.append(-gaussian_kl(dim, l2[i] / c2[i], square_norm(error) / c2[i]))
+                    rows.append(-gaussian_kl(own.dims, l2[i] / c2[i], square_norm(error, own) / c2[i]))
                 else:
                     v = (c2[i] + b2[i] * float64(var)).expand_as(error)
-                    rows.append(-total(gaussian_kl(1, l2[i] / v, float64(error) ** 2 / v)))
+                    rows.append(-total(gaussian_kl(1, l2[i] / v, float64(error) ** 2 / v), own))
                 tick()
         terms = torch.stack(rows).reshape(len(self.table), self.draws, -1)
         check_finite(terms.sum(1), self.table.t[:, None].expand(-1, terms.shape[2]))

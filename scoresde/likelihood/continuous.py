@@ -82,12 +82,13 @@ class Continuous(NamedTuple):
             scale = (alpha[i] / sigma[i]) if i < K else torch.ones_like(t)  # to |eps - eps_hat|
             error = sum(expand_like(scale * f[i], x0) * y for f, y in ((k, x0), (m, eps), (s, N)))
             assert isinstance(error, Tensor)
-            rows.append(square_norm(error) if i < K else decode(error))
-            excess.append(square_norm(eps) - eps[0].numel())
+            own = denoiser.own(x0.shape, cond)
+            rows.append(square_norm(error, own) if i < K else decode(error))
+            excess.append(square_norm(eps, own) - own.dims)
             tick()
         terms, c = torch.stack(rows), torch.stack(excess)
         check_finite(terms, times)
-        dim = x0[0].numel()
+        dim = own.dims
         strata, variance, doubt = _sum_of_strata(terms[:K], c[:K], dim)
         beta = _share(terms[K - min(K, 4) : K].mean(0), dim)
         decoded = terms[K:] + decode.of_noise(self.decoder) * beta * c[K:]
@@ -96,14 +97,14 @@ class Continuous(NamedTuple):
         return Terms(-step * strata, decoded.mean(0), step**2 * variance, of_decoded, doubt)
 
 
-def _share(y: Tensor, dim: int) -> Tensor:
+def _share(y: Tensor, dim: int | Tensor) -> Tensor:
     """The control variate's coefficient, from |eps - eps_hat|^2 of other draws: the square of the share of the noise
     that the network cannot tell, which is the best one where that is the same in every direction.
     """
     return (y / dim).clamp(0, 1) ** 2
 
 
-def _sum_of_strata(y: Tensor, c: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sum_of_strata(y: Tensor, c: Tensor, dim: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of y = |eps - eps_hat|^2, shape (K, B), over neighbouring strata with one draw each, its variance, and
     the variance of that.
 

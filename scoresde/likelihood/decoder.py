@@ -17,7 +17,9 @@ from torch import Tensor
 from scoresde.checks import check_count, check_range
 from scoresde.codecs import Encoded
 from scoresde.errors import NonFiniteError, some
-from scoresde.noise import SeededNoise, derive_seed, seeds_of
+from scoresde.masked import masked_noise
+from scoresde.masks import Own
+from scoresde.noise import NoiseSource, SeededNoise, derive_seed, seeds_of
 from scoresde.sde import SDE
 from scoresde.solvers.rows import forgotten
 from scoresde.tensors import shown, told
@@ -62,13 +64,13 @@ class Terms(NamedTuple):
 class Draws:
     """The random numbers of each sample, from its seed alone."""
 
-    noise: SeededNoise
+    noise: NoiseSource
     seeds: list[int]
 
     @classmethod
-    def of(cls, x: Tensor, seed: int | Sequence[int] | None) -> Draws:
+    def of(cls, x: Tensor, seed: int | Sequence[int] | None, own: Own) -> Draws:
         seeds = seeds_of(seed, len(x))
-        return cls(SeededNoise([derive_seed(s, _NOISE) for s in seeds], x.device), seeds)
+        return cls(masked_noise(SeededNoise([derive_seed(s, _NOISE) for s in seeds], x.device), own), seeds)
 
     def data(self, encoded: Encoded) -> Data:
         """z ~ q(z | x), another one each time, of an encoder with noise."""
@@ -88,24 +90,30 @@ class Decoder:
     Attributes:
         std: of the decoder.
         below, above: edges of the bin, less x_0, shape (B, ...); None for the density.
+        own: which entries there are; None for all.
     """
 
     std: float
     below: Tensor | None = None
     above: Tensor | None = None
+    own: Own | None = None
 
     __repr__ = told
 
     @classmethod
-    def of(cls, x0: Tensor, std: float, levels: int | None, data_range: tuple[float, float]) -> Decoder:
+    def of(
+        cls, x0: Tensor, std: float, levels: int | None, data_range: tuple[float, float], own: Own | None = None
+    ) -> Decoder:
         if isinstance(std, bool) or not isinstance(std, int | float) or not 0 < std < math.inf:
             raise ValueError(f"decoder={std!r}: expected its standard deviation, a finite number > 0")
         if levels is None:
-            return cls(std)
+            return cls(std, own=own)
         check_count(levels=levels)
         check_range(data_range)
         lo, hi = data_range
         x, width = float64(x0), (hi - lo) / levels
+        if own is not None and own.mask is not None:
+            x = torch.where(own.mask, x, lo)  # where nothing is, nothing is out of range
         if bool(((x - lo < -1e-6 * (hi - lo)) | (x - hi > 1e-6 * (hi - lo))).any()):
             raise ValueError(
                 f"x runs from {float(x.min()):.6g} to {float(x.max()):.6g}, outside data_range={data_range!r}: give "
@@ -114,7 +122,7 @@ class Decoder:
         level = ((x - lo) / width).floor().clamp(0, levels - 1)
         below = torch.where(level == 0, -math.inf, lo + level * width - x)
         above = torch.where(level == levels - 1, math.inf, lo + (level + 1) * width - x)
-        return cls(std, below, above)
+        return cls(std, below, above, own)
 
     def of_noise(self, relative_noise: float) -> float:
         """Minus the factor of |eps - eps_hat|^2 in the log density; 0 for the probability of a bin."""
@@ -122,12 +130,11 @@ class Decoder:
 
     def __call__(self, error: Tensor) -> Tensor:
         """Shape (B,), float64, for error = mean - x_0, shape (B, ...)."""
+        own = self.own or Own(error.shape)
         if self.below is None or self.above is None:
-            return -square_norm(error) / (2 * self.std**2) - error[0].numel() * math.log(
-                self.std * math.sqrt(2 * math.pi)
-            )
+            return -square_norm(error, own) / (2 * self.std**2) - own.dims * math.log(self.std * math.sqrt(2 * math.pi))
         error = float64(error)
-        return total(log_probability((self.below - error) / self.std, (self.above - error) / self.std))
+        return total(log_probability((self.below - error) / self.std, (self.above - error) / self.std), own)
 
 
 def log_probability(low: Tensor, high: Tensor) -> Tensor:
@@ -153,7 +160,7 @@ def check_finite(terms: Tensor, times: Tensor) -> None:
     raise NonFiniteError(message, row, time, samples)
 
 
-def gaussian_kl(dim: int, ratio: Any, square: Tensor) -> Tensor:
+def gaussian_kl(dim: int | Tensor, ratio: Any, square: Tensor) -> Tensor:
     """KL(q | p) of Gaussians: ratio = var_q / var_p in each dimension, square = |mean_p - mean_q|^2 / var_p."""
     excess = ratio - 1
     log = torch.log1p(excess) if isinstance(excess, Tensor) else math.log1p(excess)
@@ -178,10 +185,10 @@ def float64(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
-def total(x: Tensor) -> Tensor:
-    """Over each sample, shape (B,), in float64."""
-    return float64(x.reshape(len(x), -1)).sum(1)
+def total(x: Tensor, own: Own | None = None) -> Tensor:
+    """Over each sample's entries, by default all, shape (B,), in float64."""
+    return (own or Own(x.shape)).sum(float64(x))
 
 
-def square_norm(x: Tensor) -> Tensor:
-    return total(float64(x) ** 2)
+def square_norm(x: Tensor, own: Own | None = None) -> Tensor:
+    return total(float64(x) ** 2, own)

@@ -25,7 +25,6 @@ by forward mode, J v.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_count, check_option
+from scoresde.masks import Own
 from scoresde.noise import Noise, as_source
 from scoresde.tensors import shown
 
@@ -48,7 +48,8 @@ _MOST = 2**24  # elements of the basis vectors that an exact trace passes at a t
 @shown
 class Products(NamedTuple):
     """What one evaluation gives: the value N, shape (B, ...); `base` + mean_k <v_k, u_k>, the estimates of the trace,
-    with base of shape (B,) and v, u of shape (K, B, n), K = 0 where the trace is exact; and the calls that it took.
+    with base of shape (B,) and v, u of shape (K, B, n), K = 0 where the trace is exact; the calls that it took; and the
+    items' own entries, which stand first in v and u.
     """
 
     N: Tensor
@@ -56,11 +57,12 @@ class Products(NamedTuple):
     v: Tensor
     u: Tensor
     calls: int
+    own: Own
 
     @property
     def trace(self) -> Tensor:
         """The estimate, shape (B,)."""
-        return self.base + ((self.v * self.u).sum(2).mean(0) if len(self.v) else 0.0)
+        return self.base + (self.own.total(self.v * self.u).mean(0) if len(self.v) else 0.0)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,13 @@ class Divergence:
         return probes[len(probes) // 2 :] if self.kind == "hutch++" else probes
 
     def __call__(
-        self, function: Function, x: Tensor, probes: Tensor, create_graph: bool = False, c: float = 0.0
+        self,
+        function: Function,
+        x: Tensor,
+        probes: Tensor,
+        create_graph: bool = False,
+        c: float = 0.0,
+        own: Own | None = None,
     ) -> Products:
         """The value at x, shape (B, ...), and the trace of the derivative, each sample by itself.
 
@@ -124,25 +132,34 @@ class Divergence:
             create_graph: record gradients of all of it.
             c: J is taken to be about c times the identity: its trace is c n, and what is probed is the rest. (This
                 changes nothing for Rademacher probes, and much for the others.)
+            own: the entries that the trace is over, by default all; the function is zero at others.
+
+        Raises:
+            ValueError: if it is "hutch++", and there is a mask.
         """
-        n = x[0].numel()
+        own, n = own or Own(x.shape), x[0].numel()
         if self.kind == "exact":
-            return self._exact(function, x, create_graph)
+            return self._exact(function, x, create_graph, own)
+        if self.kind == "hutch++" and own.mask is not None:
+            raise ArgumentError(
+                "hutch++ with masks: its directions are too many for small items; take hutchinson or exact"
+            )
         differentiate = _Derivative(function, x, self.mode, self.chunk, create_graph, c)
-        known = x.new_full((len(x),), c * n, dtype=torch.float64)
+        known, flat = x.new_zeros(len(x), dtype=torch.float64) + c * own.dims, partial(_flat, own)
+
         if self.kind == "hutchinson":
             u = differentiate(probes)
-            return Products(differentiate.N, known, _flat(probes), _flat(u), differentiate.calls)
+            return Products(differentiate.N, known, flat(probes), flat(u), differentiate.calls, own)
         # What the sketches find of the trace is taken out too, as a multiple delta of the identity for each sample, of
         # which no few directions are the range. Neither it nor Q has a gradient: whatever they are, the mean is right.
-        S, v = _flat(probes[: len(probes) // 2]), _flat(self.estimating(probes))
-        JS = _flat(differentiate(probes[: len(probes) // 2])).detach()
+        S, v = flat(probes[: len(probes) // 2]), flat(self.estimating(probes))
+        JS = flat(differentiate(probes[: len(probes) // 2])).detach()
         delta = (S * JS).sum(2).mean(0) / n
         Q, _ = torch.linalg.qr((JS - delta[:, None] * S).movedim(0, 2))  # (B, n, K / 3)
 
         def rest(w: Tensor) -> Tensor:
             """(J - c - delta) w for w of shape (K / 3, B, n)."""
-            return _flat(differentiate(w.reshape(-1, *x.shape).to(x.dtype))) - delta[:, None] * w
+            return flat(differentiate(w.reshape(-1, *x.shape).to(x.dtype))) - delta[:, None] * w
 
         def outside(w: Tensor) -> Tensor:
             """(1 - Q Q^T) w for w of shape (K / 3, B, n), Q^T w first."""
@@ -151,21 +168,23 @@ class Divergence:
         columns = Q.movedim(2, 0)
         inside = (columns * rest(columns)).sum((0, 2))
         u = outside(rest(outside(v)))
-        return Products(differentiate.N, known + delta * n + inside, v, u, differentiate.calls)
+        return Products(differentiate.N, known + delta * n + inside, v, u, differentiate.calls, own)
 
-    def _exact(self, function: Function, x: Tensor, create_graph: bool) -> Products:
-        n = x[0].numel()
+    def _exact(self, function: Function, x: Tensor, create_graph: bool, own: Own) -> Products:
+        n = own.most
         part = self.chunk or max(1, _MOST // x.numel())
         differentiate = _Derivative(function, x, self.mode, part, create_graph)
-        trace = x.new_zeros(len(x), dtype=torch.float64)
+        diagonal = []
         for i in range(0, n, part):
             index = torch.arange(i, min(i + part, n), device=x.device)
             basis = torch.nn.functional.one_hot(index, n).to(x.dtype)  # (part, n)
-            basis = basis[:, None].expand(-1, len(x), n).reshape(-1, *x.shape)
-            u = differentiate(basis).reshape(len(index), len(x), n).double()
-            trace = trace + u[torch.arange(len(index), device=x.device), :, index].sum(0)
+            basis = own.placed(basis[:, None].expand(-1, len(x), n))
+            u = _flat(own, differentiate(basis))
+            diagonal.append(u[torch.arange(len(index), device=x.device), :, index])
+        found = torch.cat(diagonal)  # of own entries, (n, B)
+        trace = found.sum(0) if own.mask is None else own.total(found.T)
         empty = x.new_empty(0, len(x), n, dtype=torch.float64)
-        return Products(differentiate.N, trace, empty, empty, differentiate.calls)
+        return Products(differentiate.N, trace, empty, empty, differentiate.calls, own)
 
 
 class _Derivative:
@@ -230,6 +249,6 @@ class _Derivative:
         return cast(Tensor, u)
 
 
-def _flat(v: Tensor) -> Tensor:
-    """(K, B, ...) as (K, B, n), float64."""
-    return v.reshape(*v.shape[:2], math.prod(v.shape[2:])).double()
+def _flat(own: Own, v: Tensor) -> Tensor:
+    """(K, B, ...) as (K, B, n), float64, own entries first."""
+    return own.rows(v).double()

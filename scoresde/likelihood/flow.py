@@ -37,6 +37,7 @@ from scoresde.likelihood.adaptive import AdaptiveVolume
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
 from scoresde.likelihood.volume import TableVolume, Volume, every_other
+from scoresde.masked import masked_noise, own_of
 from scoresde.noise import NoiseSource, noise_source
 from scoresde.run import choose, encoded
 from scoresde.sde import SDE
@@ -79,6 +80,8 @@ class LogProb:
         log_volume: log |det dz/dx| of the codec; None without codec, or where it has no volume.
         of: what value is the density of: "x", the data given; or "z", where a codec has no volume and value says
             nothing of the density of data, or where a state at a time t was given.
+        dims: of a `scoresde.Masked` denoiser the number of entries of each item, int64, shape (B,): what bits per
+            dimension are divided by. None where all have those of x.
     """
 
     value: Tensor
@@ -94,6 +97,7 @@ class LogProb:
     t: float
     log_volume: Tensor | None = None
     of: Literal["x", "z"] = "x"
+    dims: Tensor | None = None
 
     __repr__ = told
 
@@ -192,16 +196,19 @@ def log_prob(
     True
     """
     check_batch(x, "x")
-    check_call(denoiser, x, cond)
+    denoiser, own = own_of(denoiser, x.shape, cond)
+    x = own.only(x)
+    check_call(denoiser, x, cond, masks=True)
     check_option((False, True, "adjoint"), differentiable=differentiable)
     sde, start = denoiser.sde, denoiser.sde.t_min if t is None else _time(denoiser.sde, t)
     with torch.set_grad_enabled(bool(differentiable)):
         z, log_volume, of = state_of(denoiser, x, cond, data=t is None)
         cond = denoiser.prepared(cond)
+    trace = Divergence(divergence, probes, distribution, mode, chunk)
     run = (
         denoiser,
-        Divergence(divergence, probes, distribution, mode, chunk).within(z[0].numel()),
-        noise_source(x.device, x, seed, generator, None).probes(),
+        trace.within(z[0].numel()) if own.mask is None else trace,  # an item is what it is in any batch
+        masked_noise(noise_source(x.device, x, seed, generator, None), own).probes(),
         cond,
         bool(differentiable),
     )
@@ -252,8 +259,8 @@ def log_prob(
         x_t = z * math.exp(log_alpha)
         with tqdm(desc="log_prob", total=volume.calls, disable=not progress, leave=False) as bar:
             x_T, log_det = volume.solve(x_t, bar.update)
-        prior = sde.prior_log_prob(x_T.double())
-        residual = torch.full_like(log_det, z[0].numel() * log_alpha)
+        prior = sde.prior_log_prob(x_T.double(), denoiser.own(x_T.shape, cond or {}))
+        residual = torch.zeros_like(log_det) + denoiser.own(z.shape, cond or {}).dims * log_alpha
         if correct:
             residual = residual - volume.smoothing / 2
         value = prior + log_det + residual + (0.0 if log_volume is None else log_volume)
@@ -280,6 +287,7 @@ def log_prob(
         volume.t,
         None if log_volume is None else log_volume.to(x_t.dtype),
         of,
+        None if own.mask is None else own.dims.long(),
     )
 
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Spread"]
+from scoresde.masks import Own
+
+__all__ = ["Spread", "Spreads"]
 
 
 class Spread:
@@ -126,3 +128,22 @@ class _Single(NamedTuple):
     @property
     def W(self) -> Tensor:
         return (2 * self.scale) ** 2 * torch.minimum(2 * self.q**2, torch.as_tensor(self.var, dtype=self.q.dtype))
+
+
+class Spreads:
+    """The `Spread` of each item, of any number of own entries: one for those of each number."""
+
+    def __init__(self, distribution: str, own: Own) -> None:
+        self._parts = [(n, which, Spread(distribution)) for n, which in own.alike()]
+
+    def add(self, v: Tensor, u: Tensor, weight: float = 1.0) -> None:
+        """As `Spread.add`, own entries first."""
+        for n, which, spread in self._parts:
+            spread.add(v[:, which, :n], u[:, which, :n], weight)
+
+    def told(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The variance of the sum so far and its `doubt`, each of the shape (B,) and dtype of like."""
+        variance, doubt = torch.zeros_like(like), torch.zeros_like(like)
+        for _, which, spread in self._parts:
+            variance[which], doubt[which] = spread.variance, spread.doubt
+        return variance, doubt

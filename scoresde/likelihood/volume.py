@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,8 @@ from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence, Products
-from scoresde.likelihood.spread import Spread
+from scoresde.likelihood.spread import Spreads
+from scoresde.masks import Own
 from scoresde.noise import Noise, as_source
 from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
@@ -50,6 +52,7 @@ class Volume(ABC):
         variance: of the log-volume, from the probes, (B,); `doubt` is the variance of that (`Spread`).
         error: what is known of the discretisation error of a density at the end of the run, (B,).
         smoothing: |eps|^2 - dim + alpha tr dD/dx at the start of the run, (B,).
+        own: which entries of the state there are.
         t: the time reached.
         status: "complete", or "max_nfe" where the budget ran out.
 
@@ -66,6 +69,7 @@ class Volume(ABC):
     error: Tensor
     smoothing: Tensor
     t: float
+    own: Own
     status: Literal["complete", "max_nfe"]
 
     def __init__(
@@ -101,9 +105,9 @@ class Volume(ABC):
         at = torch.tensor(t, dtype=torch.float64, device="cpu")
         view = view_of_mean("eps", self.denoiser.sde, at)
         u, w = (float(c) for c in self.denoiser.view_of_output(*view, at))  # eps = u x + w N
-        eps, dim = (u * x + w * found.N).double(), x[0].numel()
-        tr = u * dim + w * found.trace
-        return (eps**2).reshape(len(x), -1).sum(1) - float(self.denoiser.sde.sigma(at)) * tr
+        eps = (u * x + w * found.N).double()
+        tr = u * self.own.dims + w * found.trace
+        return self.own.sum(eps**2) - float(self.denoiser.sde.sigma(at)) * tr
 
 
 class TableVolume(Volume):
@@ -138,17 +142,17 @@ class TableVolume(Volume):
         self._checked = False
 
     def solve(self, x: Tensor, progress: Progress = lambda _: None) -> tuple[Tensor, Tensor]:
-        self.log_det = x.new_full((len(x),), x[0].numel() * self.log_scale, dtype=torch.float64)
+        self.own = self.denoiser.own(x.shape, self.cond)
+        self.log_det = x.new_zeros(len(x), dtype=torch.float64) + self.own.dims * self.log_scale
         self.nfe = self.looked
-        self._spread = Spread(self.trace.distribution)
+        self._spread = Spreads(self.trace.distribution, self.own)
         self.x_coarse = None if self.coarse is None else x.detach() * self.coarse[0]
         evaluations = 0
         for state in self.table.iterate(_Traced(self), x, None, self.cond):
             progress(state.nfe - evaluations)
             evaluations = state.nfe
-        nothing = torch.zeros_like(self.log_det)
-        self.variance, self.doubt = self._spread.variance + nothing, self._spread.doubt + nothing
-        prior = self.denoiser.sde.prior_log_prob
+        self.variance, self.doubt = self._spread.told(self.log_det.detach())
+        prior = partial(self.denoiser.sde.prior_log_prob, own=self.own)
         self.error = torch.full_like(self.log_det, math.nan)
         if self.x_coarse is not None:
             self.error = 2 * (prior(state.x.detach().double()) - prior(self.x_coarse.double())).abs()
@@ -170,7 +174,7 @@ class TableVolume(Volume):
         self.nfe += found.calls
         if row == 0:
             self.smoothing = self._smoothing(float(self.table.t[0]), x, found)
-        self.log_det = self.log_det + k * (u * x[0].numel() + w * found.trace)
+        self.log_det = self.log_det + k * (u * self.own.dims + w * found.trace)
         self._spread.add(found.v, found.u * w, k)
         if self.x_coarse is not None and self.coarse is not None:
             self.x_coarse = self.x_coarse + float(self.coarse[1][row]) * (u * x + w * found.N).detach()
@@ -182,6 +186,8 @@ class TableVolume(Volume):
 
 class _Traced(SameMean):
     """A denoiser whose every evaluation is added to a volume."""
+
+    masks = True
 
     def __init__(self, volume: TableVolume) -> None:
         super().__init__(volume.denoiser)
@@ -197,7 +203,7 @@ class _Traced(SameMean):
 
         def at(i: int, x: Tensor, cond: Mapping[str, Any]) -> Tensor:
             probes = volume.trace.draw(x, volume.noise, i)
-            found = volume.trace(lambda y: output(i, y, cond), x, probes, volume.create_graph, c_i[i])
+            found = volume.trace(lambda y: output(i, y, cond), x, probes, volume.create_graph, c_i[i], volume.own)
             volume.add(i, x, found, u_i[i], w_i[i])
             return found.N
 

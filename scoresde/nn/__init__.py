@@ -1,15 +1,15 @@
 """Networks net(x, time, label=None, vector=None, image=None, context=None, context_mask=None) for the denoisers'
 adapters: an MLP for vectors (which takes neither image nor context), a U-Net and a transformer (DiT) for series, images
-and volumes; one whose conditions others encode (`Encoding`), texts by a transformer (`TextEncoder`) say; and net(x,
-time) to logits, a classifier of what is noisy. Beside them autoencoders, whose latent a diffusion may be of, and the
-discriminator of patches that some are trained against.
+and volumes, a transformer for sets of any number of points; one whose conditions others encode (`Encoding`), texts by a
+transformer (`TextEncoder`) say; and net(x, time) to logits, a classifier of what is noisy. Beside them autoencoders,
+whose latent a diffusion may be of, and the discriminator of patches that some are trained against.
 """
 
 from scoresde.nn.autoencoder import Autoencoder, Codebook, KLAutoencoder, Reconstruction, VQAutoencoder
 from scoresde.nn.classifier import NoisyClassifier
 from scoresde.nn.context import padded
 from scoresde.nn.discriminator import PatchDiscriminator
-from scoresde.nn.dit import DiT
+from scoresde.nn.dit import DiT, SetTransformer
 from scoresde.nn.embedding import TimeEmbedding
 from scoresde.nn.encoding import Encoding
 from scoresde.nn.image import ImageEncoder
@@ -23,5 +23,5 @@ from scoresde.nn.unet import UNet
 
 __all__ = ["MLP", "Autoencoder", "ByteTokens", "Codebook", "DiT", "Encoding", "ImageEncoder", "KLAutoencoder"]
 __all__ += ["MagnitudeUNet", "NoisyClassifier", "PatchDiscriminator", "PretrainedText", "PretrainedTokens"]
-__all__ += ["Reconstruction", "SongUNet", "TextEncoder", "TimeEmbedding", "Tokenizer", "UNet", "VQAutoencoder"]
+__all__ += ["Reconstruction", "SetTransformer", "SongUNet", "TextEncoder", "TimeEmbedding", "Tokenizer", "UNet", "VQAutoencoder"]
 __all__ += ["WordTokens", "padded", "tokenizer_of"]

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
+from scoresde.masks import batch_of
 from scoresde.nn.blocks import attend, zero
 from scoresde.tensors import shown
 
@@ -87,10 +87,8 @@ def padded(contexts: Sequence[Tensor], length: int | None = None) -> dict[str, T
     N = longest if length is None else length
     if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes) or longest > N:
         raise ValueError(f"contexts of shapes {shapes}, length={length}: expected (n_i, width), of one width, n_i <= N")
-    values = pad_sequence(list(contexts), batch_first=True)
-    counts = torch.tensor([shape[0] for shape in shapes], device=values.device)
-    mask = torch.arange(N, device=values.device) < counts[:, None]
-    return {"context": F.pad(values, (0, 0, 0, N - longest)), "context_mask": mask}
+    values, mask = batch_of(contexts, N)
+    return {"context": values, "context_mask": mask[..., 0]}
 
 
 class CrossAttention(nn.Module):

@@ -8,6 +8,8 @@
 
 Gates, scales and shifts are linear in SiLU of the embedding of time, class, vector and the context's mean, and start at
 zero, as the last layer of cross-attention does: every block is the identity (adaLN-Zero).
+
+Without patches and positions it is a network of sets.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from scoresde.nn.blocks import attend, concatenate, conv, shuffle, unshuffle, ze
 from scoresde.nn.context import CrossAttention, Tokens
 from scoresde.nn.embedding import TimeEmbedding
 
-__all__ = ["DiT", "Layer", "norm", "positions"]
+__all__ = ["DiT", "Layer", "SetTransformer", "norm", "positions"]
 
 PRESETS: dict[int | str, dict[str, Any]] = {
     8: {"patch": 2, "width": 96, "depth": 4, "heads": 4},
@@ -107,9 +109,11 @@ class _Block(Layer):
         self.modulate = zero(nn.Linear(width, 6 * width))
         self.cross = None if context is None else CrossAttention(width, context, heads)
 
-    def forward(self, h: Tensor, embedding: Tensor, tokens: Tokens | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, h: Tensor, embedding: Tensor, tokens: Tokens | None, keys: Tensor | None = None
+    ) -> Tensor:
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(F.silu(embedding))[:, None].chunk(6, dim=-1)
-        h = h + gate1 * self.dropout(self.attention(_modulate(h, scale1, shift1)))
+        h = h + gate1 * self.dropout(self.attention(_modulate(h, scale1, shift1), keys))
         if self.cross is not None and tokens is not None:
             h = h + self.dropout(self.cross(norm(h), tokens))
         return h + gate2 * self.dropout(self.mlp(_modulate(h, scale2, shift2)))
@@ -235,3 +239,94 @@ class DiT(nn.Module):
             h = block(h, embedding, tokens)
         h = _modulate(h, *self.modulate(F.silu(embedding))[:, None].chunk(2, dim=-1))
         return h.transpose(1, 2).unflatten(2, size)
+
+
+class SetTransformer(nn.Module):
+    """net(x, time, label=None, mask=None, vector=None, context=None, context_mask=None) for sets of points (B, N, d) of
+    any N: the blocks of `DiT` on points in place of patches, without positions, so that the result is permuted as the
+    points are. With a mask, (B, N, 1), True where a point exists, the others are attended to with a weight that is
+    exactly zero, and of them nothing is to be taken (`scoresde.Masked`). The last layer starts at zero.
+
+    What a filled up batch changes is the order in which torch adds up over points: the last bits of the result.
+
+    >>> net, x = SetTransformer(3, width=32, depth=2), torch.zeros(2, 5, 3)
+    >>> net(x, torch.tensor([1.0, 500.0]), mask=torch.tensor([[[True]] * 5, [[True]] * 2 + [[False]] * 3])).shape
+    torch.Size([2, 5, 3])
+
+    Args:
+        channels: d, numbers of a point.
+        width: features of each point, even.
+        depth, heads, mlp_ratio, dropout, num_classes, vector, context, fourier, out_channels: as for `DiT`.
+
+    Raises:
+        ValueError: if an option is out of range, or heads do not divide the width; by the call, if x has other
+            dimensions, the mask is not bool, (B, N, 1), or a condition is missing, unexpected or does not fit.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        *,
+        vector: int | None = None,
+        context: int | None = None,
+        fourier: float | None = None,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        outputs = channels if out_channels is None else out_channels
+        check_count(channels=channels, width=width, depth=depth, heads=heads, out_channels=outputs)
+        if width % heads or width % 2:
+            raise ValueError(f"width={width}: expected an even multiple of heads={heads}")
+        if not 0 <= dropout < 1 or not mlp_ratio * width >= 1:
+            raise ValueError(
+                f"dropout={dropout}, mlp_ratio={mlp_ratio}: expected a probability below 1 and a positive ratio"
+            )
+        self.channels = channels
+        self.time = TimeEmbedding(width, num_classes=num_classes, vector=vector, context=context, fourier=fourier)
+        self.inward, self.outward = nn.Linear(channels, width), zero(nn.Linear(width, outputs))
+        mlp = int(mlp_ratio * width)
+        self.blocks = nn.ModuleList(_Block(width, heads, mlp, dropout, context) for _ in range(depth))
+        self.modulate = zero(nn.Linear(width, 2 * width))
+
+    @property
+    def condition_sizes(self) -> dict[str, int]:
+        """What it can be told: the name of each condition, with the number of classes or entries."""
+        return self.time.condition_sizes
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        label: Tensor | int | None = None,
+        mask: Tensor | None = None,
+        *,
+        vector: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, N, channels), time (B,), label (B,), mask (B, N, 1), and by keyword vector (B, length), context
+        (B, M, width) and context_mask (B, M), to (B, N, out_channels).
+        """
+        if x.ndim != 3 or x.shape[2] != self.channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected sets of points (B, N, {self.channels})")
+        if mask is not None and (
+            mask.dtype != torch.bool or mask.shape[1:] != (x.shape[1], 1) or mask.shape[0] not in (1, x.shape[0])
+        ):
+            raise ValueError(
+                f"the mask is {mask.dtype} of shape {tuple(mask.shape)}: expected bool {(*x.shape[:2], 1)}, True where "
+                "a point exists"
+            )
+        keys = None if mask is None else mask[:, None, None, :, 0]
+        tokens = self.time.tokens(time, context, context_mask)
+        embedding = self.time(time, label, vector, tokens)
+        h = self.inward(x)
+        for block in self.blocks:
+            h = block(h, embedding, tokens, keys)
+        out: Tensor = self.outward(_modulate(h, *self.modulate(F.silu(embedding))[:, None].chunk(2, dim=-1)))
+        return out

@@ -26,6 +26,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -36,6 +37,7 @@ from scoresde.checks import ArgumentError, check_count, check_option, check_posi
 from scoresde.continuity import in_steps
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
+from scoresde.masks import Own
 from scoresde.noise import NoiseSource
 from scoresde.solvers.exponential import UniPC
 from scoresde.solvers.first_order import DDIM
@@ -97,6 +99,8 @@ class AdaptiveODE(Budgeted):
     draws: ClassVar[bool] = False
     goes_up: ClassVar[bool] = True
 
+    masks: ClassVar[bool] = True
+
     method: str = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
@@ -123,6 +127,12 @@ class AdaptiveODE(Budgeted):
         denoiser.check_times(torch.tensor(starts, dtype=torch.float64, device="cpu"))
         if self.method in _SCIPY and torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(_NO_GRADIENTS.format(self.method))
+        own = denoiser.own(x.shape, cond)
+        if own.mask is not None and self.method in _SCIPY:
+            raise ArgumentError(
+                f"method={self.method!r} with masks: scipy's error is a mean over the batch, with the entries that "
+                f"fill up; take one of torchdiffeq's, {', '.join(TORCHDIFFEQ)}"
+            )
         share = self._share(len(x))
         if self.rtol / share < _DIGITS:
             raise ArgumentError(
@@ -162,7 +172,8 @@ class AdaptiveODE(Budgeted):
         watched = _Watched(motion, first)
         lambdas = lambdas.to(w.device)
         # Without step_t torchdiffeq steps over the end and interpolates; without first_step it tries one of any length.
-        options = {"norm": _worst_sample, "step_t": lambdas[1:], "first_step": first}
+        own = motion.denoiser.own(w.shape, motion.cond)
+        options = {"norm": partial(_worst_sample, own), "step_t": lambdas[1:], "first_step": first}
         path = torchdiffeq.odeint(
             watched, w, lambdas, rtol=self.rtol, atol=self.atol, method=self.method, options=options
         )
@@ -265,9 +276,9 @@ def warn_of_steps(found: str, then: str, stacklevel: int) -> None:
     )
 
 
-def _worst_sample(error: Tensor) -> Tensor:
+def _worst_sample(own: Own, error: Tensor) -> Tensor:
     """max_b E_b."""
-    return error.detach().reshape(len(error), -1).pow(2).mean(1).max().sqrt()
+    return own.mean(error.detach().pow(2)).max().sqrt()
 
 
 def underflow(motion: Motion, half_log_snr: float, message: str) -> ArithmeticError:

@@ -53,6 +53,8 @@ class _View(Protocol):
 class _Adaptive(Budgeted):
     """The loop of the module's docstring; a subclass gives the clock and the attempt."""
 
+    masks: ClassVar[bool] = True
+
     rtol: float
     atol: float
     h_init: float
@@ -125,7 +127,7 @@ class _Adaptive(Budgeted):
             yield State(0, 1, 0, s == times[1], t, x)
             row, nfe, t = 1, 1, s
 
-        L, B, n = len(stops), len(x), x[0].numel()
+        L, B, own = len(stops), len(x), denoiser.own(x.shape, cond)
         real = {"dtype": torch.float32 if x.device.type == "mps" else torch.float64, "device": x.device}
         marks = torch.tensor([self._clock(sde, s) for s in stops], **real)  # type: ignore[arg-type]
         clock = torch.full((B,), self._clock(sde, t), **real)  # type: ignore[call-overload]
@@ -149,7 +151,7 @@ class _Adaptive(Budgeted):
             unit = expand_like(self._unit(sde, clock + step), x)
             delta = (self.rtol * torch.maximum((low / unit).abs(), previous.abs())).clamp(min=self.atol)
             # The choice of steps is no part of the solution's gradient, and that of E^-r at E = 0 is infinite.
-            E = ((high - low) / unit / delta).detach().to(h.dtype).reshape(B, -1).norm(dim=1) / math.sqrt(n)
+            E = own.norm(((high - low) / unit / delta).detach().to(h.dtype)) / own.root
             bad, accept = active & ~E.isfinite(), active & (E <= 1)
             arrive = accept & (step == left)  # clock + left may round to before the mark
             x = where_sample(bad, high - low, where_sample(accept, high, x))

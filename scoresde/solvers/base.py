@@ -16,6 +16,8 @@ from torch import Tensor
 from scoresde.checks import ArgumentError, check_count
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
+from scoresde.masked import masked_noise, sealed
+from scoresde.masks import mask_name
 from scoresde.noise import Noise, NoiseSource, as_source
 from scoresde.sde import SDE
 from scoresde.solvers.kept import ready
@@ -35,12 +37,14 @@ class Solver:
         draws, goes_up: of a loop: whether it draws noise, and whether it runs on an increasing grid too.
         power: of the `Grid.sampling` that `sample(steps=...)` takes where no grid is given, chosen by measurement
             (benchmarks/results/step_counts); None for the SDE's customary grid.
+        masks: of a loop of its own: whether it knows of items of various sizes (`scoresde.Masked`).
         between: whether that grid may stand between a chain's nodes, where the denoiser's time label is continuous.
     """
 
     adaptive: ClassVar[bool] = False
     draws: ClassVar[bool] = True
     goes_up: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
     power: ClassVar[float | None] = None
     between: ClassVar[bool] = False
 
@@ -125,10 +129,19 @@ class Solver:
         Raises:
             TypeError: if the denoiser is none.
             ValueError: before any evaluation, if the denoiser's SDE is not the grid's, the grid goes a way that the
-                solver cannot, or it draws noise and is given none.
+                solver cannot, it draws noise and is given none, or the denoiser is masked and it knows of no masks.
         """
         check_denoiser(denoiser)
         grid.check_sde(denoiser.sde)
+        if mask_name(denoiser) is not None:
+            if not self.masks and type(self).loop is not Solver.loop:
+                raise ArgumentError(
+                    f"{self!r} does not know of masks, and would count the entries that fill up among an item's own: "
+                    "take a solver with a table, UniPC() or DDPM() say, or items of one size without Masked"
+                )
+            denoiser = sealed(denoiser)
+            own = denoiser.own(x.shape, cond or {})
+            x, noise = own.only(x), None if noise is None else masked_noise(noise, own)
         if not self.has_table:  # of a table `Tableau` says all this
             if grid.increasing and not self.goes_up:
                 check_decreasing(grid, self)

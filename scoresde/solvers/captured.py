@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class Captured(SameTable):
     >>> torch.equal(plain, captured)
     True
     """
+
+    masks: ClassVar[bool] = True
 
     solver: Solver
     _kept: OrderedDict[Hashable, _Recorded] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,6 +158,8 @@ class Restart(_Composite):
             of solver; by `tableau`, if u_max lies above the SDE's t_max; by `iterate`, before any evaluation, if the
             grid does not meet an interval.
     """
+
+    masks: ClassVar[bool] = True
 
     intervals: Sequence[tuple[int, int, float, float]] | None = None
     solver: SingleStep = Heun()  # noqa: RUF009 (frozen)

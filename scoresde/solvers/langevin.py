@@ -18,6 +18,7 @@ from torch import Tensor
 from scoresde.checks import check_count
 from scoresde.denoiser import Denoiser, check_call
 from scoresde.errors import NonFiniteError, narrowed, not_finite
+from scoresde.masked import masked_noise, own_of
 from scoresde.noise import Noise, noise_source
 from scoresde.tensors import check_batch, precise, widen
 
@@ -65,7 +66,9 @@ def langevin(
     True
     """
     check_batch(x, "x")
-    check_call(denoiser, x, cond)
+    denoiser, own = own_of(denoiser, x.shape, cond)
+    x = own.only(x)
+    check_call(denoiser, x, cond, masks=True)
     check_count(steps=steps)
     if not 0 < step_size < math.inf:
         raise ValueError(f"step_size={step_size}: expected a finite number > 0")
@@ -75,7 +78,7 @@ def langevin(
     if not 0 < t <= denoiser.sde.t_limit:
         raise ValueError(f"t={t}: expected a time in (0, {denoiser.sde.t_limit}] of {denoiser.sde!r}")
     denoiser.check_times(precise(t).reshape(1))
-    source = noise_source(x.device, x, seed, generator, noise)
+    source = masked_noise(noise_source(x.device, x, seed, generator, noise), own)
     state, states = widen(x), [x]
     with torch.no_grad():
         told = denoiser.prepared(cond)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +93,8 @@ class Parallel(SameTable):
     solver: Solver
     window: int | None = None
     tol: float = 1e-3
+
+    masks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver) or isinstance(self.solver, Parallel) or not self.solver.has_table:
@@ -193,6 +195,7 @@ class _Run:
         self.times = pad(table.t, (0, 3 * self.W))
         self.L = 2 * self.W + self.wait + self.of.past.shape[1] + 2
         self.X, self.N, self.F = x.new_zeros(3, self.L, B, x[0].numel())
+        self.own = denoiser.own(x.shape, cond)
         self.U, self.V = x.new_zeros(2, UPDATES, *self.X.shape)
         self.Z = torch.zeros_like(self.X) if any(row.c for row in table.rows) else None
         self.X[0] = x.reshape(B, -1)
@@ -268,6 +271,7 @@ class _Run:
         of, W, device = self.of, self.W, self.like.device
         b, front, slot = (column.to(device) for column in (which, self.front[which], self._slot(which)))
         x = begin = self.X[front % self.L, b]
+        own = self.own.take(b)
         D = torch.zeros_like(x)
         stands = torch.ones(len(b), dtype=torch.bool, device=device)
         lost = ~x.isfinite().all(1)  # whatever follows is as well
@@ -278,14 +282,14 @@ class _Run:
             at, on = row % self.L, of.on[row]
             if j < width:
                 d = x - self.X[at, b]
-                size, scale = (y.square().mean(1).sqrt() for y in (d, x))
+                size, scale = (own.mean(y.square()).sqrt() for y in (d, x))
                 stands &= ~on | lost | (size <= SHARE * self.tol * torch.maximum(scale, of.least[row, 0]))
                 stood += stands
                 N = self.N[at, b] + of.kappa[row] * d
                 for u, v in zip(self.U, self.V, strict=True):
-                    N = N + u[at, b] * (v[at, b] * d).sum(1, keepdim=True)
+                    N = N + u[at, b] * own.sum(v[at, b] * d)[:, None]
                 if len(self.V):
-                    self.V[slot, at, b] = (d / d.square().sum(1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)
+                    self.V[slot, at, b] = (d / own.sum(d.square())[:, None]).nan_to_num(0.0, 0.0, 0.0)
             else:
                 stands = torch.zeros_like(stands)
                 N = (D - of.r[row] * x) / of.s[row]

@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -70,6 +70,8 @@ class PredictorCorrector(Solver):
     >>> sample(denoiser, (4, 3, 8, 8), PredictorCorrector(), steps=10, seed=0).nfe
     19
     """
+
+    masks: ClassVar[bool] = True
 
     predictor: SingleStep = ReverseDiffusion()  # noqa: RUF009 (frozen)
     corrector: Literal["langevin", "langevin batch", "ald"] | None = "langevin"
@@ -163,10 +165,11 @@ class PredictorCorrector(Solver):
 
     def _correct(self, denoiser: Denoiser, x: Tensor, t: float, a: float, z: Tensor, cond: dict[str, Any]) -> Tensor:
         score = denoiser.score(x, t, **cond)
-        z_norm, score_norm = (v.reshape(len(v), -1).norm(dim=1) for v in (z, score))
+        own = denoiser.own(x.shape, cond)
+        z_norm, score_norm = own.norm(z), own.norm(score)
         if self.corrector == "langevin batch":
             z_norm, score_norm = z_norm.mean(0), score_norm.mean(0)
-        typical = math.sqrt(x[0].numel()) / float(denoiser.sde.sigma(t))
+        typical = own.root / float(denoiser.sde.sigma(t))
         score_norm = torch.where(score_norm == 0, typical, score_norm)
         step = expand_like(2 * a * (self.snr * z_norm / score_norm) ** 2, x)
         return x + step * score + (2 * step).sqrt() * z

@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from scoresde.brownian import BrownianPath
-from scoresde.checks import check_count, check_option, check_positive
+from scoresde.checks import ArgumentError, check_count, check_option, check_positive
 from scoresde.denoiser import Denoiser
 from scoresde.grid import Grid
 from scoresde.noise import NoiseSource
@@ -69,6 +69,8 @@ class ReverseSDE(Budgeted):
     58
     """
 
+    masks: ClassVar[bool] = True
+
     method: Literal["euler", "milstein", "srk"] = "euler"
     adaptive_steps: bool = False
     rtol: float = 1e-2
@@ -101,11 +103,17 @@ class ReverseSDE(Budgeted):
         from scoresde.solvers.torchsde_legs import Legs  # torchsde takes a while to import
 
         assert noise is not None
+        own = denoiser.own(x.shape, cond)
+        if own.mask is not None and self.adaptive_steps:
+            raise ArgumentError(
+                f"{self!r} with masks: torchsde's error is a mean over the batch, with the entries that fill up; take "
+                "adaptive_steps=False, or AdaptiveSDE()"
+            )
         parts = legs(grid, free=self.adaptive_steps)
         denoiser.check_times(torch.tensor([leg.t for leg in parts], dtype=torch.float64, device="cpu"))
         budget = self.max_nfe if self.adaptive_steps else math.inf
         motion = Motion(denoiser, cond, x.dtype, grid.times, 1.0, budget)
-        path = BrownianPath(noise.entropies(len(x)), (x[0].numel(),), area=True)
+        path = BrownianPath(noise.entropies(len(x)), x.shape[1:], area=True, own=own)
         run = Legs(motion, path, self.method, self.first_step if self.adaptive_steps else None, self.rtol, self.atol)
         return motion.follow(
             x, parts, lambda x, leg: motion.jump(x, leg, DDPM(), noise) if leg.jump else run.follow(x, leg)

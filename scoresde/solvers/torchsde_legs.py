@@ -28,7 +28,7 @@ class Legs(torchsde.BaseBrownian):
 
     Args:
         motion: what follows, tau = 1.
-        path: of the samples, flattened, with its area.
+        path: of the samples, with its area.
         method: "euler", "milstein" or "srk".
         dt: the first step of adaptive ones; None for one step a leg.
         rtol, atol: of adaptive steps, each sample held to them.
@@ -46,7 +46,7 @@ class Legs(torchsde.BaseBrownian):
     ) -> None:
         self.motion, self.path, self.method = motion, path, method
         self.dt, self.rtol, self.atol = dt, rtol, atol
-        self.shape = path.shape
+        self.shape = (path.shape[0], math.prod(path.shape[1:]))
         self._queries, self._at_accepted = 0, False
         self._at_the_floor, self._warned = False, False
         # torchsde evaluates one point several times: to see f's shape, in every later stage, after a rejected step.
@@ -119,7 +119,7 @@ class Legs(torchsde.BaseBrownian):
         self._at_the_floor |= self._at_accepted and math.isclose(float(tb - ta), _SHORTEST, rel_tol=1e-6)
         scale = math.log(self.motion.sde.data_scale)  # in whatever unit the data are, the path is the same
         W, U = (
-            None if part is None else part.to(dtype=self.dtype, device=self.device)
+            None if part is None else part.flatten(1).to(dtype=self.dtype, device=self.device)
             for part in self.path.between(self._half_log_snr(ta) + scale, self._half_log_snr(tb) + scale)
         )
         return (W, U) if return_U else W

@@ -9,7 +9,7 @@ from scoresde.training.autoencoders import AutoencoderConfig, export_codec, load
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource
 from scoresde.training.latents import LatentData
-from scoresde.training.loss import Part, dsm_loss, two_term_loss
+from scoresde.training.loss import Part, dsm_loss, masked_loss, two_term_loss
 from scoresde.training.model import ModelConfig, load, load_ema
 from scoresde.training.parallel import start
 from scoresde.training.snapshots import averaged
@@ -20,5 +20,5 @@ from scoresde.training.weights import *
 __all__ = ["CheckpointError", "DataSource", "ModelConfig", "NonFiniteLossError", "Part", "TrainConfig", "Trainer"]
 __all__ += ["AutoencoderConfig", "AutoencoderLoss", "AutoencoderTrainer", "LatentData", "autoencoders", "export_codec"]
 __all__ += ["latents", "load_autoencoder", "load_codec", "load_latent", "perceptual"]
-__all__ += ["averaged", "dsm_loss", "load", "load_ema", "start", "two_term_loss"]
+__all__ += ["averaged", "dsm_loss", "load", "load_ema", "masked_loss", "start", "two_term_loss"]
 __all__ += weights.__all__

@@ -19,15 +19,18 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_nonnegative
+from scoresde.counter import normal
 from scoresde.data.conditions import nothing
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.entries import check_cond
+from scoresde.masked import Masked, own_of
+from scoresde.masks import Own, mask_name
 from scoresde.sde import SDE
 from scoresde.tensors import as_time, check_batch, drawn_from, expand_like, known_any, shown
 from scoresde.training.weights import OnX0, TimeSampler, UniformTimes, Weighting, simple
 from scoresde.views import check_time, combine, first_where
 
-__all__ = ["Draws", "NoisyBatch", "Part", "dsm_loss", "error_of", "noisy_batch", "two_term_loss"]
+__all__ = ["Draws", "NoisyBatch", "Part", "dsm_loss", "error_of", "masked_loss", "noisy_batch", "two_term_loss"]
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,11 @@ def dsm_loss(
         noise: instead of drawing, eps, shape of x0.
         generator: where t and noise are drawn from, on its own device; freshly seeded if not given. A `Part` where x0
             is part of a batch.
-        cond: keyword arguments for the network.
-        reduction: "mean" over the batch, or "none" for shape (B,).
+        cond: keyword arguments for the network; of a `scoresde.Masked` denoiser the mask among them. An item's loss
+            then is the mean over its own entries, whatever the batch is filled up with and however far, to the last bit
+            where the network is so; its noise too is of its own entries alone.
+        reduction: "mean" over the batch, in which every item counts once, or "none" for shape (B,). (For every entry of
+            masked items to count once take "none", and the mean with weights of as many entries as each has.)
 
     Returns:
         The loss, at least float32: a scalar, or (B,).
@@ -105,16 +111,18 @@ def dsm_loss(
     check_denoiser(denoiser)
     sde = denoiser.sde
     check_batch(x0, "x0")
+    denoiser, own = own_of(denoiser, x0.shape, cond)
+    x0 = own.only(x0)
     if t is not None and times is not None:
         raise ValueError("give t= or times=, not both")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'none'")
     check_cond(cond, len(x0))
-    t, ratio, noise, x_t, _ = noisy_batch(sde, x0, times, t, noise, generator)
+    t, ratio, noise, x_t, _ = noisy_batch(sde, x0, times, t, noise, generator, own)
     denoiser.check_times(t)
     scale = ratio * _weight(weighting, denoiser, t)
     error = error_of(denoiser, denoiser.output(x_t, t.to(x0.device), **(cond or {})), t, x0, noise)
-    loss = expand_like(scale, error).reshape(-1) * error.reshape(len(x0), -1).square().mean(1)
+    loss = expand_like(scale, error).reshape(-1) * own.mean(error.square())
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -148,13 +156,31 @@ def two_term_loss(
         ValueError: if there is no condition, the weight is negative or not finite, or a label is without num_classes;
             as `dsm_loss`.
     """
-    if not cond:
+    if not cond or not cond.keys() - {mask_name(denoiser)}:
         raise ValueError("two_term_loss: there is no condition to leave out")
     check_nonnegative(unconditional=unconditional)
     part = Part.of(generator, len(x0), x0.device)
     again = replace(part, generator=part.generator.clone_state())
     told = dsm_loss(denoiser, x0, cond=cond, generator=part, **options)
-    return told + unconditional * dsm_loss(denoiser, x0, cond=nothing(cond, num_classes), generator=again, **options)
+    untold = nothing(cond, num_classes) | {name: cond[name] for name in cond if name == mask_name(denoiser)}
+    return told + unconditional * dsm_loss(denoiser, x0, cond=untold, generator=again, **options)
+
+
+def masked_loss(loss: Callable[..., Tensor] = dsm_loss, name: str = "mask", **options: Any) -> Callable[..., Tensor]:
+    """A loss on items of various sizes, for `Trainer(denoiser, data, config, cond={"mask": mask}, loss=masked_loss())`:
+    that of `scoresde.Masked(denoiser, name)`. To sample from what is trained, wrap it so too.
+
+    Args:
+        loss: `dsm_loss`, or `two_term_loss` with its options.
+        name: of the condition that is the mask.
+        options: of the loss: weighting=, times=, ...
+    """
+
+    def train(denoiser: Denoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
+        return loss(Masked(denoiser, name), x0, generator=draws, cond=cond, **options)
+
+    train.__name__ = f"masked {loss.__name__}"
+    return train
 
 
 def _weight(weighting: Weighting, denoiser: Denoiser, t: Tensor) -> Tensor:
@@ -198,10 +224,13 @@ def noisy_batch(
     t: Tensor | None,
     noise: Tensor | None,
     generator: Draws | None,
+    own: Own | None = None,
 ) -> NoisyBatch:
     """What the losses see of a batch: t and noise as given, or drawn, times before noise. Arguments and errors as for
-    `dsm_loss`.
+    `dsm_loss`. With a mask a seed is drawn for each item, and its noise counted from there: as the item's place in the
+    whole batch says, not how far that is filled up.
     """
+    own = own or Own(x0.shape)
     part = Part.of(generator, len(x0), x0.device)
     source, sampler = part.generator, times or UniformTimes()
     if t is None:
@@ -214,6 +243,13 @@ def noisy_batch(
         if known_any(t == 0):
             raise ValueError("t = 0: the data itself holds no noise to be learned, so its loss is undefined")
         ratio = torch.ones_like(t)
+    if own.mask is not None:
+        if noise is None:
+            key = part.draw(
+                (len(x0),), lambda shape: torch.randint(2**62, shape, generator=source, device=source.device)
+            ).to(x0.device)
+            noise = own.placed(normal(key, 0, 0, x0[0].numel(), x0.dtype))
+        noise = own.only(noise)
     if noise is None:
         noise = part.draw(
             x0.shape, lambda shape: torch.randn(shape, generator=source, dtype=x0.dtype, device=source.device)

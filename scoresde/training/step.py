@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scoresde.denoiser import NetworkDenoiser, check_denoiser
+from scoresde.denoiser import Denoiser, NetworkDenoiser, check_denoiser
+from scoresde.masks import mask_name
 from scoresde.training import parallel
 from scoresde.training.loss import Draws
 
@@ -44,7 +45,14 @@ def check_trainable(denoiser: object) -> None:
     """
     check_denoiser(denoiser, "Trainer")
     if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.net, nn.Module):
-        raise ValueError(f"a Trainer needs an adapter around an nn.Module, EpsDenoiser(net, sde) say, not {denoiser!r}")
+        hint = (
+            "; for masks give that in it, with loss=masked_loss()"
+            if isinstance(denoiser, Denoiser) and mask_name(denoiser)
+            else ""
+        )
+        raise ValueError(
+            f"a Trainer needs an adapter around an nn.Module, EpsDenoiser(net, sde) say, not {denoiser!r}{hint}"
+        )
     if not any(parameter.requires_grad for parameter in denoiser.net.parameters()):
         raise ValueError(
             f"no parameter of {type(denoiser.net).__name__} takes a gradient: it is frozen, as scoresde.load makes it. "

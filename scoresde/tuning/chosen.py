@@ -15,6 +15,7 @@ from scoresde.checks import ArgumentError, check_count, check_whole
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.entries import entries_of
 from scoresde.grid import Grid, standard_time
+from scoresde.masks import refuse_masks
 from scoresde.noise import derive_seed, noise_source
 from scoresde.run import check_solver, initial, process
 from scoresde.run import choose as steps_of
@@ -140,6 +141,7 @@ def choose(
     (True, 6)
     """
     check_denoiser(denoiser)
+    refuse_masks(denoiser, "tuning")
     check_count(nfe=nfe)
     check_whole(seed=seed)
     if not 0 <= end < denoiser.sde.t_max:

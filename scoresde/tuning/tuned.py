@@ -14,6 +14,7 @@ from scoresde.checks import ArgumentError, check_count, check_positive, check_wh
 from scoresde.continuity import label_in_steps
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
+from scoresde.masks import refuse_masks
 from scoresde.run import check_solver
 from scoresde.solvers.base import Solver
 from scoresde.tuning.chosen import SOLVERS, SPACINGS, Trial, Try, apart, capped, common_cap, finalists, ratio
@@ -100,6 +101,7 @@ def tune(
     (True, 4)
     """
     check_denoiser(denoiser)
+    refuse_masks(denoiser, "tuning")
     check_count(nfe=nfe, starts=starts, rounds=rounds, batch_size=batch_size)
     check_whole(seed=seed)
     check_positive(minutes=minutes)

@@ -42,6 +42,8 @@ class AnalyticDenoiser(SameMean):
     torch.Size([1, 1])
     """
 
+    masks = True
+
     def __init__(
         self,
         denoiser: Denoiser,

@@ -26,6 +26,7 @@ from scoresde.denoiser import Denoiser, NetworkDenoiser, check_denoiser
 from scoresde.entries import check_cond
 from scoresde.grid import Grid
 from scoresde.likelihood.decoder import Decoder, log_probability
+from scoresde.masks import refuse_masks
 from scoresde.sde import SDE
 from scoresde.tensors import check_batch, expand_like
 from scoresde.training.loss import Draws, NoisyBatch, error_of, noisy_batch
@@ -177,6 +178,7 @@ class Regression:
     ) -> Regression:  # fmt: skip
         """Before x0 at times that are drawn or given, t on its device. Arguments and errors: `sn_loss`."""
         check_batch(x0, "x0")
+        refuse_masks(pair.denoiser, "a loss of heads")
         check_option(("mean", "none"), reduction=reduction)
         if t is not None and times is not None:
             raise ValueError("give t= or times=, not both")

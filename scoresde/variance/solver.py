@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class OptimalVariance(Around):
     std 0.15
     std 0.50
     """
+
+    masks: ClassVar[bool] = True
 
     solver: Solver
     last: float | None = field(default=None, kw_only=True)
