@@ -22,7 +22,7 @@ from scoresde.tensors import Time
 from scoresde.views import Affine
 from scoresde.wrappers import Wrapper
 
-__all__ = ["Masked", "MaskedNoise", "masked_noise", "own_of", "sealed"]
+__all__ = ["Masked", "MaskedNoise", "begun", "masked_noise", "own_of", "sealed"]
 
 
 class Masked(Wrapper):
@@ -147,6 +147,17 @@ def own_of(denoiser: Denoiser, shape: Sequence[int], cond: Mapping[str, Any] | N
     own = denoiser.own(shape, cond or {})
     own.check()
     return denoiser, own
+
+
+def begun(
+    denoiser: Denoiser, x: Tensor, noise: Noise | None, cond: Mapping[str, Any] | None
+) -> tuple[Denoiser, Tensor, Noise | None]:
+    """What a run begins with: where the denoiser is masked, `sealed`, and x and noise of own entries alone."""
+    if mask_name(denoiser) is None:
+        return denoiser, x, noise
+    denoiser = sealed(denoiser)
+    own = denoiser.own(x.shape, cond or {})
+    return denoiser, own.only(x), None if noise is None else masked_noise(noise, own)
 
 
 def masked_noise(noise: Noise, own: Own) -> NoiseSource:

@@ -88,6 +88,9 @@ class Own:
         assert self.mask is not None
         return self.mask.flatten(1).cumsum(1).sub(1).clamp(min=0)
 
+    def __repr__(self) -> str:
+        return f"Own({self.shape}{'' if self.mask is None else ', a mask'})"
+
     def check(self) -> None:
         """Raises ValueError if an item has no entry, where looking does not stall a device."""
         if self.mask is not None and known_any(empty := self.dims == 0):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
+from scoresde.masked import begun
 from scoresde.pictures import html_table
 from scoresde.tensors import shown
 from scoresde.views import view_of_mean
@@ -202,6 +203,7 @@ class Tableau:
         """
         check_denoiser(denoiser)
         self.grid.check_sde(denoiser.sde)
+        denoiser, x, noise = begun(denoiser, x, noise, cond)
         return self.ready(denoiser, x.dtype).run(denoiser, x, noise, dict(cond or {}))
 
     def ready(self, denoiser: Denoiser, dtype: torch.dtype) -> Ready:

@@ -16,7 +16,7 @@ from torch import Tensor
 from scoresde.checks import ArgumentError, check_count
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.grid import Grid
-from scoresde.masked import masked_noise, sealed
+from scoresde.masked import begun
 from scoresde.masks import mask_name
 from scoresde.noise import Noise, NoiseSource, as_source
 from scoresde.sde import SDE
@@ -133,15 +133,12 @@ class Solver:
         """
         check_denoiser(denoiser)
         grid.check_sde(denoiser.sde)
-        if mask_name(denoiser) is not None:
-            if not self.masks and type(self).loop is not Solver.loop:
-                raise ArgumentError(
-                    f"{self!r} does not know of masks, and would count the entries that fill up among an item's own: "
-                    "take a solver with a table, UniPC() or DDPM() say, or items of one size without Masked"
-                )
-            denoiser = sealed(denoiser)
-            own = denoiser.own(x.shape, cond or {})
-            x, noise = own.only(x), None if noise is None else masked_noise(noise, own)
+        if not self.masks and type(self).loop is not Solver.loop and mask_name(denoiser) is not None:
+            raise ArgumentError(
+                f"{self!r} does not know of masks, and would count the entries that fill up among an item's own: take "
+                "a solver with a table, UniPC() or DDPM() say, or items of one size without Masked"
+            )
+        denoiser, x, noise = begun(denoiser, x, noise, cond)
         if not self.has_table:  # of a table `Tableau` says all this
             if grid.increasing and not self.goes_up:
                 check_decreasing(grid, self)
