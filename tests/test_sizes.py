@@ -31,6 +31,7 @@ from scoresde.compiled import SamplerModule
 from scoresde.editing import interpolation
 from scoresde.guidance import ClassifierFree, Energy, PiGDM
 from scoresde.masks import Own
+from scoresde.metrics import SetFeatures, energy_distance
 from scoresde.nn import SetTransformer
 from scoresde.noise import CounterNoise
 from scoresde.solvers import (
@@ -480,3 +481,18 @@ def test_a_trainer_of_sets() -> None:
     assert all(map(torch.equal, *losses))
     with pytest.raises(ValueError, match="for masks give that in it, with loss=masked_loss"):
         Trainer(Masked(model), data, config, cond={"mask": mask})
+
+
+def test_sets_are_compared_by_features_of_their_points() -> None:
+    """Not by what fills up their batch, nor their order; by their number too."""
+    space = SetFeatures(2, width=32, features=16)
+    found = space(filled(3), mask_of(3))
+    torch.testing.assert_close(space(filled(6, fill=5.0).flip(1), mask_of(6).flip(1)), found)
+    torch.testing.assert_close(space(POINTS[:1]), found[:1])
+    draws, counts = normal(600, 4, 2), torch.randint(1, 5, (600,), generator=generator())
+    mask = (torch.arange(4) < counts[:, None])[..., None]
+    first, second = (space(draws[half], mask[half]) for half in (slice(300), slice(300, 600)))
+    more = space(draws[:300])
+    assert energy_distance(first, second) < 0.5 * energy_distance(first, more)
+    with pytest.raises(ValueError, match=r"expected sets of points \(B, N, 2\)"):
+        space(POINTS[0])

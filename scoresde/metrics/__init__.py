@@ -17,7 +17,7 @@ from scoresde.metrics import entropy, frechet, kernel, neighbours, transport
 from scoresde.metrics.classifier import Classifier, classifier_features, load_classifier
 from scoresde.metrics.entropy import *
 from scoresde.metrics.evaluate import METRICS, Evaluation, Score, evaluate
-from scoresde.metrics.features import PCA, Features, NetworkFeatures, Pixels, RandomFeatures, inception
+from scoresde.metrics.features import PCA, Features, NetworkFeatures, Pixels, RandomFeatures, SetFeatures, inception
 from scoresde.metrics.frechet import *
 from scoresde.metrics.kernel import *
 from scoresde.metrics.neighbours import *
@@ -35,6 +35,7 @@ __all__ = [
     "Pixels",
     "RandomFeatures",
     "Score",
+    "SetFeatures",
     "check_space",
     "classifier_features",
     "embedded",

@@ -4,6 +4,7 @@ the CPU by default, and each says in its repr what it is.
     Pixels            the flattened event as it is
     PCA               its principal components, fitted on data
     RandomFeatures    two random layers, never trained: favour neither data nor model
+    SetFeatures       of sets of points of various sizes, with their mask: random layers of a mean over points
     NetworkFeatures   what a network makes of it: `classifier_features`, `inception`, or your own
 """
 
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.checks import check_count
+from scoresde.masks import Own
 from scoresde.metrics.frechet import Statistics
 from scoresde.tensors import check_batch
 
-__all__ = ["PCA", "NetworkFeatures", "Pixels", "RandomFeatures", "inception"]
+__all__ = ["PCA", "NetworkFeatures", "Pixels", "RandomFeatures", "SetFeatures", "inception"]
 
 Features = Callable[[Tensor], Tensor]
 """A function of a batch (B, *event) to features (B, d)."""
@@ -78,6 +80,58 @@ class RandomFeatures:
     def __repr__(self) -> str:
         width, features = (weight.shape[1] for weight in self.weights)
         return f"RandomFeatures({self.event_shape}, width={width}, features={features}, seed={self.seed})"
+
+
+class SetFeatures:
+    """A fixed, never trained feature space of sets of points, of any number each: with n the number of a set's points,
+
+        relu([m, log n, 1] W_2),    m = mean over the set's points of relu([x_j, 1] W_1)
+
+    the weights N(0, 2 / inputs) from a seed. The points that fill up a batch are left out of the mean; the order of the
+    others says nothing. For the distances of this package: `energy_distance(f(x, mask), f(y, other_mask))`.
+
+    Args:
+        channels: numbers of a point.
+        width: units of the first layer.
+        features: units of the second, the dimension d of the space.
+        seed: of the weights.
+
+    >>> x = torch.tensor([[[1.0], [2.0], [9.0]], [[2.0], [1.0], [0.0]]])
+    >>> a, b = SetFeatures(1)(x, torch.tensor([True, True, False])[None, :, None])
+    >>> torch.allclose(a, b)
+    True
+    """
+
+    def __init__(self, channels: int, width: int = 256, features: int = 64, seed: int = 0) -> None:
+        check_count(channels=channels, width=width, features=features)
+        generator = torch.Generator().manual_seed(seed)
+        self.channels, self.seed = channels, seed
+        self.weights = [
+            torch.randn(a, b, generator=generator, dtype=torch.float64) * math.sqrt(2 / a)
+            for a, b in ((channels + 1, width), (width + 2, features))
+        ]
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, channels) and mask, bool, (B, N, 1) or that of one for all, to float64 features (B, d), on the CPU.
+
+        Raises:
+            ValueError: if either has another shape, or a set has no point.
+        """
+        check_batch(x, "x")
+        if x.ndim != 3 or x.shape[2] != self.channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected sets of points (B, N, {self.channels})")
+        mask = torch.ones(1, x.shape[1], 1, dtype=torch.bool) if mask is None else mask.cpu()
+        own = Own((*x.shape[:2], 1), mask)
+        own.check()
+        points = own.only(x.detach().to("cpu", torch.float64))
+        one = torch.ones_like(points[..., :1])
+        h = (torch.cat([points, one], 2) @ self.weights[0]).relu()
+        mean = own.total(own.rows(h.movedim(2, 0)[..., None])).T / own.dims[:, None]
+        return (torch.cat([mean, own.dims.log()[:, None], one[:, 0]], 1) @ self.weights[1]).relu()
+
+    def __repr__(self) -> str:
+        width, features = (weight.shape[1] for weight in self.weights)
+        return f"SetFeatures({self.channels}, width={width}, features={features}, seed={self.seed})"
 
 
 class PCA:
