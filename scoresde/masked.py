@@ -169,7 +169,8 @@ def masked_noise(noise: Noise, own: Own) -> NoiseSource:
 class MaskedNoise(NoiseSource):
     """Another source's numbers for the own entries of each item, in their order, and zeros elsewhere: with seeds those
     that the item has alone; with one generator for the batch those of its own entries one item after the other. A
-    function's own are as it makes them.
+    function's own are as it makes them. With seeds it draws item by item, which is slow for many small ones:
+    `CounterNoise` and a generator draw for the batch.
 
     Args:
         source: the other.
