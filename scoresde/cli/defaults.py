@@ -67,7 +67,7 @@ def completed(
         if small and "preset" not in model and (patch := _patch(shape[1:])) > 1:
             options.setdefault("patch", patch)
         model.setdefault("preset", _preset(max(shape[1:], default=0), small))
-    _read(found, data, small)
+    _read(found, data.told if isinstance(data, LatentData) else data, small)
     for key, value in {**_about(network, shape, data), **_sizes(model)}.items():
         if options.setdefault(key, value) != value:
             raise ValueError(f"model.options.{key} = {options[key]!r}, but the data's is {value!r}: leave it out")

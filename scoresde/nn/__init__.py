@@ -23,5 +23,5 @@ from scoresde.nn.unet import UNet
 
 __all__ = ["MLP", "Autoencoder", "ByteTokens", "Codebook", "DiT", "Encoding", "ImageEncoder", "KLAutoencoder"]
 __all__ += ["MagnitudeUNet", "NoisyClassifier", "PatchDiscriminator", "PretrainedText", "PretrainedTokens"]
-__all__ += ["Reconstruction", "SetTransformer", "SongUNet", "TextEncoder", "TimeEmbedding", "Tokenizer", "UNet", "VQAutoencoder"]
-__all__ += ["WordTokens", "padded", "tokenizer_of"]
+__all__ += ["Reconstruction", "SetTransformer", "SongUNet", "TextEncoder", "TimeEmbedding", "Tokenizer", "UNet"]
+__all__ += ["VQAutoencoder", "WordTokens", "padded", "tokenizer_of"]

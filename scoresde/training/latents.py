@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from scoresde.checks import ArgumentError, check_count
 from scoresde.codecs import Codec, Encoded
-from scoresde.data import Batch, Given, GivenContext, Shown, TrainingData
+from scoresde.data import Batch, Captions, Given, GivenContext, Raw, Shown, TrainingData
 from scoresde.data.shown import flips, mirrored
 from scoresde.errors import CheckpointError, NonFiniteError, not_finite, some
 from scoresde.files import sealed, sync, unsealed, write_whole, writing
@@ -91,10 +91,10 @@ class LatentData:
         """
         data = TrainingData(data) if isinstance(data, Tensor) else data
         for condition in data.conditions:
-            if condition.key == "image" or not isinstance(condition, Given | GivenContext):
+            if condition.key == "image" or not isinstance(condition, Given | GivenContext | Raw | Captions):
                 raise ArgumentError(
                     f"{condition!r} is made of the item, and of its size: of latents a network can be told classes, "
-                    "and vectors and contexts that were given"
+                    "texts, and vectors and contexts that were given"
                 )
         check_count(batch_size=batch_size)
         folder = Path(folder)
