@@ -8,7 +8,6 @@ A wrapper (`scoresde.wrappers`; clipping, thresholding, guidance, ...) takes a d
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ from scoresde.codecs import Codec
 from scoresde.entries import check_cond
 from scoresde.errors import given_to, items_of, not_finite, some
 from scoresde.masks import Own, refuse_masks
-from scoresde.networks import Encodes, Holder, first_parameter, networks
+from scoresde.networks import Encodes, Holder, first_parameter, warn_of_training_mode
 from scoresde.sde import SDE
 from scoresde.tensors import Time, as_time, check_batch, dtype_of_label, expand_like, known_any, precise, told, widen
 from scoresde.views import Affine, check_time, combine, first_where, mean_of_view, tells_nothing, view_of_mean
@@ -417,12 +416,4 @@ def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None, ma
         if bad := not_finite(x):
             raise ValueError(f"what is given is not finite in samples {some(bad)}: no evaluation is made")
     check_cond(cond, len(x))
-    _warn_of_training_mode(denoiser)
-
-
-def _warn_of_training_mode(denoiser: Denoiser) -> None:
-    """Dropout draws from the global generator, and batch norm mixes the samples: seeds would mean nothing."""
-    kinds = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
-    layers = [layer for net in networks(denoiser) for layer in net.modules()]
-    if any(layer.training and isinstance(layer, kinds) and getattr(layer, "p", 1.0) > 0 for layer in layers):
-        warnings.warn("the network has dropout or batch norm in training mode: call net.eval() first", stacklevel=4)
+    warn_of_training_mode(denoiser, stacklevel=4)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_count, check_range
 
-__all__ = ["check_levels", "outer_edges", "rounding_std", "scaled", "signed", "to_levels"]
+__all__ = ["check_levels", "outer_edges", "rounded", "rounding_std", "scaled", "signed", "to_levels"]
 
 
 def scaled(k: Tensor, levels: int = 256) -> Tensor:
@@ -97,3 +97,8 @@ def rounding_std(x: Tensor, levels: int = 256) -> float:
     width = 2 / max(levels - 1, 1)
     k = (x.double() + 1) / width
     return width / math.sqrt(12) if bool(((k - k.round()).abs() < 1e-3).all()) else 0.0
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Images as they are once they have been files: of 256 levels, in [-1, 1]."""
+    return scaled(to_levels(x), 256)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Encodes", "Holder", "contents", "first_parameter", "networks"]
+__all__ = ["Encodes", "Holder", "contents", "first_parameter", "networks", "warn_of_training_mode"]
 
 
 class Holder:
@@ -45,3 +46,12 @@ def first_parameter(net: object) -> Tensor | None:
     """A network's first floating-point parameter: its dtype and device, as they are now. None where it has none."""
     parameters = net.parameters() if isinstance(net, torch.nn.Module) else iter(())
     return next((p for p in parameters if p.is_floating_point()), None)
+
+
+def warn_of_training_mode(holder: Holder, stacklevel: int) -> None:
+    """Dropout draws from the global generator, and batch norm mixes the samples: seeds would mean nothing."""
+    kinds = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
+    layers = [layer for net in networks(holder) for layer in net.modules()]
+    if any(layer.training and isinstance(layer, kinds) and getattr(layer, "p", 1.0) > 0 for layer in layers):
+        message = "the network has dropout or batch norm in training mode: call net.eval() first"
+        warnings.warn(message, stacklevel=stacklevel)

@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 from scoresde.checks import check_count
 from scoresde.cli.chosen import CHOSEN, read
 from scoresde.cli.common import SessionOptions, check_folder, going_on, record
-from scoresde.cli.drawing import GRIDS, DrawOptions, Recipe, StepOptions, draw_all, recipe, rounded
+from scoresde.cli.drawing import GRIDS, DrawOptions, Recipe, StepOptions, draw_all, recipe
 from scoresde.cli.measuring import Measure, MeasureOptions, check_measurable, measures
 from scoresde.cli.models import Model, ModelOptions, digest, sha
 from scoresde.cli.options import Options, option, part
 from scoresde.files import write_whole
+from scoresde.levels import rounded
 from scoresde.metrics import METRICS, Embedded, embedded, evaluate
 from scoresde.metrics.spaces import title
 from scoresde.report import Cells, log_ticks, table, write_json

@@ -17,14 +17,13 @@ from scoresde.cli.chosen import CHOSEN, fitting, read, taken
 from scoresde.cli.models import Model
 from scoresde.cli.options import Options, option
 from scoresde.cli.texts import Texts, null_of_run
-from scoresde.data import TrainingData, scaled
+from scoresde.data import TrainingData
 from scoresde.denoiser import Denoiser
 from scoresde.errors import NonFiniteError
 from scoresde.grid import SPACINGS
 from scoresde.guidance.classifier_free import ClassifierFree
 from scoresde.guidance.rules import RULES
 from scoresde.guidance.trained import TrainedClassifier
-from scoresde.levels import to_levels
 from scoresde.noise import derive_seed
 from scoresde.sampling import sample
 from scoresde.solvers import Solver
@@ -48,7 +47,6 @@ __all__ = [
     "draw_all",
     "gathered",
     "recipe",
-    "rounded",
     "share",
 ]
 
@@ -415,8 +413,3 @@ def gathered(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor | None:
     if whole is None:
         return None
     return torch.cat(whole) if len(whole) > 1 else whole[0]
-
-
-def rounded(x: Tensor) -> Tensor:
-    """Images as they are once they have been files: of 256 levels, in [-1, 1]."""
-    return scaled(to_levels(x), 256)

@@ -11,12 +11,13 @@ from torch import Tensor
 from scoresde.checks import check_count
 from scoresde.cli.common import SessionOptions, check_file, record
 from scoresde.cli.config import DataConfig
-from scoresde.cli.drawing import SamplesOptions, draw_all, recipe, rounded
+from scoresde.cli.drawing import SamplesOptions, draw_all, recipe
 from scoresde.cli.measuring import MeasureOptions, check_measurable, measures, reference_of
 from scoresde.cli.models import ModelOptions, is_run
 from scoresde.cli.options import Options, option, part
 from scoresde.data import BUILT_IN
 from scoresde.interop.source import source_of
+from scoresde.levels import rounded
 from scoresde.metrics import evaluate
 from scoresde.report import write_json
 from scoresde.training import parallel

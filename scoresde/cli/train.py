@@ -29,7 +29,7 @@ from scoresde.cli.config import (
     write_toml,
 )
 from scoresde.cli.defaults import CHOSEN, chosen, completed
-from scoresde.cli.drawing import Recipe, draw, rounded
+from scoresde.cli.drawing import Recipe, draw
 from scoresde.cli.kept import CONFIG, mismatch, run_settings
 from scoresde.cli.latents import items_of
 from scoresde.cli.measuring import features_of, reference_of
@@ -41,7 +41,7 @@ from scoresde.data.pictures import Mode
 from scoresde.denoiser import Denoiser, NetworkDenoiser
 from scoresde.diagnose import left_of_data
 from scoresde.errors import NonFiniteError
-from scoresde.levels import to_levels
+from scoresde.levels import rounded, to_levels
 from scoresde.metrics import check_space, evaluate
 from scoresde.pictures import grid, write_png
 from scoresde.processes import SDES
