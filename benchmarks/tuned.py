@@ -8,8 +8,8 @@ that the race (step_counts.py) found nearest, and from what `choose` finds, on n
 quarter chooses, a quarter reports. The error of the result is then measured on the noise of the race, rms |x - x*| /
 sqrt(d) at t = 1e-3 against the exact flow. Beside it stands the least error of the whole race on that same noise, every
 solver on every grid, the peers' included, as benchmarks/results/step_counts has it. Where the race has not been run at
-that number of evaluations, it is the least of those here that are among the 40 best at the numbers next to it. The
-noise of `images` is another than the race's (`problem_of` says why), and it has a race of its own, of the solvers here.
+that number of evaluations, it is the least of those here that are among the 40 best at the numbers next to it; of the
+images, where other solvers are best at each number, of all solvers here on all grids of the race.
 
 With --seeds, a cell is tuned as many times from one start, the best of ours in the race, each time on other noise; then
 start and result are compared on fresh noise, the same for all seeds.
@@ -102,25 +102,13 @@ def ends(problem: Problem, solver: Solver, grid: Grid) -> float:
     return problem.error(run)
 
 
-def problem_of(name: str) -> Problem:
-    """With noise of its own where that of the race is not independent of the data: x_T of `images` is the noise that
-    its images were made of, so that no sample of the race changes its mode on the way.
-    """
-    problem = EXACT[name]()
-    if name == "images":
-        shape = (64, *problem.x.shape[1:])
-        problem.x = problem.sde.prior(shape, torch.Generator().manual_seed(11), torch.float64)
-        vars(problem)["_truth"] = table_flow(problem.denoiser, problem.x, problem.end, 400)
-    return problem
-
-
 def untuned(race: Race, problem: Problem, name: str, nfe: int) -> tuple[float, str, list[TunedSolver]]:
     """The least error of the race, whose, and the starts."""
     field = {one.name: one for one in ours() if one.deterministic}
-    raced = nfe in race.budgets and name != "images"
+    raced = nfe in race.budgets and (name != "images" or "images endpoint" in race.record)  # from independent noise
     near = [nfe] if raced else [n for n in race.budgets if n > nfe][:1] + [n for n in race.budgets if n < nfe][-1:]
     named = dict.fromkeys(pair for n in near for pair in race.here(name, n, STARTS if raced else NEAR))
-    if name == "images":
+    if name == "images" and not raced:
         named = dict.fromkeys((solver, spacing) for solver in field for spacing in RACED)
     found: list[tuple[float, str, TunedSolver]] = []
     for solver, spacing in named:
@@ -247,9 +235,8 @@ def report(cells: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]], out
         "Errors of what `scoresde.tuning.tune` makes over the least of the whole race, peers included, every solver on "
         "every grid, at as many evaluations: rms |x - x*| / sqrt(d) at t = 1e-3 against the exact flow, on the noise "
         "of the race, of which tuning has seen nothing. The least of the race is chosen on that noise itself. What the "
-        "race has not run (4 and 6 evaluations) is compared with the best here of those near the top next to it. The "
-        "images have other noise than in the race, where it is not independent of them (their x_T is the noise that "
-        "they were made of), and are compared with the best of all solvers here on all grids of the race.",
+        "race has not run (4 and 6 evaluations) is compared with the best here of those near the top next to it, of "
+        "the images with the best of all solvers here on all grids.",
         "",
     ]
     rows = []
@@ -350,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in args.problem:
             left = [seed for seed in range(args.seeds) if (name, nfe, seed) not in seeds.done]
             if left and time.monotonic() < end:
-                again = Seeds(race, problem_of(name), name, nfe)
+                again = Seeds(race, EXACT[name](), name, nfe)
                 for seed in left:
                     if time.monotonic() < end:
                         seeds.write(found := again(seed, args.minutes))
@@ -358,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                             f"{name}, {nfe}, seed {seed}: {found['capped']:.3f} capped, {found['rms']:.3f}", flush=True
                         )
             if not args.seeds and (name, nfe, None) not in cells.done and time.monotonic() < end:
-                cells.write(found := cell(race, problem_of(name), name, nfe, args.minutes))
+                cells.write(found := cell(race, EXACT[name](), name, nfe, args.minutes))
                 print(f"{name}, {nfe}: {found['tuned'] / found['untuned']:.3f}, {found['seconds']:.0f} s", flush=True)
     order = [*EXACT]
     done = sorted(cells.done.values(), key=lambda found: (order.index(found["problem"]), found["nfe"]))
