@@ -16,7 +16,7 @@ noise that no solver has seen. All solvers start from the same noise, so that di
 
 Written into --out: README.md, results.json, pictures, the tuned solvers, which `scoresde sample NETWORK --clip
 --solver` takes, and runs/ with every finished number: a run that is killed goes on where it stopped. --only VP does
-what that network needs and writes no page.
+what that network needs and writes no page; --kept writes the page of what is finished.
 """
 
 from __future__ import annotations
@@ -88,12 +88,14 @@ class Bench:
         name: of the network.
         out: where the tuned solvers are kept.
         amount: how much.
+        kept: only what is finished: nothing is learned, and no more sets are drawn.
     """
 
     experiment: Experiment
     name: str
     out: Path
     amount: Amount
+    kept: bool = False
 
     def untuned(self, nfe: int) -> dict[str, Solver]:
         """Row to solver."""
@@ -101,8 +103,10 @@ class Bench:
 
     def tuned(self, nfe: int) -> dict[str, TunedSolver]:
         """Row to solver, each kept in --out."""
+        if self.kept and not self._path(nfe, "").exists():
+            return {}
         found = {"tuned": self._tune(nfe, "", [self.experiment.chosen(self.name, nfe, True), *STARTS])}
-        if nfe in self.amount.features:
+        if nfe in self.amount.features and not (self.kept and not self._path(nfe, "-features").exists()):
             found["features"] = self._tune(
                 nfe, "-features", [found["tuned"]], lambda x: self.experiment.features(x.clamp(-1, 1))
             )
@@ -128,23 +132,31 @@ class Bench:
                 batch_size=128,
             )
 
-        path = self.out / f"{self.name}-{nfe}{kind}.json"
-        return self.experiment.solver(self.name, path, True, f"tuning, {nfe}{kind}", make)
+        return self.experiment.solver(self.name, self._path(nfe, kind), True, f"tuning, {nfe}{kind}", make)
 
-    def frechet(self, row: str, nfe: int, solver: Solver) -> Score:
-        """Of a solver, known by what it is where it was made for the network."""
+    def _path(self, nfe: int, kind: str) -> Path:
+        return self.out / f"{self.name}-{nfe}{kind}.json"
+
+    def frechet(self, row: str, nfe: int, solver: Solver) -> Score | None:
+        """Of a solver, known by what it is where it was made for the network; None where that is not finished and not
+        to be done.
+        """
         if isinstance(solver, TunedSolver):
             more = 0.0 if solver.corrections is None else sum(solver.corrections.a)
             row = f"{row}, {call_of(solver.solver)} at {solver.times[1]:.9g}, ..., {more:.9g}"
+        of = self.experiment.numbers("tuned", self.name)
+        if self.kept and len(of.get("tuned", f"{row}, clipped", nfe) or []) < self.experiment.size.sets:
+            return None
         return self.experiment.frechet("tuned", self.name, row, nfe, solver, nfe)
 
-    def measured(self) -> tuple[Scores, Score]:
+    def measured(self) -> tuple[Scores, Score | None]:
         """(row, evaluations) to scores, and that of the fine solution; the untuned first."""
         todo = [(of, nfe) for of in (self.untuned, self.tuned) for nfe in self.amount.nfe]
         scores = {
-            (row, nfe): self.frechet(row, nfe, solver)
+            (row, nfe): score
             for of, nfe in tqdm(todo, desc=f"tuned, {self.name}", unit="budget")
             for row, solver in of(nfe).items()
+            if (score := self.frechet(row, nfe, solver)) is not None
         }
         return scores, self.frechet("fine", self.amount.fine, DEFAULT)
 
@@ -181,9 +193,9 @@ def differences(scores: Scores, amount: Amount) -> list[tuple[object, ...]]:
     return [
         (f"{few}, {first}", f"{n}, {row}", *_difference(scores[first, few], scores[row, n]))
         for first in ("tuned", "features")
-        if (first, few) in scores
         for n in dict.fromkeys((many, few))
         for row in ("default", "choose")
+        if {(first, few), (row, n)} <= set(scores)
     ]
 
 
@@ -195,7 +207,7 @@ def _difference(first: Score, second: Score) -> tuple[str, str, str]:
     return f"{found.mean:+.2f}", f"{found.mean - wide:+.2f} to {found.mean + wide:+.2f}", said
 
 
-def chapter(bench: Bench, cells: Scores, fine: Score) -> list[str]:
+def chapter(bench: Bench, cells: Scores, fine: Score | None) -> list[str]:
     """What the page says of a network; draws its picture."""
     amount, name, lines = bench.amount, bench.name, bench.drawn()
     spent = bench.experiment.clock(name).seconds
@@ -213,8 +225,7 @@ def chapter(bench: Bench, cells: Scores, fine: Score) -> list[str]:
         "",
         *score_table(cells, "evaluations"),
         "",
-        f"fine, {amount.fine} evaluations: {number(fine.mean)} ({fine.stderr:.1g}).",
-        "",
+        *([f"fine, {amount.fine} evaluations: {number(fine.mean)} ({fine.stderr:.1g}).", ""] if fine else []),
         f"{amount.nfe[0]} tuned evaluations beside untuned ones, of the same noise, set by set:",
         "",
         *table(["tuned", "beside", "difference", "95 % interval", "it is"], differences(cells, amount)),
@@ -235,9 +246,9 @@ def chapter(bench: Bench, cells: Scores, fine: Score) -> list[str]:
     ]
 
 
-def report(experiment: Experiment, names: Sequence[str], out: Path, amount: Amount) -> str:
-    """Do what is not done yet, and write everything."""
-    benches = {name: Bench(experiment, name, out, amount) for name in names}
+def report(experiment: Experiment, names: Sequence[str], out: Path, amount: Amount, kept: bool = False) -> str:
+    """Do what is not done yet, unless only what is kept is asked for, and write everything."""
+    benches = {name: Bench(experiment, name, out, amount, kept) for name in names}
     scores = {name: bench.measured() for name, bench in benches.items()}
     size, about, (real, real_std) = experiment.size, environment(experiment.device), experiment.real()
     chapters = [line for name, bench in benches.items() for line in chapter(bench, *scores[name])]
@@ -257,12 +268,13 @@ def report(experiment: Experiment, names: Sequence[str], out: Path, amount: Amou
         f"{size.sets} sets of {size.set_size} samples from noise that no solver has seen, the same for all; mean and, "
         f"in brackets, standard error over the sets. Sets of {size.set_size} real training images score {real:.2f} "
         f"(standard deviation {real_std:.2g}).",
+        *["", "What is empty or missing below has not been measured yet: the command without --kept goes on."] * kept,
         "",
         *chapters,
     ]
     cells = {
         name: {f"{nfe}, {row}": score.values.tolist() for (row, nfe), score in found.items()}
-        | {f"{amount.fine}, fine": fine.values.tolist()}
+        | ({f"{amount.fine}, fine": fine.values.tolist()} if fine else {})
         for name, (found, fine) in scores.items()
     }
     content = {"environment": about, "size": repr(size), "amount": repr(amount), "real": [real, real_std]}
@@ -277,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tuned_network"), help="folder of results")
     parser.add_argument("--networks", type=Path, default=FOLDER, help="folder")
     parser.add_argument("--only", choices=NETWORKS, help="what this network needs, and no page")
+    parser.add_argument("--kept", action="store_true", help="write the page of what is finished, and do no more")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--nfe", type=int, nargs="+", help="budgets of evaluations (5 8 10)")
     parser.add_argument("--features", type=int, nargs="*", help="those that are tuned in features too (5)")
@@ -299,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.only:
         Bench(experiment, args.only, args.out, amount).measured()
         return
-    print(report(experiment, NETWORKS, args.out, amount))
+    print(report(experiment, NETWORKS, args.out, amount, args.kept))
 
 
 if __name__ == "__main__":

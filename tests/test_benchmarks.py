@@ -594,6 +594,8 @@ def test_tuned_solvers_of_a_network_are_kept_and_judged(tmp_path, monkeypatch):
     again = json.loads((tmp_path / "results.json").read_text())
     for line in lines:
         assert again["networks"]["EDM"][line] == pytest.approx(found["networks"]["EDM"][line], rel=1e-6)
+    tuned_network.main([*words, "--kept", "--sets", "3"])
+    assert json.loads((tmp_path / "results.json").read_text())["networks"]["EDM"] == {}, "they have two sets"
     kept = TunedSolver.load(tmp_path / "EDM-2.json")
     kept.check_model(Clip(load(tuned_network.FOLDER / "EDM")))
     few, many = (Score.of(found["networks"]["EDM"][line]).values for line in ("2, tuned", "2, default"))
