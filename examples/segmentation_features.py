@@ -60,6 +60,7 @@ import matplotlib.pyplot as plt
 
 BLOCKS, TIMES, NOISES = "up.*", (0.05, 0.15, 0.25), 4  # the decoder; 50, 150 and 250 steps of 1000; draws of the noise
 SHOWN, CLUSTERED = ("up.1", "up.3", "up.5"), (0.01, 0.05, 0.15, 0.25)  # in the k-means picture: the last of each level
+CHOSEN = (1, 3)  # the held-out images in it
 NETWORK = {"channels": 24, "multipliers": (1, 2, 2), "blocks": 1}
 SCORES = {
     "diffusion": "features of the diffusion model",
@@ -275,8 +276,8 @@ draws, which are the same for all methods. All pixel classifiers are ensembles o
 {chr(10).join(table(titles, rows))}
 
 Left, held-out images with what each says after the first draw. Right, five clusters of pixels by k-means of what one
-block returns at one time, without any label, coloured in the order of their mean grey value: the first two images, a
-block a row, a time a column.
+block returns at one time, the mean of {results["noises"]} draws of the noise, without any label; the second image and
+the fourth, a block a row, a time a column. Clusters are coloured in the order of their mean grey value.
 
 ![What each method says; and k-means of features at several blocks and times](segmentation_features.png)
 """
@@ -284,24 +285,28 @@ block a row, a time a column.
 
 def draw(said: dict[str, Tensor], denoiser: NetworkDenoiser, x: Tensor, truth: Tensor, path: Path) -> None:
     """Held-out images with what each method says, and clusters of their pixels."""
-    rows = 2 * len(SHOWN)
+    rows = len(CHOSEN) * len(SHOWN)
     columns = {"image": x.mean(1), "truth": truth, **{name: said[name] for name in SCORES}}
-    figure = plt.figure(figsize=(1.05 * (len(columns) + len(CLUSTERED) + 1), 1.05 * rows + 0.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[len(columns), len(CLUSTERED) + 0.6])
+    figure = plt.figure(figsize=(1.05 * (len(columns) + len(CLUSTERED) + 2), 1.05 * rows + 0.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[len(columns), len(CLUSTERED) + 1.5])
     for i, line in enumerate(left.subplots(rows, len(columns), squeeze=False)):
         for axis, (name, shown) in zip(line, columns.items(), strict=True):
             limit = 1 if name == "image" else int(truth.max())
             axis.imshow(shown[i].numpy(), cmap="gray", vmin=-1 if name == "image" else 0, vmax=limit)
             axis.set_title(name if i == 0 else "", fontsize=10)
             axis.set_axis_off()
-    axes = right.subplots(rows, len(CLUSTERED), squeeze=False)
-    for (j, block), (k, t) in itertools.product(enumerate(SHOWN), enumerate(CLUSTERED)):
-        found = clusters(features(denoiser, x[:40], t, block), x[:40])
-        for i in range(2):
-            axis = axes[len(SHOWN) * i + j, k]
-            axis.imshow(found[i].numpy(), cmap="viridis", vmin=0, vmax=4)
-            axis.set_title(f"t = {t:g}" if i + j == 0 else "", fontsize=10)
-            axis.set(xticks=[], yticks=[], ylabel=block if k == 0 else "")
+    axes = right.subplots(rows, 1 + len(CLUSTERED), squeeze=False)
+    for (i, one), (j, block) in itertools.product(enumerate(CHOSEN), enumerate(SHOWN)):
+        axes[len(SHOWN) * i + j, 0].imshow(x[one].mean(0).numpy(), cmap="gray", vmin=-1, vmax=1)
+        axes[len(SHOWN) * i + j, 0].set_ylabel(block)
+    for (j, block), (k, t) in itertools.product(enumerate(SHOWN), enumerate(CLUSTERED, 1)):
+        f = sum(features(denoiser, x[:40], t, block, seed=seed) for seed in range(NOISES))
+        found = clusters(f, x[:40])
+        for i, one in enumerate(CHOSEN):
+            axes[len(SHOWN) * i + j, k].imshow(found[one].numpy(), cmap="viridis", vmin=0, vmax=4)
+        axes[0, k].set_title(f"t = {t:g}", fontsize=10)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
