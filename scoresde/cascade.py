@@ -11,7 +11,7 @@ the difference is hidden by spoiling both on purpose (`scoresde.data.AugmentedSu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class Stage:
         shape: of a sample, without the batch; of its latent, where there is a codec.
         told: what it is told of x_{k-1}, beside the condition of the call: `up.at(noise=0.1).enlarged` of an
             `AugmentedSuperResolution`, or `lambda z, noise: {"vector": z}`. None for the first.
+        takes: names of the conditions of the call that it is given; None for all of them.
         solver: of it.
         steps, nfe, grid: as of `sample`; 20 evaluations where none is given and the solver needs one.
 
@@ -54,6 +55,7 @@ class Stage:
     denoiser: Denoiser
     shape: tuple[int, ...]
     told: Told | None = None
+    takes: Collection[str] | None = None
     solver: Solver = field(default_factory=Adams)
     steps: int | None = None
     nfe: int | None = None
@@ -153,15 +155,15 @@ class Cascade:
         Args:
             n: how many.
             seed: one integer, or one for each sample; drawn by the operating system if None.
-            cond: conditions that every stage is told, beside what each is told of the one before; a stage that is not
-                to have one is `Conditioned(denoiser, drop=...)`.
+            cond: conditions, which each stage is told, or those that it `takes`, beside what it is told of the one
+                before.
             given: the samples of the first stages, (n, ...) each, which then do not run: variations of one image have
                 its embedding given.
             progress, differentiable: as of `scoresde.sample`.
 
         Raises:
-            ValueError: before any evaluation, if there are not n of what is given, or every stage's is; of a stage as
-                `sample` does, and if it is told one thing by the call and by the stage before.
+            ValueError: before any evaluation, if there are not n of what is given, all are, or no stage takes a
+                condition; of a stage as `sample` does, and if it is told one thing twice.
             NonFiniteError: if samples are not finite; a note says of which stage.
         """
         check_count(n=n)
@@ -172,9 +174,13 @@ class Cascade:
         for k, x in enumerate(made):
             if not isinstance(x, Tensor) or len(x) != n:
                 raise ArgumentError(f"given[{k}] is {_described(x)}: expected {n} samples of stage {k}")
+        taken = [stage.takes for stage in self.stages]
+        if None not in taken and (unknown := (cond or {}).keys() - {name for names in taken for name in names or ()}):
+            raise ArgumentError(f"cond has {', '.join(sorted(unknown))}, which no stage takes")
         solutions: list[Solution] = []
         for k in range(len(made), len(self.stages)):
-            stage, own = self.stages[k], dict(cond or {})
+            stage = self.stages[k]
+            own = {name: value for name, value in (cond or {}).items() if stage.takes is None or name in stage.takes}
             if stage.told is not None:
                 with torch.set_grad_enabled(differentiable):
                     of_before = stage.told(made[-1], SeededNoise(stream_seeds(seeds, 2 * k), made[-1].device))

@@ -1,6 +1,7 @@
 """Cascades and what their stages are told: the law of a product, and conditioning augmentation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,19 @@ def test_a_sample_is_its_own_in_any_batch_and_with_its_start_given():
     assert len(varied.x.unique()) == 4
 
 
+def test_a_stage_is_told_what_it_takes():
+    told = []
+
+    def mean(x, t, **cond):
+        told.append(sorted(cond))
+        return 0 * x
+
+    first = Stage(X0Denoiser(mean, SDE), (1,), takes=["text"], nfe=1)
+    second = Stage(X0Denoiser(mean, SDE), (1,), told=lambda x, noise: {"vector": x}, takes=(), nfe=1)
+    Cascade(first, second).sample(2, seed=0, cond={"text": ["a", "b"]})
+    assert told == [["text"], ["vector"]]
+
+
 def test_what_is_no_cascade_is_refused():
     cascade = prior_and_decoder()
     first, second = cascade.stages
@@ -97,6 +111,9 @@ def test_what_is_no_cascade_is_refused():
         cascade.sample(2, given=[torch.zeros(3, 1)])
     with pytest.raises(ValueError, match="told vector by cond and by the stage before"):
         cascade.sample(2, given=[torch.zeros(2, 1)], cond={"vector": torch.zeros(2, 1)})
+    choosy = Cascade(replace(first, takes=()), replace(second, takes=()))
+    with pytest.raises(ValueError, match="cond has text, which no stage takes"):
+        choosy.sample(2, cond={"text": ["a", "b"]})
     with pytest.raises(ValueError, match="n=0"):
         cascade.sample(0)
     broken = Stage(X0Denoiser(lambda x, t, vector: x / 0, SDE), (1,), told=second.told, nfe=2)
