@@ -66,6 +66,10 @@ class Masked(Wrapper):
     def own(self, shape: Sequence[int], cond: Mapping[str, Any]) -> Own:
         return Own(shape, masks_of(cond, str(self.mask_name)))
 
+    def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
+        name = str(self.mask_name)
+        return {**self.denoiser.prepared(cond), name: masks_of(cond or {}, name)}
+
     def __call__(self, x: Tensor, t: Time, **cond: Any) -> Posterior:
         return super().__call__(self._own(x, t, cond).only(x), t, **cond)
 

@@ -32,7 +32,7 @@ from scoresde.editing import interpolation
 from scoresde.guidance import ClassifierFree, Energy, PiGDM
 from scoresde.masks import Own
 from scoresde.metrics import SetFeatures, energy_distance
-from scoresde.nn import SetTransformer
+from scoresde.nn import Encoding, SetTransformer
 from scoresde.noise import CounterNoise
 from scoresde.solvers import (
     DDIM,
@@ -466,6 +466,20 @@ def test_a_set_network_sees_sets() -> None:
     assert torch.equal(*drawn)
     density = [log_prob(masked, filled(5, fill=f), steps=4, seed=SEEDS, cond=told(5)) for f in (0.0, math.inf)]
     assert torch.equal(density[0].value, density[1].value)
+
+
+def test_conditions_of_sets_are_encoded_once() -> None:
+    calls = []
+    encoder = torch.nn.Linear(3, 4)
+    encoder.register_forward_hook(lambda *_: calls.append(0))
+    network = Encoding(SetTransformer(2, width=8, depth=1, heads=1, vector=4), {"source": encoder})
+    cond = {"source": normal(3, 3, dtype=torch.float32)}
+    masked = Masked(EpsDenoiser(network.eval(), SDE))
+    for denoiser in (masked, Clip(masked)):
+        calls.clear()
+        runs = [sample(denoiser, (3, N, 2), DDPM(), steps=4, seed=SEEDS, cond=told(N) | cond).x for N in (3, 5)]
+        assert len(calls) == 2
+        torch.testing.assert_close(runs[0], runs[1][:, :3])
 
 
 def test_a_trainer_of_sets() -> None:
