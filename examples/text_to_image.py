@@ -87,9 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     x, facts = scenes(*own, args.scenes, args.seed, held_out=False)
     said = Captions([sentences(row) for row in facts.tolist()], length=LENGTH)
     denoiser, clip = learned(TrainingData(x, conditions=(said,), drop=0.1, seed=args.seed), args)
-    x, facts = scenes(*others, args.scenes, args.seed + 1)
-    reader = trained(reader_of(args.seed), TrainingData(x, conditions=(Given(facts.float()),), seed=args.seed),
-                     args.models / "reader", args.reader_steps, 1e-3, 64, loss=reading)  # fmt: skip
+    reader = learned_reader(others, args)
     start = time.perf_counter()
     rows, pictures = measured(denoiser, clip.net, reader.net, own, args)
     names = ("diffusion", "clip", "reader")
@@ -227,14 +225,22 @@ def learned(data: TrainingData, args: argparse.Namespace) -> tuple[NetworkDenois
                        encoders={"text": encoder})  # fmt: skip
     diffusion = trained(text.build(args.seed), data, args.models / "diffusion", args.train_steps, 2e-3, 64, model=text,
                         weighting=min_snr(5.0))  # fmt: skip
+    return diffusion, learned_clip(replace(data, drop=0.0), args)
+
+
+def learned_clip(data: TrainingData, args: argparse.Namespace) -> NetworkDenoiser:
+    """CLIP, trained or continued, as what a `Trainer` takes."""
+    length = next(said.length for said in data.conditions if isinstance(said, Captions))
     clip = X0Denoiser(seeded(lambda: CLIP(data.shape[0], length), args.seed), VPSDE(), time=lambda t: 999 * t)
-    every = replace(data, drop=0.0)
-    return diffusion, trained(clip, every, args.models / "clip", args.clip_steps, 1e-3, 128, loss=contrastive)
+    return trained(clip, data, args.models / "clip", args.clip_steps, 1e-3, 128, loss=contrastive)
 
 
-def reader_of(seed: int) -> NetworkDenoiser:
-    """The reader as what a `Trainer` takes."""
-    return X0Denoiser(seeded(Reader, seed), VPSDE())
+def learned_reader(others: tuple[Tensor, Tensor], args: argparse.Namespace) -> NetworkDenoiser:
+    """The reader, trained or continued on scenes of these digits."""
+    x, facts = scenes(*others, args.scenes, args.seed + 1)
+    data = TrainingData(x, conditions=(Given(facts.float()),), seed=args.seed)
+    reader = X0Denoiser(seeded(Reader, args.seed), VPSDE())
+    return trained(reader, data, args.models / "reader", args.reader_steps, 1e-3, 64, loss=reading)
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
