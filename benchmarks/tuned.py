@@ -292,10 +292,10 @@ def of_seeds(seeds: Sequence[dict[str, Any]]) -> list[str]:
         for key in ("rms", "capped"):
             values = sorted(one[key] for one in here)
             spread.append(f"{values[0]:.2g}, {statistics.median(values):.2g}, {values[-1]:.2g}")
-        worse = sum(one["worse by"] > 2 for one in here)
+        worse, better = (sum(sign * one["worse by"] > 2 for one in here) for sign in (1, -1))
         back = sum(one["given back"] for one in here)
-        rows.append([f"{name}, {nfe}", f"{worse} of {len(here)}", back, *spread, FRESH.get(name, 8192)])
-    head = ["cell", "worse by over 2 s.e.", "given back", "rms", "capped rms", "fresh samples"]
+        rows.append([f"{name}, {nfe}", f"{worse} of {len(here)}", better, back, *spread, FRESH.get(name, 8192)])
+    head = ["cell", "worse by over 2 s.e.", "better by as much", "given back", "rms", "capped rms", "fresh samples"]
     return [
         "## Other seeds",
         "",
