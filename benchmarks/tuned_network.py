@@ -71,10 +71,10 @@ class Amount:
 
     nfe: tuple[int, ...] = (5, 8, 10)
     features: tuple[int, ...] = (5,)
-    noises: int = 128
+    noises: int = 32
     work: int = 40
     minutes: float = 40.0
-    teacher: int = 48
+    teacher: int = 36
     fine: int = 40
     shown: int = 16
 
@@ -294,10 +294,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--nfe", type=int, nargs="+", help="budgets of evaluations (5 8 10)")
     parser.add_argument("--features", type=int, nargs="*", help="those that are tuned in features too (5)")
     for name, kind, what in (
-        ("noises", int, "of the tuning (128)"),
+        ("noises", int, "of the tuning (32)"),
         ("work", int, "steps of the training times evaluations (40)"),
         ("minutes", float, "of the clock, of each tuning, at most (40)"),
-        ("teacher", int, "evaluations of the fine solution that is learned from (48)"),
+        ("teacher", int, "evaluations of the fine solution that is learned from (36)"),
         ("fine", int, "evaluations of the one that is judged (40)"),
         ("shown", int, "samples of a picture's row (16)"),
         ("set-size", int, "samples in a set (200)"),
