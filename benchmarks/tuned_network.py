@@ -180,7 +180,7 @@ def picture(lines: Mapping[str, Tensor], path: Path) -> None:
         axis.set_ylabel(line, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
