@@ -8,7 +8,7 @@ The networks are those of benchmarks/networks.py, VP (predicts eps) and EDM, wit
     default     Adams on its own grid
     choose      the best solver, grid and landing that `scoresde.tuning.choose` finds, nothing learned
     tuned       what `scoresde.tuning.tune` learns, from that and a few others, by the distance of pixels
-    features    what it learns from there by the distance of the classifier's features (at 5 evaluations)
+    features    what it learns from `choose`'s by the distance of the classifier's features (at 5 evaluations)
 
 and beside them the model's fine solution, which both learn from. Samples are judged as in benchmarks/fashion_mnist.py,
 by their Frechet distance to the 10,000 held-out images in the features of the library's classifier, in sets of 200, of
@@ -61,7 +61,7 @@ class Amount:
     Attributes:
         nfe: budgets of evaluations; the first of the tuned is compared with the last of the others.
         features: those that are tuned in features too.
-        noises: of the tuning: half trains, a quarter chooses, a quarter reports.
+        noises: of the tuning, twice as many in features: half trains, a quarter chooses, a quarter reports.
         work: steps of the training times evaluations, at most: a step's cost is about their cube.
         minutes: of the clock on the wall, of each tuning, at most: many, for the machine may be shared.
         teacher: evaluations of the fine solution that is learned from.
@@ -105,10 +105,11 @@ class Bench:
         """Row to solver, each kept in --out."""
         if self.kept and not self._path(nfe, "").exists():
             return {}
-        found = {"tuned": self._tune(nfe, "", [self.experiment.chosen(self.name, nfe, True), *STARTS])}
+        chosen = self.experiment.chosen(self.name, nfe, True)
+        found = {"tuned": self._tune(nfe, "", [chosen, *STARTS])}
         if nfe in self.amount.features and not (self.kept and not self._path(nfe, "-features").exists()):
             found["features"] = self._tune(
-                nfe, "-features", [found["tuned"]], lambda x: self.experiment.features(x.clamp(-1, 1))
+                nfe, "-features", [chosen], lambda x: self.experiment.features(x.clamp(-1, 1))
             )
         return found
 
@@ -121,7 +122,7 @@ class Bench:
             return tune(
                 model,
                 starts,
-                self.experiment.shape(amount.noises),
+                self.experiment.shape(amount.noises if features is None else 2 * amount.noises),
                 nfe=nfe,
                 seed=TUNED_SEED,
                 features=features,
@@ -262,8 +263,8 @@ def report(experiment: Experiment, names: Sequence[str], out: Path, amount: Amou
         "",
         "The networks are those of [networks](../networks), with means clipped to the data's range. `default` is "
         f"`{call_of(DEFAULT)}` on its own grid, `choose` the best solver, grid and landing that `choose` finds for the "
-        f"network, `tuned` what `tune` learns on {amount.noises} noises, `features` what it learns from there by the "
-        "distance in the features of the library's classifier, `fine` the network's own fine solution, which is what "
+        f"network, `tuned` what `tune` learns on {amount.noises} noises, `features` what it learns from `choose`'s "
+        "by the distance in the features of the library's classifier, `fine` the network's own fine solution, which is what "
         "they learn from and what they can come to. Frechet distance to the 10,000 held-out images in those features: "
         f"{size.sets} sets of {size.set_size} samples from noise that no solver has seen, the same for all; mean and, "
         f"in brackets, standard error over the sets. Sets of {size.set_size} real training images score {real:.2f} "
