@@ -264,8 +264,8 @@ def report(experiment: Experiment, names: Sequence[str], out: Path, amount: Amou
         "The networks are those of [networks](../networks), with means clipped to the data's range. `default` is "
         f"`{call_of(DEFAULT)}` on its own grid, `choose` the best solver, grid and landing that `choose` finds for the "
         f"network, `tuned` what `tune` learns on {amount.noises} noises, `features` what it learns from `choose`'s "
-        "by the distance in the features of the library's classifier, `fine` the network's own fine solution, which is what "
-        "they learn from and what they can come to. Frechet distance to the 10,000 held-out images in those features: "
+        f"on {2 * amount.noises} by the distance in the features of the library's classifier, `fine` the network's own "
+        "fine solution, which they learn from. Frechet distance to the 10,000 held-out images in those features: "
         f"{size.sets} sets of {size.set_size} samples from noise that no solver has seen, the same for all; mean and, "
         f"in brackets, standard error over the sets. Sets of {size.set_size} real training images score {real:.2f} "
         f"(standard deviation {real_std:.2g}).",
