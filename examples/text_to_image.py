@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=12_000, help="to train on (12000)")
     parser.add_argument("--train-steps", type=int, default=2400, help="of the denoiser, 64 scenes a step (2400)")
     parser.add_argument("--clip-steps", type=int, default=600, help="of CLIP (600)")
-    parser.add_argument("--reader-steps", type=int, default=1000, help="of the reader (1000)")
+    parser.add_argument("--reader-steps", type=int, default=2400, help="of the reader, 64 scenes a step (2400)")
     parser.add_argument("--images", type=int, default=400, help="for each row, of seen and held-out pairs (400)")
     parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample (20)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, weights, training and samples (0)")
@@ -240,7 +240,7 @@ def learned_reader(others: tuple[Tensor, Tensor], args: argparse.Namespace) -> N
     x, facts = scenes(*others, args.scenes, args.seed + 1)
     data = TrainingData(x, conditions=(Given(facts.float()),), seed=args.seed)
     reader = X0Denoiser(seeded(Reader, args.seed), VPSDE())
-    return trained(reader, data, args.models / "reader", args.reader_steps, 1e-3, 64, loss=reading)
+    return trained(reader, data, args.models / "reader", args.reader_steps, 2e-3, 64, loss=reading)
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
