@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prior-steps", type=int, default=3000, help="of the prior, 64 scenes a step (3000)")
     parser.add_argument("--train-steps", type=int, default=1500, help="of each network of images, of 64 (1500)")
     parser.add_argument("--clip-steps", type=int, default=600, help="of CLIP (600)")
-    parser.add_argument("--reader-steps", type=int, default=1000, help="of the reader (1000)")
+    parser.add_argument("--reader-steps", type=int, default=2400, help="of the reader (2400)")
     parser.add_argument("--images", type=int, default=400, help="for each row, of seen and held-out pairs (400)")
     parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample, in each stage (20)")
     parser.add_argument("--guidance", type=float, default=1.5, help="weight of the decoder's guidance (1.5)")
