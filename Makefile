@@ -27,7 +27,6 @@ test-examples: $(READY)  ## the examples of systems, each in a setting of a minu
 	$(BIN)/python examples/text_to_image.py --out build/text_to_image --models build/text_to_image --scenes 2000 --train-steps 60 --clip-steps 40 --reader-steps 60 --images 20 --nfe 6
 	$(BIN)/python examples/prior_and_decoder.py --out build/prior_and_decoder --models build/text_to_image --scenes 2000 --prior-steps 60 --train-steps 40 --clip-steps 40 --reader-steps 60 --images 20 --nfe 6
 	$(BIN)/python examples/segmentation_features.py --out build/segmentation_features --model build/segmentation_features/model --scenes 1000 --train-steps 60 --held-out 40 --draws 2 --classifier-steps 60 --supervised-steps 40
-test-examples: $(READY)  ## the systems of the examples, each in a setting of about a minute
 	$(BIN)/python examples/latent_diffusion.py --quick --out build/examples/latent_diffusion
 
 test-interop: $(READY)  ## the laws of scoresde.interop beside diffusers itself; installs it
