@@ -148,7 +148,7 @@ def own_of(denoiser: Denoiser, shape: Sequence[int], cond: Mapping[str, Any] | N
     denoiser = sealed(denoiser)
     if mask_name(denoiser) is not None:
         check_cond(cond, shape[0])
-    own = denoiser.own(shape, cond or {})
+    own = denoiser.own(shape, {} if cond is None else cond)
     own.check()
     return denoiser, own
 

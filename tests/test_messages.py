@@ -64,7 +64,7 @@ def set_keys():
 @pytest.mark.parametrize(("module", "options"), cli.COMMANDS)
 def test_the_flags_of_a_command_are_those_that_it_parses(module, options):
     """Every one has a name that Python's messages can have for it, and no other is named."""
-    parsed = parsers()[module.__name__.rpartition(".")[2]]._option_string_actions
+    parsed = parsers()[module.__name__.rpartition(".")[2].replace("_", "-")]._option_string_actions
     names = {name for name in options.flags().values() if name.startswith("-")}
     entries = {name for name in names if name.startswith("--set ")}  # of the configuration of a run
     assert all(name.removeprefix("--set ").removesuffix("=") in set_keys() for name in entries)

@@ -106,6 +106,7 @@ class Decoder:
     ) -> Decoder:
         if isinstance(std, bool) or not isinstance(std, int | float) or not 0 < std < math.inf:
             raise ValueError(f"decoder={std!r}: expected its standard deviation, a finite number > 0")
+        own = None if own is None or own.mask is None else own  # of z, whose shape may be another, all
         if levels is None:
             return cls(std, own=own)
         check_count(levels=levels)
