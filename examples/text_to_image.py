@@ -50,8 +50,9 @@ from scoresde.nn.blocks import unshuffle
 from scoresde.noise import derive_seed
 from scoresde.report import table, write_json
 from scoresde.solvers import DPMSolverPP
-from scoresde.training import CheckpointError, ModelConfig, TrainConfig, Trainer, min_snr
+from scoresde.training import CheckpointError, ModelConfig, TrainConfig, Trainer
 from scoresde.training.loss import noisy_batch
+from scoresde.training.weights import uniform_in
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -224,7 +225,7 @@ def learned(data: TrainingData, args: argparse.Namespace) -> tuple[NetworkDenois
     text = ModelConfig(options={**options, "vector": 64, "context": 64}, predicts="v", time_scale=999,
                        encoders={"text": encoder})  # fmt: skip
     diffusion = trained(text.build(args.seed), data, args.models / "diffusion", args.train_steps, 2e-3, 64, model=text,
-                        weighting=min_snr(5.0))  # fmt: skip
+                        weighting=uniform_in("v"))  # fmt: skip
     return diffusion, learned_clip(replace(data, drop=0.0), args)
 
 
