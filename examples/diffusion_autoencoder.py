@@ -5,9 +5,9 @@
 Preechakul et al. (2022, "Diffusion autoencoders: toward a meaningful and decodable representation") train an encoder
 z = Enc(x_0) together with the diffusion model that is told z, by the loss of that model alone (section 3):
 
-    E |N(x_t, t, Enc(x_0)) - N*|^2        x_t = alpha x_0 + sigma eps
+    E |v(x_t, t, Enc(x_0)) - (alpha eps - sigma x_0)|^2        x_t = alpha x_0 + sigma eps
 
-so that z holds what is worth knowing of x_0 beside x_t. The rest is in the **stochastic code** x_T, which the
+(they predict eps; v has more weight where x_t is all but noise, and only z can tell of x_0), so that z holds what is worth knowing of x_0 beside x_t. The rest is in the **stochastic code** x_T, which the
 probability-flow ODE under z finds (eq. 8); z and x_T together decode into x_0. Then, as there:
 
     a latent diffusion       another model, of z alone, whose samples decode into images (section 4)
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,9 @@ from scoresde.metrics.errors import psnr
 from scoresde.noise import derive_seed
 from scoresde.report import table, write_json
 from scoresde.solvers import UniPC
-from scoresde.training import ModelConfig
+from scoresde.training import ModelConfig, dsm_loss
+from scoresde.training.loss import Draws
+from scoresde.training.weights import uniform_in
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     options = {"image_channels": training.shape[0]}
     encoder = {"options": {**ENCODER["options"], **options, "size": training.shape[1:]}}
     model = replace(AUTOENCODER, options=AUTOENCODER.options | options, encoders={"source": encoder})
-    autoencoder = trained(model, training, args.models / "autoencoder", args.train_steps, args.seed, batch_size=32)
+    autoencoder = trained(model, training, args.models / "autoencoder", args.train_steps, args.seed, error_of_v, 32)
     start = time.perf_counter()
     known = training.first(args.known), labels[: args.known]
     results, drawn = measured(autoencoder, known, (held_out, truth), args)
@@ -123,6 +125,11 @@ def images_of(source: str) -> Labelled:
     found = read_data(source, labels=True)
     assert found.labels is not None
     return TrainingData(found.x, levels=256, conditions=(Itself(),)), found.labels
+
+
+def error_of_v(denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
+    """The mean square of the error of v; a `Loss`."""
+    return dsm_loss(denoiser, x0, weighting=uniform_in("v"), generator=draws, cond=cond)
 
 
 # --- codes -----------------------------------------------------------------------------------------------------------
@@ -231,7 +238,7 @@ def measured(
 
     # Unconditional samples: z of a model of its own.
     latents = TrainingData(by_z.standardised(z_known).float())
-    latent = trained(LATENT, latents, args.models / "latent", args.latent_steps, args.seed, batch_size=64)
+    latent = trained(LATENT, latents, args.models / "latent", args.latent_steps, args.seed, error_of_v, 64)
     drawn = sample(latent, (args.samples, Z), SOLVER, nfe=args.nfe, seed=args.seed).x
     made = decoded(denoiser, (drawn * by_z.std + by_z.mean).float(), event, args.nfe, args.seed + 1)
     others = torch.cat([chosen, every[~torch.isin(every, chosen)]])[: args.samples]
