@@ -7,8 +7,9 @@ z = Enc(x_0) together with the diffusion model that is told z, by the loss of th
 
     E |v(x_t, t, Enc(x_0)) - (alpha eps - sigma x_0)|^2        x_t = alpha x_0 + sigma eps
 
-(they predict eps; v has more weight where x_t is all but noise, and only z can tell of x_0), so that z holds what is worth knowing of x_0 beside x_t. The rest is in the **stochastic code** x_T, which the
-probability-flow ODE under z finds (eq. 8); z and x_T together decode into x_0. Then, as there:
+(theirs is that of eps; this one has more weight where x_t is all but noise, and z alone can tell of x_0), so that z holds
+what is worth knowing of x_0 beside x_t. The rest is in the **stochastic code** x_T, which the probability-flow ODE
+under z finds (eq. 8); z and x_T together decode into x_0. Then, as there:
 
     a latent diffusion       another model, of z alone, whose samples decode into images (section 4)
     edits                    z moved along a linear classifier's direction, x_T kept (section 5.2)
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="labelled images to train on, and held out, by name or path")  # fmt: skip
     parser.add_argument("--classifier", type=Path, default=WEIGHTS["fashion-mnist"],
                         help="that reads edits and has features, of examples/train_classifier.py")  # fmt: skip
-    parser.add_argument("--train-steps", type=int, default=2500, help="of 32 images (2500)")
+    parser.add_argument("--train-steps", type=int, default=2000, help="of 32 images (2000)")
     parser.add_argument("--latent-steps", type=int, default=3000, help="of 64 latents (3000)")
     parser.add_argument("--known", type=int, default=20_000, help="training images whose latents are used (20000)")
     parser.add_argument("--images", type=int, default=200, help="held-out images to reconstruct and edit (200)")
