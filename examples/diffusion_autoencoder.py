@@ -7,9 +7,9 @@ z = Enc(x_0) together with the diffusion model that is told z, by the loss of th
 
     E |v(x_t, t, Enc(x_0)) - (alpha eps - sigma x_0)|^2        x_t = alpha x_0 + sigma eps
 
-(theirs is of eps; this one has more weight where x_t is all but noise, and z alone can tell of x_0), so that z holds what
-is worth knowing of x_0 beside x_t. The rest is in the **stochastic code** x_T, which the probability-flow ODE under z
-finds (eq. 8); z and x_T together decode into x_0. Then, as there:
+(theirs is of eps; this one has more weight where x_t is all but noise, and only z can tell of x_0), so that z holds
+what is worth knowing of x_0 beside x_t. The rest is in the **stochastic code** x_T, which the probability-flow ODE
+under z finds (eq. 8); z and x_T together decode into x_0. Then, as there:
 
     a latent diffusion       another model, of z alone, whose samples decode into images (section 4)
     edits                    z moved along a linear classifier's direction, x_T kept (section 5.2)
