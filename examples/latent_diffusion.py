@@ -80,10 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/latent_diffusion"), help="results and runs, a folder")
     parser.add_argument("--data", nargs=2, default=["fashion-mnist", "fashion-mnist-test"], metavar="NAME",
                         help="images to train on, and held out, by name or path; sizes are multiples of 4")  # fmt: skip
-    parser.add_argument("--items", type=int, help="the first N of the images to train on (all)", metavar="N")
-    parser.add_argument("--autoencoder-steps", type=int, default=800, help="of 64 images (800)")
-    parser.add_argument("--pixel-steps", type=int, default=500, help="of 64 images (500)")
-    parser.add_argument("--latent-steps", type=int, default=1600, help="of 64 images, as long in time (1600)")
+    parser.add_argument("--items", type=int, default=10_000, help="the first N images to train on (10000)", metavar="N")
+    parser.add_argument("--autoencoder-steps", type=int, default=300, help="of 64 images (300)")
+    parser.add_argument("--pixel-steps", type=int, default=600, help="of 64 images (600)")
+    parser.add_argument("--latent-steps", type=int, default=1830, help="of 64 images, as long in time (1830)")
     parser.add_argument("--images", type=int, default=1000, help="drawn of each model (1000)")
     parser.add_argument("--bounds", type=int, default=64, help="held-out images whose bound is taken (64)")
     parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample (20)")
@@ -91,11 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a minute: far too few steps, to see that it runs")
     args = parser.parse_args(argv)
     for name, value in QUICK.items() if args.quick else ():
-        setattr(args, name, min(value, getattr(args, name) or value))
+        setattr(args, name, min(value, getattr(args, name)))
     args.out.mkdir(parents=True, exist_ok=True)
 
     data, held_out = (training_data(name, lazy=False, seed=args.seed) for name in args.data)
-    data = data if args.items is None else data.first(args.items)
+    data = data.first(args.items)
     try:
         compressor = AutoencoderConfig("kl", AUTOENCODER | {"image_channels": data.shape[0]})
         train_autoencoder(compressor, data, args.out / "autoencoder", args.autoencoder_steps, args.seed)
@@ -284,7 +284,6 @@ def report(r: dict) -> str:
     latent_bound = r["bounds_of"]["latent"]
     wall = " + ".join(f"{s:.0f}" for s in r["train_seconds"].values())
     cost = {name: seconds * r[f"{name}_steps"] for name, seconds in r["step_seconds"].items()}
-    first = "" if r["items"] is None else f" the first {r['items']:,} images of"
     rows = [
         [name, f"{r['parameters'][name]:,}", "x".join(map(str, r["shapes"][name])), str(r[f"{name}_steps"]),
          f"{cost[name]:.0f}", f"{1e3 * seconds[name]:.1f}", cell(frechet[name]),
@@ -308,8 +307,8 @@ def report(r: dict) -> str:
 `{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
 scoresde {about["scoresde"]}, commit {about["commit"]}.
 
-One U-Net on{first} Fashion-MNIST, of pixels and of an autoencoder's latent (`examples/latent_diffusion.py`), trained
-for as long, {r["images"]} images drawn of each by {r["nfe"]} evaluations of `{r["solver"].partition("(")[0]}`. The
+One U-Net on the first {r["items"]:,} images of Fashion-MNIST, of pixels and of an autoencoder's latent
+(`examples/latent_diffusion.py`), trained for as long, {r["images"]} images drawn of each by {r["nfe"]} evaluations of `{r["solver"].partition("(")[0]}`. The
 autoencoder ({r["parameters"]["autoencoder"]:,} parameters, {r["autoencoder_steps"]} steps,
 **{cost["autoencoder"]:.0f} s** of
 training, counted apart) gives held-out images back with a PSNR of {r["psnr"]:.1f} dB and a Frechet distance of
@@ -320,7 +319,7 @@ training, counted apart) gives held-out images back with a PSNR of {r["psnr"]:.1
 - Steps are of 64 images. Training: steps times the processor's seconds for the loss and gradient of one, measured of
   each model in turn; of the wall clock the runs' logs have {wall} s, beside whatever else the machine did.
 - Milliseconds an image: of the processor, decoding included, a batch of either in turn. The latent model takes
-  **{seconds["latent"] / seconds["pixel"]:.2f}** of the pixel model's.
+  **{seconds["latent"] / seconds["pixel"]:.3f}** of the pixel model's.
 - Frechet distance: {r["features"]}, to {r["reference"]:,} held-out images; {r["images"]} others have
   {r["floor"][0]:.2f} (standard deviation {r["floor"][1]:.2f}). The latent model's is
   **{frechet["latent"][0] - frechet["pixel"][0]:+.2f}** from the pixel model's, whose standard errors together are

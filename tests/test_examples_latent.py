@@ -39,7 +39,7 @@ def test_latents_beside_pixels(tmp_path, monkeypatch, capsys):
     assert results["frechet"].keys() == {"pixel", "latent", "reconstructions"}
     assert (tmp_path / "out/latent_diffusion.png").read_bytes()[:4] == b"\x89PNG"
     seconds = results["seconds_an_image"]
-    assert f"**{seconds['latent'] / seconds['pixel']:.2f}**" in (tmp_path / "out/README.md").read_text()
+    assert f"**{seconds['latent'] / seconds['pixel']:.3f}**" in (tmp_path / "out/README.md").read_text()
     words = example.AutoencoderConfig("kl", example.AUTOENCODER | {"image_channels": 1})
     example.train_autoencoder(words, example.training_data(data[0], lazy=False), tmp_path / "out/autoencoder", 1, 0)
     assert "step 0" not in capsys.readouterr().out
