@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
     data, held_out = (training_data(name, lazy=False, seed=args.seed) for name in args.data)
     data = data.first(args.items)
+    args.items = len(data)
     try:
         compressor = AutoencoderConfig("kl", AUTOENCODER | {"image_channels": data.shape[0]})
         train_autoencoder(compressor, data, args.out / "autoencoder", args.autoencoder_steps, args.seed)
@@ -308,7 +309,8 @@ def report(r: dict) -> str:
 scoresde {about["scoresde"]}, commit {about["commit"]}.
 
 One U-Net on the first {r["items"]:,} images of Fashion-MNIST, of pixels and of an autoencoder's latent
-(`examples/latent_diffusion.py`), trained for as long, {r["images"]} images drawn of each by {r["nfe"]} evaluations of `{r["solver"].partition("(")[0]}`. The
+(`examples/latent_diffusion.py`), trained for as long, {r["images"]} images drawn of each by {r["nfe"]} evaluations of
+`{r["solver"].partition("(")[0]}`. The
 autoencoder ({r["parameters"]["autoencoder"]:,} parameters, {r["autoencoder_steps"]} steps,
 **{cost["autoencoder"]:.0f} s** of
 training, counted apart) gives held-out images back with a PSNR of {r["psnr"]:.1f} dB and a Frechet distance of
