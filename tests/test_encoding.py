@@ -5,7 +5,7 @@ one stays as it is.
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -101,6 +101,15 @@ def test_nothing_is_nothing_bit_for_bit():
     source = with_source()
     vector = source.encode(source=X * TOLD[:, None])["vector"]
     assert torch.equal(vector == 0, ~TOLD[:, None].expand(6, 2))
+
+    class Length(nn.Linear):
+        def forward(self, text: str | list[str]) -> Tensor:
+            return super().forward(
+                torch.tensor([[len(one)] for one in ([text] if isinstance(text, str) else text)]) + 1.0
+            )
+
+    net = Encoding(MLP(3, 8, 1, vector=2), {"text": Length(1, 2)})
+    assert [bool(net.encode(text=text)["vector"].any()) for text in ("", [""], "a")] == [False, False, True]
 
     class Words(nn.Module):
         def forward(self, texts: Any) -> Mapping[str, Tensor]:
@@ -221,6 +230,25 @@ def test_guidance_with_words_of_its_own_encodes_both():
     fixed = Conditioned(denoiser, tokens=other)
     found = sample(fixed, X[:, None], DDIM(), cond={"tokens": IDS}, **run).x
     assert torch.equal(found, sample(denoiser, X[:, None], DDIM(), cond=b, **run).x)
+
+
+class Hidden(nn.Module):
+    """A network with a condition of a name that it does not list among those that it can be told."""
+
+    condition_sizes: ClassVar[dict[str, int]] = {"label": 5}
+
+    def forward(self, x: Tensor, time: Tensor, hidden: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+        return x / 2 + (0 if hidden is None else hidden) + (0 if label is None else label[:, None] % 5)
+
+
+def test_guidance_leaves_out_what_was_made_of_a_condition_by_whatever_name():
+    net = Encoding(Hidden(), {"source": nn.Linear(3, 3)}, keys={"source": "hidden"})
+    once, each = EpsDenoiser(net, VPSDE()), EpsDenoiser(Unknown(net), VPSDE())
+    run: dict[str, Any] = {"steps": 2, "seed": 0}
+    for cond in ({"source": X}, {"source": X, "label": torch.arange(6) % 5}):
+        found = sample(ClassifierFree(once, 3.0), X, DDIM(), cond=cond, **run).x
+        null = {name: {"label": 5}.get(name, 0) for name in cond}
+        torch.testing.assert_close(found, sample(ClassifierFree(each, 3.0, null=null), X, DDIM(), cond=cond, **run).x)
 
 
 def test_gradients_reach_the_raw_condition_and_the_encoder_through_a_run():

@@ -221,10 +221,12 @@ class ClassifierFree(_Extrapolation):
         return None if self.variance is None else self.denoiser.covariance(t)
 
     def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The null, of a negative text say, is encoded once as well, and goes with the conditions from then on."""
-        given, found = dict(cond or {}), self.denoiser.prepared(cond)
-        names = () if self.by_default else tuple(self.null or ())
-        if not any(name in given and name not in found for name in names):
+        """The null, of a negative text say, is encoded once as well, and goes with the conditions from then on; unless
+        it is the default of all that is made of these.
+        """
+        given, found, null = dict(cond or {}), self.denoiser.prepared(cond), tuple(self.null or ())
+        known = self.by_default and found.keys() - given.keys() <= {*null, "context_mask"}
+        if known or not any(name in given and name not in found for name in null):
             return found
         if _NULL in found:  # of guidance around guidance
             return given

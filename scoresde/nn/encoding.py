@@ -168,6 +168,8 @@ def _cast(leaf: Any, dtype: torch.dtype | None) -> Any:
 
 def _told(value: Any) -> Tensor | None:
     """Of each item whether it is told anything, bool (B,); None where nothing in the condition has entries."""
+    if isinstance(value, str):  # one text for all
+        return torch.tensor([bool(value)], device="cpu")
     found: Tensor | None = None
     for leaf in leaves(value):
         if isinstance(leaf, Tensor) and leaf.ndim:
