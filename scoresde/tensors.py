@@ -19,6 +19,7 @@ __all__ = [
     "dot",
     "drawn_from",
     "dtype_of_label",
+    "evenly",
     "expand_like",
     "frozen",
     "known_any",
@@ -141,6 +142,15 @@ def drawn_from(generator: torch.Generator | None, device: torch.device | str) ->
         kind = f"{type(generator).__module__}.{type(generator).__name__}"
         raise TypeError(f"generator is {kind}: expected a torch.Generator, torch.Generator().manual_seed(0) say")
     return generator
+
+
+def evenly(n: int, most: int) -> Tensor:
+    """Of the numbers 0 to n - 1 at most so many, evenly spaced, the ends among them: int64, on the host.
+
+    >>> evenly(10, 4)
+    tensor([0, 3, 6, 9])
+    """
+    return torch.linspace(0, n - 1, min(n, most), dtype=torch.float64, device="cpu").round().long()
 
 
 def known_any(condition: Tensor) -> bool:

@@ -23,7 +23,7 @@ from scoresde.data.words import condition_of
 from scoresde.errors import not_finite, some
 from scoresde.levels import outer_edges, scaled, signed
 from scoresde.nn.tokens import Tokenizer, WordTokens, tokenizer_of
-from scoresde.tensors import shown, told
+from scoresde.tensors import evenly, shown, told
 
 __all__ = ["Batch", "TrainingData", "training_data"]
 
@@ -168,7 +168,7 @@ class TrainingData:
 
     def std(self, n: int = 2048) -> float:
         """The standard deviation of n of the items, evenly chosen."""
-        items = torch.linspace(0, len(self) - 1, min(len(self), n), device="cpu").round().long()
+        items = evenly(len(self), n)
         return float(replace(self, conditions=(), drop=0.0).batch(items).x.double().std(correction=0))
 
     def look(self) -> None:

@@ -22,6 +22,7 @@ from scoresde.checks import check_count
 from scoresde.metrics.checks import as_features, as_pair
 from scoresde.metrics.pairwise import blocks, distances, squared_distances
 from scoresde.noise import derive_seed
+from scoresde.tensors import evenly
 
 __all__ = ["KID", "GaussianKernel", "Kernel", "PolynomialKernel", "kid", "median_distance", "mmd"]
 
@@ -92,7 +93,7 @@ def median_distance(x: Tensor, y: Tensor | None = None, most: int = 2000) -> flo
     pool = as_features(x, "x", 2) if y is None else torch.cat(as_pair(x, y))
     pool = pool - pool.mean(0)
     if len(pool) > most:
-        pool = pool[torch.linspace(0, len(pool) - 1, most, dtype=torch.float64, device="cpu").round().long()]
+        pool = pool[evenly(len(pool), most)]
     i, j = torch.triu_indices(len(pool), len(pool), 1, device="cpu")
     median = float(distances(pool, pool).cpu()[i, j].median())
     if median == 0:

@@ -29,6 +29,7 @@ from scoresde.errors import CheckpointError
 from scoresde.files import sealed, unsealed, write_whole
 from scoresde.networks import contents
 from scoresde.nn import Autoencoder, KLAutoencoder, VQAutoencoder
+from scoresde.tensors import evenly
 from scoresde.training.feed import DataSource, digest
 from scoresde.training.folder import WHOLE, Checkpoint, folder_of, seal
 from scoresde.training.identity import weights_digest
@@ -199,7 +200,7 @@ def measured(net: Autoencoder, data: DataSource, items: int = 2048, batch: int =
         ValueError: if the latent is constant, or the reconstruction exact: there is no such scale.
     """
     check_count(items=items, batch=batch)
-    which = torch.linspace(0, len(data) - 1, min(len(data), items), device="cpu").round().long()
+    which = evenly(len(data), items)
     generator = torch.Generator("cpu").manual_seed(0)
     count, entries, error = 0, 0, 0.0
     shape: tuple[int, ...] = ()

@@ -32,6 +32,7 @@ from scoresde.data import Batch, Captions, Given, GivenContext, Raw, Shown, Trai
 from scoresde.data.shown import flips, mirrored
 from scoresde.errors import CheckpointError, NonFiniteError, not_finite, some
 from scoresde.files import sealed, sync, unsealed, write_whole, writing
+from scoresde.tensors import evenly
 from scoresde.training.autoencoders import codec_in_words
 
 __all__ = ["LatentData"]
@@ -102,7 +103,7 @@ class LatentData:
         if not (folder / ABOUT).exists():
             _encode(data, codec, folder, about, batch_size, progress)
         array = _opened(folder, about)
-        blank = torch.zeros(1).expand(len(data), *data.shape)
+        blank = torch.zeros(1).expand(len(data), data.shape[0], *[1] * (len(data.shape) - 1))
         told = replace(data, x=blank, levels=None)
         how = "" if array.shape[2] == 1 else ", drawn" if draw else ", means"
         words = f"latents{how}, of {data.fingerprint}, by {about['codec']}"
@@ -145,8 +146,7 @@ class LatentData:
 
     def std(self, n: int = 2048) -> float:
         """The standard deviation of n of the items, evenly chosen."""
-        items = torch.linspace(0, len(self) - 1, min(len(self), n), device="cpu").round().long()
-        return float(self.batch(items).x.double().std(correction=0))
+        return float(self.batch(evenly(len(self), n)).x.double().std(correction=0))
 
 
 @torch.no_grad()
