@@ -43,8 +43,9 @@ class AutoencoderTrainer(Loop[Autoencoder]):
 
     Raises:
         TypeError, ValueError, ImportError, CheckpointError: as `Trainer`; if the autoencoder does not take the data; if
-            features of the loss are not to be had; with a discriminator or config.shard on several processes: the
-            adaptive weight is of a whole batch. (In parts, config.accumulate, each part has its own.)
+            features of the loss are not to be had; if the data are too small for the discriminator; with one or
+            config.shard on several processes: the adaptive weight is of a whole batch. (In parts, config.accumulate,
+            each part has its own.)
 
     `fit` ends with `codec.json` in the folder: what `load_codec` scales the latent by.
     """
@@ -87,6 +88,8 @@ class AutoencoderTrainer(Loop[Autoencoder]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             players = self.loss.players(autoencoder).to(autoencoder.last_layer)
+        if players.discriminator is not None:  # not at the step that it begins at
+            players.discriminator(first[:1].to(autoencoder.last_layer))
         super().__init__(
             players,
             source,
