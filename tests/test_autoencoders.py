@@ -39,7 +39,7 @@ from scoresde.training import (
 )
 from scoresde.training.autoencoder_loss import AutoencoderWorker
 from scoresde.training.autoencoders import CODEC, Measured, measured
-from scoresde.training.perceptual import classifier_distance, lpips, perceptual_distance
+from scoresde.training.perceptual import PerceptualDistance, classifier_distance, lpips, perceptual_distance
 
 SMALL = {"image_channels": 1, "latent_channels": 2, "channels": 4, "multipliers": (1, 1, 2)}
 X = normal(24, 1, 8, 8, seed=1, dtype=torch.float32).clamp(-1, 1)
@@ -121,6 +121,9 @@ class TestNetworks:
             KLAutoencoder(patch=0)
         with pytest.raises(ValueError, match=r"commitment=-1"):
             VQAutoencoder(commitment=-1)
+        with pytest.raises(ValueError, match="dims=0"):
+            PatchDiscriminator(dims=0)
+        assert PatchDiscriminator(1, 4, layers=2)(torch.zeros(1, 1, 12, 13)).shape == (1, 1, 1, 1)
         with pytest.raises(ValueError, match="autoencoder='gan'"):
             AutoencoderConfig("gan")
 
@@ -179,6 +182,11 @@ class TestLoss:
             d(X.expand(-1, 3, -1, -1), X.expand(-1, 3, -1, -1))
         with pytest.raises(ValueError, match="features='nothing'"):
             classifier_distance("nothing")
+
+    def test_a_place_without_features_has_a_gradient(self):
+        distance = PerceptualDistance([torch.nn.Identity()], [torch.ones(1)], 1)
+        x = torch.zeros(1, 1, 2, 2, requires_grad=True)
+        assert bool(torch.autograd.grad(distance(x, X[:1, :, :2, :2]).sum(), x)[0].isfinite().all())
 
     def test_lpips_is_the_paper_s_of_files_that_one_has(self, tmp_path):
         """Files of the published layout, of few channels; and the formula, written out."""
@@ -283,6 +291,8 @@ class TestTraining:
             trainer(tmp_path, "vq")
         with pytest.raises(ValueError, match="takes 1 channels"):
             trainer(data=X.expand(-1, 3, -1, -1))
+        with pytest.raises(ValueError, match=r"data \(1, 8, 8\): .* 3 \* 2\^layers = 12 an axis at least"):
+            trainer(loss=AutoencoderLoss(adversarial=0.5, start=3, discriminator={"layers": 2}))
         with pytest.raises(ValueError, match="model= describes another autoencoder"):
             AutoencoderTrainer(net(channels=8), X, TrainConfig(steps=1), model=AutoencoderConfig("kl", SMALL))
         with pytest.raises(TypeError, match=r"Linear: expected one of scoresde\.nn"):
@@ -485,13 +495,14 @@ class TestCommands:
             return status, capsys.readouterr()
 
         own = ["--data", "x.npy", "--batch-size", 4, "--device", "cpu", "--quiet", "--set", "train.schedule=constant"]
+        layers = ["--set", "loss.discriminator.layers=1"]
         codec = ["train-autoencoder", *own, "--set", "autoencoder.options.channels=4", "--out", "codec"]
         assert run(*codec, "--steps", 1)[0] == 0
         assert run("train-autoencoder", "--out", "codec", "--steps", 2, "--quiet")[1].out.startswith(
             "codec: 2 steps, psnr"
         )
         assert (tmp_path / "codec/samples/00000002.png").exists()
-        assert "another" in run(*codec, "--steps", 2, "--adversarial", 0.5)[1].err
+        assert "another" in run(*codec, "--steps", 2, "--adversarial", 0.5, *layers)[1].err
         assert "expected a power of two" in run(*codec, "--factor", 3)[1].err
         small = [*("--set", "model.options.channels=8", "--set", "evaluate.grid=2", "--set", "evaluate.nfe=1")]
         latent = ["train", *own, *small, "--codec", "codec", "--out", "latent"]

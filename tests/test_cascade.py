@@ -193,6 +193,8 @@ def test_augmentation_in_words_and_its_mistakes():
     for wrong in ({"noise": 0.4}, {"blur": 1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             up.at(**wrong)
+    with pytest.raises(ValueError, match=r"noise=0: the network is trained on 0\.1 to 0\.5"):
+        AugmentedSuperResolution(2, noise=(0.1, 0.5), blur=(0.0, 1.0)).at(blur=0.5)
     for wrong in ({"noise": (0.5, 0.2)}, {"noise": (0.0, 1.5)}, {"blur": (-1.0, 1.0)}, {"noise": None}, {"factor": 1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             AugmentedSuperResolution(**wrong)

@@ -248,7 +248,8 @@ def test_guidance_leaves_out_what_was_made_of_a_condition_by_whatever_name():
     for cond in ({"source": X}, {"source": X, "label": torch.arange(6) % 5}):
         found = sample(ClassifierFree(once, 3.0), X, DDIM(), cond=cond, **run).x
         null = {name: {"label": 5}.get(name, 0) for name in cond}
-        torch.testing.assert_close(found, sample(ClassifierFree(each, 3.0, null=null), X, DDIM(), cond=cond, **run).x)
+        expected = sample(ClassifierFree(each, 3.0, null=null), X, DDIM(), cond=cond, **run).x
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_gradients_reach_the_raw_condition_and_the_encoder_through_a_run():

@@ -213,7 +213,7 @@ def test_an_encoder_of_hugging_face_stays_as_it_is(tmp_path: Path) -> None:
     assert torch.allclose(found["context"][::2][mask], hidden[mask], atol=1e-6)
     assert not found["context_mask"][1].any()
     assert same(encoder(encoder.tokenizer(texts)), found)
-    words = {"network": "pretrained-text", "options": {"name": str(tmp_path), "length": 6}, "frozen": True}
+    words = {"network": "pretrained-text", "options": {"name": str(tmp_path), "length": 6}}  # frozen, as it says
     options = {"width": 8, "depth": 1, "heads": 2, **encoder.sizes}
     config = ModelConfig(network="dit", options=options, encoders={"text": words})
     denoiser = config.build(0)

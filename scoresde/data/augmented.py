@@ -74,16 +74,17 @@ class AugmentedSuperResolution(Condition):
         """The same with strengths that are chosen, 0 where they are not: what `enlarged` is to tell a network.
 
         Raises:
-            ValueError: if one is given that this has not, or is out of its range, as the network has not seen it.
+            ValueError: if one is given that this has not, or one, 0 too, is out of its range, as the network has not
+                seen it.
         """
         found: dict[str, tuple[float, float] | None] = {}
         for name, value in (("noise", noise), ("blur", blur)):
             trained = getattr(self, name)
             if trained is None and value is not None:
                 raise ArgumentError(f"{name}={value}: {self!r} has none")
-            if value is not None and not trained[0] <= value <= trained[1]:
-                raise ArgumentError(f"{name}={value}: the network is trained on {trained[0]} to {trained[1]}")
             chosen = 0.0 if value is None else float(value)
+            if trained is not None and not trained[0] <= chosen <= trained[1]:
+                raise ArgumentError(f"{name}={chosen:g}: the network is trained on {trained[0]} to {trained[1]}")
             found[name] = None if trained is None else (chosen, chosen)
         return replace(self, **found)  # type: ignore[arg-type]
 

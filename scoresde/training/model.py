@@ -64,8 +64,8 @@ class ModelConfig:
             mapping of `network`, "image", "text" or "pretrained-text" for `ImageEncoder`, `TextEncoder` or
             `PretrainedText` (by default that of the condition's name, if there is one, else "image"), its `options`,
             the `key` of what it makes, "vector" by default, and `frozen`: false, or the path of a safetensors file of
-            its weights, which then stay as they are and in that file alone; or true for a network that brings its own,
-            as it says by `pretrained`.
+            its weights, which then stay as they are and in that file alone; or true, the default of a network that
+            brings its own, as it says by `pretrained`.
 
     Raises:
         ValueError: on another name, an option that is not known (naming it), or one that JSON cannot hold.
@@ -173,11 +173,11 @@ def _described(name: str, encoder: Mapping[str, Any]) -> dict[str, Any]:
         "network": name if name in ENCODERS else "image",
         "options": {},
         "key": "vector",
-        "frozen": False,
         **encoder,
     }
     check_option(ENCODERS, network=found["network"])
     kind = _encoder_class(found)
+    found.setdefault("frozen", getattr(kind, "pretrained", False))
     check_keys(f"encoder {found['network']!r}", found["options"], inspect.signature(kind).parameters)
     if found["frozen"] is True and not getattr(kind, "pretrained", False):
         raise ArgumentError(

@@ -75,7 +75,7 @@ class PerceptualDistance(nn.Module):
 
 def _directions(f: Tensor) -> Tensor:
     f = f.float()
-    return f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10)
+    return f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10)  # its gradient at 0 is 0
 
 
 def perceptual_distance(source: str | Path) -> PerceptualDistance:
