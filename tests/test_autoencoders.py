@@ -503,6 +503,7 @@ class TestCommands:
         )
         assert (tmp_path / "codec/samples/00000002.png").exists()
         assert "another" in run(*codec, "--steps", 2, "--adversarial", 0.5, *layers)[1].err
+        assert "an autoencoder is of data" in run(*codec[:-1], "other", "--set", "data.codec=codec")[1].err
         assert "expected a power of two" in run(*codec, "--factor", 3)[1].err
         small = [*("--set", "model.options.channels=8", "--set", "evaluate.grid=2", "--set", "evaluate.nfe=1")]
         latent = ["train", *own, *small, "--codec", "codec", "--out", "latent"]

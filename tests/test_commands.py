@@ -25,6 +25,7 @@ from scoresde.cli import compare, main, parser, train
 from scoresde.cli.config import SECTIONS, DataConfig, EvaluateConfig, RunConfig, override, read_toml, write_toml
 from scoresde.cli.defaults import chosen, completed
 from scoresde.cli.drawing import Recipe
+from scoresde.cli.kept import settings_of
 from scoresde.cli.models import open_run, run_config
 from scoresde.data import TrainingData, digit_levels, digits, scaled
 from scoresde.levels import to_levels
@@ -567,7 +568,7 @@ def test_flags_win_over_set_and_set_over_the_file(here):
         "train --config run.toml --out x --set train.lr=0.25 --set train.steps=8 --steps 7 --preset 28 --data rings:3"
     )
     args = parser().parse_args(words.split())
-    found = train.settings_of(train.TrainOptions.of(args))
+    found = settings_of(train.TrainOptions.of(args), SECTIONS)
     assert found == {
         "data": {"source": "rings:3"},
         "train": {"steps": 7, "lr": 0.25, "warmup": 1},

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -36,6 +36,7 @@ from scoresde.training.weights import (
 __all__ = [
     "DataConfig",
     "EvaluateConfig",
+    "InSections",
     "LossConfig",
     "RunConfig",
     "check_installed",
@@ -133,9 +134,43 @@ class EvaluateConfig:
             check_option(("precision_recall", *METRICS), metrics=name)
 
 
+SECTIONS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
 @dataclass(frozen=True)
-class RunConfig:
-    """A training run: what `config.toml` says, a section each."""
+class InSections:
+    """A training run: what `config.toml` says, a section each; a subclass says in `sections` which."""
+
+    sections: ClassVar[Mapping[str, type[Any]]]
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """From a mapping of mappings.
+
+        Raises:
+            ValueError: on a section or key that is not known, one that is missing, or a value of another type or out of
+                its range; the message names it.
+        """
+        check_sections(settings, cls.sections)
+        return cls(**{name: section(kind, name, settings.get(name, {})) for name, kind in cls.sections.items()})
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """What `of` takes, of TOML's types: None is left out, being every such key's default."""
+        found = {name: asdict(getattr(self, name)) for name in self.sections}
+        return {name: {k: v for k, v in one.items() if v is not None} for name, one in found.items()}
+
+
+@dataclass(frozen=True)
+class RunConfig(InSections):
+    """A training run of a denoiser."""
+
+    sections = SECTIONS
 
     data: DataConfig
     model: ModelConfig
@@ -155,31 +190,6 @@ class RunConfig:
     def blind(self) -> bool:
         """Whether the network is told nothing at times."""
         return self.data.drop > 0 or self.loss.unconditional > 0
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> RunConfig:
-        """From a mapping of mappings.
-
-        Raises:
-            ValueError: on a section or key that is not known, one that is missing, or a value of another type or out of
-                its range; the message names it.
-        """
-        check_sections(settings)
-        return cls(**{name: section(kind, name, settings.get(name, {})) for name, kind in SECTIONS.items()})
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """What `of` takes, of TOML's types: None is left out, being every such key's default."""
-        found = {name: asdict(getattr(self, name)) for name in SECTIONS}
-        return {name: {k: v for k, v in section.items() if v is not None} for name, section in found.items()}
-
-
-SECTIONS: dict[str, type[Any]] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "loss": LossConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-}
 
 
 def check_sections(settings: Mapping[str, Any], sections: Mapping[str, type[Any]] = SECTIONS) -> None:

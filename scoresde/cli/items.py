@@ -27,10 +27,11 @@ class DataConfig:
         levels: of integers that are not 8-bit.
         flip: mirror images at random.
         condition: what else the network is told, a function of the item; several of them as a list.
-            "super-resolution:4" (the image as one 4 times smaller shows it), "inpainting" (with random boxes cut out;
+            "super-resolution:4" (the image as one 4 times smaller shows it; "augmented-super-resolution:4:0.5", spoiled
+            by noise of a share up to 0.5, which the network is told), "inpainting" (with random boxes cut out;
             "inpainting:noise" fills them with noise), "uncropping" (likewise, with one side or all cut off),
             "colourisation" (in grey), "jpeg:5-30" (after JPEG of such a quality), "given:PATH" (a vector or an image
-            for each item, from a file or folder).
+            for each item, from a file or folder), "itself" (as `source`, for one of `model.encoders`).
         captions: what is said of each item, which the network then reads (`scoresde.data.read_captions`): a file, or a
             folder that has one.
         tokens: of captions: "bytes"; "words", those of the captions, by the library tokenizers, kept here; "hf:NAME",

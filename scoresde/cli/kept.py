@@ -8,18 +8,68 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from scoresde.cli.config import RunConfig, read_toml
+from scoresde.cli.config import RunConfig, check_sections, override, read_toml
+from scoresde.cli.options import Options
 from scoresde.errors import CheckpointError
-from scoresde.training.folder import Checkpoint, MismatchError, newest
+from scoresde.training.folder import Checkpoint, MismatchError, checkpoints, newest
 from scoresde.training.identity import FREE
 from scoresde.training.whole_files import weights_file
 
-__all__ = ["CONFIG", "mismatch", "run_settings"]
+__all__ = ["CONFIG", "mismatch", "run_settings", "settings_of"]
 
 CONFIG = "config.toml"
 _FREE = {"data.download", *(f"train.{name}" for name in FREE)}
+
+
+class RunOptions(Protocol):
+    """The arguments of a command that trains: a folder, data, a file, changes of entries, and flags short for these."""
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def data(self) -> str | None: ...
+    @property
+    def config(self) -> Path | None: ...
+    @property
+    def changes(self) -> list[str]: ...
+    @property
+    def short(self) -> Options: ...
+
+
+def settings_of(options: RunOptions, sections: Mapping[str, type[Any]]) -> dict[str, Any]:
+    """The configuration that the arguments give: that of the run, if there is one in its folder, then the file's, then
+    --set, then the short flags.
+
+    Args:
+        options: of the command.
+        sections: of such a configuration.
+
+    Raises:
+        ValueError: if something is not known, or there are no data.
+    """
+    settings: dict[str, Any] = {}
+    alone = options.config is None and options.data is None
+    if checkpoints(options.out) or (alone and (options.out / CONFIG).exists()):
+        settings = run_settings(options.out)
+    check_sections(settings, sections)
+    if options.config is not None:
+        check_sections(given := read_toml(options.config), sections)
+        settings |= {name: {**settings.get(name, {}), **section} for name, section in given.items()}
+    override(settings, options.changes)
+    check_sections(settings, sections)
+    for name, value in {"data.source": options.data, **options.short.given()}.items():
+        if value is None:
+            continue
+        *path, key = name.split(".")
+        place = settings
+        for step in path:
+            place = place.setdefault(step, {})
+        place[key] = int(value) if key == "preset" and value.isdecimal() else value
+    if "source" not in settings.get("data", {}):
+        raise ValueError(f"give --data, or data.source in --config ({options.out} does not say what a run's were)")
+    return settings
 
 
 def run_settings(folder: Path) -> dict[str, Any]:

@@ -22,15 +22,12 @@ from scoresde.cli.config import (
     LossConfig,
     RunConfig,
     check_installed,
-    check_sections,
-    override,
-    read_toml,
     section,
     write_toml,
 )
 from scoresde.cli.defaults import CHOSEN, chosen, completed
 from scoresde.cli.drawing import Recipe, draw
-from scoresde.cli.kept import CONFIG, mismatch, run_settings
+from scoresde.cli.kept import CONFIG, mismatch, settings_of
 from scoresde.cli.latents import items_of
 from scoresde.cli.measuring import features_of, reference_of
 from scoresde.cli.models import About, Model, parameters
@@ -47,7 +44,7 @@ from scoresde.pictures import grid, write_png
 from scoresde.processes import SDES
 from scoresde.solvers.catalogue import solver_of
 from scoresde.training import LatentData, Trainer, parallel, two_term_loss
-from scoresde.training.folder import MismatchError, checkpoints
+from scoresde.training.folder import MismatchError
 from scoresde.training.lock import held_by_first
 from scoresde.training.loss import Draws
 from scoresde.training.step import Loss, check_trainable
@@ -92,7 +89,8 @@ class ShortOptions(Options):
 
     classes: bool = option("data.classes=true: conditional on the data's classes", dest="data.classes")
     condition: str | None = option(
-        "data.condition, an image that the network is told of: super-resolution:4, inpainting, uncropping, "
+        "data.condition, an image that the network is told of: super-resolution:4, "
+        "augmented-super-resolution:4:0.5, inpainting, uncropping, "
         "colourisation, jpeg:5-30, several of these with + between (one of them for each item), or given:PATH, one for "
         "each item",
         metavar="TASK",
@@ -170,32 +168,6 @@ def _keys() -> str:
 EXAMPLES += f"\n{FILES}\n\n{_keys()}"
 
 
-def settings_of(options: TrainOptions) -> dict[str, Any]:
-    """The configuration that the arguments give: that of the run, if there is one in OUT, then the file's, then --set,
-    then the short flags.
-
-    Raises:
-        ValueError: if something is not known, or there are no data.
-    """
-    settings: dict[str, Any] = {}
-    alone = options.config is None and options.data is None
-    if checkpoints(options.out) or (alone and (options.out / CONFIG).exists()):
-        settings = run_settings(options.out)
-    check_sections(settings)
-    if options.config is not None:
-        check_sections(given := read_toml(options.config))
-        settings |= {name: {**settings.get(name, {}), **section} for name, section in given.items()}
-    override(settings, options.changes)
-    check_sections(settings)
-    for name, value in {"data.source": options.data, **options.short.given()}.items():
-        place, _, key = name.partition(".")
-        if value is not None:
-            settings.setdefault(place, {})[key] = int(value) if key == "preset" and value.isdecimal() else value
-    if "source" not in settings.get("data", {}):
-        raise ValueError(f"give --data, or data.source in --config ({options.out} does not say what a run's were)")
-    return settings
-
-
 def run(options: TrainOptions) -> None:
     """Run the command.
 
@@ -205,7 +177,7 @@ def run(options: TrainOptions) -> None:
         NonFiniteLossError: if the loss is not finite.
     """
     check_installed()
-    settings = settings_of(options)
+    settings = settings_of(options, SECTIONS)
     check_folder(options.out)
     data_config = section(DataConfig, "data", settings["data"])
     with options.session.start() as device:

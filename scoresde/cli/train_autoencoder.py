@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.cli.common import BACKGROUND_HELP, DATA_HELP, SKIP_HELP, SessionOptions, check_folder, going_on
 from scoresde.cli.config import (
     DataConfig,
+    InSections,
     check_installed,
-    check_sections,
-    override,
-    read_toml,
     section,
     write_toml,
 )
-from scoresde.cli.kept import CONFIG, run_settings
+from scoresde.cli.kept import CONFIG, settings_of
 from scoresde.cli.options import Options, option, part
 from scoresde.data import TrainingData
 from scoresde.data.pictures import Mode
@@ -30,7 +29,7 @@ from scoresde.metrics.errors import psnr
 from scoresde.nn import Autoencoder
 from scoresde.pictures import grid, is_picture, write_png
 from scoresde.training import AutoencoderConfig, AutoencoderLoss, AutoencoderTrainer, TrainConfig, parallel
-from scoresde.training.folder import MismatchError, checkpoints
+from scoresde.training.folder import MismatchError
 from scoresde.training.lock import held_by_first
 
 TEXT = """train the autoencoder of a latent diffusion on images; goes on where it stopped
@@ -64,24 +63,21 @@ SECTIONS: dict[str, type[Any]] = {
 
 
 @dataclass(frozen=True)
-class AutoencoderRun:
-    """A training run of an autoencoder: what `config.toml` says, a section each."""
+class AutoencoderRun(InSections):
+    """A training run of an autoencoder."""
+
+    sections = SECTIONS
 
     data: DataConfig
     autoencoder: AutoencoderConfig
     train: TrainConfig
     loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
 
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> AutoencoderRun:
-        """From a mapping of mappings; errors as `RunConfig.of`."""
-        check_sections(settings, SECTIONS)
-        return cls(**{name: section(kind, name, settings.get(name, {})) for name, kind in SECTIONS.items()})
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """What `of` takes, of TOML's types."""
-        found = {name: asdict(getattr(self, name)) for name in SECTIONS}
-        return {name: {k: v for k, v in one.items() if v is not None} for name, one in found.items()}
+    def __post_init__(self) -> None:
+        if self.data.codec is not None:
+            raise ArgumentError(
+                f"data.codec={self.data.codec}: an autoencoder is of data, not of latents; leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,34 +124,6 @@ class TrainAutoencoderOptions(Options):
     session: SessionOptions
 
 
-def settings_of(options: TrainAutoencoderOptions) -> dict[str, Any]:
-    """The configuration that the arguments give, as of `scoresde train`.
-
-    Raises:
-        ValueError: if something is not known, or there are no data.
-    """
-    settings: dict[str, Any] = {}
-    alone = options.config is None and options.data is None
-    if checkpoints(options.out) or (alone and (options.out / CONFIG).exists()):
-        settings = run_settings(options.out)
-    if options.config is not None:
-        given = read_toml(options.config)
-        settings |= {name: {**settings.get(name, {}), **one} for name, one in given.items()}
-    changes = list(options.changes)
-    override(settings, changes)
-    for name, value in {"data.source": options.data, **options.short.given()}.items():
-        *path, key = name.split(".")
-        place = settings
-        for step in path:
-            place = place.setdefault(step, {})
-        if value is not None:
-            place[key] = value
-    check_sections(settings, SECTIONS)
-    if "source" not in settings.get("data", {}):
-        raise ValueError(f"give --data, or data.source in --config ({options.out} does not say what a run's were)")
-    return settings
-
-
 def completed(
     settings: Mapping[str, Mapping[str, Any]], data: TrainingData, factor: int | None, cpu: bool
 ) -> AutoencoderRun:
@@ -200,7 +168,7 @@ def run(options: TrainAutoencoderOptions) -> None:
         NonFiniteLossError: if the loss is not finite.
     """
     check_installed()
-    settings = settings_of(options)
+    settings = settings_of(options, SECTIONS)
     check_folder(options.out)
     with options.session.start() as device:
         data_config = section(DataConfig, "data", settings["data"])
