@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from scoresde.checks import ArgumentError, check_count, one_of
 from scoresde.denoiser import Denoiser, NetworkDenoiser, check_call
 from scoresde.entries import check_cond, entries_of
-from scoresde.networks import first_parameter
+from scoresde.networks import first_parameter, in_eval_mode
 from scoresde.noise import SeededNoise, seeds_of
 from scoresde.tensors import check_batch, widen
 from scoresde.views import check_time
@@ -93,7 +93,7 @@ def features(
     """
     net = _network(model, module)
     names = _matching(net, [layers] if isinstance(layers, str) else layers)
-    with torch.set_grad_enabled(differentiable), _evaluated(net):
+    with torch.set_grad_enabled(differentiable), in_eval_mode(net):
         state, times = _prepared(model, x, t, cond)
         B, dims = len(x), x.ndim - 2
         target = tuple(x.shape[2:]) if size is None else tuple(size)
@@ -150,7 +150,7 @@ def layer_shapes(
         whole = isinstance(out, Tensor) and out.is_floating_point() and out.ndim > 0 and len(out) == 1
         return tuple(out.shape[1:]) if whole else None
 
-    with torch.no_grad(), _evaluated(net):
+    with torch.no_grad(), in_eval_mode(net):
         state, times = _prepared(model, x[:1], t, one)
         with _tapped(net, [name for name, _ in net.named_modules()], taken) as found:
             _evaluate(model, state, times[0], _noise(model, state, times, 0, None), one)
@@ -221,18 +221,6 @@ def _evaluate(
     # A whole number stays one: an embedding's tables take no other.
     label = () if time is None else (torch.as_tensor(time, device=state.device).expand(len(state)),)
     model(state.to(dtype), *label, **cond)
-
-
-@contextmanager
-def _evaluated(net: nn.Module) -> Iterator[None]:
-    """Eval mode meanwhile."""
-    modes = {module: module.training for module in net.modules()}
-    try:
-        net.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 # --- what is found ---------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Encodes", "Holder", "contents", "first_parameter", "networks", "warn_of_training_mode"]
+__all__ = ["Encodes", "Holder", "contents", "first_parameter", "in_eval_mode", "networks"]
+__all__ += ["warn_of_training_mode"]
 
 
 class Holder:
@@ -46,6 +48,18 @@ def first_parameter(net: object) -> Tensor | None:
     """A network's first floating-point parameter: its dtype and device, as they are now. None where it has none."""
     parameters = net.parameters() if isinstance(net, torch.nn.Module) else iter(())
     return next((p for p in parameters if p.is_floating_point()), None)
+
+
+@contextmanager
+def in_eval_mode(net: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside; at the end each module's own is back, whatever happens."""
+    modes = {module: module.training for module in net.modules()}
+    try:
+        net.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def warn_of_training_mode(holder: Holder, stacklevel: int) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from scoresde.networks import in_eval_mode
 from scoresde.training.parallel import local
 
 __all__ = ["Average", "exponential", "in_place_of", "local_tensors", "tensors"]
@@ -58,15 +59,12 @@ def in_place_of(net: nn.Module, other: nn.Module) -> Iterator[None]:
     """Give a network the other's weights and eval mode, and at the end its own back, to the last bit, whatever happens
     inside."""
     kept = [x.detach().clone() for x in local_tensors(net)]
-    modes = {module: module.training for module in net.modules()}
-    try:
-        _copy(net, local_tensors(other))
-        net.eval()
-        yield
-    finally:
-        _copy(net, iter(kept))
-        for module, mode in modes.items():
-            module.training = mode
+    with in_eval_mode(net):
+        try:
+            _copy(net, local_tensors(other))
+            yield
+        finally:
+            _copy(net, iter(kept))
 
 
 def tensors(net: nn.Module) -> Iterator[Tensor]:

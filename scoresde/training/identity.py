@@ -56,14 +56,11 @@ def identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
 def frozen_parts(net: nn.Module) -> dict[str, str]:
     """What a checkpoint does not hold: a digest of each frozen encoder. None on the meta device, where there is
     nothing."""
-    frozen = net.frozen if isinstance(net, Encoding) else {}
-    found: dict[str, str] = {}
-    for name, encoder in frozen.items():
-        state = encoder.state_dict()
-        if not any(x.is_meta for x in state.values()):
-            text = "".join(f"{key} {digest(x)};" for key, x in state.items())
-            found[f"frozen {name}"] = f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    return found
+    return {
+        f"frozen {name}": weights_digest([encoder])
+        for name, encoder in (net.frozen if isinstance(net, Encoding) else {}).items()
+        if not any(x.is_meta for x in encoder.state_dict().values() if isinstance(x, Tensor))
+    }
 
 
 def identity_of_run(
