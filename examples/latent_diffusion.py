@@ -25,7 +25,6 @@ checkpoint.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from typing import Any
 import matplotlib
 import torch
 from guidance import tile
+from palette import cell, mean_and_error, spent
 from torch import Tensor
 
 from scoresde import Denoiser, Latent, elbo, sample
@@ -202,12 +202,6 @@ def size(net: torch.nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def spent(folder: Path) -> float:
-    """Seconds of the wall clock that training took, whenever it was: a column of its log."""
-    with (folder / "log.csv").open(newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["seconds"])
-
-
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
@@ -268,15 +262,7 @@ def bounds(denoisers: dict[str, Denoiser], held_out: TrainingData, n: int, seed:
     return found
 
 
-def mean_and_error(values: Tensor) -> list[float]:
-    return [float(values.mean()), float(values.std() / len(values) ** 0.5)]
-
-
 # --- the page --------------------------------------------------------------------------------------------------------
-
-
-def cell(value: list[float], digits: int = 2) -> str:
-    return f"{value[0]:.{digits}f} ({value[1]:.{digits}f})"
 
 
 def report(r: dict) -> str:

@@ -5,7 +5,8 @@
 
 **0 is no token.** The empty text is zeros alone, and so it is what a network is told where it is told nothing
 (`scoresde.data.nothing`), as guidance without a classifier needs. A text that is too long, and a word that is not in
-the vocabulary, are errors: cut off or replaced unseen, they would be another text.
+the vocabulary, are errors: cut off or replaced unseen, they would be another text. (What an encoder of Hugging Face
+makes of characters that it does not know is its own tokenizer's affair, an <unk> for a T5.)
 """
 
 from __future__ import annotations
