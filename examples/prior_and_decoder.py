@@ -48,7 +48,7 @@ from scoresde.nn import Encoding, TextEncoder, TimeEmbedding, UNet
 from scoresde.nn.dit import Layer, norm
 from scoresde.report import table, write_json
 from scoresde.solvers import DPMSolverPP
-from scoresde.training import min_snr, uniform_in
+from scoresde.training import uniform_in
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -197,7 +197,7 @@ def learned(
             how: dict[str, Any] = {"steps": args.prior_steps, "lr": 1e-3, "weighting": uniform_in("x0")}
             denoiser: NetworkDenoiser = X0Denoiser(net, SDE, time=label)
         else:
-            how = {"steps": args.train_steps, "lr": 2e-3, "weighting": min_snr(5.0)}
+            how = {"steps": args.train_steps, "lr": 2e-3, "weighting": uniform_in("v")}
             denoiser = VDenoiser(net, SDE, time=label)
         found[name] = t2i.trained(denoiser, data, args.models / name, batch_size=64, **how)
     return found
