@@ -229,6 +229,13 @@ def test_an_encoder_of_hugging_face_stays_as_it_is(tmp_path: Path) -> None:
         PretrainedText(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize(("network", "frozen"), [("text", False), ("pretrained-text", True)])
+def test_an_encoder_that_brings_its_weights_is_frozen_unless_it_is_said(network: str, frozen: bool) -> None:
+    words = {"network": network, "options": {"length": 4}}
+    assert ModelConfig(encoders={"text": words}).encoders["text"]["frozen"] is frozen
+    assert ModelConfig(encoders={"text": {**words, "frozen": False}}).encoders["text"]["frozen"] is False
+
+
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for library, make in {
         "tokenizers": lambda: WordTokens.trained(["a"]),
