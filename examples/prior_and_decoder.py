@@ -18,7 +18,8 @@ used. Beside the cascade stand a decoder that draws x of z at once, and an upsam
 Measured: how often a sample's digits and shades are what the text says, and the Frechet distance to real scenes. Drawn:
 samples, variations of one image (its z, other noise) and images between two (z along a great circle).
 
-Writes prior_and_decoder.png, results.json and README.md into --out; a run that is killed goes on.
+With --data a folder of images with captions (captions.jsonl, captions.csv or captions.txt) is learned instead, and
+drawn for --text. Writes prior_and_decoder.png, results.json and README.md into --out; a run that is killed goes on.
 """
 
 from __future__ import annotations
@@ -38,7 +39,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scoresde import VPSDE, Cascade, Stage, VDenoiser, X0Denoiser
-from scoresde.data import AugmentedSuperResolution, Captions, Condition, Given, Raw, SuperResolution, TrainingData
+from scoresde.data import (
+    AugmentedSuperResolution,
+    Captions,
+    Condition,
+    Given,
+    Raw,
+    SuperResolution,
+    TrainingData,
+    training_data,
+)
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.editing import interpolate
 from scoresde.guidance import ClassifierFree
@@ -54,7 +64,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Z, WIDTH, TOKENS = 64, 96, 4
-SMALL = (1, t2i.SHAPE[1] // 2, t2i.SHAPE[2] // 2)
 NOISY, PLAIN = AugmentedSuperResolution(2, noise=(0.0, 0.5)), SuperResolution(2)
 STRENGTHS, SOLVER, SHOWN = (0.0, 0.1, 0.2, 0.4), DPMSolverPP(order=2), 6
 SDE = VPSDE()
@@ -64,6 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/prior_and_decoder"), help="results")
     parser.add_argument("--models", type=Path, default=Path("runs/text_to_image"), help="folder of the runs")
+    parser.add_argument("--data", type=Path, help="a folder of images with captions, instead of scenes of digits")
+    parser.add_argument("--size", type=int, nargs=2, default=[32, 32], help="to make of these images, even (32 32)")
+    parser.add_argument("--text", nargs="+", help="texts that are drawn then (the first captions)")
     parser.add_argument("--scenes", type=int, default=12_000, help="to train on (12000)")
     parser.add_argument("--prior-steps", type=int, default=3000, help="of the prior, 64 scenes a step (3000)")
     parser.add_argument("--train-steps", type=int, default=1500, help="of each network of images, of 64 (1500)")
@@ -75,7 +87,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of scenes, weights, training and samples (0)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-
+    if args.data is not None:
+        own_images(args)
+        return
     own, others = t2i.halves()
     x, facts = t2i.scenes(*own, args.scenes, args.seed, held_out=False)
     said = [t2i.sentences(row) for row in facts.tolist()]
@@ -148,17 +162,16 @@ class Projected(nn.Module):
         return {"vector": z, "context": self.tokens(z).unflatten(1, (TOKENS, Z)), "context_mask": mask}
 
 
-def decoder(patch: int) -> nn.Module:
+def decoder(channels: int, patch: int) -> nn.Module:
     """A U-Net that is told z."""
-    return Encoding(
-        UNet(channels=32, multipliers=(1, 2), blocks=1, patch=patch, vector=Z, context=Z), {"z": Projected()}
-    )
+    net = UNet(channels, channels=32, multipliers=(1, 2), blocks=1, patch=patch, vector=Z, context=Z)
+    return Encoding(net, {"z": Projected()})
 
 
-def upsampler(condition: Condition) -> nn.Module:
+def upsampler(condition: Condition, shape: tuple[int, ...]) -> nn.Module:
     """A U-Net that is told a small image, as this condition says."""
-    told = TrainingData(torch.zeros(1, *t2i.SHAPE), conditions=(condition,)).network_options
-    return UNet(channels=32, multipliers=(1, 2), blocks=1, patch=2, **told)
+    told = TrainingData(torch.zeros(1, *shape), conditions=(condition,)).network_options
+    return UNet(shape[0], channels=32, multipliers=(1, 2), blocks=1, patch=2, **told)
 
 
 def embedded(clip: t2i.CLIP, x: Tensor) -> Tensor:
@@ -175,20 +188,21 @@ def told(clip: t2i.CLIP, texts: list[str]) -> Tensor:
 
 
 def learned(
-    x: Tensor, texts: list[str], z: Tensor, y: Tensor, args: argparse.Namespace
+    x: Tensor, texts: list[str], z: Tensor, y: Tensor, args: argparse.Namespace, length: int = t2i.LENGTH
 ) -> dict[str, NetworkDenoiser]:  # fmt: skip
     """The five networks, trained or continued."""
 
     def prior() -> nn.Module:
-        return Encoding(Prior(), {"text": Words(WIDTH, 2, length=t2i.LENGTH)})
+        return Encoding(Prior(), {"text": Words(WIDTH, 2, length=length)})
 
-    of_text, of_z = (Captions(texts, length=t2i.LENGTH), Given(y)), (Raw("z", z),)
+    C, *_ = shape = tuple(x.shape[1:])
+    of_text, of_z = (Captions(texts, length=length), Given(y)), (Raw("z", z),)
     made = {
         "prior": (prior, TrainingData(z, conditions=of_text)),
-        "decoder": (lambda: decoder(1), TrainingData(PLAIN.small(x), conditions=of_z, drop=0.1, seed=args.seed)),
-        "direct": (lambda: decoder(2), TrainingData(x, conditions=of_z, drop=0.1, seed=args.seed)),
-        "upsampler": (lambda: upsampler(NOISY), TrainingData(x, conditions=(NOISY,), seed=args.seed)),
-        "plain upsampler": (lambda: upsampler(PLAIN), TrainingData(x, conditions=(PLAIN,), seed=args.seed)),
+        "decoder": (lambda: decoder(C, 1), TrainingData(PLAIN.small(x), conditions=of_z, drop=0.1, seed=args.seed)),
+        "direct": (lambda: decoder(C, 2), TrainingData(x, conditions=of_z, drop=0.1, seed=args.seed)),
+        "upsampler": (lambda: upsampler(NOISY, shape), TrainingData(x, conditions=(NOISY,), seed=args.seed)),
+        "plain upsampler": (lambda: upsampler(PLAIN, shape), TrainingData(x, conditions=(PLAIN,), seed=args.seed)),
     }
     found = {}
     for name, (make, data) in made.items():
@@ -206,20 +220,22 @@ def learned(
 # --- the cascade, and what is measured -------------------------------------------------------------------------------
 
 
-def cascade(networks: Mapping[str, NetworkDenoiser], args: argparse.Namespace, how: float | str) -> Cascade:
+def cascade(
+    networks: Mapping[str, NetworkDenoiser], args: argparse.Namespace, how: float | str, shape: tuple[int, ...]
+) -> Cascade:  # fmt: skip
     """The three stages with that much noise in the small image, or "plain" without; or, "direct", prior and decoder."""
-    rest: dict[str, Any] = {"solver": SOLVER, "nfe": args.nfe, "takes": ()}
-    prior = Stage(networks["prior"], (Z,), takes=("text", "vector"), solver=SOLVER, nfe=args.nfe)
-    name, shape = ("direct", t2i.SHAPE) if how == "direct" else ("decoder", SMALL)
-    drawn = Stage(ClassifierFree(networks[name], args.guidance), shape, lambda z, noise: {"z": z}, **rest)
+    (C, H, W), rest = shape, {"solver": SOLVER, "nfe": args.nfe}
+    prior = Stage(networks["prior"], (Z,), takes=("text", "vector"), **rest)
+    name, size = ("direct", shape) if how == "direct" else ("decoder", (C, H // 2, W // 2))
+    drawn = Stage(ClassifierFree(networks[name], args.guidance), size, lambda z, noise: {"z": z}, takes=(), **rest)
     if how == "direct":
         return Cascade(prior, drawn)
     if how == "plain":
-        larger = lambda s, noise: {"image": PLAIN.taken(s.clamp(-1, 1), t2i.SHAPE)}  # noqa: E731
-        return Cascade(prior, drawn, Stage(networks["plain upsampler"], t2i.SHAPE, larger, **rest))
+        larger = lambda s, noise: {"image": PLAIN.taken(s.clamp(-1, 1), shape)}  # noqa: E731
+        return Cascade(prior, drawn, Stage(networks["plain upsampler"], shape, larger, takes=(), **rest))
     spoiled = NOISY.at(noise=float(how))
     larger = lambda s, noise: spoiled.enlarged(s.clamp(-1, 1), noise)  # noqa: E731
-    return Cascade(prior, drawn, Stage(networks["upsampler"], t2i.SHAPE, larger, **rest))
+    return Cascade(prior, drawn, Stage(networks["upsampler"], shape, larger, takes=(), **rest))
 
 
 def measured(
@@ -245,12 +261,12 @@ def measured(
     row("real scenes", real)
     for how in ("direct", "plain", *STRENGTHS):
         # z of the text, by the prior; and below of the scene itself.
-        made[how] = cascade(networks, args, how).sample(len(texts), seed=args.seed, cond=cond)
+        made[how] = cascade(networks, args, how, t2i.SHAPE).sample(len(texts), seed=args.seed, cond=cond)
         name = {"direct": "x of z at once", "plain": "no noise, ever"}.get(str(how), f"s = {how}")
         row(name, made[how].x.clamp(-1, 1))
     best = STRENGTHS[1]
     z = embedded(clip, real)
-    whole = cascade(networks, args, best)
+    whole = cascade(networks, args, best, t2i.SHAPE)
     row("z of the scene", whole.sample(len(z), seed=args.seed + 1, given=[z]).x.clamp(-1, 1))
     some = [0, args.images]
     varied = [whole.sample(SHOWN, seed=args.seed + 2, given=[z[i].expand(SHOWN, -1)]).x for i in some]
@@ -265,6 +281,29 @@ def measured(
         "varied": torch.cat([torch.cat([real[i : i + 1], x]) for i, x in zip(some, varied, strict=True)]),
         "between": torch.cat([real[1:2], between, real[2:3]]),
     }  # fmt: skip
+
+
+def own_images(args: argparse.Namespace) -> None:
+    """The same on a folder of images with captions: samples alone, for there is no reader of them."""
+    if any(n % 2 for n in args.size):
+        raise SystemExit(f"--size {args.size}: expected even numbers, half of which the decoder draws")
+    data = training_data(args.data, captions=args.data, size=tuple(args.size), seed=args.seed, lazy=False)
+    said, x = data.conditions[0], data.batch(torch.arange(len(data))).x
+    clip = t2i.learned_clip(data, args).net
+    texts = [own[0] for own in said.texts]
+    networks = learned(x, texts, embedded(clip, x), told(clip, texts), args, said.length)
+    texts = args.text or texts[:SHOWN]
+    cond = {"text": texts, "vector": told(clip, texts)}
+    found = cascade(networks, args, STRENGTHS[1], data.shape).sample(len(texts), seed=args.seed, cond=cond)
+    direct = cascade(networks, args, "direct", data.shape).sample(len(texts), seed=args.seed, cond=cond)
+    lines = torch.stack([PLAIN.taken(found.made[1], data.shape), found.x, direct.x], 1)
+    figure, axis = plt.subplots(figsize=(7, 1 + 1.5 * len(texts)), layout="constrained")
+    axis.imshow(tile(lines.flatten(0, 1), 3))
+    axis.set(title="decoder, upsampled, at once", xticks=[])
+    high = axis.get_ylim()[0] / len(texts)
+    axis.set_yticks([high * (i + 0.5) for i in range(len(texts))], texts)
+    figure.savefig(args.out / "prior_and_decoder.png", dpi=110)
+    print(f"wrote {args.out}/prior_and_decoder.png")
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
