@@ -162,8 +162,8 @@ class Cascade:
             progress, differentiable: as of `scoresde.sample`.
 
         Raises:
-            ValueError: before any evaluation, if there are not n of what is given, all are, or no stage takes a
-                condition; of a stage as `sample` does, and if it is told one thing twice.
+            ValueError: before any evaluation, if there are not n of what is given, all are, or no stage that is
+                left takes a condition; of a stage as `sample` does, and if it is told one thing twice.
             NonFiniteError: if samples are not finite; a note says of which stage.
         """
         check_count(n=n)
@@ -174,9 +174,9 @@ class Cascade:
         for k, x in enumerate(made):
             if not isinstance(x, Tensor) or len(x) != n:
                 raise ArgumentError(f"given[{k}] is {_described(x)}: expected {n} samples of stage {k}")
-        taken = [stage.takes for stage in self.stages]
+        taken = [stage.takes for stage in self.stages[len(made) :]]
         if None not in taken and (unknown := (cond or {}).keys() - {name for names in taken for name in names or ()}):
-            raise ArgumentError(f"cond has {', '.join(sorted(unknown))}, which no stage takes")
+            raise ArgumentError(f"cond has {', '.join(sorted(unknown))}, which no stage that is left takes")
         solutions: list[Solution] = []
         for k in range(len(made), len(self.stages)):
             stage = self.stages[k]

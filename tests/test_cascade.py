@@ -95,6 +95,8 @@ def test_a_stage_is_told_what_it_takes():
     second = Stage(X0Denoiser(mean, SDE), (1,), told=lambda x, noise: {"vector": x}, takes=(), nfe=1)
     Cascade(first, second).sample(2, seed=0, cond={"text": ["a", "b"]})
     assert told == [["text"], ["vector"]]
+    with pytest.raises(ValueError, match="cond has text"):  # the stage that takes it does not run
+        Cascade(first, second).sample(2, seed=0, cond={"text": ["a", "b"]}, given=[torch.zeros(2, 1)])
 
 
 def test_what_is_no_cascade_is_refused():
@@ -112,7 +114,7 @@ def test_what_is_no_cascade_is_refused():
     with pytest.raises(ValueError, match="told vector by cond and by the stage before"):
         cascade.sample(2, given=[torch.zeros(2, 1)], cond={"vector": torch.zeros(2, 1)})
     choosy = Cascade(replace(first, takes=()), replace(second, takes=()))
-    with pytest.raises(ValueError, match="cond has text, which no stage takes"):
+    with pytest.raises(ValueError, match="cond has text, which no stage that is left takes"):
         choosy.sample(2, cond={"text": ["a", "b"]})
     with pytest.raises(ValueError, match="n=0"):
         cascade.sample(0)
@@ -198,6 +200,8 @@ def test_augmentation_in_words_and_its_mistakes():
     for wrong in ({"noise": (0.5, 0.2)}, {"noise": (0.0, 1.5)}, {"blur": (-1.0, 1.0)}, {"noise": None}, {"factor": 1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             AugmentedSuperResolution(**wrong)
+    with pytest.raises(ValueError, match="noise="):  # measured images have no noise, which this one never saw
+        AugmentedSuperResolution(2, noise=(0.1, 0.3)).measured(images(), (1, 8, 8))
     with pytest.raises(ValueError, match="choose the strengths"):
         up.enlarged(images(), lambda row, like: like)
     with pytest.raises(ValueError, match="augmented-super-resolution"):

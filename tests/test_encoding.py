@@ -306,6 +306,13 @@ def test_an_encoder_is_trained_averaged_saved_and_resumed_as_the_rest(tmp_path, 
     assert torch.equal(a, b)
 
 
+def test_an_encoder_that_brings_its_weights_is_frozen_by_default():
+    encoder = torch.nn.Linear(5, 3)
+    encoder.pretrained = True
+    assert Encoding(MLP(2, width=8, vector=3), {"source": encoder}).frozen["source"] is encoder
+    assert not Encoding(MLP(2, width=8, vector=3), {"source": torch.nn.Linear(5, 3)}).frozen
+
+
 def test_a_frozen_encoder_stays_as_it_is_and_is_kept_once(tmp_path):
     encoder = encoder_with_dropout()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}

@@ -105,6 +105,7 @@ class AugmentedSuperResolution(Condition):
         return self._of(small, strengths.to(x), lambda like: shown.normal(like.shape[1:]).to(like), x.shape[2:])
 
     def measured(self, y: Tensor, shape: Sequence[int]) -> tuple[Condition, ...]:
+        self.at()  # raises where the network has not seen a strength of 0
         y = self._plain.taken(y, shape)
         return Given(y), Given(y.new_zeros(len(y), len(self._ranges)))
 

@@ -46,7 +46,8 @@ class Encoding(nn.Module):
             value of B items, a tensor, strings or a structure of them (`scoresde.entries`). It returns them as a dict,
             {"context": ..., "context_mask": ...} say, or as one tensor.
         keys: of encoders that return a tensor, which keyword it is, "vector" by default.
-        frozen: names of encoders that are not trained. They are put into eval mode, take no gradient, and stay so. They
+        frozen: names of encoders that are not trained; by default those that bring their weights (`pretrained`, as
+            `PretrainedText` says it). They are put into eval mode, take no gradient, and stay so. They
             are no part of parameters and state_dict: copies of the network, averages among them, share them, and a
             checkpoint has a digest of each in place of its weights, by which another one is refused. They move with the
             network, and to the device of what they encode.
@@ -69,9 +70,11 @@ class Encoding(nn.Module):
         encoders: Mapping[str, nn.Module],
         *,
         keys: Mapping[str, str] | None = None,
-        frozen: Collection[str] = (),
+        frozen: Collection[str] | None = None,
     ) -> None:
         super().__init__()
+        if frozen is None:
+            frozen = [name for name, encoder in encoders.items() if getattr(encoder, "pretrained", False)]
         self.names, frozen = tuple(encoders), (frozen,) if isinstance(frozen, str) else tuple(frozen)
         if not self.names:
             raise ValueError("Encoding without encoders: pass the network by itself")
