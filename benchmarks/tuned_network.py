@@ -61,7 +61,8 @@ class Amount:
     Attributes:
         nfe: budgets of evaluations; the first of the tuned is compared with the last of the others.
         features: those that are tuned in features too.
-        noises: of the tuning, twice as many in features: half trains, a quarter chooses, a quarter reports.
+        noises: of the tuning for the first budget, twice as many in features: half trains, a quarter chooses, a quarter
+            reports. For another fewer, by the square of the budgets' ratio, for what a step costs grows with its cube.
         work: steps of the training times evaluations, at most: a step's cost is about their cube.
         minutes: of the clock on the wall, of each tuning, at most: many, for the machine may be shared.
         teacher: evaluations of the fine solution that is learned from.
@@ -70,13 +71,17 @@ class Amount:
     """
 
     nfe: tuple[int, ...] = (5, 8, 10)
-    features: tuple[int, ...] = (5,)
-    noises: int = 32
-    work: int = 40
+    features: tuple[int, ...] = (5, 8, 10)
+    noises: int = 128
+    work: int = 60
     minutes: float = 40.0
     teacher: int = 36
     fine: int = 40
     shown: int = 16
+
+    def noises_for(self, nfe: int) -> int:
+        """Of the tuning for that budget."""
+        return max(16, round(self.noises * (self.nfe[0] / nfe) ** 2))
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class Bench:
             return tune(
                 model,
                 starts,
-                self.experiment.shape(amount.noises if features is None else 2 * amount.noises),
+                self.experiment.shape(amount.noises_for(nfe) * (1 if features is None else 2)),
                 nfe=nfe,
                 seed=TUNED_SEED,
                 features=features,
@@ -263,8 +268,9 @@ def report(experiment: Experiment, names: Sequence[str], out: Path, amount: Amou
         "",
         "The networks are those of [networks](../networks), with means clipped to the data's range. `default` is "
         f"`{call_of(DEFAULT)}` on its own grid, `choose` the best solver, grid and landing that `choose` finds for the "
-        f"network, `tuned` what `tune` learns on {amount.noises} noises, `features` what it learns from `choose`'s "
-        f"on {2 * amount.noises} by the distance in the features of the library's classifier, `fine` the network's own "
+        f"network, `tuned` what `tune` learns on {' or '.join(str(amount.noises_for(n)) for n in amount.nfe)} noises "
+        f"(for {' or '.join(map(str, amount.nfe))} evaluations), `features` what it learns from `choose`'s on twice as "
+        f"many by the distance in the features of the library's classifier, `fine` the network's own "
         "fine solution, which they learn from. Frechet distance to the 10,000 held-out images in those features: "
         f"{size.sets} sets of {size.set_size} samples from noise that no solver has seen, the same for all; mean and, "
         f"in brackets, standard error over the sets. Sets of {size.set_size} real training images score {real:.2f} "
@@ -293,10 +299,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kept", action="store_true", help="write the page of what is finished, and do no more")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--nfe", type=int, nargs="+", help="budgets of evaluations (5 8 10)")
-    parser.add_argument("--features", type=int, nargs="*", help="those that are tuned in features too (5)")
+    parser.add_argument("--features", type=int, nargs="*", help="those that are tuned in features too (5 8 10)")
     for name, kind, what in (
-        ("noises", int, "of the tuning (32)"),
-        ("work", int, "steps of the training times evaluations (40)"),
+        ("noises", int, "of the tuning for the first budget (128)"),
+        ("work", int, "steps of the training times evaluations (60)"),
         ("minutes", float, "of the clock, of each tuning, at most (40)"),
         ("teacher", int, "evaluations of the fine solution that is learned from (36)"),
         ("fine", int, "evaluations of the one that is judged (40)"),
