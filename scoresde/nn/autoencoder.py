@@ -176,7 +176,7 @@ class VQAutoencoder(Autoencoder):
     Args:
         codes: K, vectors in the codebook.
         commitment: weight of the encoder's term.
-        **options: of `Autoencoder`.
+        image_channels, latent_channels, channels, multipliers, blocks, heads, dropout, dims, patch: of `Autoencoder`.
     """
 
     tells = ("perplexity", "used")
