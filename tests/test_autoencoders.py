@@ -283,6 +283,14 @@ class TestTraining:
             norm = torch.stack([p.grad.norm() for p in player.parameters()]).norm()
             assert float(norm) <= 1.001e-3
 
+    def test_a_step_that_is_timed_changes_nothing(self):
+        """As a run looks for the faster number of threads, where none is set: of both players."""
+        one = trainer(loss=replace(GAME, start=0))
+        before = [p.clone() for p in one.net.parameters()]
+        one._trial()()
+        assert all(torch.equal(a, b) for a, b in zip(before, one.net.parameters(), strict=True))
+        assert all(p.grad is None for p in one.net.parameters())
+
     def test_another_run_is_refused(self, tmp_path):
         trainer(tmp_path, steps=2).fit(progress=False)
         with pytest.raises(CheckpointError, match=r"loss\.adversarial: 0\.5 in the file, 0\.25 here"):

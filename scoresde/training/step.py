@@ -109,7 +109,8 @@ def trial(worker: nn.Module, x0: Tensor, cond: Mapping[str, Any]) -> Callable[[]
 
     def step() -> None:
         with seeded_global_generators(0, x0.device):
-            worker(x0, torch.Generator(x0.device).manual_seed(0), cond).backward()
+            found = worker(x0, torch.Generator(x0.device).manual_seed(0), cond)
+            (found[0] if isinstance(found, tuple) else found).backward()  # a loss, or one and what it tells of itself
 
     return step
 
