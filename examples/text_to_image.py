@@ -45,6 +45,7 @@ from scoresde.denoiser import NetworkDenoiser
 from scoresde.guidance import ClassifierFree, Energy, similarity
 from scoresde.info import environment
 from scoresde.metrics import RandomFeatures, evaluate
+from scoresde.networks import seeded_global_generators
 from scoresde.nn import NoisyClassifier, TextEncoder
 from scoresde.nn.blocks import unshuffle
 from scoresde.noise import derive_seed
@@ -246,8 +247,7 @@ def learned_reader(others: tuple[Tensor, Tensor], args: argparse.Namespace) -> N
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A network whose initial weights are of that seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded_global_generators(seed):
         return make()
 
 

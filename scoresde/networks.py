@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["Encodes", "Holder", "contents", "first_parameter", "in_eval_mode", "networks"]
-__all__ += ["warn_of_training_mode"]
+__all__ += ["seeded_global_generators", "warn_of_training_mode"]
 
 
 class Holder:
@@ -69,3 +69,19 @@ def warn_of_training_mode(holder: Holder, stacklevel: int) -> None:
     if any(layer.training and isinstance(layer, kinds) and getattr(layer, "p", 1.0) > 0 for layer in layers):
         message = "the network has dropout or batch norm in training mode: call net.eval() first"
         warnings.warn(message, stacklevel=stacklevel)
+
+
+@contextmanager
+def seeded_global_generators(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
+    """Seed the global generators, which initial weights and dropout draw from, by the operating system if None, and put
+    them back as they were; that of a GPU too, if it is the device.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        if seed is None:
+            seed = torch.default_generator.seed()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU, and not put them back
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

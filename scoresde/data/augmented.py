@@ -131,11 +131,12 @@ class AugmentedSuperResolution(Condition):
     def _of(
         self, small: Tensor, strengths: Tensor, normal: Callable[[Tensor], Tensor], size: Sequence[int]
     ) -> dict[str, Tensor]:
-        y, each = small, list(strengths[:, :, None, None, None].unbind(1))
+        y = small
         if self.blur is not None and self.blur[1] > 0:
             y = blurred(y, strengths[:, -1])
         if self.noise is not None and self.noise[1] > 0:
-            y = (1 - each[0] ** 2).sqrt() * y + each[0] * normal(y)
+            s = strengths[:, 0, None, None, None]
+            y = (1 - s**2).sqrt() * y + s * normal(y)
         return {"image": resized(y, size), "vector": strengths}
 
 

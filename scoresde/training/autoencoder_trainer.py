@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scoresde.codecs import AutoencoderCodec
 from scoresde.errors import CheckpointError
+from scoresde.networks import seeded_global_generators
 from scoresde.nn import Autoencoder
 from scoresde.training import parallel
 from scoresde.training.autoencoder_loss import AutoencoderLoss, AutoencoderWorker, Players
@@ -85,8 +86,7 @@ class AutoencoderTrainer(Loop[Autoencoder]):
         self._distance = None if features is None else perceptual_distance(features).to(autoencoder.last_layer.device)
         if self._distance is not None:
             self._distance(first[:1].to(autoencoder.last_layer), first[:1].to(autoencoder.last_layer))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)
+        with seeded_global_generators(config.seed):
             players = self.loss.players(autoencoder).to(autoencoder.last_layer)
         if players.discriminator is not None:  # not at the step that it begins at
             players.discriminator(first[:1].to(autoencoder.last_layer))

@@ -27,7 +27,7 @@ from scoresde.checks import ArgumentError, check_count, check_keys, check_option
 from scoresde.codecs import AutoencoderCodec, Codec, Encoded
 from scoresde.errors import CheckpointError
 from scoresde.files import sealed, unsealed, write_whole
-from scoresde.networks import contents
+from scoresde.networks import contents, seeded_global_generators
 from scoresde.nn import Autoencoder, KLAutoencoder, VQAutoencoder
 from scoresde.tensors import evenly
 from scoresde.training.feed import DataSource, digest
@@ -92,11 +92,7 @@ class AutoencoderConfig:
         Raises:
             ValueError: if it cannot be made of the options.
         """
-        with torch.random.fork_rng(devices=[]):
-            if seed is None:
-                torch.default_generator.seed()
-            else:
-                torch.default_generator.manual_seed(seed)
+        with seeded_global_generators(seed):
             return made_of(f"autoencoder {self.autoencoder!r}", KINDS[self.autoencoder], self.options)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from scoresde.data.order import Order
 from scoresde.entries import entries_of, mapped
+from scoresde.networks import seeded_global_generators
 from scoresde.noise import derive_seed
 from scoresde.training import parallel, snapshots, threads
 from scoresde.training.average import Average, in_place_of
@@ -38,7 +39,7 @@ from scoresde.training.model import opened
 from scoresde.training.resume import check_resume
 from scoresde.training.saver import Saver
 from scoresde.training.signals import Signals
-from scoresde.training.step import Interval, seeded_global_generators, trial
+from scoresde.training.step import Interval, loss_of, trial
 from scoresde.training.whole_files import check_safetensors, weights_file
 
 __all__ = ["InWords", "Loop"]
@@ -262,8 +263,7 @@ class Loop(ABC, Generic[S]):
             key = (2, self.step, start) if parted else (2, self.step)
             quiet = nullcontext() if stop == self._parts[-1][1] else self._layout.quiet(worker)
             with quiet, seeded_global_generators(derive_seed(config.seed, *key), device):
-                found = worker(x0[own], draws, entries_of(cond, own, len(x0)))
-                loss, told = found if isinstance(found, tuple) else (found, None)
+                loss, told = loss_of(worker(x0[own], draws, entries_of(cond, own, len(x0))))
                 # The layouts take the mean over the processes where the sum is wanted.
                 (loss * (share * parallel.world()) if parted else loss).backward()
             row = loss.detach() if told is None else torch.cat([loss.detach()[None], told.detach()])

@@ -28,6 +28,7 @@ from scoresde.denoiser import (
     check_denoiser,
 )
 from scoresde.errors import CheckpointError
+from scoresde.networks import seeded_global_generators
 from scoresde.processes import sde_name, sde_of
 from scoresde.training.folder import Checkpoint, newest
 from scoresde.training.identity import identity
@@ -132,11 +133,7 @@ class ModelConfig:
         Args:
             seed: of the weights; drawn by the operating system if None. The global generator stays as it is.
         """
-        with torch.random.fork_rng(devices=[]):
-            if seed is None:
-                torch.default_generator.seed()
-            else:
-                torch.default_generator.manual_seed(seed)
+        with seeded_global_generators(seed):
             return self.around(self.net())
 
     def net(self) -> nn.Module:

@@ -1,6 +1,4 @@
-"""What a step of training is made of: the loss as a module, autocast, the generators, and what was measured since the
-last report.
-"""
+"""What a step of training is made of: the loss as a module, autocast, and what was measured since the last report."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from scoresde.denoiser import Denoiser, NetworkDenoiser, check_denoiser
 from scoresde.masks import mask_name
+from scoresde.networks import seeded_global_generators
 from scoresde.training import parallel
 from scoresde.training.loss import Draws
 
@@ -26,7 +25,7 @@ __all__ = [
     "Totals",
     "Worker",
     "check_trainable",
-    "seeded_global_generators",
+    "loss_of",
     "trial",
 ]
 
@@ -104,13 +103,17 @@ class Autocast(nn.Module):
         return first.float(), second.float()
 
 
+def loss_of(found: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """A worker's loss, and the numbers that it tells of itself, where it does."""
+    return found if isinstance(found, tuple) else (found, None)
+
+
 def trial(worker: nn.Module, x0: Tensor, cond: Mapping[str, Any]) -> Callable[[], None]:
     """What a step costs: forward and backward on the CPU, with draws of its own."""
 
     def step() -> None:
         with seeded_global_generators(0, x0.device):
-            found = worker(x0, torch.Generator(x0.device).manual_seed(0), cond)
-            (found[0] if isinstance(found, tuple) else found).backward()  # a loss, or one and what it tells of itself
+            loss_of(worker(x0, torch.Generator(x0.device).manual_seed(0), cond))[0].backward()
 
     return step
 
@@ -188,15 +191,3 @@ class Interval:
         self.values = []
         self.start()
         return found
-
-
-@contextmanager
-def seeded_global_generators(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators, which dropout draws from, and put them back as they were."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU, and not put them back
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
