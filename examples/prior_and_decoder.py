@@ -70,21 +70,10 @@ SDE = VPSDE()
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/prior_and_decoder"), help="results")
-    parser.add_argument("--models", type=Path, default=Path("runs/text_to_image"), help="folder of the runs")
-    parser.add_argument("--data", type=Path, help="a folder of images with captions, instead of scenes of digits")
-    parser.add_argument("--size", type=int, nargs=2, default=[32, 32], help="to make of these images, even (32 32)")
-    parser.add_argument("--text", nargs="+", help="texts that are drawn then (the first captions)")
-    parser.add_argument("--scenes", type=int, default=12_000, help="to train on (12000)")
+    parser = t2i.arguments(__doc__, "runs/prior_and_decoder")
     parser.add_argument("--prior-steps", type=int, default=3000, help="of the prior, 64 scenes a step (3000)")
     parser.add_argument("--train-steps", type=int, default=1500, help="of each network of images, of 64 (1500)")
-    parser.add_argument("--clip-steps", type=int, default=600, help="of CLIP (600)")
-    parser.add_argument("--reader-steps", type=int, default=2400, help="of the reader (2400)")
-    parser.add_argument("--images", type=int, default=400, help="for each row, of seen and held-out pairs (400)")
-    parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample, in each stage (20)")
     parser.add_argument("--guidance", type=float, default=1.5, help="weight of the decoder's guidance (1.5)")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, weights, training and samples (0)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data is not None:
@@ -297,13 +286,7 @@ def own_images(args: argparse.Namespace) -> None:
     found = cascade(networks, args, STRENGTHS[1], data.shape).sample(len(texts), seed=args.seed, cond=cond)
     direct = cascade(networks, args, "direct", data.shape).sample(len(texts), seed=args.seed, cond=cond)
     lines = torch.stack([PLAIN.taken(found.made[1], data.shape), found.x, direct.x], 1)
-    figure, axis = plt.subplots(figsize=(7, 1 + 1.5 * len(texts)), layout="constrained")
-    axis.imshow(tile(lines.flatten(0, 1), 3))
-    axis.set(title="decoder, upsampled, at once", xticks=[])
-    high = axis.get_ylim()[0] / len(texts)
-    axis.set_yticks([high * (i + 0.5) for i in range(len(texts))], texts)
-    figure.savefig(args.out / "prior_and_decoder.png", dpi=110)
-    print(f"wrote {args.out}/prior_and_decoder.png")
+    t2i.draw_captioned(lines, texts, "decoder, upsampled, at once", args.out / "prior_and_decoder.png")
 
 
 # --- what is written -------------------------------------------------------------------------------------------------

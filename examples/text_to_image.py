@@ -67,19 +67,8 @@ WEIGHTS, STRENGTHS = (1.0, 1.5, 2.0, 3.0, 5.0), (0.5, 1.0, 2.0, 4.0)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/text_to_image"), help="results (runs/text_to_image)")
-    parser.add_argument("--models", type=Path, default=Path("runs/text_to_image"), help="folder of the runs")
-    parser.add_argument("--data", type=Path, help="a folder of images with captions, instead of scenes of digits")
-    parser.add_argument("--size", type=int, nargs=2, default=[32, 32], help="to make of these images (32 32)")
-    parser.add_argument("--text", nargs="+", help="texts that are drawn then (the first captions)")
-    parser.add_argument("--scenes", type=int, default=12_000, help="to train on (12000)")
+    parser = arguments(__doc__, "runs/text_to_image")
     parser.add_argument("--train-steps", type=int, default=2400, help="of the denoiser, 64 scenes a step (2400)")
-    parser.add_argument("--clip-steps", type=int, default=600, help="of CLIP (600)")
-    parser.add_argument("--reader-steps", type=int, default=2400, help="of the reader, 64 scenes a step (2400)")
-    parser.add_argument("--images", type=int, default=400, help="for each row, of seen and held-out pairs (400)")
-    parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, weights, training and samples (0)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.data is not None:
@@ -106,6 +95,23 @@ def main(argv: list[str] | None = None) -> None:
     (args.out / "README.md").write_text(report(results))
     draw(rows, pictures, args.out / "text_to_image.png")
     print("\n" + report(results) + f"\nwrote {args.out}/text_to_image.png, results.json and README.md")
+
+
+def arguments(about: str | None, out: str) -> argparse.ArgumentParser:
+    """Those of a program on captioned scenes, or captioned images of one's own."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"results ({out})")
+    parser.add_argument("--models", type=Path, default=Path("runs/text_to_image"), help="folder of the runs")
+    parser.add_argument("--data", type=Path, help="a folder of images with captions, instead of scenes of digits")
+    parser.add_argument("--size", type=int, nargs=2, default=[32, 32], help="to make of these images (32 32)")
+    parser.add_argument("--text", nargs="+", help="texts that are drawn then (the first captions)")
+    parser.add_argument("--scenes", type=int, default=12_000, help="to train on (12000)")
+    parser.add_argument("--clip-steps", type=int, default=600, help="of CLIP (600)")
+    parser.add_argument("--reader-steps", type=int, default=2400, help="of the reader, 64 scenes a step (2400)")
+    parser.add_argument("--images", type=int, default=400, help="for each row, of seen and held-out pairs (400)")
+    parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample of a model (20)")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes, weights, training and samples (0)")
+    return parser
 
 
 # --- the scenes ------------------------------------------------------------------------------------------------------
@@ -434,13 +440,20 @@ def own_images(args: argparse.Namespace) -> None:
     texts = args.text or [texts[0] for texts in data.conditions[0].texts[:SHOWN]]
     ways = [("weight", 1.0), ("weight", 3.0), ("CLIP", STRENGTHS[1])]
     images = torch.stack([drawn(denoiser, clip.net, *way, texts, data.shape, args) for way in ways], 1)
+    title = ", ".join(f"{way} {strength:g}" for way, strength in ways)
+    draw_captioned(images, texts, title, args.out / "text_to_image.png")
+
+
+def draw_captioned(images: Tensor, texts: Sequence[str], title: str, path: Path) -> None:
+    """Images (n, columns, C, H, W), a text for each row."""
     figure, axis = plt.subplots(figsize=(8, 1 + 1.5 * len(texts)), layout="constrained")
-    axis.imshow(tile(images.flatten(0, 1), len(ways)))
-    axis.set(title=", ".join(f"{way} {strength:g}" for way, strength in ways), xticks=[])
+    axis.imshow(tile(images.flatten(0, 1), images.shape[1]))
+    axis.set(title=title, xticks=[])
     high = axis.get_ylim()[0] / len(texts)
     axis.set_yticks([high * (i + 0.5) for i in range(len(texts))], texts)
-    figure.savefig(args.out / "text_to_image.png", dpi=110)
-    print(f"wrote {args.out}/text_to_image.png")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
