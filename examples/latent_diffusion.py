@@ -61,7 +61,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CHANNELS = 4  # of the latent, and of a patch of 2 x 2 grey pixels
-AUTOENCODER = {"latent_channels": CHANNELS, "channels": 32, "multipliers": (1, 2), "blocks": 1, "patch": 2}
+AUTOENCODER = {"latent_channels": CHANNELS, "channels": 24, "multipliers": (1, 2), "blocks": 1, "patch": 2}
 LOSS = AutoencoderLoss(features="digits", perceptual=0.1)
 QUICK = {
     "items": 4000,
@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", nargs=2, default=["fashion-mnist", "fashion-mnist-test"], metavar="NAME",
                         help="images to train on, and held out, by name or path; sizes are multiples of 4")  # fmt: skip
     parser.add_argument("--items", type=int, default=10_000, help="the first N images to train on (10000)", metavar="N")
-    parser.add_argument("--autoencoder-steps", type=int, default=300, help="of 64 images (300)")
-    parser.add_argument("--pixel-steps", type=int, default=600, help="of 64 images (600)")
-    parser.add_argument("--latent-steps", type=int, default=1830, help="of 64 images, as long in time (1830)")
+    parser.add_argument("--autoencoder-steps", type=int, default=400, help="of 64 images (400)")
+    parser.add_argument("--pixel-steps", type=int, default=1000, help="of 64 images (1000)")
+    parser.add_argument("--latent-steps", type=int, default=3050, help="of 64 images, as long in time (3050)")
     parser.add_argument("--images", type=int, default=1000, help="drawn of each model (1000)")
     parser.add_argument("--bounds", type=int, default=64, help="held-out images whose bound is taken (64)")
     parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample (20)")
