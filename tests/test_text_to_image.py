@@ -21,7 +21,7 @@ def _examples(monkeypatch):
 
 def test_scenes_are_what_their_captions_say():
     """Each digit on its side, dark ones by the factor; both captions name the same four facts; pairs are held out."""
-    import text_to_image as example
+    import captioned_scenes as example
 
     (images, labels), (others, _) = example.halves()
     assert not {tuple(x.flatten().tolist()) for x in images} & {tuple(x.flatten().tolist()) for x in others}
