@@ -30,11 +30,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import text_to_image as t2i
 import torch
-from guidance import tile
-from palette import mean_and_error, spent
+from captioned_scenes import SETS, SHAPE, Exam, halves, learned_reader, options, scenes, sentences
+from shared import cell, grid, picture, place, publish, seeded, size, spent, trained
+from text_to_image import CLIP, LENGTH, draw_captioned, learned_clip
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,56 +51,65 @@ from scoresde.data import (
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.editing import interpolate
 from scoresde.guidance import ClassifierFree
-from scoresde.info import environment
-from scoresde.metrics import RandomFeatures, evaluate
 from scoresde.nn import Encoding, TextEncoder, TimeEmbedding, UNet
 from scoresde.nn.dit import Layer, norm
-from scoresde.report import table, write_json
+from scoresde.report import table
 from scoresde.solvers import DPMSolverPP
 from scoresde.training import uniform_in
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 Z, WIDTH, TOKENS = 64, 96, 4
 NOISY, PLAIN = AugmentedSuperResolution(2, noise=(0.0, 0.5)), SuperResolution(2)
+NETWORK = {"channels": 32, "multipliers": (1, 2), "blocks": 1}
 STRENGTHS, SOLVER, SHOWN = (0.0, 0.1, 0.2, 0.4), DPMSolverPP(order=2), 6
 SDE = VPSDE()
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = t2i.arguments(__doc__, "runs/prior_and_decoder")
-    parser.add_argument("--prior-steps", type=int, default=3000, help="of the prior, 64 scenes a step (3000)")
-    parser.add_argument("--train-steps", type=int, default=1500, help="of each network of images, of 64 (1500)")
-    parser.add_argument("--guidance", type=float, default=1.5, help="weight of the decoder's guidance (1.5)")
+    parser = options(
+        __doc__,
+        "prior_and_decoder",
+        prior_steps=(3000, "of the prior, 64 scenes a step"),
+        train_steps=(1500, "of each network of images, of 64"),
+        guidance=(1.5, "weight of the decoder's guidance"),
+    )
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.data is not None:
         own_images(args)
         return
-    own, others = t2i.halves()
-    x, facts = t2i.scenes(*own, args.scenes, args.seed, held_out=False)
-    said = [t2i.sentences(row) for row in facts.tolist()]
-    clip = t2i.learned_clip(TrainingData(x, conditions=(Captions(said, length=t2i.LENGTH),), seed=args.seed), args).net
+    own, others = halves()
+    x, facts = scenes(*own, args.scenes, args.seed, held_out=False)
+    said = [sentences(row) for row in facts.tolist()]
     texts = [both[i % 2] for i, both in enumerate(said)]
-    networks = learned(x, texts, embedded(clip, x), told(clip, texts), args)
-    reader = t2i.learned_reader(others, args).net
-
+    clip = learned_clip(TrainingData(x, conditions=(Captions(said, length=LENGTH),), seed=args.seed), args).net
+    networks = learned(clip, x, texts, LENGTH, args)
+    reader = learned_reader(others, args).net
     start = time.perf_counter()
-    rows, pictures = measured(networks, clip, reader, own, args)
+    rows, pictures = measured(networks, clip, Exam(own, reader, args.images, args.seed), args)
+    runs = ("clip", "reader", *networks)
     results = {
-        "environment": environment(),
-        "seconds": {name: spent(args.models / name) for name in ("clip", "reader", *networks)}
-        | {"measure": time.perf_counter() - start},
-        "parameters": {name: t2i.size(net) for name, net in networks.items()},
-        **{name: value for name, value in vars(args).items() if isinstance(value, int | float)},
+        "seconds": {name: spent(args.models / name) for name in runs} | {"measure": time.perf_counter() - start},
+        "parameters": {name: size(net) for name, net in networks.items()},
         "solver": repr(SOLVER),
         "rows": rows,
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw(pictures, args.out / "prior_and_decoder.png")
-    print("\n" + report(results) + f"\nwrote {args.out}/prior_and_decoder.png, results.json and README.md")
+    publish(args, "prior_and_decoder", results, report, lambda path: draw(pictures, path))
+
+
+def own_images(args: argparse.Namespace) -> None:
+    """The same on a folder of images with captions: samples alone, for there is no reader of them."""
+    if any(n % 2 for n in args.size):
+        raise SystemExit(f"--size {args.size}: expected even numbers, half of which the decoder draws")
+    data = training_data(args.data, captions=args.data, size=tuple(args.size), seed=args.seed, lazy=False)
+    said, x = data.conditions[0], data.batch(torch.arange(len(data))).x
+    clip = learned_clip(data, args).net
+    texts = [own[0] for own in said.texts]
+    networks = learned(clip, x, texts, said.length, args)
+    texts = args.text or texts[:SHOWN]
+    how: dict[str, Any] = {"seed": args.seed, "cond": {"text": texts, "vector": told(clip, texts)}}
+    found = cascade(networks, args, STRENGTHS[1], data.shape).sample(len(texts), **how)
+    direct = cascade(networks, args, "direct", data.shape).sample(len(texts), **how)
+    columns = [PLAIN.taken(found.made[1], data.shape), found.x, direct.x]
+    draw_captioned(columns, texts, ["decoder", "upsampled", "at once"], args.out / "prior_and_decoder.png")
 
 
 # --- the networks ----------------------------------------------------------------------------------------------------
@@ -153,56 +161,50 @@ class Projected(nn.Module):
 
 def decoder(channels: int, patch: int) -> nn.Module:
     """A U-Net that is told z."""
-    net = UNet(channels, channels=32, multipliers=(1, 2), blocks=1, patch=patch, vector=Z, context=Z)
-    return Encoding(net, {"z": Projected()})
+    return Encoding(UNet(channels, patch=patch, vector=Z, context=Z, **NETWORK), {"z": Projected()})
 
 
 def upsampler(condition: Condition, shape: tuple[int, ...]) -> nn.Module:
     """A U-Net that is told a small image, as this condition says."""
     told = TrainingData(torch.zeros(1, *shape), conditions=(condition,)).network_options
-    return UNet(shape[0], channels=32, multipliers=(1, 2), blocks=1, patch=2, **told)
+    return UNet(shape[0], patch=2, **NETWORK, **told)
 
 
-def embedded(clip: t2i.CLIP, x: Tensor) -> Tensor:
+def embedded(clip: CLIP, x: Tensor) -> Tensor:
     """z of images: of unit variance in each entry, or near it."""
     with torch.no_grad():
         found = torch.cat([clip(part, torch.full((len(part),), 999 * SDE.t_min)) for part in x.split(500)])
     return Z**0.5 * F.normalize(found, dim=1)
 
 
-def told(clip: t2i.CLIP, texts: list[str]) -> Tensor:
+def told(clip: CLIP, texts: list[str]) -> Tensor:
     """The CLIP embeddings of texts."""
     with torch.no_grad():
         return Z**0.5 * torch.cat([clip.told(texts[k : k + 500]) for k in range(0, len(texts), 500)])
 
 
 def learned(
-    x: Tensor, texts: list[str], z: Tensor, y: Tensor, args: argparse.Namespace, length: int = t2i.LENGTH
-) -> dict[str, NetworkDenoiser]:  # fmt: skip
-    """The five networks, trained or continued."""
-
-    def prior() -> nn.Module:
-        return Encoding(Prior(), {"text": Words(WIDTH, 2, length=length)})
-
+    clip: CLIP, x: Tensor, texts: list[str], length: int, args: argparse.Namespace
+) -> dict[str, NetworkDenoiser]:
+    """The five networks, trained or continued: z of texts, s of z, x of z, and x of s with noise and without."""
     C, *_ = shape = tuple(x.shape[1:])
-    of_text, of_z = (Captions(texts, length=length), Given(y)), (Raw("z", z),)
+    z, y = embedded(clip, x), told(clip, texts)
+    of_text, of_z = (Captions(texts, length=length), Given(y)), {"conditions": (Raw("z", z),), "drop": 0.1}
     made = {
-        "prior": (prior, TrainingData(z, conditions=of_text)),
-        "decoder": (lambda: decoder(C, 1), TrainingData(PLAIN.small(x), conditions=of_z, drop=0.1, seed=args.seed)),
-        "direct": (lambda: decoder(C, 2), TrainingData(x, conditions=of_z, drop=0.1, seed=args.seed)),
-        "upsampler": (lambda: upsampler(NOISY, shape), TrainingData(x, conditions=(NOISY,), seed=args.seed)),
-        "plain upsampler": (lambda: upsampler(PLAIN, shape), TrainingData(x, conditions=(PLAIN,), seed=args.seed)),
+        "prior": (lambda: Encoding(Prior(), {"text": Words(WIDTH, 2, length=length)}), z, {"conditions": of_text}),
+        "decoder": (lambda: decoder(C, 1), PLAIN.small(x), of_z),
+        "direct": (lambda: decoder(C, 2), x, of_z),
+        "upsampler": (lambda: upsampler(NOISY, shape), x, {"conditions": (NOISY,)}),
+        "plain upsampler": (lambda: upsampler(PLAIN, shape), x, {"conditions": (PLAIN,)}),
     }
     found = {}
-    for name, (make, data) in made.items():
-        net, label = t2i.seeded(make, args.seed), lambda t: 999 * t
-        if name == "prior":
-            how: dict[str, Any] = {"steps": args.prior_steps, "lr": 1e-3, "weighting": uniform_in("x0")}
-            denoiser: NetworkDenoiser = X0Denoiser(net, SDE, time=label)
-        else:
-            how = {"steps": args.train_steps, "lr": 2e-3, "weighting": uniform_in("v")}
-            denoiser = VDenoiser(net, SDE, time=label)
-        found[name] = t2i.trained(denoiser, data, args.models / name, batch_size=64, **how)
+    for name, (make, images, how) in made.items():
+        net, label = seeded(make, args.seed), lambda t: 999 * t
+        data = TrainingData(images, seed=0 if name == "prior" else args.seed, **how)
+        of_prior = (X0Denoiser, "x0", args.prior_steps, 1e-3)
+        kind, target, steps, lr = of_prior if name == "prior" else (VDenoiser, "v", args.train_steps, 2e-3)
+        found[name] = trained(kind(net, SDE, time=label), data, args.models / name, steps, args.seed, lr=lr,
+                              weighting=uniform_in(target), checkpoint_every=200)  # fmt: skip
     return found
 
 
@@ -228,65 +230,36 @@ def cascade(
 
 
 def measured(
-    networks: Mapping[str, NetworkDenoiser], clip: t2i.CLIP, reader: t2i.Reader, own: tuple[Tensor, Tensor],
-    args: argparse.Namespace,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    networks: Mapping[str, NetworkDenoiser], clip: CLIP, exam: Exam, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of the table, and what the picture shows."""
-    features, reference = RandomFeatures(t2i.SHAPE), t2i.scenes(*own, 4000, args.seed + 2)[0]
-    sets = {name: t2i.scenes(*own, args.images, args.seed + 3 + held, bool(held)) for held, name in enumerate(t2i.SETS)}
-    facts = torch.cat([found for _, found in sets.values()])
-    real = torch.cat([x for x, _ in sets.values()])
-    texts = [t2i.sentences(row)[i % 2] for i, row in enumerate(facts.tolist())]
-    cond = {"text": texts, "vector": told(clip, texts)}
-    rows, made = [], {}
+    cond, rows = {"text": exam.texts, "vector": told(clip, exam.texts)}, []
 
-    def row(what: str, x: Tensor) -> None:
-        right = (reader.facts(x) == facts).all(1)
-        score = {name: mean_and_error(part) for name, part in zip(sets, right.chunk(2), strict=True)}
-        distance = evaluate(x, reference, ["frechet"], features, floor=real, floors=20)["frechet"]
-        rows.append({"what": what, **score, "frechet": [distance.value, distance.stderr]})
+    def row(what: str, x: Tensor) -> Tensor:
+        rows.append({"what": what, **exam(x.clamp(-1, 1))})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+        return x
 
-    row("real scenes", real)
-    for how in ("direct", "plain", *STRENGTHS):
-        # z of the text, by the prior; and below of the scene itself.
-        made[how] = cascade(networks, args, how, t2i.SHAPE).sample(len(texts), seed=args.seed, cond=cond)
-        name = {"direct": "x of z at once", "plain": "no noise, ever"}.get(str(how), f"s = {how}")
-        row(name, made[how].x.clamp(-1, 1))
-    best = STRENGTHS[1]
-    z = embedded(clip, real)
-    whole = cascade(networks, args, best, t2i.SHAPE)
-    row("z of the scene", whole.sample(len(z), seed=args.seed + 1, given=[z]).x.clamp(-1, 1))
-    some = [0, args.images]
-    varied = [whole.sample(SHOWN, seed=args.seed + 2, given=[z[i].expand(SHOWN, -1)]).x for i in some]
+    row("real scenes", exam.real)
+    made = {}
+    for how in ("direct", "plain", *STRENGTHS):  # z of the text, by the prior; and below of the scene itself
+        made[how] = cascade(networks, args, how, SHAPE).sample(len(exam.texts), seed=args.seed, cond=cond)
+        row({"direct": "x of z at once", "plain": "no noise, ever"}.get(str(how), f"s = {how}"), made[how].x)
+    best, z = STRENGTHS[1], embedded(clip, exam.real)
+    whole = cascade(networks, args, best, SHAPE)
+    row("z of the scene", whole.sample(len(z), seed=args.seed + 1, given=[z]).x)
+
+    shown, small, ends = exam.some(SHOWN // 2), PLAIN.taken(made[best].made[1], SHAPE), exam.some(1)
+    rest = [whole.sample(SHOWN, seed=args.seed + 2, given=[z[i].expand(SHOWN, -1)]).x for i in ends]
     w = torch.linspace(0, 1, SHOWN + 1)
     a, b = (z[i].expand(len(w), -1) for i in (1, 2))
-    between = whole.sample(len(w), seed=[args.seed] * len(w), given=[interpolate(a, b, w)]).x
+    between = whole.sample(len(w), seed=[args.seed] * len(w), given=[interpolate(a, b, w)]).x  # one noise for all
     return rows, {
-        "texts": [texts[i] for i in (*range(SHOWN // 2), *range(args.images, args.images + SHOWN // 2))],
-        "samples": {how: torch.cat([m[:SHOWN // 2], m[args.images : args.images + SHOWN // 2]])
-                    for how, m in {"small": PLAIN.taken(made[best].made[1], t2i.SHAPE), "x": made[best].x,
-                                   "direct": made["direct"].x}.items()},
-        "varied": torch.cat([torch.cat([real[i : i + 1], x]) for i, x in zip(some, varied, strict=True)]),
-        "between": torch.cat([real[1:2], between, real[2:3]]),
-    }  # fmt: skip
-
-
-def own_images(args: argparse.Namespace) -> None:
-    """The same on a folder of images with captions: samples alone, for there is no reader of them."""
-    if any(n % 2 for n in args.size):
-        raise SystemExit(f"--size {args.size}: expected even numbers, half of which the decoder draws")
-    data = training_data(args.data, captions=args.data, size=tuple(args.size), seed=args.seed, lazy=False)
-    said, x = data.conditions[0], data.batch(torch.arange(len(data))).x
-    clip = t2i.learned_clip(data, args).net
-    texts = [own[0] for own in said.texts]
-    networks = learned(x, texts, embedded(clip, x), told(clip, texts), args, said.length)
-    texts = args.text or texts[:SHOWN]
-    cond = {"text": texts, "vector": told(clip, texts)}
-    found = cascade(networks, args, STRENGTHS[1], data.shape).sample(len(texts), seed=args.seed, cond=cond)
-    direct = cascade(networks, args, "direct", data.shape).sample(len(texts), seed=args.seed, cond=cond)
-    lines = torch.stack([PLAIN.taken(found.made[1], data.shape), found.x, direct.x], 1)
-    t2i.draw_captioned(lines, texts, "decoder, upsampled, at once", args.out / "prior_and_decoder.png")
+        "texts": [exam.texts[i] for i in shown],
+        "samples": torch.stack([small[shown], made[best].x[shown], made["direct"].x[shown]], 1),
+        "varied": [torch.cat([exam.real[i, None], x]) for i, x in zip(ends, rest, strict=True)],
+        "between": torch.cat([exam.real[1:2], between, exam.real[2:3]]),
+    }
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -294,22 +267,15 @@ def own_images(args: argparse.Namespace) -> None:
 
 def report(results: Mapping[str, Any]) -> str:
     """The page."""
-    about, seconds, sizes = results["environment"], results["seconds"], results["parameters"]
-    rows = [
-        [row["what"], *(f"{100 * row[name][0]:.1f} ({100 * row[name][1]:.1f})" for name in t2i.SETS),
-         f"{row['frechet'][0]:.3f} ({row['frechet'][1]:.3f})"]
-        for row in results["rows"]
-    ]  # fmt: skip
-    took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "measure")
-    held = ", ".join(f"{name} {n:,}" for name, n in sizes.items())
+    sizes = ", ".join(f"{name} {n:,}" for name, n in results["parameters"].items())
+    rows = [[row["what"], *(cell(row[name], 1, factor=100) for name in SETS), cell(row["frechet"], 3)]
+            for row in results["rows"]]  # fmt: skip
     return f"""# Prior, decoder, upsampler
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), float32; torch {about["torch"]};
-scoresde {about["scoresde"]}, commit {about["commit"]}. Training, by its logs, {took}
-of the wall clock; samples and scores {seconds["measure"]:.0f} s.
+{place(results)}
 
 DALL-E 2 in small (`examples/prior_and_decoder.py`): of a text the CLIP embedding of an image of it, of that an image of
-6 x 10 pixels, and of that one of 12 x 20. Parameters: {held};
+6 x 10 pixels, and of that one of 12 x 20. Parameters: {sizes};
 {results["scenes"]} scenes, {results["prior_steps"]} steps of 64 for the prior and {results["train_steps"]} for each
 other. A row is of {2 * results["images"]} captions, a sample each, {results["nfe"]} evaluations of
 `{results["solver"]}` in each stage; the decoder's guidance has weight {results["guidance"]:g}.
@@ -330,29 +296,12 @@ other. A row is of {2 * results["images"]} captions, a sample each, {results["nf
 
 def draw(pictures: Mapping[str, Any], path: Path) -> None:
     """Samples by text, variations, and images between two."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), width_ratios=[1, 1.6], layout="constrained")
-    ways, texts = list(pictures["samples"]), pictures["texts"]
-    axes[0].imshow(tile(torch.stack([pictures["samples"][way] for way in ways], 1).flatten(0, 1), len(ways)))
-    high, wide = axes[0].get_ylim()[0] / len(texts), axes[0].get_xlim()[1] / len(ways)
-    axes[0].set_yticks([high * (i + 0.5) for i in range(len(texts))], [t.replace(" of ", " of\n") for t in texts])
-    axes[0].set_xticks([wide * (i + 0.5) for i in range(len(ways))], ["decoder", "upsampled", "x at once"])
-    axes[0].set_title("samples of captions")
-    wide_rows = SHOWN + 3
-    blank = torch.full((1, *t2i.SHAPE), 1.0)
-    varied = pictures["varied"].split(SHOWN + 1)
-    rows = [torch.cat([row, *[blank] * (wide_rows - len(row))]) for row in varied] + [pictures["between"]]
-    axes[1].imshow(tile(torch.cat(rows), wide_rows))
-    high = axes[1].get_ylim()[0] / len(rows)
-    axes[1].set_yticks(
-        [high * (i + 0.5) for i in range(len(rows))], ["a scene and\nvariations"] * 2 + ["between the\nfirst and last"]
-    )
-    axes[1].set_xticks([])
-    axes[1].set_title("of the embedding of a real scene (left; between: both ends)")
-    for axis in axes:
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    texts, names = [text.replace(" of ", " of\n") for text in pictures["texts"]], ["a scene and\nvariations"] * 2
+    with picture(path, 13, 4.4) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
+        grid(left, pictures["samples"], texts, ["decoder", "upsampled", "x at once"], "samples of captions")
+        title = "of the embedding of a real scene (left; between: both ends)"
+        grid(right, [*pictures["varied"], pictures["between"]], [*names, "between the\nfirst and last"], title=title)
 
 
 if __name__ == "__main__":
