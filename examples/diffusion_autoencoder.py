@@ -33,10 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from guidance import tile
-from palette import cell, mean_and_error, spent, trained
+from shared import arguments, cell, drawn, grid, mean_and_error, picture, place, publish, size, spent, trained
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,19 +42,14 @@ from scoresde import Denoiser, sample
 from scoresde.data import Itself, TrainingData, read_data
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.editing import decode, encode, interpolate
-from scoresde.info import environment
 from scoresde.metrics import PCA, classifier_features, evaluate
 from scoresde.metrics.classifier import WEIGHTS, Classifier, load_classifier
-from scoresde.metrics.errors import psnr
-from scoresde.noise import derive_seed
-from scoresde.report import table, write_json
+from scoresde.metrics.errors import psnr, rms
+from scoresde.report import table
 from scoresde.solvers import UniPC
 from scoresde.training import ModelConfig, dsm_loss
 from scoresde.training.loss import Draws
 from scoresde.training.weights import uniform_in
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 Z = 32
 ENCODER = {"options": {"vector": Z, "channels": 8, "multipliers": (1, 2, 4, 8)}}
@@ -73,52 +66,42 @@ SOLVER = UniPC(3, view="v", variable="half_log_snr")
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 MARGINS = (0.0, 5.0, 10.0)  # of an edit: log-odds of the new class over the old one, as the linear classifier sees it
 
-
 Labelled = tuple[TrainingData, Tensor]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/diffusion_autoencoder"), help="results")
-    parser.add_argument("--models", type=Path, default=Path("runs/diffusion_autoencoder"), help="of the two runs")
-    parser.add_argument("--data", nargs=2, default=["fashion-mnist", "fashion-mnist-test"], metavar="NAME",
-                        help="labelled images to train on, and held out, by name or path")  # fmt: skip
-    parser.add_argument("--classifier", type=Path, default=WEIGHTS["fashion-mnist"],
-                        help="that reads edits and has features, of examples/train_classifier.py")  # fmt: skip
-    parser.add_argument("--train-steps", type=int, default=2000, help="of 32 images (2000)")
-    parser.add_argument("--latent-steps", type=int, default=3000, help="of 64 latents (3000)")
-    parser.add_argument("--known", type=int, default=20_000, help="training images whose latents are used (20000)")
-    parser.add_argument("--images", type=int, default=200, help="held-out images to reconstruct and edit (200)")
-    parser.add_argument("--samples", type=int, default=1000, help="for a Frechet distance (1000)")
-    parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample, and of an encoding (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, training and samples (0)")
+    parser = arguments(
+        __doc__,
+        "diffusion_autoencoder",
+        models=(Path("runs/diffusion_autoencoder"), "folder of the two runs"),
+        data=(("fashion-mnist", "fashion-mnist-test"), "labelled images to train on, and held out, by name or path"),
+        classifier=(WEIGHTS["fashion-mnist"], "that reads edits and has features, of examples/train_classifier.py"),
+        train_steps=(2000, "of 32 images"),
+        latent_steps=(3000, "of 64 latents"),
+        known=(20_000, "training images whose latents are used"),
+        images=(200, "held-out images to reconstruct and edit"),
+        samples=(1000, "for a Frechet distance"),
+        nfe=(20, "evaluations of a sample, and of an encoding"),
+    )
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
     (training, labels), (held_out, truth) = (images_of(source) for source in args.data)
-    options = {"image_channels": training.shape[0]}
-    encoder = {"options": {**ENCODER["options"], **options, "size": training.shape[1:]}}
-    model = replace(AUTOENCODER, options=AUTOENCODER.options | options, encoders={"source": encoder})
-    autoencoder = trained(model, training, args.models / "autoencoder", args.train_steps, args.seed, error_of_v, 32)
+    model = model_of(training.shape)
+    folder = args.models / "autoencoder"
+    autoencoder = trained(model, training, folder, args.train_steps, args.seed, loss=error_of_v, batch_size=32)
     start = time.perf_counter()
     known = training.first(args.known), labels[: args.known]
-    results, drawn = measured(autoencoder, known, (held_out, truth), args)
-    results |= {
-        "environment": environment(),
-        "seconds": {
-            **{name: spent(args.models / name) for name in ("autoencoder", "latent")},
-            "measure": round(time.perf_counter() - start, 1),
-        },
-        "parameters": sum(p.numel() for p in autoencoder.net.parameters()),
+    found, shown = measured(autoencoder, known, (held_out, truth), args)
+    seconds = {name: spent(args.models / name) for name in ("autoencoder", "latent")}
+    results = {
+        "seconds": seconds | {"measure": time.perf_counter() - start},
+        "parameters": size(autoencoder),
         "model": model.to_dict(),
         "latent_model": LATENT.to_dict(),
         "solver": repr(SOLVER),
-        **{name: getattr(args, name) for name in ("train_steps", "latent_steps", "known", "images", "nfe", "seed")},
+        **found,
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw(drawn, args.out / "diffusion_autoencoder.png", CLASSES if args.data[0] == "fashion-mnist" else None)
-    print("\n" + report(results) + f"\nwrote {args.out}/diffusion_autoencoder.png, results.json and README.md")
+    names = CLASSES if args.data[0] == "fashion-mnist" else range(1000)
+    publish(args, "diffusion_autoencoder", results, report, lambda path: draw(shown, names, path))
 
 
 def images_of(source: str) -> Labelled:
@@ -126,6 +109,14 @@ def images_of(source: str) -> Labelled:
     found = read_data(source, labels=True)
     assert found.labels is not None
     return TrainingData(found.x, levels=256, conditions=(Itself(),)), found.labels
+
+
+def model_of(event: Sequence[int]) -> ModelConfig:
+    """The autoencoder of images (C, H, W)."""
+    encoder = {"options": {**ENCODER["options"], "image_channels": event[0], "size": tuple(event[1:])}}
+    return replace(
+        AUTOENCODER, options=AUTOENCODER.options | {"image_channels": event[0]}, encoders={"source": encoder}
+    )
 
 
 def error_of_v(denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
@@ -140,15 +131,6 @@ def semantic(denoiser: NetworkDenoiser, images: Tensor) -> Tensor:
     """z of images, (B, Z)."""
     with torch.no_grad():
         return torch.cat([denoiser.prepared({"source": part})["vector"] for part in images.split(500)])
-
-
-def decoded(denoiser: Denoiser, z: Tensor, event: tuple[int, ...], nfe: int, seed: int) -> Tensor:
-    """Images of z and random x_T."""
-    parts = [
-        sample(denoiser, (len(part), *event), SOLVER, nfe=nfe, seed=derive_seed(seed, k), cond={"vector": part}).x
-        for k, part in enumerate(z.split(250))
-    ]
-    return torch.cat(parts).clamp(-1, 1)
 
 
 class Linear:
@@ -186,6 +168,19 @@ class Linear:
         return (f * self.std + self.mean).to(features.dtype)
 
 
+def between(denoiser: Denoiser, z: Tensor, latent: Tensor, grid: Any, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """Paths of 8 between pairs of images, (pairs, 8, C, H, W): z along a line, x_T along a great circle."""
+    a, b = ([pair[end] for pair in pairs for _ in range(8)] for end in (0, 1))
+    w = torch.linspace(0, 1, 8).repeat(len(pairs))
+    path, x_T = torch.lerp(z[a], z[b], w[:, None]), interpolate(latent[a], latent[b], w)
+    return decode(denoiser, x_T, SOLVER, grid=grid, cond={"vector": path}).x.unflatten(0, (-1, 8))
+
+
+def from_components(pca: PCA, components: Tensor, event: Sequence[int]) -> Tensor:
+    """Images of principal components, in [-1, 1]."""
+    return (pca.mean + components @ pca.axes.T).reshape(-1, *event).float().clamp(-1, 1)
+
+
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
@@ -194,91 +189,69 @@ def measured(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The tables' rows, and the images of the picture."""
     (x_known, labels), (x_all, truth) = ((data.batch(torch.arange(len(data))).x, y) for data, y in (known, held_out))
-    every = torch.arange(len(x_all))
     event = tuple(x_all.shape[1:])
     z_known, z_all = semantic(denoiser, x_known), semantic(denoiser, x_all)
     pca = PCA(x_known, min(Z, len(x_known) - 1))
     by_z, by_pca = Linear(z_known, labels), Linear(pca(x_known), labels)
     right = {"z": by_z.logits(z_all).argmax(1) == truth, "PCA": by_pca.logits(pca(x_all)).argmax(1) == truth}
-    probe = {name: mean_and_error(value) for name, value in right.items()}
-    probe["lead"] = mean_and_error(right["z"].double() - right["PCA"].double())  # image by image
+    right["lead"] = right["z"].double() - right["PCA"].double()  # image by image
 
     # Reconstructions.
     chosen = torch.randperm(len(x_all), generator=torch.Generator().manual_seed(args.seed))[: args.images]
-    x, z, classes = x_all[chosen], z_all[chosen], truth[chosen]
+    x, z, old, components = x_all[chosen], z_all[chosen], truth[chosen], pca(x_all[chosen])
     code = encode(denoiser, x, SOLVER, nfe=args.nfe, cond={"source": x})
-    back = partial(decode, denoiser, code.latent, SOLVER, grid=code.grid)
-    components = pca(x)
+    back = lambda z: decode(denoiser, code.latent, SOLVER, grid=code.grid, cond={"vector": z}).x  # noqa: E731
+    made = lambda z, seed: drawn(  # noqa: E731
+        denoiser, event, SOLVER, nfe=args.nfe, seed=args.seed + seed, cond={"vector": z}
+    )
     ways = {
-        "z and its x_T": back(cond={"vector": z}).x,
-        "z and another x_T": decoded(denoiser, z, event, args.nfe, args.seed),
-        "another image's z and x_T": back(cond={"vector": z.roll(1, 0)}).x,
+        "z and its x_T": back(z),
+        "z and another x_T": made(z, 0),
+        "another image's z and x_T": back(z.roll(1, 0)),
         "PCA": from_components(pca, components, event),
     }
-    reconstruction = {
-        name: {"rmse": mean_and_error((y - x).square().flatten(1).mean(1).sqrt()), "psnr": mean_and_error(psnr(y, x))}
-        for name, y in ways.items()
-    }
-    few = x[: min(50, len(x))]
-    trip = {nfe: relative(denoiser, few, nfe) for nfe in (args.nfe // 2, args.nfe, 2 * args.nfe)}
+    errors = lambda y: {"rmse": mean_and_error(rms(y - x)), "psnr": mean_and_error(psnr(y, x))}  # noqa: E731
 
     # Edits, into another class at random, read by a classifier of the images.
-    reader, _ = load_classifier(args.classifier)
-    K = len(by_z.b)
-    new = (classes + torch.randint(1, K, classes.shape, generator=torch.Generator().manual_seed(args.seed + 1))) % K
-    edits: list[dict[str, Any]] = []
-    shown = {}
+    reader, K = load_classifier(args.classifier)[0], len(by_z.b)
+    new = (old + torch.randint(1, K, old.shape, generator=torch.Generator().manual_seed(args.seed + 1))) % K
+    edited = {(None, "z"): ways["z and its x_T"], (None, "PCA"): ways["PCA"]}
     for margin in MARGINS:
-        of_pca = from_components(pca, by_pca.moved(components, classes, new, margin), event)
-        of_z = back(cond={"vector": by_z.moved(z, classes, new, margin)}).x
-        shown[margin] = of_z
-        for name, y in {"z": of_z, "PCA": of_pca}.items():
-            edits.append({"margin": margin, "of": name, **read(reader, y, x, classes, new)})
-    whole = {"z": ways["z and its x_T"], "PCA": ways["PCA"]}
-    unedited = {name: read(reader, y, x, classes, new) for name, y in whole.items()}
+        edited[margin, "z"] = back(by_z.moved(z, old, new, margin))
+        edited[margin, "PCA"] = from_components(pca, by_pca.moved(components, old, new, margin), event)
 
     # Unconditional samples: z of a model of its own.
     latents = TrainingData(by_z.standardised(z_known).float())
-    latent = trained(LATENT, latents, args.models / "latent", args.latent_steps, args.seed, error_of_v, 64)
-    drawn = sample(latent, (args.samples, Z), SOLVER, nfe=args.nfe, seed=args.seed).x
-    made = decoded(denoiser, (drawn * by_z.std + by_z.mean).float(), event, args.nfe, args.seed + 1)
+    latent = trained(LATENT, latents, args.models / "latent", args.latent_steps, args.seed, loss=error_of_v)
+    z_drawn = sample(latent, (args.samples, Z), SOLVER, nfe=args.nfe, seed=args.seed).x * by_z.std + by_z.mean
+    every = torch.arange(len(x_all))
     others = torch.cat([chosen, every[~torch.isin(every, chosen)]])[: args.samples]
-    given = decoded(denoiser, z_all[others], event, args.nfe, args.seed + 2)
-    reference = x_all[~torch.isin(every, others)]
-    score = partial(evaluate, reference=reference[: len(reference) // 2], metrics=["frechet"],
-                    features=classifier_features(args.classifier), floor=reference[len(reference) // 2 :])  # fmt: skip
-    frechet = {}
-    for name, y in {"latent diffusion": made, "z of held-out images": given}.items():
-        found = score(y)["frechet"]
-        frechet |= {name: [found.value, found.stderr], "real images": [found.floor, found.floor_std]}
+    reference, real = x_all[~torch.isin(every, others)].chunk(2)
+    score = partial(evaluate, reference=reference, metrics=["frechet"], features=classifier_features(args.classifier))
+    samples = {"latent diffusion": made(z_drawn.float(), 1), "z of held-out images": made(z_all[others], 2)}
+    frechet = {name: score(y, floor=real)["frechet"] for name, y in samples.items()}
+    floor = frechet["latent diffusion"]
 
-    pairs = [(i, int((classes.roll(-i) != classes[i]).nonzero()[0] + i) % len(x)) for i in range(min(4, len(x)))]
+    pairs = [(i, int((old.roll(-i) != old[i]).nonzero()[0] + i) % len(x)) for i in range(min(4, len(x)))]
     results = {
-        "probe": probe,
+        "probe": {name: mean_and_error(value) for name, value in right.items()},
         "explained": pca.explained,
-        "reconstruction": reconstruction,
-        "round_trip": trip,
-        "edits": edits,
-        "unedited": unedited,
-        "frechet": frechet,
+        "reconstruction": {name: errors(y) for name, y in ways.items()},
+        "round_trip": {nfe: relative(denoiser, x[:50], nfe) for nfe in (args.nfe // 2, args.nfe, 2 * args.nfe)},
+        "edits": [{"margin": m, "of": of, **read(reader, y, x, old, new)} for (m, of), y in edited.items()],
+        "frechet": {name: [found.value, found.stderr] for name, found in frechet.items()}
+        | {"real images": [floor.floor, floor.floor_std]},
         "held_out": len(x_all),
-        "samples": args.samples,
     }
-    pictures = {
-        "images": x,
+    return results, {
+        "image": x,
         **ways,
-        "again": decoded(denoiser, z[:8], event, args.nfe, args.seed + 3),
-        **{f"edit {margin:g}": y for margin, y in shown.items()},
+        "z and a third x_T": made(z[:8], 3),
+        **{f"edit {margin:g}": edited[margin, "z"] for margin in MARGINS},
         "new": new,
         "between": between(denoiser, z, code.latent, code.grid, pairs),
-        "samples": made[:40],
+        "samples": samples["latent diffusion"][:40],
     }
-    return results, pictures
-
-
-def from_components(pca: PCA, components: Tensor, event: tuple[int, ...]) -> Tensor:
-    """Images of principal components, in [-1, 1]."""
-    return (pca.mean + components @ pca.axes.T).reshape(-1, *event).float().clamp(-1, 1)
 
 
 def relative(denoiser: Denoiser, x: Tensor, nfe: int) -> list[float]:
@@ -293,43 +266,30 @@ def read(reader: Classifier, y: Tensor, x: Tensor, old: Tensor, new: Tensor) -> 
     far they went."""
     with torch.no_grad():
         found = reader(y.clamp(-1, 1)).argmax(1)
-    moved = (y - x).square().flatten(1).mean(1).sqrt()
-    shares = {"new": found == new, "old": found == old}
-    return {name: mean_and_error(value) for name, value in (shares | {"moved": moved}).items()}
+    return {
+        "new": mean_and_error(found == new),
+        "old": mean_and_error(found == old),
+        "moved": mean_and_error(rms(y - x)),
+    }
 
 
-def between(denoiser: Denoiser, z: Tensor, latent: Tensor, grid: Any, pairs: list[tuple[int, int]]) -> Tensor:
-    """Paths of 8 between pairs of images: z along a line, x_T along a great circle."""
-    w = torch.linspace(0, 1, 8)
-    a, b = ([i for pair in pairs for i in [pair[end]] * 8] for end in (0, 1))
-    weights = w.repeat(len(pairs))
-    path = torch.lerp(z[a], z[b], weights[:, None])
-    return decode(denoiser, interpolate(latent[a], latent[b], weights), SOLVER, grid=grid, cond={"vector": path}).x
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
+# --- what is written -------------------------------------------------------------------------------------------------
 
 
 def report(results: dict) -> str:
     """The tables, as Markdown."""
-    about, seconds = results["environment"], results["seconds"]
-    probe, made, frechet = results["probe"], results["reconstruction"], results["frechet"]
-    names = {"z": "z", "PCA": "32 principal components"}
-    titles = {"PCA": "32 principal components"}
-    lines = [[titles.get(name, name), cell(row["rmse"], 3), cell(row["psnr"])] for name, row in made.items()]
+    probe, frechet, titles = results["probe"], results["frechet"], {"PCA": f"{Z} principal components"}
+    lines = [[titles.get(name, name), cell(row["rmse"], 3), cell(row["psnr"])]
+             for name, row in results["reconstruction"].items()]  # fmt: skip
     edits = [
-        [names[row["of"]], "none" if row["margin"] is None else f"{row['margin']:g}",
+        [titles.get(of, of), "none" if row["margin"] is None else f"{row['margin']:g}",
          *(cell(row[key]) for key in ("new", "old")), cell(row["moved"], 3)]
-        for name in names
-        for row in [{"of": name, "margin": None, **results["unedited"][name]}, *results["edits"]]
-        if row["of"] == name
+        for of in ("z", "PCA") for row in results["edits"] if row["of"] == of
     ]  # fmt: skip
     trips = ", ".join(f"{cell(error, 4)} at {nfe}" for nfe, error in results["round_trip"].items())
     return f"""# A diffusion autoencoder
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
-scoresde {about["scoresde"]}, commit {about["commit"]}. Training, by its logs, {seconds["autoencoder"]:.0f} s
-(autoencoder) and {seconds["latent"]:.0f} s (latent diffusion) of the wall clock, the rest {seconds["measure"]:.0f} s.
+{place(results)}
 
 Fashion-MNIST at 28 x 28; a U-Net and an encoder of {results["parameters"]:,} parameters together, trained for
 {results["train_steps"]} steps of 32 images by the loss of the U-Net alone (Preechakul et al., 2022). z has {Z} numbers.
@@ -370,31 +330,18 @@ as many real images have {cell(frechet["real images"])} (in brackets there the s
 """
 
 
-def draw(drawn: dict[str, Tensor], path: Path, classes: Sequence[str] | None = None, columns: int = 8) -> None:
-    """Reconstructions, edits, interpolations and samples; classes as they are called, or by number."""
-    n = min(columns, len(drawn["images"]))
-    recon = ["images", "z and its x_T", "z and another x_T", "again", "PCA"]
-    edits = ["images", *(name for name in drawn if name.startswith("edit "))]
-    labels = {"again": "z and a third x_T", "images": "image"}
-    panels = {
-        "32 numbers, and what is left to x_T": (recon, [drawn[name][:n] for name in recon], n),
-        "edits into the class below, by margin": (edits, [drawn[name][:n] for name in edits], n),
-        "between two images": ([], [drawn["between"]], 8),
-        "samples, z by a latent diffusion": ([], [drawn["samples"][: len(drawn["samples"]) // 8 * 8]], 8),
-    }
-    figure, axes = plt.subplots(2, 2, figsize=(14, 8), layout="constrained")
-    for axis, (title, (rows, images, wide)) in zip(axes.flat, panels.items(), strict=True):
-        shown = tile(torch.cat(images), wide)
-        axis.imshow(shown)
-        step = shown.shape[0] / max(1, len(rows))
-        axis.set_yticks([(k + 0.5) * step for k in range(len(rows))], [labels.get(name, name) for name in rows])
-        names = [classes[k] if classes else str(k) for k in drawn["new"][:n].tolist()] if rows == edits else []
-        axis.set_xticks([shown.shape[1] * (k + 0.5) / n for k in range(len(names))], names)
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-        axis.set_title(title, fontsize=12)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+def draw(shown: Mapping[str, Tensor], classes: Sequence[object], path: Path, columns: int = 8) -> None:
+    """Reconstructions, edits, interpolations and samples; classes as they are called."""
+    made = ["image", "z and its x_T", "z and another x_T", "z and a third x_T", "PCA"]
+    edits = ["image", *(name for name in shown if name.startswith("edit "))]
+    rows = lambda names: [shown[name][:columns] for name in names]  # noqa: E731
+    with picture(path, 14, 8, dpi=90) as figure:
+        (a, b), (c, d) = figure.subplots(2, 2)
+        grid(a, rows(made), made, title=f"{Z} numbers, and what is left to x_T")
+        new = [classes[k] for k in shown["new"][:columns].tolist()]
+        grid(b, rows(edits), edits, new, "edits into the class below, by margin")
+        grid(c, shown["between"], title="between two images")
+        grid(d, shown["samples"].split(columns), title="samples, z by a latent diffusion")
 
 
 if __name__ == "__main__":

@@ -81,10 +81,10 @@ def test_it_is_trained_once_and_shown(garments, tmp_path, capsys):
     quick = ["--train-steps", "1", "--latent-steps", "1", "--images", "8", "--samples", "16", "--nfe", "2"]
     diffusion_autoencoder.main([*arguments, *quick])
     first = json.loads((tmp_path / "out/results.json").read_text())
-    assert capsys.readouterr().out.count("training on 60 images") == 2
+    assert capsys.readouterr().out.count("training on 60 items") == 2
     assert set(first["probe"]) == {"z", "PCA", "lead"}
     assert [(row["margin"], row["of"]) for row in first["edits"]] == [
-        (margin, of) for margin in (0, 5, 10) for of in ("z", "PCA")
+        (margin, of) for margin in (None, 0, 5, 10) for of in ("z", "PCA")
     ]
     assert {"README.md", "diffusion_autoencoder.png"} < {path.name for path in (tmp_path / "out").iterdir()}
     diffusion_autoencoder.main([*arguments, *quick])
