@@ -24,112 +24,95 @@ checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from guidance import tile
-from palette import cell, mean_and_error, spent
+from shared import arguments, cell, fitted, grid, mean_and_error, picture, place, publish, size, spent, trained
 from torch import Tensor
 
 from scoresde import Denoiser, Latent, elbo, sample
 from scoresde.data import TrainingData, training_data
-from scoresde.info import environment
 from scoresde.likelihood import dequantized
-from scoresde.metrics import Evaluation, RandomFeatures, classifier_features, evaluate
-from scoresde.report import table, write_json
+from scoresde.metrics import RandomFeatures, classifier_features, evaluate
+from scoresde.report import table
 from scoresde.solvers import Adams
 from scoresde.training import (
     AutoencoderConfig,
     AutoencoderLoss,
     AutoencoderTrainer,
-    CheckpointError,
     LatentData,
     ModelConfig,
     TrainConfig,
-    Trainer,
     dsm_loss,
     load_codec,
     min_snr,
 )
 from scoresde.training.perceptual import perceptual_distance
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 CHANNELS = 4  # of the latent, and of a patch of 2 x 2 grey pixels
 AUTOENCODER = {"latent_channels": CHANNELS, "channels": 24, "multipliers": (1, 2), "blocks": 1, "patch": 2}
 LOSS = AutoencoderLoss(features="digits", perceptual=0.1)
-QUICK = {
-    "items": 4000,
-    "autoencoder_steps": 60,
-    "pixel_steps": 40,
-    "latent_steps": 120,
-    "images": 200,
-    "bounds": 8,
-    "nfe": 10,
-}
+QUICK = {"items": 4000, "autoencoder_steps": 60, "pixel_steps": 40, "latent_steps": 120, "images": 200, "bounds": 8}
+QUICK |= {"nfe": 10}
 SOLVER = Adams()
+# At a constant rate and with averages, so that a run that is given more steps goes on as if it had had them.
+TRAINING: dict[str, Any] = {"schedule": "constant", "warmup": 20, "ema_decay": 0.99, "checkpoint_every": 100, "keep": 1}
+TERMS = ("decoding", "prior", "denoising", "reconstruction", "entropy")  # of the latent model's bound
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/latent_diffusion"), help="results and runs, a folder")
-    parser.add_argument("--data", nargs=2, default=["fashion-mnist", "fashion-mnist-test"], metavar="NAME",
-                        help="images to train on, and held out, by name or path; sizes are multiples of 4")  # fmt: skip
-    parser.add_argument("--items", type=int, default=10_000, help="the first N images to train on (10000)", metavar="N")
-    parser.add_argument("--autoencoder-steps", type=int, default=400, help="of 64 images (400)")
-    parser.add_argument("--pixel-steps", type=int, default=1000, help="of 64 images (1000)")
-    parser.add_argument("--latent-steps", type=int, default=3050, help="of 64 images, as long in time (3050)")
-    parser.add_argument("--images", type=int, default=1000, help="drawn of each model (1000)")
-    parser.add_argument("--bounds", type=int, default=64, help="held-out images whose bound is taken (64)")
-    parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, training and samples (0)")
+    parser = arguments(
+        __doc__,
+        "latent_diffusion",
+        data=(("fashion-mnist", "fashion-mnist-test"),
+              "images to train on, and held out, by name or path; sizes are multiples of 4"),
+        items=(10_000, "the first N images to train on"),
+        autoencoder_steps=(400, "of 64 images"),
+        pixel_steps=(1000, "of 64 images"),
+        latent_steps=(3050, "of 64 images, as long in time"),
+        images=(1000, "drawn of each model"),
+        bounds=(64, "held-out images whose bound is taken"),
+        nfe=(20, "evaluations of a sample"),
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a minute: far too few steps, to see that it runs")
     args = parser.parse_args(argv)
     for name, value in QUICK.items() if args.quick else ():
         setattr(args, name, min(value, getattr(args, name)))
-    args.out.mkdir(parents=True, exist_ok=True)
-
     data, held_out = (training_data(name, lazy=False, seed=args.seed) for name in args.data)
     data = data.first(args.items)
     args.items = len(data)
-    try:
-        compressor = AutoencoderConfig("kl", AUTOENCODER | {"image_channels": data.shape[0]})
-        train_autoencoder(compressor, data, args.out / "autoencoder", args.autoencoder_steps, args.seed)
-        codec = load_codec(args.out / "autoencoder", batch=500)
-        latents = LatentData.of(data, codec, args.out / "latents", batch_size=500, progress=True)
-        pixel, latent = words(data.shape[0], patch=2), words(latents.shape[0], patch=1)
-        denoisers: dict[str, Denoiser] = {
-            "pixel": trained(pixel, data, args.out / "pixel", args.pixel_steps, args.seed),
-            "latent": Latent(trained(latent, latents, args.out / "latent", args.latent_steps, args.seed), codec),
-        }
-    except CheckpointError as error:
-        raise SystemExit(f"{error}\n(--out names another folder)") from error
-    shapes = {"pixel": data.shape, "latent": latents.shape}
+
+    compressor = AutoencoderConfig("kl", AUTOENCODER | {"image_channels": data.shape[0]})
+    train_autoencoder(compressor, data, args.out / "autoencoder", args.autoencoder_steps, args.seed)
+    codec = load_codec(args.out / "autoencoder", batch=500)
+    latents = LatentData.of(data, codec, args.out / "latents", batch_size=500, progress=True)
+    models = {"pixel": words(data.shape[0], patch=2), "latent": words(latents.shape[0], patch=1)}
+    sets: dict[str, Any] = {"pixel": data, "latent": latents}
+    how: dict[str, Any] = {"flag": "--out", **TRAINING}
+    nets = {
+        name: trained(model, sets[name], args.out / name, getattr(args, f"{name}_steps"), args.seed, **how)
+        for name, model in models.items()
+    }
+    denoisers: dict[str, Denoiser] = {"pixel": nets["pixel"], "latent": Latent(nets["latent"], codec)}
+    shapes = {name: tuple(source.shape) for name, source in sets.items()}
     images, seconds = drawn(denoisers, shapes, args.images, args.nfe, args.seed)
     results = {
-        "environment": environment(),
-        "models": {"autoencoder": AUTOENCODER, "pixel": pixel.to_dict(), "latent": latent.to_dict()},
+        "models": {"autoencoder": AUTOENCODER} | {name: model.to_dict() for name, model in models.items()},
         "solver": repr(SOLVER),
-        **{name: getattr(args, name) for name in (*QUICK, "seed")},
-        "shapes": {name: list(shape) for name, shape in shapes.items()},
-        "parameters": {name: size(denoiser.net) for name, denoiser in zip(shapes, bare(denoisers), strict=True)}
+        "shapes": shapes,
+        "parameters": {name: size(net) for name, net in nets.items()}
         | {"autoencoder": size(codec.encoder) + size(codec.decoder)},
-        "train_seconds": {name: spent(args.out / name) for name in ("autoencoder", *shapes)},
-        "step_seconds": step_seconds(compressor, {"pixel": (pixel, data), "latent": (latent, latents)}),
+        "seconds": {name: spent(args.out / name) for name in ("autoencoder", *nets)},
+        "step_seconds": step_seconds(compressor, models, sets),
         "seconds_an_image": seconds,
         **scores(images, held_out, codec, args.data[0]),
         "bounds_of": bounds(denoisers, held_out, args.bounds, args.seed),
         "codec": {"scale": float(codec.scale), "std": float(codec.std)},  # type: ignore[arg-type]
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw(images, args.out / "latent_diffusion.png")
-    print("\n" + report(results) + f"\nwrote {args.out}/latent_diffusion.png, results.json and README.md")
+    publish(args, "latent_diffusion", results, report, lambda path: draw(images, path))
 
 
 # --- the networks ----------------------------------------------------------------------------------------------------
@@ -141,35 +124,23 @@ def words(channels: int, patch: int, features: int = 32) -> ModelConfig:
     return ModelConfig(preset=8, options=options, predicts="v", time_scale=999)
 
 
-def config(steps: int, seed: int) -> TrainConfig:
-    """At a constant rate and with averages, so that a run that is given more steps goes on as if it had had them."""
-    often = {"checkpoint_every": 100, "keep": 1, "schedule": "constant", "warmup": 20}
-    return TrainConfig(steps=steps, batch_size=64, lr=2e-3, ema_decay=0.99, seed=seed, workers=0, **often)
-
-
 def train_autoencoder(model: AutoencoderConfig, data: TrainingData, folder: Path, steps: int, seed: int) -> None:
+    """The autoencoder, trained or continued; with a perceptual distance, of images in grey."""
     loss = LOSS if data.shape[0] == 1 else AutoencoderLoss()
     net = model.build(seed).to(memory_format=torch.channels_last)
-    trainer = AutoencoderTrainer(net, data, config(steps, seed), loss=loss, folder=folder, model=model)
-    told("autoencoder", trainer.step, steps)
-    trainer.fit()
+    config = TrainConfig(steps=steps, batch_size=64, lr=2e-3, seed=seed, workers=0, **TRAINING)
+    fitted(AutoencoderTrainer, net, data, config, folder, "--out", loss=loss, model=model)
 
 
-def trained(model: ModelConfig, data: TrainingData | LatentData, folder: Path, steps: int, seed: int) -> Any:
-    denoiser = model.build(seed)
-    denoiser.net.to(memory_format=torch.channels_last)
-    trainer = Trainer(denoiser, data, config(steps, seed), weighting=min_snr(5.0), folder=folder, model=model)
-    told(folder.name, trainer.step, steps)
-    return trainer.fit().ema
+# --- what is measured ------------------------------------------------------------------------------------------------
 
 
 def step_seconds(
-    autoencoder: AutoencoderConfig, runs: dict[str, tuple[ModelConfig, TrainingData | LatentData]], times: int = 5
+    autoencoder: AutoencoderConfig, models: Mapping[str, ModelConfig], sets: Mapping[str, Any], times: int = 5
 ) -> dict[str, float]:
     """The processor's seconds for the loss of 64 images and its gradient, of each model in turn, so that what else the
     machine does falls on all; the first time is not counted."""
-    denoisers = {name: model.build(0) for name, (model, _) in runs.items()}
-    data = {name: data for name, (_, data) in runs.items()}
+    denoisers = {name: model.build(0) for name, model in models.items()}
     net, distance = autoencoder.build(0), perceptual_distance("digits")
 
     def loss(name: str, x: Tensor) -> Tensor:
@@ -181,28 +152,12 @@ def step_seconds(
     found = dict.fromkeys(("autoencoder", *denoisers), 0.0)
     for i in range(times + 1):
         for name in found:
-            source = data.get(name, data["pixel"])
+            source = sets.get(name, sets["pixel"])
             x = source.batch(torch.arange(64 * i, 64 * (i + 1)) % len(source)).x
             start = time.process_time()
             loss(name, x).backward()
             found[name] += (time.process_time() - start) / times * (i > 0)
     return found
-
-
-def told(name: str, step: int, steps: int) -> None:
-    if step < steps:
-        print(f"training the {name}, step {step} to {steps}", flush=True)
-
-
-def bare(denoisers: dict[str, Denoiser]) -> list[Any]:
-    return [denoiser.denoiser if isinstance(denoiser, Latent) else denoiser for denoiser in denoisers.values()]
-
-
-def size(net: torch.nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
-
-
-# --- what is measured ------------------------------------------------------------------------------------------------
 
 
 def drawn(
@@ -227,20 +182,20 @@ def scores(images: dict[str, Tensor], held_out: TrainingData, codec: Any, name: 
     it back. To `images` are added held-out ones and what becomes of them."""
     order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
     real, reference = (held_out.batch(part).x for part in order.tensor_split(2))
-    given, n = real[: len(images["pixel"])], len(images["pixel"])
+    given = real[: len(images["pixel"])]
     with torch.no_grad():
         back = codec.decode(codec.encode(given)).clamp(-1, 1)
     fashion = name.startswith("fashion-mnist")
     features = classifier_features("fashion-mnist") if fashion else RandomFeatures(held_out.shape)
-    how: dict[str, Any] = {"features": features, "metrics": ["frechet"]}
-    found: dict[str, Evaluation] = {key: evaluate(x, reference, floor=real, **how) for key, x in images.items()}
-    found["reconstructions"] = evaluate(back, reference, **how)
-    images |= {"held out": given[:n], "given back": back}
-    floor = found["pixel"]["frechet"]
+    found = {
+        key: evaluate(x, reference, ["frechet"], features, floor=real)["frechet"]
+        for key, x in (images | {"reconstructions": back}).items()
+    }
+    images |= {"held out": given, "given back": back}
     return {
         "features": repr(features),
-        "frechet": {key: [value["frechet"].value, value["frechet"].stderr] for key, value in found.items()},
-        "floor": [floor.floor, floor.floor_std],
+        "frechet": {key: [value.value, value.stderr] for key, value in found.items()},
+        "floor": [found["pixel"].floor, found["pixel"].floor_std],
         "reference": len(reference),
         "psnr": float(10 * torch.log10(4 / (back - given).square().mean())),
     }
@@ -255,22 +210,19 @@ def bounds(denoisers: dict[str, Denoiser], held_out: TrainingData, n: int, seed:
     found = {}
     for name, denoiser in denoisers.items():
         bound = elbo(denoiser, x, seed=seed)
+        terms = () if bound.decoding is None else TERMS
         found[name] = {"bits_per_dim": mean_and_error(bound.of_levels(levels, edges)[0])}
-        if bound.decoding is not None:
-            terms = ("decoding", "prior", "denoising", "reconstruction", "entropy")
-            found[name] |= {term: mean_and_error(getattr(bound, term)) for term in terms}
+        found[name] |= {term: mean_and_error(getattr(bound, term)) for term in terms}
     return found
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
+# --- what is written -------------------------------------------------------------------------------------------------
 
 
 def report(r: dict) -> str:
-    """The page, as Markdown."""
-    about, seconds, frechet = r["environment"], r["seconds_an_image"], r["frechet"]
-    latent_bound = r["bounds_of"]["latent"]
-    wall = " + ".join(f"{s:.0f}" for s in r["train_seconds"].values())
-    cost = {name: seconds * r[f"{name}_steps"] for name, seconds in r["step_seconds"].items()}
+    """The page."""
+    seconds, frechet, bound = r["seconds_an_image"], r["frechet"], r["bounds_of"]["latent"]
+    cost = {name: value * r[f"{name}_steps"] for name, value in r["step_seconds"].items()}
     rows = [
         [name, f"{r['parameters'][name]:,}", "x".join(map(str, r["shapes"][name])), str(r[f"{name}_steps"]),
          f"{cost[name]:.0f}", f"{1e3 * seconds[name]:.1f}", cell(frechet[name]),
@@ -288,24 +240,21 @@ def report(r: dict) -> str:
         "bits/dim, bound",
     ]
     apart = (frechet["latent"][1] ** 2 + frechet["pixel"][1] ** 2) ** 0.5
-    terms = ["decoding", "prior", "denoising", "reconstruction", "entropy"]
     return f"""# Latent diffusion
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
-scoresde {about["scoresde"]}, commit {about["commit"]}.
+{place(r)}
 
 One U-Net on the first {r["items"]:,} images of Fashion-MNIST, of pixels and of an autoencoder's latent
 (`examples/latent_diffusion.py`), trained for as long, {r["images"]} images drawn of each by {r["nfe"]} evaluations of
-`{r["solver"].partition("(")[0]}`. The
-autoencoder ({r["parameters"]["autoencoder"]:,} parameters, {r["autoencoder_steps"]} steps,
-**{cost["autoencoder"]:.0f} s** of
-training, counted apart) gives held-out images back with a PSNR of {r["psnr"]:.1f} dB and a Frechet distance of
-{cell(frechet["reconstructions"])}: no diffusion of its latent comes below that.
+`{r["solver"].partition("(")[0]}`. The autoencoder ({r["parameters"]["autoencoder"]:,} parameters,
+{r["autoencoder_steps"]} steps, **{cost["autoencoder"]:.0f} s** of training, counted apart) gives held-out images back
+with a PSNR of {r["psnr"]:.1f} dB and a Frechet distance of {cell(frechet["reconstructions"])}: no diffusion of its
+latent comes below that.
 
 {chr(10).join(table(head, rows))}
 
 - Steps are of 64 images. Training: steps times the processor's seconds for the loss and gradient of one, measured of
-  each model in turn; of the wall clock the runs' logs have {wall} s, beside whatever else the machine did.
+  each model in turn; the wall clock has whatever else the machine did, too.
 - Milliseconds an image: of the processor, decoding included, a batch of either in turn. The latent model takes
   **{seconds["latent"] / seconds["pixel"]:.3f}** of the pixel model's.
 - Frechet distance: {r["features"]}, to {r["reference"]:,} held-out images; {r["images"]} others have
@@ -313,7 +262,7 @@ training, counted apart) gives held-out images back with a PSNR of {r["psnr"]:.1
   **{frechet["latent"][0] - frechet["pixel"][0]:+.2f}** from the pixel model's, whose standard errors together are
   {apart:.2f}.
 - The bound is of {r["bounds"]} dequantised held-out images, by `elbo`; the latent model's terms in nats an image:
-  {", ".join(f"{term} {cell(latent_bound[term], 1)}" for term in terms)}.
+  {", ".join(f"{term} {cell(bound[term], 1)}" for term in TERMS)}.
   The decoder is N(decode(z), {r["codec"]["std"]:.3f}^2), one width for all pixels, the most likely one: an autoencoder
   that is made for its pictures has no better law of x given z, and the bound says more of that than of the diffusion.
 
@@ -324,16 +273,13 @@ once.
 """
 
 
-def draw(images: dict[str, Tensor], path: Path, columns: int = 12) -> None:
+def draw(images: Mapping[str, Tensor], path: Path, columns: int = 12) -> None:
     """Two rows of each kind of image."""
     titles = {"held out": "held out", "given back": "given back", "pixel": "pixel model", "latent": "latent model"}
-    figure, axes = plt.subplots(len(titles), 1, figsize=(9, 6.2), layout="constrained")
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        axis.imshow(tile(images[name][: 2 * columns], columns), cmap="gray")
-        axis.set(xticks=[], yticks=[], ylabel=title)
-        axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with picture(path, 9, 6.2, dpi=110) as figure:
+        for axis, (name, title) in zip(figure.subplots(len(titles), 1), titles.items(), strict=True):
+            grid(axis, images[name][: 2 * columns].split(columns))
+            axis.set_ylabel(title)
 
 
 if __name__ == "__main__":
