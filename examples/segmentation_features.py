@@ -32,16 +32,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from guidance import split
-from palette import cell, mean_and_error, spent, trained
 from segmentation import scenes
+from shared import arguments, cell, grid, mean_and_error, picture, place, publish, size, spent, trained
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,13 +47,9 @@ from torch.nn import functional as F
 from scoresde.activations import features
 from scoresde.data import TrainingData
 from scoresde.denoiser import NetworkDenoiser
-from scoresde.info import environment
 from scoresde.noise import derive_seed
-from scoresde.report import Cells, table, write_json
+from scoresde.report import Cells, table
 from scoresde.training import ModelConfig
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 BLOCKS, TIMES, NOISES = "up.*", (0.05, 0.15, 0.25), 4  # the decoder; 50, 150 and 250 steps of 1000; draws of the noise
 SHOWN, CLUSTERED = ("up.1", "up.3", "up.5"), (0.01, 0.05, 0.15, 0.25)  # in the k-means picture: the last of each level
@@ -72,45 +66,36 @@ SCORES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/segmentation_features"), help="folder of results")
-    parser.add_argument("--model", type=Path, default=Path("runs/segmentation_features/model"), help="run folder")
-    parser.add_argument("--data", type=Path, help="your own images and masks, .npz; see above")
-    parser.add_argument("--train-steps", type=int, default=1200, help="of the diffusion model, 64 images each (1200)")
-    parser.add_argument("--scenes", type=int, default=20000, help="without labels (20000)")
-    parser.add_argument("--held-out", type=int, default=100, help="scenes to measure on (100)")
-    parser.add_argument("--labelled", type=int, default=20, help="images with labels (20)")
-    parser.add_argument("--draws", type=int, default=5, help="of these, each others (5)")
-    parser.add_argument("--classifier-steps", type=int, default=200, help="of the pixel classifiers (200)")
-    parser.add_argument("--supervised-steps", type=int, default=200, help="of the supervised U-Net (200)")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, weights, training and noise (0)")
+    parser = arguments(
+        __doc__,
+        "segmentation_features",
+        model=(Path("runs/segmentation_features/model"), "folder of the run"),
+        data=(Path, "your own images and masks, .npz; see above"),
+        train_steps=(1200, "of the diffusion model, 64 images each"),
+        scenes=(20000, "without labels"),
+        held_out=(100, "scenes to measure on"),
+        labelled=(20, "images with labels"),
+        draws=(5, "of these, each others"),
+        classifier_steps=(200, "of the pixel classifiers"),
+        supervised_steps=(200, "of the supervised U-Net"),
+    )
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
     unlabelled, *pairs = data(args)
     model = ModelConfig(options=NETWORK | {"image_channels": unlabelled.shape[1]}, predicts="v", time_scale=999)
-    training = TrainingData(unlabelled)
-    denoiser = trained(model, training, args.model, args.train_steps, args.seed, batch_size=64)
-    rows, drawn = measured(model, denoiser, *pairs, args)
+    denoiser = trained(model, TrainingData(unlabelled), args.model, args.train_steps, args.seed, flag="--model")
+    rows, said = measured(model, denoiser, *pairs, args)
     results = {
-        "environment": environment(),
-        "seconds": spent(args.model),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[2],
-        "parameters": sum(p.numel() for p in denoiser.net.parameters()),
+        "seconds": {"train": spent(args.model)},
+        "parameters": size(denoiser),
         "model": model.to_dict(),
         "times": TIMES,
         "layers": BLOCKS,
         "noises": NOISES,
         "classes": int(max(pairs[1].max(), pairs[3].max())) + 1,
-        **{name: value for name, value in vars(args).items() if name not in ("out", "model", "data")},
         "held_out": len(pairs[2]),
         "rows": rows,
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw(drawn, denoiser, *pairs[2:], args.out / "segmentation_features.png")
-    print("\n" + report(results) + f"\nwrote {args.out}/segmentation_features.png, results.json and README.md")
+    publish(args, "segmentation_features", results, report, lambda path: draw(said, denoiser, *pairs[2:], path))
 
 
 def data(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -245,12 +230,12 @@ def measured(
     return rows, {name: found[0] for name, found in said.items()}
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
+# --- what is written -------------------------------------------------------------------------------------------------
 
 
 def report(results: dict) -> str:
     """The table, as Markdown."""
-    about, times = results["environment"], ", ".join(map(str, results["times"]))
+    times = ", ".join(map(str, results["times"]))
     rows = [
         [SCORES[row["method"]], cell(row["miou"], 3), cell(row["objects"], 3),
          "" if row["method"] == "diffusion" else f"{row['lead'][0]:+.3f} ({row['lead'][1]:.3f})"]
@@ -259,9 +244,7 @@ def report(results: dict) -> str:
     titles = ["segmented by", "mIoU", "IoU of what is not ground", "the first one's lead in mIoU"]
     return f"""# Segmentation from {results["labelled"]} labelled images, by features
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
-scoresde {about["scoresde"]}, commit {about["commit"]}. Training {results["seconds"]:.0f} s of the wall clock, on a
-machine of {results["cores"]} cores that {results["load"]:.0f} processes shared.
+{place(results)}
 
 A diffusion model of {results["parameters"]:,} parameters was trained for {results["train_steps"]} steps of 64 images
 without labels (`examples/segmentation_features.py`, seed {results["seed"]}). Features are what the blocks of its
@@ -275,7 +258,7 @@ draws, which are the same for all methods. All pixel classifiers are ensembles o
 
 Left, held-out images with what each says after the first draw. Right, five clusters of pixels by k-means of what one
 block returns at one time, the mean of {results["noises"]} draws of the noise, without any label; the second image and
-the fourth, a block a row, a time a column. Clusters are coloured in the order of their mean grey value.
+the fourth, a block a row, a time a column. Clusters are shaded in the order of their mean grey value.
 
 ![What each method says; and k-means of features at several blocks and times](segmentation_features.png)
 """
@@ -283,30 +266,19 @@ the fourth, a block a row, a time a column. Clusters are coloured in the order o
 
 def draw(said: dict[str, Tensor], denoiser: NetworkDenoiser, x: Tensor, truth: Tensor, path: Path) -> None:
     """Held-out images with what each method says, and clusters of their pixels."""
-    rows = len(CHOSEN) * len(SHOWN)
-    columns = {"image": x.mean(1), "truth": truth, **{name: said[name] for name in SCORES}}
-    figure = plt.figure(figsize=(1.05 * (len(columns) + len(CLUSTERED) + 2), 1.05 * rows + 0.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[len(columns), len(CLUSTERED) + 1.5])
-    for i, line in enumerate(left.subplots(rows, len(columns), squeeze=False)):
-        for axis, (name, shown) in zip(line, columns.items(), strict=True):
-            limit = 1 if name == "image" else int(truth.max())
-            axis.imshow(shown[i].numpy(), cmap="gray", vmin=-1 if name == "image" else 0, vmax=limit)
-            axis.set_title(name if i == 0 else "", fontsize=10)
-            axis.set_axis_off()
-    axes = right.subplots(rows, 1 + len(CLUSTERED), squeeze=False)
-    for (i, one), (j, block) in itertools.product(enumerate(CHOSEN), enumerate(SHOWN)):
-        axes[len(SHOWN) * i + j, 0].imshow(x[one].mean(0).numpy(), cmap="gray", vmin=-1, vmax=1)
-        axes[len(SHOWN) * i + j, 0].set_ylabel(block)
-    for (j, block), (k, t) in itertools.product(enumerate(SHOWN), enumerate(CLUSTERED, 1)):
+    grey, most = x.mean(1), int(truth.max())
+    columns = {"image": grey, **{name: 2 * y / most - 1 for name, y in {"truth": truth, **said}.items()}}
+    found = {}
+    for block, t in itertools.product(SHOWN, CLUSTERED):
         f = sum(features(denoiser, x[:40], t, block, seed=seed) for seed in range(NOISES))
-        found = clusters(f, x[:40])
-        for i, one in enumerate(CHOSEN):
-            axes[len(SHOWN) * i + j, k].imshow(found[one].numpy(), cmap="viridis", vmin=0, vmax=4)
-        axes[0, k].set_title(f"t = {t:g}", fontsize=10)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        found[block, t] = clusters(f, x[:40]) / 2 - 1  # of five, from -1 to 1
+    rows = [(i, block) for i in CHOSEN for block in SHOWN]
+    with picture(path, 1.05 * (len(columns) + len(CLUSTERED) + 2), 1.05 * len(rows) + 0.5, dpi=110) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=[len(columns), len(CLUSTERED) + 1])
+        grid(left, torch.stack([y[: len(rows), None] for y in columns.values()], 1), heads=list(columns))
+        lines = [torch.stack([grey[i], *(found[block, t][i] for t in CLUSTERED)])[:, None] for i, block in rows]
+        heads = ["image", *(f"t = {t:g}" for t in CLUSTERED)]
+        grid(right, lines, [block for _, block in rows], heads)
 
 
 def clusters(f: Tensor, x: Tensor, count: int = 5) -> Tensor:

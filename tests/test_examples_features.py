@@ -68,7 +68,7 @@ def test_scenes_are_segmented_and_a_run_goes_on(tmp_path, capsys, monkeypatch):
 
     results = run(example, monkeypatch, tmp_path, "--scenes", "64")
     assert [row["method"] for row in results["rows"]] == list(example.SCORES)
-    assert "training on 64 images" in capsys.readouterr().out
+    assert "training on 64 items" in capsys.readouterr().out
     assert (tmp_path / "segmentation_features.png").read_bytes()[:4] == b"\x89PNG"
     mean, error = results["rows"][0]["miou"]
     assert f"| {mean:.3f} ({error:.3f}) |" in (tmp_path / "README.md").read_text()
