@@ -28,26 +28,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from guidance import BLUE, ORANGE, draw_grid, split, trained
+from guidance import draw_grid, split, trained
+from shared import BLUE, ORANGE, arguments, fitted, picture, place, publish, seeded, spent
 from torch import Tensor
 
 from scoresde import SDE, Denoiser, EpsDenoiser, sample
 from scoresde.data import TrainingData
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.guidance import Conditioned, TrainedClassifier, classifier_loss
-from scoresde.info import environment
 from scoresde.levels import scaled, to_levels
 from scoresde.metrics import classifier_features, entropy_score, evaluate, load_classifier
 from scoresde.metrics.classifier import WEIGHTS
 from scoresde.nn import NoisyClassifier
-from scoresde.report import Cells, table, write_json
+from scoresde.report import Cells, table
 from scoresde.solvers import DDIM, DDPM
-from scoresde.training import CheckpointError, TrainConfig, Trainer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from scoresde.training import TrainConfig, Trainer
 
 FORMS = {"mean shift (DDPM)": DDPM(), "eps (DDIM)": DDIM()}
 SCORES = {
@@ -74,40 +70,32 @@ PUBLISHED = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/classifier_guidance"), help="folder of results")
-    parser.add_argument("--model", type=Path, default=Path("runs/guidance/model"), help="run folder of the network")
-    parser.add_argument("--guide", type=Path, default=Path("runs/guidance/classifier"), help="that of the classifier")
-    parser.add_argument("--train-steps", type=int, default=2500, help="training steps of the network (2500)")
-    parser.add_argument("--guide-steps", type=int, default=1500, help="training steps of the classifier (1500)")
-    parser.add_argument("--scales", type=float, nargs="+", default=[0, 1, 2, 5, 10], help="w (0 1 2 5 10)")
-    parser.add_argument("--samples", type=int, default=500, help="for each row (500)")
-    parser.add_argument("--steps", type=int, default=50, help="of either solver (50)")
-    parser.add_argument("--halves", type=int, default=20, help="of the data, that standard errors are of (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, training and sampling (0)")
+    parser = arguments(
+        __doc__,
+        "classifier_guidance",
+        model=(Path("runs/guidance/model"), "run folder of the network"),
+        guide=(Path("runs/guidance/classifier"), "that of the classifier"),
+        train_steps=(2500, "training steps of the network"),
+        guide_steps=(1500, "training steps of the classifier"),
+        scales=([0.0, 1.0, 2.0, 5.0, 10.0], "w"),
+        samples=(500, "for each row"),
+        steps=(50, "of either solver"),
+        halves=(20, "of the data, that standard errors are of"),
+    )
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    start = time.perf_counter()
     denoiser = trained(args.model, args.train_steps, args.seed)
     guide = classifier(args.guide, denoiser.sde, args.guide_steps, args.seed)
-    ready = time.perf_counter()
+    start = time.perf_counter()
     rows = sweep(denoiser, guide, args)
+    seconds = {"model": spent(args.model), "classifier": spent(args.guide)}
     results = {
-        "environment": environment(),
-        "seconds": {"train": round(ready - start, 1), "sample": round(time.perf_counter() - ready, 1)},
+        "seconds": seconds | {"measure": time.perf_counter() - start},
         "classifier": guide.net.options,
-        "steps": args.steps,
-        "samples": args.samples,
-        "seed": args.seed,
         "guide": guide.about,
         "real": real(args.halves),
         "rows": [{name: value for name, value in row.items() if name != "digits"} for row in rows],
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw(rows, results, args.out / "classifier_guidance.png")
-    print("\n" + report(results) + f"\nwrote {args.out}/classifier_guidance.png, results.json and README.md")
+    publish(args, "classifier_guidance", results, report, lambda path: draw(rows, results, path))
 
 
 def classifier(folder: Path, sde: SDE, steps: int, seed: int) -> TrainedClassifier:
@@ -117,20 +105,15 @@ def classifier(folder: Path, sde: SDE, steps: int, seed: int) -> TrainedClassifi
     def loss(denoiser: NetworkDenoiser, x0: Tensor, draws: Any, cond: Mapping[str, Any]) -> Tensor:
         return classifier_loss(denoiser.net, denoiser.sde, x0, cond["label"], time=denoiser.label, generator=draws)
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = NoisyClassifier(10, channels=32, multipliers=(1, 2), dropout=0.2)
+    net = seeded(lambda: NoisyClassifier(10, channels=32, multipliers=(1, 2), dropout=0.2), seed)
     # A trainer knows a network by the denoiser around it: the SDE and the label of the time are what the loss takes.
     around = EpsDenoiser(net, sde, time=lambda t: TIME_SCALE * t)
     data = TrainingData(images, labels, num_classes=10, seed=seed)
     config = TrainConfig(steps=steps, batch_size=64, lr=2e-3, weight_decay=0.05, ema_decay=0.995, seed=seed)
-    try:
-        trainer = Trainer(around, data, config, loss=loss, folder=folder)
-    except CheckpointError as error:
-        raise SystemExit(f"{error}\n(--guide names another folder)") from error
-    if trainer.step >= steps and (path := folder / "classifier.safetensors").exists():
+    trainer = fitted(Trainer, around, data, config, folder, "--guide", loss=loss)
+    if (path := folder / "classifier.safetensors").exists() and TrainedClassifier.load(path).about["steps"] >= steps:
         return TrainedClassifier.load(path)
-    net = trainer.fit().ema.net.eval().requires_grad_(False)
+    net = trainer.ema.net.eval().requires_grad_(False)
     accuracy = {}
     for level in LEVELS:  # sigma / alpha, each held-out digit with four draws of noise
         t = sde.time_at(torch.tensor(-math.log(level), dtype=torch.float64))
@@ -140,8 +123,8 @@ def classifier(folder: Path, sde: SDE, steps: int, seed: int) -> TrainedClassifi
         accuracy[f"{level:g}"] = float((found.argmax(1) == y).double().mean())
     about = {"data": "digits", "steps": steps, "accuracy": accuracy}
     guide = TrainedClassifier.of(net, sde, (1, 8, 8), TIME_SCALE, about)
-    guide.save(folder / "classifier.safetensors")
-    return TrainedClassifier.load(folder / "classifier.safetensors")
+    guide.save(path)
+    return TrainedClassifier.load(path)
 
 
 def sweep(denoiser: Denoiser, guide: TrainedClassifier, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -185,7 +168,7 @@ def real(floors: int) -> dict[str, list[float]]:
 
 def report(results: dict[str, Any]) -> str:
     """The tables, as Markdown."""
-    about, guide = results["environment"], results["guide"]
+    guide = results["guide"]
 
     def cell(name: str, value: float, error: float) -> str:
         digits = 3 if name in ("precision", "recall", "accuracy") else 2
@@ -204,9 +187,7 @@ def report(results: dict[str, Any]) -> str:
     levels = ", ".join(f"{p:.1%} at {level}" for level, p in guide["accuracy"].items())
     return f"""# Classifier guidance on the digits
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
-scoresde {about["scoresde"]}, commit {about["commit"]}. Training {results["seconds"]["train"]:.0f} s (little where it
-was done before), sampling and scores {results["seconds"]["sample"]:.0f} s.
+{place(results)}
 
 A classifier of noisy digits, trained for {guide["steps"]} steps on 1,297 of them, finds the class of the 500 held-out
 ones in {levels} (noise level sigma / alpha). It guides the model of
@@ -270,36 +251,34 @@ def draw(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> Non
     scales = sorted({row["scale"] for row in rows})
     form = next(iter(FORMS))
     shown = [row for row in rows if row["form"] == form]
-    figure = plt.figure(figsize=(15, 0.6 * len(shown) + 1.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.5])
     digits = torch.cat(
         [scaled(torch.tensor(row["digits"], dtype=torch.uint8).reshape(-1, 1, 8, 8), 256) for row in shown]
     )
     names = {False: "unconditional", True: "conditional"}
-    axis = left.subplots()
-    draw_grid(axis, digits, [f"{names[row['conditional']]}, {row['scale']:g}" for row in shown])
-    axis.set_title(f"digits 0 to 9 asked for, {form}, the same noise in a column", fontsize=10)
+    with picture(path, 15, 0.6 * len(shown) + 1.2) as figure:
+        left, right = figure.subfigures(1, 2, width_ratios=[1, 1.5])
+        axis = left.subplots()
+        draw_grid(axis, digits, [f"{names[row['conditional']]}, {row['scale']:g}" for row in shown])
+        axis.set_title(f"digits 0 to 9 asked for, {form}, the same noise in a column", fontsize=10)
 
-    for axis, (name, title) in zip(right.subplots(2, 3, sharex=True).flat, SCORES.items(), strict=True):
-        for conditional, color in ((False, ORANGE), (True, BLUE)):
-            for other, line in zip(FORMS, ("-", "--"), strict=False):
-                own = [row[name] for row in rows if row["conditional"] == conditional and row["form"] == other]
-                style = {"color": color, "linestyle": line, "marker": "o", "markersize": 4, "linewidth": 1.5}
-                values, errors = zip(*own, strict=True)
-                axis.errorbar(range(len(scales)), values, errors, label=f"{names[conditional]}, {other}", **style)
-        axis.axhline(results["real"][name][0], color="0.4", linestyle=":", label="real digits")
-        axis.set_xticks(range(len(scales)), labels=[f"{scale:g}" for scale in scales])
-        axis.set_title(title, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        if name in ("precision", "recall", "accuracy"):
-            axis.set_ylim(top=1.03)
-            axis.set_xlabel("scale of the classifier's gradient")
-        elif name != "entropy_score":
-            axis.set_ylim(bottom=0)
-    handles, labels = axis.get_legend_handles_labels()
-    right.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        for axis, (name, title) in zip(right.subplots(2, 3, sharex=True).flat, SCORES.items(), strict=True):
+            for conditional, color in ((False, ORANGE), (True, BLUE)):
+                for other, line in zip(FORMS, ("-", "--"), strict=False):
+                    own = [row[name] for row in rows if row["conditional"] == conditional and row["form"] == other]
+                    style = {"color": color, "linestyle": line, "marker": "o", "markersize": 4, "linewidth": 1.5}
+                    values, errors = zip(*own, strict=True)
+                    axis.errorbar(range(len(scales)), values, errors, label=f"{names[conditional]}, {other}", **style)
+            axis.axhline(results["real"][name][0], color="0.4", linestyle=":", label="real digits")
+            axis.set_xticks(range(len(scales)), labels=[f"{scale:g}" for scale in scales])
+            axis.set_title(title, fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+            if name in ("precision", "recall", "accuracy"):
+                axis.set_ylim(top=1.03)
+                axis.set_xlabel("scale of the classifier's gradient")
+            elif name != "entropy_score":
+                axis.set_ylim(bottom=0)
+        handles, labels = axis.get_legend_handles_labels()
+        right.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
 if __name__ == "__main__":

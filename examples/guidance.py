@@ -29,60 +29,48 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from shared import BLUE, ORANGE, arguments, grid, picture, place, publish, spent
+from shared import trained as trained_by
 from torch import Tensor
 
 from scoresde import Denoiser, sample
 from scoresde.data import TrainingData, digits
 from scoresde.guidance import ClassifierFree
-from scoresde.info import environment
 from scoresde.metrics import classifier_features, evaluate, load_classifier
 from scoresde.metrics.classifier import WEIGHTS
-from scoresde.report import table, write_json
+from scoresde.report import table
 from scoresde.solvers import DPMSolverPP
-from scoresde.training import CheckpointError, ModelConfig, TrainConfig, Trainer, min_snr
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from scoresde.training import ModelConfig
 
 MODEL = ModelConfig(preset=8, options={"channels": 24, "num_classes": 10}, predicts="v", time_scale=999)
 SOLVER = DPMSolverPP(order=2)
 SCORES = ("accuracy", "precision", "recall", "frechet")
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, for any eyes
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/guidance"), help="folder of results (runs/guidance)")
-    parser.add_argument("--model", type=Path, default=Path("runs/guidance/model"), help="run folder of the network")
-    parser.add_argument("--train-steps", type=int, default=2500, help="training steps (2500)")
-    parser.add_argument("--weights", type=float, nargs="+", default=[0, 0.5, 1, 1.5, 2, 3, 5, 8], help="w")
-    parser.add_argument("--interval", type=float, nargs=2, default=[0.3, 2.0], help="noise levels (0.3 2)")
-    parser.add_argument("--samples", type=int, default=500, help="for each weight (500)")
-    parser.add_argument("--nfe", type=int, default=20, help="evaluations of the guided denoiser (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, training and sampling (0)")
+    parser = arguments(
+        __doc__,
+        "guidance",
+        model=(Path("runs/guidance/model"), "run folder of the network"),
+        train_steps=(2500, "training steps"),
+        weights=([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0], "w"),
+        interval=((0.3, 2.0), "noise levels"),
+        samples=(500, "for each weight"),
+        nfe=(20, "evaluations of the guided denoiser"),
+    )
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    start = time.perf_counter()
     denoiser = trained(args.model, args.train_steps, args.seed)
-    ready = time.perf_counter()
+    start = time.perf_counter()
     swept, drawn = sweep(denoiser, args)
     results = {
-        "environment": environment(),
-        "seconds": {"train": round(ready - start, 1), "sample": round(time.perf_counter() - ready, 1)},
+        "seconds": {"train": spent(args.model), "measure": time.perf_counter() - start},
         "model": MODEL.to_dict(),
         "training": {"images": 1297, "steps": args.train_steps, "batch_size": 64, "drop": 0.1},
         "solver": repr(SOLVER),
-        "nfe": args.nfe,
-        "seed": args.seed,
         **swept,
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw_sweep(drawn, results, args.out / "guidance.png")
-    print("\n" + report(results) + f"\nwrote {args.out}/guidance.png, results.json and README.md")
+    publish(args, "guidance", results, report, lambda path: draw_sweep(drawn, results, path))
 
 
 def split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -96,16 +84,7 @@ def trained(folder: Path, steps: int = 2500, seed: int = 0) -> Denoiser:
     """The class-conditional denoiser, trained or continued in a run folder, with averaged weights."""
     images, labels = split()[0]
     data = TrainingData(images, labels, num_classes=10, drop=0.1, seed=seed)  # drop: the null class, one time in ten
-    denoiser = MODEL.build(seed)
-    denoiser.net.to(memory_format=torch.channels_last)
-    config = TrainConfig(steps=steps, batch_size=64, lr=2e-3, ema_decay=0.995, seed=seed)
-    try:
-        trainer = Trainer(denoiser, data, config, weighting=min_snr(5.0), folder=folder, model=MODEL)
-    except CheckpointError as error:
-        raise SystemExit(f"{error}\n(--model names another folder)") from error
-    if trainer.step < steps:
-        print(f"training on {len(images)} digits, step {trainer.step} to {steps}, into {folder}")
-    return trainer.fit().ema
+    return trained_by(MODEL, data, folder, steps, seed, flag="--model", ema_decay=0.995)
 
 
 def sweep(denoiser: Denoiser, args: argparse.Namespace) -> tuple[dict, dict]:
@@ -140,7 +119,7 @@ def sweep(denoiser: Denoiser, args: argparse.Namespace) -> tuple[dict, dict]:
 
 def report(results: dict) -> str:
     """The tables, as Markdown."""
-    about, real = results["environment"], results["real"]
+    real = results["real"]
     head = ["w", "noise levels", "accuracy", "precision", "recall", "Frechet distance", "error of the solver"]
     rows = []
     for row in results["rows"]:
@@ -154,9 +133,7 @@ def report(results: dict) -> str:
     sweep = "\n".join(table(head, rows))
     return f"""# Classifier-free guidance on the digits
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
-scoresde {about["scoresde"]}, commit {about["commit"]}. Training {results["seconds"]["train"]:.0f} s (nothing where it
-was done before), sampling and scores {results["seconds"]["sample"]:.0f} s.
+{place(results)}
 
 {results["samples"]} digits for each weight, {results["nfe"]} evaluations of DPM-Solver++ of order 2, from the same x_T,
 against 500 held-out digits in {results["features"]}, d = 64; nearest neighbours with k = 3. Accuracy: how often that
@@ -174,58 +151,40 @@ held-out ones. Error of the solver: root mean square of the difference to 8 time
 # --- the pictures ----------------------------------------------------------------------------------------------------
 
 
-def tile(images: Tensor, columns: int) -> Any:
-    """Images (n, C, H, W) in [-1, 1], C = 1 or 3, as one with lines between them, n a multiple of columns; blue where
-    they are NaN. An array (height, width, 3) for imshow, in which an image is 64 pixels wide or, if larger, as it is.
-    """
-    zoom = max(1, 64 // images.shape[-1])
-    x = (images.clamp(-1, 1) + 1).div(2).expand(-1, 3, -1, -1)
-    x = torch.where(x.isnan(), torch.tensor([0.36, 0.55, 0.72])[:, None, None], x)
-    x = x.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    padded = torch.nn.functional.pad(x, (2, 2, 2, 2), value=1.0).unflatten(0, (-1, columns))
-    return padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()
-
-
-def draw_grid(axis: plt.Axes, images: Tensor, labels: list[str]) -> None:
+def draw_grid(axis: Any, images: Tensor, labels: list[str]) -> None:
     """A row of digits for each label, of the classes 0 to 9, 0 to 9, ..."""
     columns = len(images) // len(labels)
-    axis.imshow(tile(images, columns))
-    axis.set_xticks([68 * k + 34 for k in range(columns)], labels=[k % 10 for k in range(columns)])
-    axis.set_yticks([68 * i + 34 for i in range(len(labels))], labels=labels)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
+    grid(axis, images.split(columns), labels, [k % 10 for k in range(columns)])
 
 
 def draw_sweep(drawn: dict, results: dict, path: Path) -> None:
     weights = [row["weight"] for row in results["rows"] if row["interval"] is None]
-    figure = plt.figure(figsize=(14, 0.62 * len(weights) + 1.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.25])
-    axis = left.subplots()
-    draw_grid(axis, torch.cat([drawn[None, w] for w in weights]), [f"w = {w:g}" for w in weights])
-    axis.set_title("the digits 0 to 9 asked for, from the same noise in a column", fontsize=11)
+    with picture(path, 14, 0.62 * len(weights) + 1.6) as figure:
+        left, right = figure.subfigures(1, 2, width_ratios=[1, 1.25])
+        axis = left.subplots()
+        draw_grid(axis, torch.cat([drawn[None, w] for w in weights]), [f"w = {w:g}" for w in weights])
+        axis.set_title("the digits 0 to 9 asked for, from the same noise in a column", fontsize=11)
 
-    names = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "frechet": "Frechet distance"}
-    low, high = results["interval"]
-    curves = {"all noise levels": (None, BLUE, "o"), f"{low:g} < level <= {high:g}": ([low, high], ORANGE, "s")}
-    for axis, (name, title) in zip(right.subplots(2, 2, sharex=True).flat, names.items(), strict=True):
-        for label, (interval, color, marker) in curves.items():
-            rows = [r for r in results["rows"] if r["interval"] == interval or (interval and r["weight"] == 1)]
-            x, y = [r["weight"] for r in rows], [r[name] for r in rows]
-            yerr = [r[f"{name}_stderr"] for r in rows]
-            axis.errorbar(x, y, yerr, color=color, marker=marker, markersize=4, linewidth=1.6, label=label)
-        axis.axhline(results["real"][name]["mean"], color="0.4", linestyle=":", label="real digits")
-        axis.set_title(title, fontsize=11)
-        axis.spines[["top", "right"]].set_visible(False)
-        if name == "frechet":
-            axis.set_ylim(bottom=0)
-        else:
-            axis.set_ylim(top=1.02)
-        if name == "accuracy":
-            axis.legend(frameon=False, loc="center right")
-        if name in ("recall", "frechet"):
-            axis.set_xlabel("weight w (0: unconditional, 1: conditional)")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        names = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "frechet": "Frechet distance"}
+        low, high = results["interval"]
+        curves = {"all noise levels": (None, BLUE, "o"), f"{low:g} < level <= {high:g}": ([low, high], ORANGE, "s")}
+        for axis, (name, title) in zip(right.subplots(2, 2, sharex=True).flat, names.items(), strict=True):
+            for label, (interval, color, marker) in curves.items():
+                rows = [r for r in results["rows"] if r["interval"] == interval or (interval and r["weight"] == 1)]
+                x, y = [r["weight"] for r in rows], [r[name] for r in rows]
+                yerr = [r[f"{name}_stderr"] for r in rows]
+                axis.errorbar(x, y, yerr, color=color, marker=marker, markersize=4, linewidth=1.6, label=label)
+            axis.axhline(results["real"][name]["mean"], color="0.4", linestyle=":", label="real digits")
+            axis.set_title(title, fontsize=11)
+            axis.spines[["top", "right"]].set_visible(False)
+            if name == "frechet":
+                axis.set_ylim(bottom=0)
+            else:
+                axis.set_ylim(top=1.02)
+            if name == "accuracy":
+                axis.legend(frameon=False, loc="center right")
+            if name in ("recall", "frechet"):
+                axis.set_xlabel("weight w (0: unconditional, 1: conditional)")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from typing import Any
 import matplotlib
 import torch
 import train_classifier
-from guidance import BLUE, ORANGE, draw_grid, split, trained
+from guidance import draw_grid, split, trained
+from shared import BLUE, ORANGE
 from torch import Tensor
 
 from scoresde import Denoiser, sample

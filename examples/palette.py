@@ -24,7 +24,6 @@ Writes palette.png, results.json and README.md into --out. A run that is killed 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -32,13 +31,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from guidance import tile
+from shared import arguments, cell, drawn, grid, mean_and_error, picture, place, publish, size, spent, trained
 from torch import Tensor
 from torch.nn import functional as F
 
-from scoresde import Denoiser, sample
+from scoresde import Denoiser
 from scoresde.data import (
     Colourisation,
     Condition,
@@ -51,16 +49,11 @@ from scoresde.data import (
     read_data,
 )
 from scoresde.denoiser import NetworkDenoiser
-from scoresde.info import environment
 from scoresde.metrics import Evaluation, RandomFeatures, evaluate
 from scoresde.metrics.errors import psnr
-from scoresde.noise import derive_seed
-from scoresde.report import table, write_json
+from scoresde.report import table
 from scoresde.solvers import Adams, DPMSolverPP, Solver
-from scoresde.training import CheckpointError, ModelConfig, TrainConfig, Trainer, min_snr
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from scoresde.training import ModelConfig
 
 SIZE, KINDS = 16, ("tops and dresses", "trousers and bags", "shoes")
 KIND = torch.tensor([0, 1, 0, 0, 0, 2, 0, 2, 1, 2])  # of each class of Fashion-MNIST
@@ -79,49 +72,37 @@ SOLVERS: dict[str, Solver] = {"SDE": DPMSolverPP(order=2, stochastic=True), "ODE
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/palette"), help="results (runs/palette)")
-    parser.add_argument("--models", type=Path, default=Path("runs/palette"), help="folder of the two runs")
-    parser.add_argument("--data", nargs=2, default=["fashion-mnist", "fashion-mnist-test"], metavar="NAME",
-                        help="Fashion-MNIST to train on, and held out, by name or path")  # fmt: skip
-    parser.add_argument("--train-steps", type=int, default=2000, help="of each network, 128 images a step (2000)")
-    parser.add_argument("--images", type=int, default=1000, help="held-out images for each task (1000)")
-    parser.add_argument("--several", type=int, default=100, help="of these, images of which several are drawn (100)")
-    parser.add_argument("--draws", type=int, default=8, help="how many (8)")
-    parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of colours, weights, training and samples (0)")
+    parser = arguments(
+        __doc__,
+        "palette",
+        models=(Path("runs/palette"), "folder of the two runs"),
+        data=(("fashion-mnist", "fashion-mnist-test"), "Fashion-MNIST to train on, and held out, by name or path"),
+        train_steps=(2000, "of each network, 128 images a step"),
+        images=(1000, "held-out images for each task"),
+        several=(100, "of these, images of which several are drawn"),
+        draws=(8, "how many"),
+        nfe=(20, "evaluations of a sample"),
+    )
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
     training = TrainingData(coloured(args.data[0], args.seed)[0], levels=256, seed=args.seed,
                             conditions=(OneOf(tuple(TASKS.values())),))  # fmt: skip
     nets = {
-        "diffusion": trained(DIFFUSION, training, args.models / "diffusion", args.train_steps, args.seed),
-        "regression": trained(
-            REGRESSION, training, args.models / "regression", args.train_steps, args.seed, squared_error
-        ),
+        name: trained(model, training, args.models / name, args.train_steps, args.seed, loss=loss, batch_size=128)
+        for name, model, loss in (("diffusion", DIFFUSION, None), ("regression", REGRESSION, squared_error))
     }
     start = time.perf_counter()
-    rows, law, drawn, reference = measured(nets, args)
+    rows, law, shown, reference = measured(nets, args)
     results = {
-        "environment": environment(),
-        "seconds": {
-            "train": {name: spent(args.models / name) for name in nets},
-            "measure": round(time.perf_counter() - start, 1),
-        },
-        "parameters": sum(p.numel() for p in nets["diffusion"].net.parameters()),
+        "seconds": {name: spent(args.models / name) for name in nets} | {"measure": time.perf_counter() - start},
+        "parameters": size(nets["diffusion"]),
         "model": DIFFUSION.to_dict(),
         "solvers": {name: repr(solver) for name, solver in SOLVERS.items()},
         "tasks": {name: repr(task) for name, task in TASKS.items()},
-        **{name: getattr(args, name) for name in ("train_steps", "images", "several", "draws", "nfe", "seed")},
         "reference": reference,
         "rows": rows,
         "law": law,
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw(drawn, args.out / "palette.png")
-    print("\n" + report(results) + f"\nwrote {args.out}/palette.png, results.json and README.md")
+    publish(args, "palette", results, report, lambda path: draw(shown, path))
 
 
 # --- the images ------------------------------------------------------------------------------------------------------
@@ -168,35 +149,6 @@ def guess(denoiser: NetworkDenoiser, cond: Mapping[str, Any], shape: tuple[int, 
     return out
 
 
-def trained(
-    model: ModelConfig,
-    data: TrainingData,
-    folder: Path,
-    steps: int,
-    seed: int,
-    loss: Callable[..., Tensor] | None = None,
-    batch_size: int = 128,
-) -> NetworkDenoiser:
-    """The denoiser with averaged weights, trained or continued in a run folder; by default by its own loss."""
-    denoiser = model.build(seed)
-    denoiser.net.to(memory_format=torch.channels_last)
-    config = TrainConfig(steps=steps, batch_size=batch_size, lr=2e-3, ema_decay=0.998, seed=seed, workers=0)
-    how = {"weighting": min_snr(5.0)} if loss is None else {"loss": loss}
-    try:
-        trainer = Trainer(denoiser, data, config, folder=folder, model=model, **how)
-    except CheckpointError as error:
-        raise SystemExit(f"{error}\n(--models names another folder)") from error
-    if trainer.step < steps:
-        print(f"training on {len(data)} images, step {trainer.step} to {steps}, into {folder}", flush=True)
-    return trainer.fit().ema
-
-
-def spent(folder: Path) -> float:
-    """Seconds of the wall clock that a network's training took, whenever it was: the last column of its log."""
-    with (folder / "log.csv").open(newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["seconds"])
-
-
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
@@ -204,17 +156,8 @@ def drawn_of(
     denoiser: Denoiser, image: Tensor, draws: int, event: tuple[int, ...], nfe: int, seed: int, solver: Solver
 ) -> Tensor:
     """Samples given each image, in [-1, 1]: (B, draws, *event)."""
-    parts = []
-    for k, part in enumerate(image.repeat_interleave(draws, 0).split(500)):
-        x = sample(denoiser, (len(part), *event), solver, nfe=nfe, seed=derive_seed(seed, k), cond={"image": part}).x
-        parts.append(x.clamp(-1, 1))
-    return torch.cat(parts).unflatten(0, (len(image), draws))
-
-
-def mean_and_error(values: Tensor) -> list[float]:
-    """The mean of one number for each image, and its standard error."""
-    values = values.double()
-    return [float(values.mean()), float(values.std() / len(values) ** 0.5)]
+    given = {"image": image.repeat_interleave(draws, 0)}
+    return drawn(denoiser, event, solver, nfe=nfe, seed=seed, cond=given, batch=500).unflatten(0, (-1, draws))
 
 
 def ratio_of(a: Tensor, b: Tensor) -> list[float]:
@@ -307,11 +250,7 @@ def colours(images: dict[str, Tensor], g: Tensor, kind: Tensor) -> tuple[dict, d
     return found, points
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
-
-
-def cell(value: list[float] | None, digits: int = 2, sign: str = "") -> str:
-    return "" if value is None else f"{value[0]:{sign}.{digits}f} ({value[1]:.{digits}f})"
+# --- what is written -------------------------------------------------------------------------------------------------
 
 
 def short(solver: str) -> str:
@@ -321,7 +260,7 @@ def short(solver: str) -> str:
 
 def report(results: dict) -> str:
     """The tables, as Markdown."""
-    about, law = results["environment"], results["law"]
+    law = results["law"]
     head = ["task", "", "PSNR", "PSNR of the mean", "its lead", "Frechet distance", "apart", "ratio"]
     titles = {"SDE": "a sample, SDE", "ODE": "a sample, ODE"} | {w: w for w in ("regression", "condition")}
     lines, task = [], ""
@@ -335,12 +274,9 @@ def report(results: dict) -> str:
     keys = {"vivid": "chroma", "right": "one of the two colours", "first": "the first of them", "opposite": "ground"}
     names = {"truth": "truth", "SDE": "samples, SDE", "ODE": "samples, ODE", "regression": "regression"}
     colour = [[title, *(cell(law[name][key], 3) for key in keys)] for name, title in names.items()]
-    trained_for = " and ".join(f"{seconds:.0f} s ({name})" for name, seconds in results["seconds"]["train"].items())
     return f"""# One network, five tasks
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
-scoresde {about["scoresde"]}, commit {about["commit"]}. Training, by its logs, {trained_for}
-of the wall clock, samples and scores {results["seconds"]["measure"]:.0f} s.
+{place(results)}
 
 Fashion-MNIST at 16 x 16, in the two colours of a known law (`examples/palette.py`); one U-Net of
 {results["parameters"]:,} parameters for all tasks, which is told what a task has left of the image and what is masked,
@@ -381,38 +317,29 @@ Tasks: {", ".join(f"`{task}`" for task in results["tasks"].values())}.
 """
 
 
-def draw(drawn: dict, path: Path, images: int = 4, samples: int = 3) -> None:
+def draw(shown: dict, path: Path, images: int = 4, samples: int = 3) -> None:
     """A panel a task: a row for each of some images, with the condition, samples, the regression's guess, the truth;
     and the colours of the cloths.
     """
-    samples = min(samples, drawn["images"]["colourisation"][1].shape[1])
-    titles = ["given", *["sample"] * samples, "regression", "truth"]
-    figure, axes = plt.subplots(2, 3, figsize=(14, 1.5 * images + 1.4), layout="constrained")
-    for axis, (name, (given, several, best, truth)) in zip(axes.flat, drawn["images"].items(), strict=False):
-        lines = [torch.stack([given[i], *several[i, :samples], best[i], truth[i]]) for i in range(images)]
-        axis.imshow(tile(torch.cat(lines), len(titles)))
-        axis.set_xticks([68 * k + 34 for k in range(len(titles))], labels=titles, fontsize=9)
-        axis.set_yticks([])
-        axis.tick_params(length=0)
+    with picture(path, 14, 1.5 * images + 1.4) as figure:
+        axes = list(figure.subplots(2, 3).flat)
+        for axis, (name, (given, several, best, truth)) in zip(axes, shown["images"].items(), strict=False):
+            rows = [torch.stack([given[i], *several[i, :samples], best[i], truth[i]]) for i in range(images)]
+            heads = ["given", *["sample"] * (len(rows[0]) - 3), "regression", "truth"]
+            grid(axis, rows, heads=heads, title=name)
+        axis, law = axes[-1], torch.exp(1j * math.pi / 3 * torch.arange(6))
+        six = color(*CLOTH, law.angle().reshape(-1, 1, 1, 1)).flatten(1).clamp(0, 1)
+        axis.scatter(law.real, law.imag, s=340, c=six.numpy(), edgecolors="none", label="the law's six", zorder=1)
+        styles = {"SDE": ("samples", "0.1", "o", 5), "regression": ("regression", "#D55E00", "x", 26)}
+        for name, (label, edge, marker, size) in styles.items():
+            z = shown["colours"][name]
+            axis.scatter(z.real, z.imag, s=size, c=edge, marker=marker, linewidths=1, label=label, zorder=2)
+        axis.set(xlim=(-1.7, 1.7), ylim=(-1.4, 1.4), aspect="equal", xlabel="Cb", ylabel="Cr", xticks=[0], yticks=[0])
+        axis.grid(color="0.9")
+        axis.set_axisbelow(True)
         axis.spines[:].set_visible(False)
-        axis.set_title(name, fontsize=12)
-    axis = axes.flat[-1]
-    law = torch.exp(1j * math.pi / 3 * torch.arange(6))
-    shown = color(*CLOTH, law.angle().reshape(-1, 1, 1, 1)).flatten(1).clamp(0, 1)
-    axis.scatter(law.real, law.imag, s=340, c=shown.numpy(), edgecolors="none", label="the law's six", zorder=1)
-    styles = {"SDE": ("0.1", "o", 5), "regression": ("#D55E00", "x", 26)}
-    names = {"SDE": "samples", "regression": "regression"}
-    for name, (edge, marker, size) in styles.items():
-        z = drawn["colours"][name]
-        axis.scatter(z.real, z.imag, s=size, c=edge, marker=marker, linewidths=1, label=names[name], zorder=2)
-    axis.set(xlim=(-1.7, 1.7), ylim=(-1.4, 1.4), aspect="equal", xlabel="Cb", ylabel="Cr", xticks=[0], yticks=[0])
-    axis.grid(color="0.9")
-    axis.set_axisbelow(True)
-    axis.spines[:].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.92, 1.0))
-    axis.set_title("colours of the cloths, colourised", fontsize=12)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.92, 1.0))
+        axis.set_title("colours of the cloths, colourised", fontsize=11)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
-from guidance import split, tile, trained
+from guidance import split, trained
+from shared import tile
 from torch import Tensor
 
 from scoresde import Denoiser, Solution, sample

@@ -31,21 +31,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from guidance import split, tile
-from palette import SOLVERS, cell, drawn_of, guess, mean_and_error, ratio_of, short, trained
+from guidance import split
+from palette import SOLVERS, drawn_of, guess, ratio_of, short
+from shared import arguments, cell, grid, mean_and_error, picture, place, publish, size, spent, trained
 from torch import Tensor
 from torch.nn import functional as F
 
 from scoresde.data import Given, TrainingData
 from scoresde.denoiser import NetworkDenoiser
-from scoresde.info import environment
-from scoresde.report import table, write_json
+from scoresde.report import table
 from scoresde.training import ModelConfig
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 SIZE, CONTRASTS, TEXTURE = 20, (0.1, 0.2, 0.4, 0.8), 0.15
 NETWORK = {"channels": 24, "multipliers": (1, 2), "blocks": 1, "patch": 2, "image_condition": 1}
@@ -61,42 +57,35 @@ DRAWN = ("F(x) + G(c)", "[x, c]")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/segmentation"), help="results (runs/segmentation)")
-    parser.add_argument("--models", type=Path, default=Path("runs/segmentation"), help="folder of the three runs")
-    parser.add_argument("--train-steps", type=int, default=1200, help="of each network, 64 scenes a step (1200)")
-    parser.add_argument("--scenes", type=int, default=20000, help="to train on (20000)")
-    parser.add_argument("--held-out", type=int, default=400, help="scenes measured, a multiple of four (400)")
-    parser.add_argument("--draws", type=int, default=8, help="samples for each (8)")
-    parser.add_argument("--nfe", type=int, default=20, help="evaluations of a sample (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, weights, training and samples (0)")
+    parser = arguments(
+        __doc__,
+        "segmentation",
+        models=(Path("runs/segmentation"), "folder of the three runs"),
+        train_steps=(1200, "of each network, 64 scenes a step"),
+        scenes=(20000, "to train on"),
+        held_out=(400, "scenes measured, a multiple of four"),
+        draws=(8, "samples for each"),
+        nfe=(20, "evaluations of a sample"),
+    )
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    start = time.perf_counter()
     (digits, _), (others, _) = split()
     image, mask, _ = scenes(args.scenes, digits, args.seed)
     training = TrainingData(mask, seed=args.seed, conditions=(Given(image),))
     nets = {}
     for name, model in MODELS.items():
         loss = logistic if name == "supervised" else None
-        nets[name] = trained(model, training, args.models / FOLDERS[name], args.train_steps, args.seed, loss, 64)
-    ready = time.perf_counter()
-    held_out = scenes(args.held_out, others, args.seed + 1)
+        nets[name] = trained(model, training, args.models / FOLDERS[name], args.train_steps, args.seed, loss=loss)
+    start, held_out = time.perf_counter(), scenes(args.held_out, others, args.seed + 1)
     found, drawn = measured(nets, held_out, args)
+    seconds = {name: spent(args.models / FOLDERS[name]) for name in nets}
     results = {
-        "environment": environment(),
-        "seconds": {"train": round(ready - start, 1), "measure": round(time.perf_counter() - ready, 1)},
-        "parameters": {name: sum(p.numel() for p in net.net.parameters()) for name, net in nets.items()},
+        "seconds": seconds | {"measure": time.perf_counter() - start},
+        "parameters": {name: size(net) for name, net in nets.items()},
         "models": {name: model.to_dict() for name, model in MODELS.items()},
         "solver": repr(SOLVER),
-        **{name: getattr(args, name) for name in ("train_steps", "scenes", "held_out", "draws", "nfe", "seed")},
         "rows": found,
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw(drawn, held_out, args.out / "segmentation.png")
-    print("\n" + report(results) + f"\nwrote {args.out}/segmentation.png, results.json and README.md")
+    publish(args, "segmentation", results, report, lambda path: draw(drawn, held_out, path))
 
 
 # --- the scenes ------------------------------------------------------------------------------------------------------
@@ -195,7 +184,7 @@ def measured(
     return rows, drawn
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
+# --- what is written -------------------------------------------------------------------------------------------------
 
 
 def verdict(difference: list[float]) -> str:
@@ -206,7 +195,7 @@ def verdict(difference: list[float]) -> str:
 
 def report(results: dict) -> str:
     """The tables, as Markdown."""
-    about, rows = results["environment"], results["rows"]
+    rows = results["rows"]
     names = list(rows[0]["iou"])
     order = [n for n in names if n.startswith(DRAWN)] + ["supervised", "best constant"]
     titles = {"best constant": "everything inside"}
@@ -232,9 +221,7 @@ def report(results: dict) -> str:
     sizes = ", ".join(f"{name} {n:,}" for name, n in results["parameters"].items())
     return f"""# Segmentation as generation
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
-scoresde {about["scoresde"]}, commit {about["commit"]}. Training {results["seconds"]["train"]:.0f} s of the wall clock
-(nothing where it was done before), samples and scores {results["seconds"]["measure"]:.0f} s.
+{place(results)}
 
 Scenes of real digits on random textures of standard deviation {TEXTURE} (`examples/segmentation.py`, seed
 {results["seed"]}): {results["scenes"]:,} to train on, {results["held_out"]} held out, of digits that are in no
@@ -271,18 +258,11 @@ def draw(drawn: dict[str, Tensor], held_out: tuple[Tensor, Tensor, Tensor], path
     x, p = drawn[DRAWN[0]], drawn["supervised"].sigmoid() * 2 - 1
     titles = ["image", "mask", *["sample"] * min(3, x.shape[1]), f"mean of {x.shape[1]}", "supervised"]
     lines = [torch.stack([image[i], mask[i], *x[i, :3], x[i].mean(0), p[i]]) for i in chosen]
-    figure, axis = plt.subplots(figsize=(7.2, 0.98 * len(chosen) + 0.4), layout="constrained")
-    picture = tile(torch.cat(lines), len(titles))
-    axis.imshow(picture)
-    step = picture.shape[0] / len(chosen)
-    axis.set_xticks([picture.shape[1] / len(titles) * (k + 0.5) for k in range(len(titles))], labels=titles)
-    labels = [f"contrast\n{float(contrast[i]):g}" for i in chosen]
-    axis.set_yticks([step * (k + 0.5) for k in range(len(chosen))], labels=labels)
-    axis.xaxis.tick_top()
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    names = [f"contrast\n{float(contrast[i]):g}" for i in chosen]
+    with picture(path, 7.2, 0.98 * len(chosen) + 0.4, dpi=110) as figure:
+        axis = figure.subplots()
+        grid(axis, lines, names, titles)
+        axis.xaxis.tick_top()
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_five_tasks_are_trained_once_and_shown(garments, tmp_path, capsys, monke
     arguments = ["--data", *garments, "--out", str(tmp_path / "out"), "--models", str(tmp_path / "models")]
     quick = ["--train-steps", "1", "--images", "16", "--several", "4", "--draws", "2", "--nfe", "1"]
     palette.main([*arguments, *quick])
-    assert capsys.readouterr().out.count("training on 60 images") == 2
+    assert capsys.readouterr().out.count("training on 60 items") == 2
     results = json.loads((tmp_path / "out/results.json").read_text())
     ways = ["SDE", "ODE", "regression", "condition"]
     assert [(row["task"], row["way"]) for row in results["rows"]] == [(t, w) for t in palette.TASKS for w in ways]
@@ -83,7 +83,7 @@ def test_five_tasks_are_trained_once_and_shown(garments, tmp_path, capsys, monke
     value, error = results["rows"][0]["psnr"]
     assert f"| {value:.2f} ({error:.2f}) |" in (tmp_path / "out/README.md").read_text()
     palette.trained(palette.REGRESSION, palette_data(palette, garments), tmp_path / "models/regression", 1, 0,
-                    palette.squared_error)  # fmt: skip
+                    loss=palette.squared_error, batch_size=128)  # fmt: skip
     assert capsys.readouterr().out == ""
 
 

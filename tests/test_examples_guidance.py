@@ -43,7 +43,7 @@ def test_the_sweep_is_written_and_a_second_run_trains_nothing(folder, capsys):
 
     arguments, state = ["--out", str(folder), "--model", str(folder / "model"), *QUICK], torch.get_rng_state()
     guidance.main(arguments)
-    assert "training on 1297 digits, step 0 to 2" in capsys.readouterr().out
+    assert "training on 1297 items, step 0 to 2" in capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
     assert [(row["weight"], row["interval"]) for row in results["rows"]] == [
         (0.0, None),
