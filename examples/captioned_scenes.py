@@ -117,7 +117,8 @@ def learned_reader(others: tuple[Tensor, Tensor], args: argparse.Namespace) -> N
     x, facts = scenes(*others, args.scenes, args.seed + 1)
     data = TrainingData(x, conditions=(Given(facts.float()),), seed=args.seed)
     reader = X0Denoiser(seeded(Reader, args.seed), VPSDE())
-    return trained(reader, data, args.models / "reader", args.reader_steps, loss=reading, checkpoint_every=200)
+    how: dict[str, Any] = {"loss": reading, "checkpoint_every": 200}
+    return trained(reader, data, args.models / "reader", args.reader_steps, args.seed, **how)
 
 
 class Exam:

@@ -200,7 +200,7 @@ def learned(
     found = {}
     for name, (make, images, how) in made.items():
         net, label = seeded(make, args.seed), lambda t: 999 * t
-        data = TrainingData(images, seed=0 if name == "prior" else args.seed, **how)
+        data = TrainingData(images, seed=args.seed, **how)
         of_prior = (X0Denoiser, "x0", args.prior_steps, 1e-3)
         kind, target, steps, lr = of_prior if name == "prior" else (VDenoiser, "v", args.train_steps, 2e-3)
         found[name] = trained(kind(net, SDE, time=label), data, args.models / name, steps, args.seed, lr=lr,

@@ -250,7 +250,7 @@ def draw(rows: Sequence[Mapping[str, Any]], pictures: Mapping[Any, Any], path: P
     ways = {"w = 1": ("weight", 1.0), "w = 3": ("weight", 3.0), f"CLIP, s = {STRENGTHS[1]:g}": ("CLIP", STRENGTHS[1])}
     images = torch.stack([pictures[way] for way in [*ways.values(), ("real", None)]], 1)
     texts, half = [text.replace(" of ", " of\n") for text in pictures["texts"]], len(images) // 2
-    with picture(path, 15, 6.5) as figure:
+    with picture(path, 15, 4.4) as figure:
         seen, held_out, axis = figure.subplots(1, 3, width_ratios=[1, 1, 1.1])
         grid(seen, images[:half], texts[:half], [*ways, "real"], "pairs of digits: seen")
         grid(held_out, images[half:], texts[half:], [*ways, "real"], "pairs of digits: held out")
