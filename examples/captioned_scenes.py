@@ -15,20 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import arguments, mean_and_error, seeded, trained
+from shared import arguments, cell, frechet, mean_and_error, seeded, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scoresde import VPSDE, X0Denoiser
-from scoresde.data import Given, TrainingData, digits
+from scoresde.data import Captions, Given, TrainingData, digits, training_data
 from scoresde.denoiser import NetworkDenoiser
-from scoresde.metrics import RandomFeatures, evaluate
+from scoresde.metrics import RandomFeatures
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELD_OUT = {(a, (3 * a + k) % 10) for a in range(10) for k in (1, 4)}
 SHAPE, SIDE, DARK = (1, 12, 20), 10, 0.45
 READER_DIGITS = 700  # of 1797
 SETS = ("seen", "held out")
+HEADS = ("seen, %", "held out, %", "seen, of real scenes'", "one digit, %", "Frechet distance")
+LEGEND = """
+- Seen, held out: how often both digits and both shades are what the caption says, as read by a classifier that was
+  trained on scenes of other digits' images. In brackets the standard error over captions. Chance is 0.25 %, the
+  ceiling what the reader finds in real scenes, which it never saw.
+- One digit: how often a digit is the caption's, by its side, of seen and of held-out pairs.
+- Frechet distance: in 64 random features, to 4000 real scenes; in brackets its standard error.""".strip()
 
 
 def options(about: str | None, name: str, **own: tuple[Any, str]) -> argparse.ArgumentParser:
@@ -47,6 +54,17 @@ def options(about: str | None, name: str, **own: tuple[Any, str]) -> argparse.Ar
         nfe=(20, "evaluations of a sample of a model"),
         **own,
     )
+
+
+def captioned(args: argparse.Namespace, length: int, drop: float = 0.0) -> TrainingData:
+    """What is learned: scenes of seen pairs with their two captions, of so many tokens at most; or a folder of images
+    with captions, --data.
+    """
+    if args.data is not None:
+        return training_data(args.data, captions=args.data, size=tuple(args.size), drop=drop, seed=args.seed)
+    x, facts = scenes(*halves()[0], args.scenes, args.seed, held_out=False)
+    said = Captions([sentences(row) for row in facts.tolist()], length=length)
+    return TrainingData(x, conditions=(said,), drop=drop, seed=args.seed)
 
 
 def scenes(images: Tensor, labels: Tensor, n: int, seed: int, held_out: bool | None = None) -> tuple[Tensor, Tensor]:
@@ -122,31 +140,46 @@ def learned_reader(others: tuple[Tensor, Tensor], args: argparse.Namespace) -> N
 
 
 class Exam:
-    """n captions of seen pairs of digits and as many of held-out ones, and what a sample of each is worth.
+    """Captions of seen pairs of digits and as many of held-out ones, --images each, and what a sample of each is worth.
 
     Attributes:
         texts: the captions, those of seen pairs first.
         real, facts: real scenes of which these could be, and what is in them.
+        reader: trained or continued.
+        rows: of the table: what was measured so far.
     """
 
-    def __init__(self, own: tuple[Tensor, Tensor], reader: Reader, n: int, seed: int) -> None:
-        sets = [scenes(*own, n, seed + 3 + held, bool(held)) for held in (0, 1)]
+    def __init__(self, args: argparse.Namespace) -> None:
+        own, others = halves()
+        sets = [scenes(*own, args.images, args.seed + 3 + held, bool(held)) for held in (0, 1)]
         self.real, self.facts = (torch.cat(part) for part in zip(*sets, strict=True))
         self.texts = [sentences(row)[i % 2] for i, row in enumerate(self.facts.tolist())]
-        self.n, self.reader, self.features = n, reader, RandomFeatures(SHAPE)
-        self.reference = scenes(*own, 4000, seed + 2)[0]
+        self.n, self.reader, self.features = args.images, learned_reader(others, args), RandomFeatures(SHAPE)
+        self.reference = scenes(*own, 4000, args.seed + 2)[0]
+        self.rows: list[dict[str, Any]] = []
 
     def some(self, k: int) -> list[int]:
         """The places of the first k captions of seen pairs, and of the first k of held-out ones."""
         return [i for first in (0, self.n) for i in range(first, first + min(k, self.n))]
 
-    def __call__(self, x: Tensor) -> dict[str, list[float]]:
-        """Means with standard errors: of each half, how often all four facts are the caption's, and how often a digit;
-        and the Frechet distance of all to real scenes.
+    def measure(self, x: Tensor, **what: Any) -> None:
+        """A row of `what` and means with standard errors: of each half, how often all four facts are the caption's, and
+        how often a digit; and the Frechet distance of all to real scenes.
         """
         found = {}
-        for name, right in zip(SETS, (self.reader.facts(x) == self.facts).chunk(2), strict=True):
+        for name, right in zip(SETS, (self.reader.net.facts(x) == self.facts).chunk(2), strict=True):
             found[name] = mean_and_error(right.all(1))
             found[f"{name}, a digit"] = mean_and_error(right[:, ::2].double().mean(1))
-        distance = evaluate(x, self.reference, ["frechet"], self.features, floor=self.real, floors=20)["frechet"]
-        return found | {"frechet": [distance.value, distance.stderr]}
+        distance = frechet({"x": x}, self.reference, self.real, self.features)["x"]
+        self.rows.append({**what, **found, "frechet": distance})
+        print("  ".join(f"{key} {value}" for key, value in self.rows[-1].items()), flush=True)
+
+
+def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Those of each row under HEADS; the first is of real scenes."""
+    ceiling = max(rows[0]["seen"][0], 1e-9)
+    return [
+        [*(cell(row[name], 1, factor=100) for name in SETS), f"{100 * row['seen'][0] / ceiling:.0f} %",
+         ", ".join(f"{100 * row[f'{name}, a digit'][0]:.1f}" for name in SETS), cell(row["frechet"], 3)]
+        for row in rows
+    ]  # fmt: skip

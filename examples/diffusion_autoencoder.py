@@ -29,12 +29,11 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from shared import arguments, cell, drawn, grid, mean_and_error, picture, place, publish, size, spent, trained
+from shared import arguments, cell, drawn, frechet, grid, mean_and_error, picture, place, publish, ran, trained
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,7 +41,7 @@ from scoresde import Denoiser, sample
 from scoresde.data import Itself, TrainingData, read_data
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.editing import decode, encode, interpolate
-from scoresde.metrics import PCA, classifier_features, evaluate
+from scoresde.metrics import PCA, classifier_features
 from scoresde.metrics.classifier import WEIGHTS, Classifier, load_classifier
 from scoresde.metrics.errors import psnr, rms
 from scoresde.report import table
@@ -59,14 +58,11 @@ AUTOENCODER = ModelConfig(
     predicts="v",
     time_scale=999,
 )
-LATENT = ModelConfig(
-    network="mlp", options={"event_shape": Z, "width": 256, "depth": 4}, predicts="v", time_scale=999
-)  # fmt: skip
+WIDE = {"event_shape": Z, "width": 256, "depth": 4}
+LATENT = ModelConfig(network="mlp", options=WIDE, predicts="v", time_scale=999)
 SOLVER = UniPC(3, view="v", variable="half_log_snr")
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 MARGINS = (0.0, 5.0, 10.0)  # of an edit: log-odds of the new class over the old one, as the linear classifier sees it
-
-Labelled = tuple[TrainingData, Tensor]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,35 +84,37 @@ def main(argv: list[str] | None = None) -> None:
     model = model_of(training.shape)
     folder = args.models / "autoencoder"
     autoencoder = trained(model, training, folder, args.train_steps, args.seed, loss=error_of_v, batch_size=32)
+    known, labels = every(training.first(args.known)), labels[: args.known]
+    z = semantic(autoencoder, known)
+    by_z = Linear(z, labels)
+    latents = TrainingData(by_z.standardised(z).float())
+    latent = trained(LATENT, latents, args.models / "latent", args.latent_steps, args.seed, loss=error_of_v)
     start = time.perf_counter()
-    known = training.first(args.known), labels[: args.known]
-    found, shown = measured(autoencoder, known, (held_out, truth), args)
-    seconds = {name: spent(args.models / name) for name in ("autoencoder", "latent")}
-    results = {
-        "seconds": seconds | {"measure": time.perf_counter() - start},
-        "parameters": size(autoencoder),
-        "model": model.to_dict(),
-        "latent_model": LATENT.to_dict(),
-        "solver": repr(SOLVER),
-        **found,
-    }
+    found, shown = measured(autoencoder, latent, by_z, (known, labels), (every(held_out), truth), args)
+    nets = {"autoencoder": autoencoder, "latent": latent}
+    models = {"autoencoder": model.to_dict(), "latent": LATENT.to_dict()}
+    results = ran(args.models, nets, start) | {"models": models, "solver": repr(SOLVER)} | found
     names = CLASSES if args.data[0] == "fashion-mnist" else range(1000)
     publish(args, "diffusion_autoencoder", results, report, lambda path: draw(shown, names, path))
 
 
-def images_of(source: str) -> Labelled:
+def images_of(source: str) -> tuple[TrainingData, Tensor]:
     """Images, of which the network is told the image itself; and their labels, of which it is told nothing."""
     found = read_data(source, labels=True)
     assert found.labels is not None
     return TrainingData(found.x, levels=256, conditions=(Itself(),)), found.labels
 
 
+def every(data: TrainingData) -> Tensor:
+    """All images, (N, C, H, W) in [-1, 1]."""
+    return data.batch(torch.arange(len(data))).x
+
+
 def model_of(event: Sequence[int]) -> ModelConfig:
     """The autoencoder of images (C, H, W)."""
-    encoder = {"options": {**ENCODER["options"], "image_channels": event[0], "size": tuple(event[1:])}}
-    return replace(
-        AUTOENCODER, options=AUTOENCODER.options | {"image_channels": event[0]}, encoders={"source": encoder}
-    )
+    told = {"image_channels": event[0]}
+    encoder = {"options": ENCODER["options"] | told | {"size": tuple(event[1:])}}
+    return replace(AUTOENCODER, options=AUTOENCODER.options | told, encoders={"source": encoder})
 
 
 def error_of_v(denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
@@ -185,14 +183,13 @@ def from_components(pca: PCA, components: Tensor, event: Sequence[int]) -> Tenso
 
 
 def measured(
-    denoiser: NetworkDenoiser, known: Labelled, held_out: Labelled, args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    denoiser: NetworkDenoiser, latent: NetworkDenoiser, by_z: Linear, known: tuple[Tensor, Tensor],
+    held_out: tuple[Tensor, Tensor], args: argparse.Namespace,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
     """The tables' rows, and the images of the picture."""
-    (x_known, labels), (x_all, truth) = ((data.batch(torch.arange(len(data))).x, y) for data, y in (known, held_out))
-    event = tuple(x_all.shape[1:])
-    z_known, z_all = semantic(denoiser, x_known), semantic(denoiser, x_all)
-    pca = PCA(x_known, min(Z, len(x_known) - 1))
-    by_z, by_pca = Linear(z_known, labels), Linear(pca(x_known), labels)
+    (x_known, labels), (x_all, truth), event = known, held_out, tuple(held_out[0].shape[1:])
+    z_all, pca = semantic(denoiser, x_all), PCA(x_known, min(Z, len(x_known) - 1))
+    by_pca = Linear(pca(x_known), labels)
     right = {"z": by_z.logits(z_all).argmax(1) == truth, "PCA": by_pca.logits(pca(x_all)).argmax(1) == truth}
     right["lead"] = right["z"].double() - right["PCA"].double()  # image by image
 
@@ -200,10 +197,13 @@ def measured(
     chosen = torch.randperm(len(x_all), generator=torch.Generator().manual_seed(args.seed))[: args.images]
     x, z, old, components = x_all[chosen], z_all[chosen], truth[chosen], pca(x_all[chosen])
     code = encode(denoiser, x, SOLVER, nfe=args.nfe, cond={"source": x})
-    back = lambda z: decode(denoiser, code.latent, SOLVER, grid=code.grid, cond={"vector": z}).x  # noqa: E731
-    made = lambda z, seed: drawn(  # noqa: E731
-        denoiser, event, SOLVER, nfe=args.nfe, seed=args.seed + seed, cond={"vector": z}
-    )
+
+    def back(z: Tensor) -> Tensor:
+        return decode(denoiser, code.latent, SOLVER, grid=code.grid, cond={"vector": z}).x
+
+    def made(z: Tensor, seed: int) -> Tensor:
+        return drawn(denoiser, event, SOLVER, nfe=args.nfe, seed=args.seed + seed, cond={"vector": z})
+
     ways = {
         "z and its x_T": back(z),
         "z and another x_T": made(z, 0),
@@ -221,16 +221,11 @@ def measured(
         edited[margin, "PCA"] = from_components(pca, by_pca.moved(components, old, new, margin), event)
 
     # Unconditional samples: z of a model of its own.
-    latents = TrainingData(by_z.standardised(z_known).float())
-    latent = trained(LATENT, latents, args.models / "latent", args.latent_steps, args.seed, loss=error_of_v)
     z_drawn = sample(latent, (args.samples, Z), SOLVER, nfe=args.nfe, seed=args.seed).x * by_z.std + by_z.mean
-    every = torch.arange(len(x_all))
-    others = torch.cat([chosen, every[~torch.isin(every, chosen)]])[: args.samples]
-    reference, real = x_all[~torch.isin(every, others)].chunk(2)
-    score = partial(evaluate, reference=reference, metrics=["frechet"], features=classifier_features(args.classifier))
+    items = torch.arange(len(x_all))
+    others = torch.cat([chosen, items[~torch.isin(items, chosen)]])[: args.samples]
+    reference, real = x_all[~torch.isin(items, others)].chunk(2)
     samples = {"latent diffusion": made(z_drawn.float(), 1), "z of held-out images": made(z_all[others], 2)}
-    frechet = {name: score(y, floor=real)["frechet"] for name, y in samples.items()}
-    floor = frechet["latent diffusion"]
 
     pairs = [(i, int((old.roll(-i) != old[i]).nonzero()[0] + i) % len(x)) for i in range(min(4, len(x)))]
     results = {
@@ -239,8 +234,7 @@ def measured(
         "reconstruction": {name: errors(y) for name, y in ways.items()},
         "round_trip": {nfe: relative(denoiser, x[:50], nfe) for nfe in (args.nfe // 2, args.nfe, 2 * args.nfe)},
         "edits": [{"margin": m, "of": of, **read(reader, y, x, old, new)} for (m, of), y in edited.items()],
-        "frechet": {name: [found.value, found.stderr] for name, found in frechet.items()}
-        | {"real images": [floor.floor, floor.floor_std]},
+        "frechet": frechet(samples, reference, real, classifier_features(args.classifier)),
         "held_out": len(x_all),
     }
     return results, {
@@ -278,7 +272,7 @@ def read(reader: Classifier, y: Tensor, x: Tensor, old: Tensor, new: Tensor) -> 
 
 def report(results: dict) -> str:
     """The tables, as Markdown."""
-    probe, frechet, titles = results["probe"], results["frechet"], {"PCA": f"{Z} principal components"}
+    probe, distances, titles = results["probe"], results["frechet"], {"PCA": f"{Z} principal components"}
     lines = [[titles.get(name, name), cell(row["rmse"], 3), cell(row["psnr"])]
              for name, row in results["reconstruction"].items()]  # fmt: skip
     edits = [
@@ -291,8 +285,9 @@ def report(results: dict) -> str:
 
 {place(results)}
 
-Fashion-MNIST at 28 x 28; a U-Net and an encoder of {results["parameters"]:,} parameters together, trained for
-{results["train_steps"]} steps of 32 images by the loss of the U-Net alone (Preechakul et al., 2022). z has {Z} numbers.
+Fashion-MNIST at 28 x 28; a U-Net and an encoder of {results["parameters"]["autoencoder"]:,} parameters together,
+trained for {results["train_steps"]} steps of 32 images by the loss of the U-Net alone (Preechakul et al., 2022). z has
+{Z} numbers.
 Every sample, and every encoding, takes {results["nfe"]} evaluations of `{results["solver"]}`.
 In brackets the standard error over held-out images; each network was trained once.
 
@@ -324,9 +319,9 @@ takes for the new class, and for the old one; and the distance from the image, r
 ## Samples
 
 Frechet distance in the features of that classifier, {results["samples"]:,} images:
-{cell(frechet["latent diffusion"])} with z of a latent diffusion (an MLP, {results["latent_steps"]} steps),
-{cell(frechet["z of held-out images"])} with z of held-out images, both with random x_T;
-as many real images have {cell(frechet["real images"])} (in brackets there the standard deviation over choices of them).
+{cell(distances["latent diffusion"])} with z of a latent diffusion (an MLP, {results["latent_steps"]} steps),
+{cell(distances["z of held-out images"])} with z of held-out images, both with random x_T; as many real images have
+{cell(distances["real images"])} (in brackets there the standard deviation over choices of them).
 """
 
 

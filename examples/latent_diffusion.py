@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import arguments, cell, fitted, grid, mean_and_error, picture, place, publish, size, spent, trained
+from shared import arguments, cell, fitted, frechet, grid, mean_and_error, picture, place, publish, size, spent, trained
 from torch import Tensor
 
 from scoresde import Denoiser, Latent, elbo, sample
 from scoresde.data import TrainingData, training_data
 from scoresde.likelihood import dequantized
-from scoresde.metrics import RandomFeatures, classifier_features, evaluate
+from scoresde.metrics import RandomFeatures, classifier_features
 from scoresde.report import table
 from scoresde.solvers import Adams
 from scoresde.training import (
@@ -187,15 +187,12 @@ def scores(images: dict[str, Tensor], held_out: TrainingData, codec: Any, name: 
         back = codec.decode(codec.encode(given)).clamp(-1, 1)
     fashion = name.startswith("fashion-mnist")
     features = classifier_features("fashion-mnist") if fashion else RandomFeatures(held_out.shape)
-    found = {
-        key: evaluate(x, reference, ["frechet"], features, floor=real)["frechet"]
-        for key, x in (images | {"reconstructions": back}).items()
-    }
+    distances = frechet(images | {"reconstructions": back}, reference, real, features)
     images |= {"held out": given, "given back": back}
     return {
         "features": repr(features),
-        "frechet": {key: [value.value, value.stderr] for key, value in found.items()},
-        "floor": [found["pixel"].floor, found["pixel"].floor_std],
+        "floor": distances.pop("real images"),
+        "frechet": distances,
         "reference": len(reference),
         "psnr": float(10 * torch.log10(4 / (back - given).square().mean())),
     }
@@ -221,11 +218,11 @@ def bounds(denoisers: dict[str, Denoiser], held_out: TrainingData, n: int, seed:
 
 def report(r: dict) -> str:
     """The page."""
-    seconds, frechet, bound = r["seconds_an_image"], r["frechet"], r["bounds_of"]["latent"]
+    seconds, distance, bound = r["seconds_an_image"], r["frechet"], r["bounds_of"]["latent"]
     cost = {name: value * r[f"{name}_steps"] for name, value in r["step_seconds"].items()}
     rows = [
         [name, f"{r['parameters'][name]:,}", "x".join(map(str, r["shapes"][name])), str(r[f"{name}_steps"]),
-         f"{cost[name]:.0f}", f"{1e3 * seconds[name]:.1f}", cell(frechet[name]),
+         f"{cost[name]:.0f}", f"{1e3 * seconds[name]:.1f}", cell(distance[name]),
          cell(r["bounds_of"][name]["bits_per_dim"], 3)]
         for name in ("pixel", "latent")
     ]  # fmt: skip
@@ -239,7 +236,7 @@ def report(r: dict) -> str:
         "Frechet distance",
         "bits/dim, bound",
     ]
-    apart = (frechet["latent"][1] ** 2 + frechet["pixel"][1] ** 2) ** 0.5
+    apart = (distance["latent"][1] ** 2 + distance["pixel"][1] ** 2) ** 0.5
     return f"""# Latent diffusion
 
 {place(r)}
@@ -248,7 +245,7 @@ One U-Net on the first {r["items"]:,} images of Fashion-MNIST, of pixels and of 
 (`examples/latent_diffusion.py`), trained for as long, {r["images"]} images drawn of each by {r["nfe"]} evaluations of
 `{r["solver"].partition("(")[0]}`. The autoencoder ({r["parameters"]["autoencoder"]:,} parameters,
 {r["autoencoder_steps"]} steps, **{cost["autoencoder"]:.0f} s** of training, counted apart) gives held-out images back
-with a PSNR of {r["psnr"]:.1f} dB and a Frechet distance of {cell(frechet["reconstructions"])}: no diffusion of its
+with a PSNR of {r["psnr"]:.1f} dB and a Frechet distance of {cell(distance["reconstructions"])}: no diffusion of its
 latent comes below that.
 
 {chr(10).join(table(head, rows))}
@@ -259,7 +256,7 @@ latent comes below that.
   **{seconds["latent"] / seconds["pixel"]:.3f}** of the pixel model's.
 - Frechet distance: {r["features"]}, to {r["reference"]:,} held-out images; {r["images"]} others have
   {r["floor"][0]:.2f} (standard deviation {r["floor"][1]:.2f}). The latent model's is
-  **{frechet["latent"][0] - frechet["pixel"][0]:+.2f}** from the pixel model's, whose standard errors together are
+  **{distance["latent"][0] - distance["pixel"][0]:+.2f}** from the pixel model's, whose standard errors together are
   {apart:.2f}.
 - The bound is of {r["bounds"]} dequantised held-out images, by `elbo`; the latent model's terms in nats an image:
   {", ".join(f"{term} {cell(bound[term], 1)}" for term in TERMS)}.

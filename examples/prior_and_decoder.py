@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from captioned_scenes import SETS, SHAPE, Exam, halves, learned_reader, options, scenes, sentences
-from shared import cell, grid, picture, place, publish, seeded, size, spent, trained
+from captioned_scenes import HEADS, LEGEND, SHAPE, Exam, captioned, cells, options
+from shared import grid, picture, place, publish, ran, seeded, trained
 from text_to_image import CLIP, LENGTH, draw_captioned, learned_clip
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,7 +46,6 @@ from scoresde.data import (
     Raw,
     SuperResolution,
     TrainingData,
-    training_data,
 )
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.editing import interpolate
@@ -61,6 +60,7 @@ Z, WIDTH, TOKENS = 64, 96, 4
 NOISY, PLAIN = AugmentedSuperResolution(2, noise=(0.0, 0.5)), SuperResolution(2)
 NETWORK = {"channels": 32, "multipliers": (1, 2), "blocks": 1}
 STRENGTHS, SOLVER, SHOWN = (0.0, 0.1, 0.2, 0.4), DPMSolverPP(order=2), 6
+COLUMNS = ("decoder", "upsampled", "x at once")
 SDE = VPSDE()
 
 
@@ -73,43 +73,25 @@ def main(argv: list[str] | None = None) -> None:
         guidance=(1.5, "weight of the decoder's guidance"),
     )
     args = parser.parse_args(argv)
-    if args.data is not None:
-        own_images(args)
-        return
-    own, others = halves()
-    x, facts = scenes(*own, args.scenes, args.seed, held_out=False)
-    said = [sentences(row) for row in facts.tolist()]
-    texts = [both[i % 2] for i, both in enumerate(said)]
-    clip = learned_clip(TrainingData(x, conditions=(Captions(said, length=LENGTH),), seed=args.seed), args).net
-    networks = learned(clip, x, texts, LENGTH, args)
-    reader = learned_reader(others, args).net
-    start = time.perf_counter()
-    rows, pictures = measured(networks, clip, Exam(own, reader, args.images, args.seed), args)
-    runs = ("clip", "reader", *networks)
-    results = {
-        "seconds": {name: spent(args.models / name) for name in runs} | {"measure": time.perf_counter() - start},
-        "parameters": {name: size(net) for name, net in networks.items()},
-        "solver": repr(SOLVER),
-        "rows": rows,
-    }
-    publish(args, "prior_and_decoder", results, report, lambda path: draw(pictures, path))
-
-
-def own_images(args: argparse.Namespace) -> None:
-    """The same on a folder of images with captions: samples alone, for there is no reader of them."""
-    if any(n % 2 for n in args.size):
+    if args.data is not None and any(n % 2 for n in args.size):
         raise SystemExit(f"--size {args.size}: expected even numbers, half of which the decoder draws")
-    data = training_data(args.data, captions=args.data, size=tuple(args.size), seed=args.seed, lazy=False)
-    said, x = data.conditions[0], data.batch(torch.arange(len(data))).x
-    clip = learned_clip(data, args).net
-    texts = [own[0] for own in said.texts]
-    networks = learned(clip, x, texts, said.length, args)
-    texts = args.text or texts[:SHOWN]
-    how: dict[str, Any] = {"seed": args.seed, "cond": {"text": texts, "vector": told(clip, texts)}}
-    found = cascade(networks, args, STRENGTHS[1], data.shape).sample(len(texts), **how)
-    direct = cascade(networks, args, "direct", data.shape).sample(len(texts), **how)
-    columns = [PLAIN.taken(found.made[1], data.shape), found.x, direct.x]
-    draw_captioned(columns, texts, ["decoder", "upsampled", "at once"], args.out / "prior_and_decoder.png")
+    data = captioned(args, LENGTH)
+    clip, said = learned_clip(data, args), data.conditions[0]
+    texts = [own[i % len(own)] for i, own in enumerate(said.texts)]
+    networks = learned(clip.net, data.batch(torch.arange(len(data))).x, texts, said.length, args)
+    if args.data is not None:  # images of one's own, of which there is no reader
+        texts = args.text or texts[:SHOWN]
+        cond = {"text": texts, "vector": told(clip.net, texts)}
+        made = {how: cascade(networks, args, how, data.shape).sample(len(texts), seed=args.seed, cond=cond)
+                for how in ("direct", STRENGTHS[1])}  # fmt: skip
+        draw_captioned(columns(made, data.shape), texts, COLUMNS, args.out / "prior_and_decoder.png")
+        return
+    exam = Exam(args)
+    start = time.perf_counter()
+    shown = measured(networks, clip.net, exam, args)
+    nets = {"clip": clip, "reader": exam.reader, **networks}
+    results = ran(args.models, nets, start) | {"solver": repr(SOLVER), "rows": exam.rows}
+    publish(args, "prior_and_decoder", results, report, lambda path: draw(shown, path))
 
 
 # --- the networks ----------------------------------------------------------------------------------------------------
@@ -229,35 +211,35 @@ def cascade(
     return Cascade(prior, drawn, Stage(networks["upsampler"], shape, larger, takes=(), **rest))
 
 
+def columns(made: Mapping[Any, Any], shape: tuple[int, ...]) -> list[Tensor]:
+    """What of cascades' samples is shown side by side: s enlarged, x, and x of z at once."""
+    best = made[STRENGTHS[1]]
+    return [PLAIN.taken(best.made[1], shape), best.x, made["direct"].x]
+
+
 def measured(
     networks: Mapping[str, NetworkDenoiser], clip: CLIP, exam: Exam, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of the table, and what the picture shows."""
-    cond, rows = {"text": exam.texts, "vector": told(clip, exam.texts)}, []
-
-    def row(what: str, x: Tensor) -> Tensor:
-        rows.append({"what": what, **exam(x.clamp(-1, 1))})
-        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-        return x
-
-    row("real scenes", exam.real)
-    made = {}
+) -> dict[str, Any]:
+    """The rows of the table, in the exam; and what the picture shows."""
+    cond, made = {"text": exam.texts, "vector": told(clip, exam.texts)}, {}
+    exam.measure(exam.real, what="real scenes")
     for how in ("direct", "plain", *STRENGTHS):  # z of the text, by the prior; and below of the scene itself
         made[how] = cascade(networks, args, how, SHAPE).sample(len(exam.texts), seed=args.seed, cond=cond)
-        row({"direct": "x of z at once", "plain": "no noise, ever"}.get(str(how), f"s = {how}"), made[how].x)
-    best, z = STRENGTHS[1], embedded(clip, exam.real)
-    whole = cascade(networks, args, best, SHAPE)
-    row("z of the scene", whole.sample(len(z), seed=args.seed + 1, given=[z]).x)
+        name = {"direct": "x of z at once", "plain": "no noise, ever"}.get(str(how), f"s = {how}")
+        exam.measure(made[how].x.clamp(-1, 1), what=name)
+    z, whole = embedded(clip, exam.real), cascade(networks, args, STRENGTHS[1], SHAPE)
+    exam.measure(whole.sample(len(z), seed=args.seed + 1, given=[z]).x.clamp(-1, 1), what="z of the scene")
 
-    shown, small, ends = exam.some(SHOWN // 2), PLAIN.taken(made[best].made[1], SHAPE), exam.some(1)
-    rest = [whole.sample(SHOWN, seed=args.seed + 2, given=[z[i].expand(SHOWN, -1)]).x for i in ends]
-    w = torch.linspace(0, 1, SHOWN + 1)
+    def variations(i: int) -> Tensor:
+        return whole.sample(SHOWN, seed=args.seed + 2, given=[z[i].expand(SHOWN, -1)]).x
+
+    some, w = exam.some(SHOWN // 2), torch.linspace(0, 1, SHOWN + 1)
     a, b = (z[i].expand(len(w), -1) for i in (1, 2))
-    between = whole.sample(len(w), seed=[args.seed] * len(w), given=[interpolate(a, b, w)]).x  # one noise for all
-    return rows, {
-        "texts": [exam.texts[i] for i in shown],
-        "samples": torch.stack([small[shown], made[best].x[shown], made["direct"].x[shown]], 1),
-        "varied": [torch.cat([exam.real[i, None], x]) for i, x in zip(ends, rest, strict=True)],
+    between = whole.sample(len(w), seed=[args.seed] * len(w), given=[interpolate(a, b, w)]).x  # of one noise
+    return {
+        "texts": [exam.texts[i] for i in some],
+        "samples": torch.stack([x[some] for x in columns(made, SHAPE)], 1),
+        "varied": [torch.cat([exam.real[i, None], variations(i)]) for i in exam.some(1)],
         "between": torch.cat([exam.real[1:2], between, exam.real[2:3]]),
     }
 
@@ -268,8 +250,7 @@ def measured(
 def report(results: Mapping[str, Any]) -> str:
     """The page."""
     sizes = ", ".join(f"{name} {n:,}" for name, n in results["parameters"].items())
-    rows = [[row["what"], *(cell(row[name], 1, factor=100) for name in SETS), cell(row["frechet"], 3)]
-            for row in results["rows"]]  # fmt: skip
+    rows = [[row["what"], *found] for row, found in zip(results["rows"], cells(results["rows"]), strict=True)]
     return f"""# Prior, decoder, upsampler
 
 {place(results)}
@@ -280,11 +261,9 @@ DALL-E 2 in small (`examples/prior_and_decoder.py`): of a text the CLIP embeddin
 other. A row is of {2 * results["images"]} captions, a sample each, {results["nfe"]} evaluations of
 `{results["solver"]}` in each stage; the decoder's guidance has weight {results["guidance"]:g}.
 
-{chr(10).join(table(["upsampler told", "seen, %", "held out, %", "Frechet distance"], rows))}
+{chr(10).join(table(["upsampler told", *HEADS], rows))}
 
-- Seen, held out: how often both digits and both shades are what the caption says, as in [text to
-  image](../text_to_image/README.md); in brackets the standard error over captions.
-- Frechet distance: in 64 random features, to 4000 real scenes; in brackets its standard error.
+{LEGEND}
 - x of z at once: a decoder of 12 x 20 pixels, without an upsampler. No noise, ever: an upsampler that was trained on
   small images as they are. s: the share of noise in the small image that the other one is told.
 - z of the scene: the scene's own embedding in place of the prior's, s = {STRENGTHS[1]:g}; its row is of the scene's own
@@ -294,14 +273,14 @@ other. A row is of {2 * results["images"]} captions, a sample each, {results["nf
 """
 
 
-def draw(pictures: Mapping[str, Any], path: Path) -> None:
+def draw(shown: Mapping[str, Any], path: Path) -> None:
     """Samples by text, variations, and images between two."""
-    texts, names = [text.replace(" of ", " of\n") for text in pictures["texts"]], ["a scene and\nvariations"] * 2
+    texts, names = [text.replace(" of ", " of\n") for text in shown["texts"]], ["a scene and\nvariations"] * 2
     with picture(path, 13, 4.4) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
-        grid(left, pictures["samples"], texts, ["decoder", "upsampled", "x at once"], "samples of captions")
+        grid(left, shown["samples"], texts, COLUMNS, "samples of captions")
         title = "of the embedding of a real scene (left; between: both ends)"
-        grid(right, [*pictures["varied"], pictures["between"]], [*names, "between the\nfirst and last"], title=title)
+        grid(right, [*shown["varied"], shown["between"]], [*names, "between the\nfirst and last"], title=title)
 
 
 if __name__ == "__main__":

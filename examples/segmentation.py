@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from guidance import split
 from palette import SOLVERS, drawn_of, guess, ratio_of, short
-from shared import arguments, cell, grid, mean_and_error, picture, place, publish, size, spent, trained
+from shared import arguments, cell, grid, mean_and_error, picture, place, publish, ran, size, trained
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,9 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         nets[name] = trained(model, training, args.models / FOLDERS[name], args.train_steps, args.seed, loss=loss)
     start, held_out = time.perf_counter(), scenes(args.held_out, others, args.seed + 1)
     found, drawn = measured(nets, held_out, args)
-    seconds = {name: spent(args.models / FOLDERS[name]) for name in nets}
     results = {
-        "seconds": seconds | {"measure": time.perf_counter() - start},
+        **ran(args.models, {FOLDERS[name]: net for name, net in nets.items()}, start),
         "parameters": {name: size(net) for name, net in nets.items()},
         "models": {name: model.to_dict() for name, model in MODELS.items()},
         "solver": repr(SOLVER),

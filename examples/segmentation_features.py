@@ -34,6 +34,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,12 +137,10 @@ def classifier(
             h = torch.baddbmm(bias, h.relu() if k else h, weight)
         return h
 
-    for _ in range(steps):
-        k = torch.randint(len(f), (512,), generator=generator)
-        optimizer.zero_grad()
-        F.cross_entropy(logits(f[k]).flatten(0, 1), y[k].repeat(members)).backward()
-        optimizer.step()
-        schedule.step()
+    def loss(k: Tensor) -> Tensor:
+        return F.cross_entropy(logits(f[k]).flatten(0, 1), y[k].repeat(members))
+
+    descend(loss, optimizer, schedule, torch.randint(len(f), (steps, 512), generator=generator))
     return lambda f: logits(f).softmax(2).mean(0)
 
 
@@ -151,14 +150,18 @@ def supervised(model: ModelConfig, x: Tensor, y: Tensor, seed: int, classes: int
     assert isinstance(net, nn.Module)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        k = torch.randint(len(x), (8,), generator=generator)
+    items = torch.randint(len(x), (steps, 8), generator=torch.Generator().manual_seed(seed))
+    descend(lambda k: F.cross_entropy(net(x[k], torch.zeros(len(k))), y[k]), optimizer, schedule, items)
+    return net.eval()
+
+
+def descend(loss: Callable[[Tensor], Tensor], optimizer: Any, schedule: Any, items: Tensor) -> None:
+    """A step down the loss of each row of items."""
+    for k in items:
         optimizer.zero_grad()
-        F.cross_entropy(net(x[k], torch.zeros(len(k))), y[k]).backward()
+        loss(k).backward()
         optimizer.step()
         schedule.step()
-    return net.eval()
 
 
 def iou(said: Tensor, true: Tensor, classes: int) -> Tensor:

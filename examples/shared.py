@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from scoresde import Denoiser, sample
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.info import environment
+from scoresde.metrics import Features, evaluate
 from scoresde.networks import seeded_global_generators
 from scoresde.noise import derive_seed
 from scoresde.report import write_json
@@ -133,6 +135,14 @@ def spent(folder: Path) -> float:
         return float(list(csv.DictReader(file))[-1]["seconds"])
 
 
+def ran(folder: Path, nets: Mapping[str, NetworkDenoiser], start: float) -> dict[str, Any]:
+    """How large each network is, how many seconds its run in the folder took, and those since `start`, of the clock
+    `time.perf_counter`: what a page has of runs.
+    """
+    seconds = {name: spent(folder / name) for name in nets} | {"measure": time.perf_counter() - start}
+    return {"seconds": seconds, "parameters": {name: size(net) for name, net in nets.items()}}
+
+
 # --- samples, and numbers of them ------------------------------------------------------------------------------------
 
 
@@ -153,6 +163,19 @@ def mean_and_error(values: Tensor) -> list[float]:
     """The mean of one number for each item, and its standard error."""
     values = values.double()
     return [float(values.mean()), float(values.std() / len(values) ** 0.5)]
+
+
+def frechet(
+    samples: Mapping[str, Tensor], reference: Tensor, real: Tensor, features: Features
+) -> dict[str, list[float]]:
+    """The Frechet distance of each to the reference, with its standard error; and of as many "real images" as the first
+    has, of other ones, with the standard deviation over choices of them.
+    """
+    found = {name: evaluate(x, reference, ["frechet"], features, floor=real)["frechet"] for name, x in samples.items()}
+    first = next(iter(found.values()))
+    return {name: [own.value, own.stderr] for name, own in found.items()} | {
+        "real images": [first.floor, first.floor_std]
+    }
 
 
 def cell(value: Sequence[float] | None, digits: int = 2, sign: str = "", factor: float = 1) -> str:

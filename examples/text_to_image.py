@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from captioned_scenes import SETS, SHAPE, Exam, Reader, halves, learned_reader, options, scenes, sentences
-from shared import cell, grid, picture, place, publish, seeded, size, spent, trained
+from captioned_scenes import HEADS, LEGEND, SETS, SHAPE, Exam, captioned, cells, options
+from shared import grid, picture, place, publish, ran, seeded, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scoresde import VPSDE, Denoiser, X0Denoiser, sample
-from scoresde.data import Captions, TrainingData, training_data
+from scoresde.data import TrainingData
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.guidance import ClassifierFree, Energy, similarity
 from scoresde.nn import NoisyClassifier, TextEncoder
@@ -57,34 +57,21 @@ WEIGHTS, STRENGTHS = (1.0, 1.5, 2.0, 3.0, 5.0), (0.5, 1.0, 2.0, 4.0)
 
 def main(argv: list[str] | None = None) -> None:
     args = options(__doc__, "text_to_image", train_steps=(2400, "of the denoiser, 64 scenes a step")).parse_args(argv)
-    if args.data is not None:
-        own_images(args)
-        return
-    own, others = halves()
-    x, facts = scenes(*own, args.scenes, args.seed, held_out=False)
-    said = Captions([sentences(row) for row in facts.tolist()], length=LENGTH)
-    denoiser, clip = learned(TrainingData(x, conditions=(said,), drop=0.1, seed=args.seed), args)
-    nets = {"diffusion": denoiser, "clip": clip, "reader": learned_reader(others, args)}
-    start = time.perf_counter()
-    rows, pictures = measured(denoiser, clip.net, nets["reader"].net, own, args)
-    results = {
-        "seconds": {name: spent(args.models / name) for name in nets} | {"measure": time.perf_counter() - start},
-        "parameters": {name: size(net) for name, net in nets.items()},
-        "solver": repr(SOLVER),
-        "laws": laws(denoiser, clip.net),
-        "rows": rows,
-    }
-    publish(args, "text_to_image", results, report, lambda path: draw(rows, pictures, path))
-
-
-def own_images(args: argparse.Namespace) -> None:
-    """The same on a folder of images with captions: samples of both guidances, without a reader."""
-    data = training_data(args.data, captions=args.data, size=tuple(args.size), drop=0.1, seed=args.seed)
+    data = captioned(args, LENGTH, drop=0.1)
     denoiser, clip = learned(data, args)
-    texts = args.text or [texts[0] for texts in data.conditions[0].texts[:SHOWN]]
-    ways = [("weight", 1.0), ("weight", 3.0), ("CLIP", STRENGTHS[1])]
-    images = [drawn(denoiser, clip.net, *way, texts, data.shape, args) for way in ways]
-    draw_captioned(images, texts, [f"{way} {strength:g}" for way, strength in ways], args.out / "text_to_image.png")
+    if args.data is not None:  # images of one's own, of which there is no reader
+        texts = args.text or [own[0] for own in data.conditions[0].texts[:SHOWN]]
+        ways = [("weight", 1.0), ("weight", 3.0), ("CLIP", STRENGTHS[1])]
+        images = [drawn(denoiser, clip.net, *way, texts, data.shape, args) for way in ways]
+        draw_captioned(images, texts, [f"{way} {strength:g}" for way, strength in ways], args.out / "text_to_image.png")
+        return
+    exam = Exam(args)
+    start = time.perf_counter()
+    shown = measured(denoiser, clip.net, exam, args)
+    nets = {"diffusion": denoiser, "clip": clip, "reader": exam.reader}
+    found = {"solver": repr(SOLVER), "laws": laws(denoiser, clip.net), "rows": exam.rows}
+    results = ran(args.models, nets, start) | found
+    publish(args, "text_to_image", results, report, lambda path: draw(exam.rows, shown, path))
 
 
 # --- the networks ----------------------------------------------------------------------------------------------------
@@ -92,7 +79,7 @@ def own_images(args: argparse.Namespace) -> None:
 
 def learned(data: TrainingData, args: argparse.Namespace) -> tuple[NetworkDenoiser, NetworkDenoiser]:
     """The text-conditional denoiser and CLIP, trained or continued on the same captioned images."""
-    encoder = {"network": "text", "options": ENCODER | {"length": length_of(data)}}
+    encoder = {"network": "text", "options": ENCODER | {"length": data.conditions[0].length}}
     options = NETWORK | {"image_channels": data.shape[0]}
     model = ModelConfig(options=options, predicts="v", time_scale=999, encoders={"text": encoder})
     how: dict[str, Any] = {"weighting": uniform_in("v"), "checkpoint_every": 200}
@@ -131,15 +118,10 @@ def contrastive(denoiser: NetworkDenoiser, x0: Tensor, draws: Any, cond: Mapping
 
 def learned_clip(data: TrainingData, args: argparse.Namespace) -> NetworkDenoiser:
     """CLIP, trained or continued, as what a `Trainer` takes."""
-    net = seeded(lambda: CLIP(data.shape[0], length_of(data)), args.seed)
+    net = seeded(lambda: CLIP(data.shape[0], data.conditions[0].length), args.seed)
     clip = X0Denoiser(net, VPSDE(), time=lambda t: 999 * t)
     how: dict[str, Any] = {"loss": contrastive, "batch_size": 128, "lr": 1e-3, "checkpoint_every": 200}
     return trained(clip, data, args.models / "clip", args.clip_steps, args.seed, **how)
-
-
-def length_of(data: TrainingData) -> int:
-    """How many tokens its captions have at most."""
-    return next(said.length for said in data.conditions if isinstance(said, Captions))
 
 
 # --- guidance, and what is measured ----------------------------------------------------------------------------------
@@ -164,20 +146,16 @@ def drawn(
     return sample(model, start, SOLVER, nfe=args.nfe, seed=args.seed, cond={"text": texts}).x.clamp(-1, 1)
 
 
-def measured(
-    denoiser: Denoiser, clip: CLIP, reader: Reader, own: tuple[Tensor, Tensor], args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    """The rows of the table, and what is shown: some captions of either set, and images of each."""
-    exam, rows = Exam(own, reader, args.images, args.seed), []
-    shown = exam.some(SHOWN)
-    pictures: dict[Any, Any] = {"texts": [exam.texts[i] for i in shown]}
-    ways = [("weight", w) for w in WEIGHTS] + [("CLIP", s) for s in STRENGTHS]
-    for way, strength in [("real", None), *ways]:
-        x = exam.real if strength is None else drawn(denoiser, clip, way, strength, exam.texts, SHAPE, args)
-        pictures[way, strength] = x[shown]
-        rows.append({"way": way, "strength": strength, **exam(x)})
-        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    return rows, pictures
+def measured(denoiser: Denoiser, clip: CLIP, exam: Exam, args: argparse.Namespace) -> dict[Any, Any]:
+    """The rows of the table, in the exam; and what is shown: some captions of either set, and images of each."""
+    some = exam.some(SHOWN)
+    exam.measure(exam.real, way="real", strength=None)
+    shown: dict[Any, Any] = {"texts": [exam.texts[i] for i in some], "real": exam.real[some]}
+    for way, strength in [("weight", w) for w in WEIGHTS] + [("CLIP", s) for s in STRENGTHS]:
+        x = drawn(denoiser, clip, way, strength, exam.texts, SHAPE, args)
+        exam.measure(x, way=way, strength=strength)
+        shown[way, strength] = x[some]
+    return shown
 
 
 def laws(denoiser: NetworkDenoiser, clip: CLIP) -> dict[str, bool]:
@@ -207,16 +185,9 @@ def laws(denoiser: NetworkDenoiser, clip: CLIP) -> dict[str, bool]:
 
 def report(results: Mapping[str, Any]) -> str:
     """The page."""
-    rows, sizes = results["rows"], results["parameters"]
-    ceiling = max(rows[0]["seen"][0], 1e-9)
-    names = {"real": "real scenes", "weight": "by weight, w =", "CLIP": "by CLIP, s ="}
-    lines = [
-        [names[row["way"]] + ("" if row["strength"] is None else f" {row['strength']:g}"),
-         *(cell(row[name], 1, factor=100) for name in SETS), f"{100 * row['seen'][0] / ceiling:.0f} %",
-         ", ".join(f"{100 * row[f'{name}, a digit'][0]:.1f}" for name in SETS), cell(row["frechet"], 3)]
-        for row in rows
-    ]  # fmt: skip
-    head = ["guidance", "seen, %", "held out, %", "seen, of real scenes'", "one digit, %", "Frechet distance"]
+    sizes, names = results["parameters"], {"real": "real scenes", "weight": "by weight, w =", "CLIP": "by CLIP, s ="}
+    first = [f"{names[row['way']]} {row['strength'] or '':.3}".rstrip() for row in results["rows"]]
+    lines = [[name, *found] for name, found in zip(first, cells(results["rows"]), strict=True)]
     held = "\n".join(f"- {law}: {'holds' if found else 'DOES NOT HOLD'}" for law, found in results["laws"].items())
     return f"""# Text to image
 
@@ -228,14 +199,9 @@ pairs of digits; a U-Net and a transformer over the caption's tokens, {sizes["di
 {results["images"]} captions of seen pairs and as many of held-out ones, a sample each, by {results["nfe"]} evaluations
 of `{results["solver"]}`, from the same noise in each row.
 
-- Seen, held out: how often both digits and both shades are what the caption says, as read by a classifier that was
-  trained on scenes of other digits' images. In brackets the standard error over captions. Chance is 0.25 %, the
-  ceiling what the reader finds in real scenes, which it never saw.
-- One digit: how often a digit is the caption's, by its side, of seen and of held-out pairs.
-- Frechet distance: in 64 random features, of all {2 * results["images"]} samples to 4000 real scenes; in brackets its
-  standard error.
+{LEGEND}
 
-{chr(10).join(table(head, lines))}
+{chr(10).join(table(["guidance", *HEADS], lines))}
 
 ![Captions, samples and real scenes; match and Frechet distance by strength](text_to_image.png)
 
@@ -245,11 +211,11 @@ Guidance by CLIP is around the model that is told the text (w = 1). Bit for bit:
 """
 
 
-def draw(rows: Sequence[Mapping[str, Any]], pictures: Mapping[Any, Any], path: Path) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], shown: Mapping[Any, Any], path: Path) -> None:
     """Samples under their captions, and the trade-off of both guidances."""
     ways = {"w = 1": ("weight", 1.0), "w = 3": ("weight", 3.0), f"CLIP, s = {STRENGTHS[1]:g}": ("CLIP", STRENGTHS[1])}
-    images = torch.stack([pictures[way] for way in [*ways.values(), ("real", None)]], 1)
-    texts, half = [text.replace(" of ", " of\n") for text in pictures["texts"]], len(images) // 2
+    images = torch.stack([shown[way] for way in [*ways.values(), "real"]], 1)
+    texts, half = [text.replace(" of ", " of\n") for text in shown["texts"]], len(images) // 2
     with picture(path, 15, 4.4) as figure:
         seen, held_out, axis = figure.subplots(1, 3, width_ratios=[1, 1, 1.1])
         grid(seen, images[:half], texts[:half], [*ways, "real"], "pairs of digits: seen")

@@ -31,28 +31,8 @@ def test_an_argument_is_of_the_type_of_its_default():
     bare = parser.parse_args([])
     assert vars(bare) == {"out": Path("runs/name"), "seed": 0, "data": (1, 2), "w": [0.5], "text": None, "file": None,
                           "some_steps": 3, "models": Path("runs/other")}  # fmt: skip
-    given = parser.parse_args(
-        [
-            "--data",
-            "3",
-            "4",
-            "--w",
-            "1",
-            "2",
-            "3",
-            "--text",
-            "a",
-            "b",
-            "--file",
-            "x",
-            "--some-steps",
-            "5",
-            "--out",
-            "o",
-            "--seed",
-            "1",
-        ]
-    )
+    words = ["--data", "3", "4", "--w", "1", "2", "3", "--text", "a", "b", "--file", "x", "--some-steps", "5"]
+    given = parser.parse_args([*words, "--out", "o", "--seed", "1"])
     assert (given.data, given.w, given.text, given.file) == ([3, 4], [1.0, 2.0, 3.0], ["a", "b"], Path("x"))
     assert (given.some_steps, given.out, given.seed) == (5, Path("o"), 1)
     assert "two (1 2)" in " ".join(parser.format_help().split())
