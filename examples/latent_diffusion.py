@@ -30,7 +30,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import arguments, cell, fitted, frechet, grid, mean_and_error, picture, place, publish, size, spent, trained
+from shared import (
+    arguments,
+    cell,
+    fitted,
+    folders_by,
+    frechet,
+    grid,
+    mean_and_error,
+    picture,
+    place,
+    publish,
+    size,
+    spent,
+    trained,
+)
 from torch import Tensor
 
 from scoresde import Denoiser, Latent, elbo, sample
@@ -87,8 +101,9 @@ def main(argv: list[str] | None = None) -> None:
 
     compressor = AutoencoderConfig("kl", AUTOENCODER | {"image_channels": data.shape[0]})
     train_autoencoder(compressor, data, args.out / "autoencoder", args.autoencoder_steps, args.seed)
-    codec = load_codec(args.out / "autoencoder", batch=500)
-    latents = LatentData.of(data, codec, args.out / "latents", batch_size=500, progress=True)
+    with folders_by("--out"):
+        codec = load_codec(args.out / "autoencoder", batch=500)
+        latents = LatentData.of(data, codec, args.out / "latents", batch_size=500, progress=True)
     models = {"pixel": words(data.shape[0], patch=2), "latent": words(latents.shape[0], patch=1)}
     sets: dict[str, Any] = {"pixel": data, "latent": latents}
     how: dict[str, Any] = {"flag": "--out", **TRAINING}

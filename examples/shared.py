@@ -107,14 +107,21 @@ def fitted(
     """A `Trainer`, or one of autoencoders, that has taken its steps: those that a run in the folder has not, with a
     line that says so. A folder of another run ends the program.
     """
-    try:
+    with folders_by(flag):
         made = trainer(net, data, config, folder=folder, **how)
-    except CheckpointError as error:
-        raise SystemExit(f"{error}\n({flag} names another folder)") from error
     if made.step < config.steps:
         print(f"training on {len(data)} items, step {made.step} to {config.steps}, into {folder}", flush=True)
     made.fit()
     return made
+
+
+@contextmanager
+def folders_by(flag: str) -> Iterator[None]:
+    """What a folder holds of another run ends the program; it says which option names another folder."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise SystemExit(f"{error}\n({flag} names another folder)") from error
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
