@@ -332,7 +332,8 @@ def draw(shown: Mapping[str, Tensor], classes: Sequence[object], path: Path, col
     rows = lambda names: [shown[name][:columns] for name in names]  # noqa: E731
     with picture(path, 14, 8, dpi=90) as figure:
         (a, b), (c, d) = figure.subplots(2, 2)
-        grid(a, rows(made), made, title=f"{Z} numbers, and what is left to x_T")
+        names = [name.replace(" x_T", "\nx_T") for name in made]
+        grid(a, rows(made), names, title=f"{Z} numbers, and what is left to x_T")
         new = [classes[k] for k in shown["new"][:columns].tolist()]
         grid(b, rows(edits), edits, new, "edits into the class below, by margin")
         grid(c, shown["between"], title="between two images")
