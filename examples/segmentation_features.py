@@ -8,7 +8,6 @@ and concatenate, f(x) = [h_l(x_t, t) for every t and l]; train small classifiers
 and let an ensemble of them segment. An image of 20 pixels bears less noise than one of 256, so f is taken for four
 draws of the noise: all are trained on, and probabilities are averaged. Beside it, on the same labelled images, the same
 
-
     one noise      of one draw of the noise
     untrained      of the network before training
     patches        but of the 7 x 7 grey values around a pixel
