@@ -22,7 +22,8 @@ demo: $(READY)  ## train on real digits, race the solvers, draw the pictures (un
 test: $(READY)  ## the laws
 	$(BIN)/python -m pytest -n auto
 
-test-examples: $(READY)  ## the examples of systems, each in a setting of a minute
+test-examples: $(READY)  ## the examples of systems, each in a setting of a minute; installs tokenizers for words
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "tokenizers>=0.19"
 	$(BIN)/python examples/diffusion_autoencoder.py --out build/diffusion_autoencoder --models build/diffusion_autoencoder --train-steps 60 --latent-steps 200 --known 2000 --images 32 --samples 200 --nfe 10
 	$(BIN)/python examples/text_to_image.py --out build/text_to_image --models build/text_to_image --scenes 2000 --train-steps 60 --clip-steps 40 --reader-steps 60 --images 20 --nfe 6
 	$(BIN)/python examples/prior_and_decoder.py --out build/prior_and_decoder --models build/text_to_image --scenes 2000 --prior-steps 60 --train-steps 40 --clip-steps 40 --reader-steps 60 --images 20 --nfe 6

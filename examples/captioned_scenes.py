@@ -23,6 +23,7 @@ from scoresde import VPSDE, X0Denoiser
 from scoresde.data import Captions, Given, TrainingData, digits, training_data
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.metrics import RandomFeatures
+from scoresde.nn import ByteTokens, WordTokens
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELD_OUT = {(a, (3 * a + k) % 10) for a in range(10) for k in (1, 4)}
@@ -48,7 +49,8 @@ def options(about: str | None, name: str, **own: tuple[Any, str]) -> argparse.Ar
         size=((32, 32), "to make of these images"),
         text=([str], "texts that are drawn then, the first captions if there are none"),
         scenes=(12_000, "to train on"),
-        clip_steps=(600, "of CLIP, 128 scenes a step"),
+        tokens=("words", "of captions: words, which need scoresde[text], or bytes, which take longer to learn"),
+        clip_steps=(3000, "of CLIP, 128 scenes a step"),
         reader_steps=(2400, "of the reader, 64 scenes a step"),
         images=(400, "for each row, of seen and of held-out pairs"),
         nfe=(20, "evaluations of a sample of a model"),
@@ -56,15 +58,17 @@ def options(about: str | None, name: str, **own: tuple[Any, str]) -> argparse.Ar
     )
 
 
-def captioned(args: argparse.Namespace, length: int, drop: float = 0.0) -> TrainingData:
-    """What is learned: scenes of seen pairs with their two captions, of so many tokens at most; or a folder of images
-    with captions, --data.
-    """
+def captioned(args: argparse.Namespace, drop: float = 0.0) -> TrainingData:
+    """What is learned: scenes of seen pairs with their two captions; or a folder of images with captions, --data."""
     if args.data is not None:
-        return training_data(args.data, captions=args.data, size=tuple(args.size), drop=drop, seed=args.seed)
+        how = {"size": tuple(args.size), "drop": drop, "seed": args.seed}
+        return training_data(args.data, captions=args.data, tokenizer=args.tokens, **how)
     x, facts = scenes(*halves()[0], args.scenes, args.seed, held_out=False)
-    said = Captions([sentences(row) for row in facts.tolist()], length=length)
-    return TrainingData(x, conditions=(said,), drop=drop, seed=args.seed)
+    texts = [sentences(row) for row in facts.tolist()]
+    tokenizer = (
+        WordTokens.trained([text for both in texts for text in both]) if args.tokens == "words" else ByteTokens()
+    )
+    return TrainingData(x, conditions=(Captions(texts, tokenizer),), drop=drop, seed=args.seed)
 
 
 def scenes(images: Tensor, labels: Tensor, n: int, seed: int, held_out: bool | None = None) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from captioned_scenes import HEADS, LEGEND, SHAPE, Exam, captioned, cells, options
 from shared import grid, picture, place, publish, ran, seeded, trained
-from text_to_image import CLIP, LENGTH, draw_captioned, learned_clip
+from text_to_image import CLIP, draw_captioned, learned_clip
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,17 +68,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = options(
         __doc__,
         "prior_and_decoder",
-        prior_steps=(3000, "of the prior, 64 scenes a step"),
-        train_steps=(1500, "of each network of images, of 64"),
+        prior_steps=(4000, "of the prior, 64 scenes a step"),
+        train_steps=(2000, "of each network of images, of 64"),
         guidance=(1.5, "weight of the decoder's guidance"),
     )
     args = parser.parse_args(argv)
     if args.data is not None and any(n % 2 for n in args.size):
         raise SystemExit(f"--size {args.size}: expected even numbers, half of which the decoder draws")
-    data = captioned(args, LENGTH)
+    data = captioned(args)
     clip, said = learned_clip(data, args), data.conditions[0]
     texts = [own[i % len(own)] for i, own in enumerate(said.texts)]
-    networks = learned(clip.net, data.batch(torch.arange(len(data))).x, texts, said.length, args)
+    networks = learned(clip.net, data.batch(torch.arange(len(data))).x, texts, said, args)
     if args.data is not None:  # images of one's own, of which there is no reader
         texts = args.text or texts[:SHOWN]
         cond = {"text": texts, "vector": told(clip.net, texts)}
@@ -166,14 +166,16 @@ def told(clip: CLIP, texts: list[str]) -> Tensor:
 
 
 def learned(
-    clip: CLIP, x: Tensor, texts: list[str], length: int, args: argparse.Namespace
+    clip: CLIP, x: Tensor, texts: list[str], said: Captions, args: argparse.Namespace
 ) -> dict[str, NetworkDenoiser]:
     """The five networks, trained or continued: z of texts, s of z, x of z, and x of s with noise and without."""
     C, *_ = shape = tuple(x.shape[1:])
     z, y = embedded(clip, x), told(clip, texts)
-    of_text, of_z = (Captions(texts, length=length), Given(y)), {"conditions": (Raw("z", z),), "drop": 0.1}
+    of_text = (Captions(texts, said.tokenizer, said.length), Given(y))
+    of_z: dict[str, Any] = {"conditions": (Raw("z", z),), "drop": 0.1}
+    words = lambda: Words(WIDTH, 1, length=said.length, tokens=said.tokenizer)  # noqa: E731
     made = {
-        "prior": (lambda: Encoding(Prior(), {"text": Words(WIDTH, 2, length=length)}), z, {"conditions": of_text}),
+        "prior": (lambda: Encoding(Prior(), {"text": words()}), z, {"conditions": of_text}),
         "decoder": (lambda: decoder(C, 1), PLAIN.small(x), of_z),
         "direct": (lambda: decoder(C, 2), x, of_z),
         "upsampler": (lambda: upsampler(NOISY, shape), x, {"conditions": (NOISY,)}),

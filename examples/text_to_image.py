@@ -2,7 +2,7 @@
 
     python examples/text_to_image.py             some ten minutes on two quiet cores, most of it training; --help
 
-GLIDE (Nichol et al., 2021) in small. A transformer reads the caption's bytes (`TextEncoder`); its last token's output
+GLIDE (Nichol et al., 2021) in small. A transformer reads the caption's words (`TextEncoder`); its last token's output
 modulates the U-Net's norms, all tokens' outputs are its context, and a tenth of the captions is dropped to the empty
 text. Its two guidances are compared, at several strengths:
 
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scoresde import VPSDE, Denoiser, X0Denoiser, sample
-from scoresde.data import TrainingData
+from scoresde.data import Captions, TrainingData
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.guidance import ClassifierFree, Energy, similarity
 from scoresde.nn import NoisyClassifier, TextEncoder
@@ -48,16 +48,15 @@ from scoresde.training import ModelConfig
 from scoresde.training.loss import noisy_batch
 from scoresde.training.weights import uniform_in
 
-LENGTH = 40  # tokens of a caption of scenes, which are its bytes
 NETWORK = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "patch": 2, "vector": 64, "context": 64}
-ENCODER = {"width": 64, "depth": 2, "heads": 4}
+ENCODER = {"width": 64, "depth": 1, "heads": 4}
 SOLVER, SHOWN = DPMSolverPP(order=2), 6
 WEIGHTS, STRENGTHS = (1.0, 1.5, 2.0, 3.0, 5.0), (0.5, 1.0, 2.0, 4.0)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = options(__doc__, "text_to_image", train_steps=(2400, "of the denoiser, 64 scenes a step")).parse_args(argv)
-    data = captioned(args, LENGTH, drop=0.1)
+    args = options(__doc__, "text_to_image", train_steps=(5000, "of the denoiser, 64 scenes a step")).parse_args(argv)
+    data = captioned(args, drop=0.1)
     denoiser, clip = learned(data, args)
     if args.data is not None:  # images of one's own, of which there is no reader
         texts = args.text or [own[0] for own in data.conditions[0].texts[:SHOWN]]
@@ -79,30 +78,30 @@ def main(argv: list[str] | None = None) -> None:
 
 def learned(data: TrainingData, args: argparse.Namespace) -> tuple[NetworkDenoiser, NetworkDenoiser]:
     """The text-conditional denoiser and CLIP, trained or continued on the same captioned images."""
-    encoder = {"network": "text", "options": ENCODER | {"length": data.conditions[0].length}}
+    said = data.conditions[0]
+    reads = {"length": said.length, "tokens": said.tokenizer.words}
+    encoder = {"network": "text", "options": ENCODER | reads}
     options = NETWORK | {"image_channels": data.shape[0]}
     model = ModelConfig(options=options, predicts="v", time_scale=999, encoders={"text": encoder})
-    how: dict[str, Any] = {"weighting": uniform_in("v"), "checkpoint_every": 200}
+    how: dict[str, Any] = {"weighting": uniform_in("v"), "lr": 1e-3, "checkpoint_every": 200}
     diffusion = trained(model, data, args.models / "diffusion", args.train_steps, args.seed, **how)
     return diffusion, learned_clip(replace(data, drop=0.0), args)
 
 
 class CLIP(nn.Module):
-    """f(x, t) and g(c), of length 1 but for a learned factor of f: f . g is log p(c | x_t) - log p(c), were it exact.
+    """f(x, t) and g(c), of length 1 but for a factor of f: f . g is log p(c | x_t) - log p(c), were it exact."""
 
-    A further channel says how far to the right a pixel is, for f takes means over the pixels.
-    """
-
-    def __init__(self, channels: int, length: int, features: int = 64) -> None:
+    def __init__(self, shape: Sequence[int], said: Captions, features: int = 64) -> None:
         super().__init__()
-        self.image = NoisyClassifier(features, image_channels=4 * (channels + 1), channels=32)
-        self.text, self.outward = TextEncoder(64, 2, length=length), nn.Linear(64, features)
+        channels, *size = shape
+        patches = {"image_channels": 4 * channels, "size": [n // 2 for n in size]}
+        self.image = NoisyClassifier(features, **patches)  # type: ignore[arg-type]
+        self.text = TextEncoder(**ENCODER, length=said.length, tokens=said.tokenizer)  # type: ignore[arg-type]
+        self.outward = nn.Linear(self.text.width, features)
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        right = torch.linspace(-1, 1, x.shape[-1], device=x.device).expand_as(x[:, :1])
-        found = self.image(unshuffle(torch.cat([x, right], 1), 2), time)
-        return self.log_scale.exp() * F.normalize(found, dim=1)
+        return self.log_scale.exp() * F.normalize(self.image(unshuffle(x, 2), time), dim=1)
 
     def told(self, text: Any) -> Tensor:
         return F.normalize(self.outward(self.text(text)["vector"]), dim=1)
@@ -118,9 +117,9 @@ def contrastive(denoiser: NetworkDenoiser, x0: Tensor, draws: Any, cond: Mapping
 
 def learned_clip(data: TrainingData, args: argparse.Namespace) -> NetworkDenoiser:
     """CLIP, trained or continued, as what a `Trainer` takes."""
-    net = seeded(lambda: CLIP(data.shape[0], data.conditions[0].length), args.seed)
+    net = seeded(lambda: CLIP(data.shape, data.conditions[0]), args.seed)
     clip = X0Denoiser(net, VPSDE(), time=lambda t: 999 * t)
-    how: dict[str, Any] = {"loss": contrastive, "batch_size": 128, "lr": 1e-3, "checkpoint_every": 200}
+    how: dict[str, Any] = {"loss": contrastive, "batch_size": 128, "checkpoint_every": 200}
     return trained(clip, data, args.models / "clip", args.clip_steps, args.seed, **how)
 
 

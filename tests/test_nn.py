@@ -920,13 +920,14 @@ def test_one_class_for_the_whole_batch() -> None:
         assert torch.equal(net(time, label), expected)
 
 
+@pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize(("dims", "size"), [(1, (9,)), (2, (8, 6)), (3, (4, 5, 2))])
-def test_a_classifier_of_noisy_data(dims: int, size: tuple[int, ...]) -> None:
-    """A row of logits for each item by itself, that depends on all of x and on the time, at any size; every parameter
-    takes a gradient after one step, and its options make it again."""
+def test_a_classifier_of_noisy_data(dims: int, size: tuple[int, ...], placed: bool) -> None:
+    """A row of logits for each item by itself, that depends on all of x and on the time, at any size, or at one; every
+    parameter takes a gradient after one step, and its options make it again."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = NoisyClassifier(5, 2, 8, (1, 2), dims=dims)
+        net = NoisyClassifier(5, 2, 8, (1, 2), dims=dims, size=size if placed else None)
         x, time = torch.randn(3, 2, *size, requires_grad=True), torch.tensor([0.0, 400.0, 999.0])
     for _ in range(2):
         logits = net(x, time)
@@ -950,6 +951,7 @@ def test_a_classifier_of_noisy_data_refuses() -> None:
         ({"classes": 2, "dropout": 1.0}, "a probability below 1"),
         ({"classes": 2, "multipliers": ()}, "a level"),
         ({"classes": 2, "dims": 4}, "dims=4"),
+        ({"classes": 2, "size": (8, 8, 8)}, "expected 2 axes"),
     ):
         with pytest.raises(ValueError, match=words):
             NoisyClassifier(**options)

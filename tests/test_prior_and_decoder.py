@@ -23,7 +23,20 @@ def test_it_runs_and_goes_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(example, "STRENGTHS", (0.0, 0.1))
     monkeypatch.setattr(example, "SHOWN", 2)
-    few = ["--scenes", "128", "--prior-steps", "1", "--clip-steps", "1", "--reader-steps", "1", "--images", "8"]
+    few = [
+        "--tokens",
+        "bytes",
+        "--scenes",
+        "128",
+        "--prior-steps",
+        "1",
+        "--clip-steps",
+        "1",
+        "--reader-steps",
+        "1",
+        "--images",
+        "8",
+    ]
     where = ["--out", str(tmp_path), "--models", str(tmp_path / "models"), "--nfe", "1"]
     example.main([*few, *where, "--train-steps", "1"])
     first = capsys.readouterr()

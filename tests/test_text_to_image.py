@@ -53,7 +53,20 @@ def test_it_runs_goes_on_and_its_laws_hold(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, "WEIGHTS", (1.0, 3.0))
     monkeypatch.setattr(example, "STRENGTHS", (0.5, 1.0))
     monkeypatch.setattr(example, "SHOWN", 2)
-    few = ["--scenes", "128", "--clip-steps", "1", "--reader-steps", "1", "--images", "8", "--nfe", "2"]
+    few = [
+        "--tokens",
+        "bytes",
+        "--scenes",
+        "128",
+        "--clip-steps",
+        "1",
+        "--reader-steps",
+        "1",
+        "--images",
+        "8",
+        "--nfe",
+        "2",
+    ]
     where = ["--out", str(tmp_path), "--models", str(tmp_path / "models")]
     example.main([*few, *where, "--train-steps", "1"])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -81,5 +94,7 @@ def test_it_takes_images_and_captions_of_ones_own(tmp_path):
     (tmp_path / "captions.txt").write_text("black\ndark\nbright, and of more letters than a caption of digits has\n")
     steps = ["--train-steps", "1", "--clip-steps", "1", "--nfe", "1"]
     where = ["--out", str(tmp_path / "out"), "--models", str(tmp_path / "models")]
-    example.main(["--data", str(tmp_path), "--size", "8", "8", *steps, *where, "--text", "dark", "bright"])
+    example.main(
+        ["--data", str(tmp_path), "--size", "8", "8", "--tokens", "bytes", *steps, *where, "--text", "dark", "bright"]
+    )
     assert (tmp_path / "out" / "text_to_image.png").stat().st_size > 5_000

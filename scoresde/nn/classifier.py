@@ -6,6 +6,7 @@ attention.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -32,9 +33,11 @@ class NoisyClassifier(nn.Module):
         dropout: probability in each residual block.
         dims: axes of the data, 1, 2 or 3.
         fourier: scale of Gaussian time frequencies, or None for sinusoidal features; see `TimeEmbedding`.
+        size: of the data, for one that is to know where things are: the features of all positions of the last level
+            go into the logits. By default those of their mean do, for data of any size.
 
     Raises:
-        ValueError: if an option is not one of those, or there is no level.
+        ValueError: if an option is not one of those, or there is no level; by the call, if x is of another size.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class NoisyClassifier(nn.Module):
         *,
         dims: int = 2,
         fourier: float | None = None,
+        size: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         check_count(classes=classes, image_channels=image_channels, channels=channels, blocks=blocks)
@@ -64,6 +68,9 @@ class NoisyClassifier(nn.Module):
             "dims": dims,
             "fourier": fourier,
         }
+        self.size = (size,) * dims if isinstance(size, int) else None if size is None else tuple(size)
+        if self.size is not None:  # classifiers of before are without
+            self.options["size"] = list(self.size)
         widths = [channels, *(channels * m for m in multipliers for _ in range(blocks))]
         self.blocks = blocks
         self.time = TimeEmbedding(channels, fourier=fourier)
@@ -72,11 +79,19 @@ class NoisyClassifier(nn.Module):
             ResidualBlock(a, b, channels, dropout, dims=dims) for a, b in itertools.pairwise(widths)
         )
         self.halve = Halve(dims)
-        self.norm, self.outward = group_norm(widths[-1]), nn.Linear(widths[-1], classes)
+        positions = 1
+        if self.size is not None:
+            if len(self.size) != dims:
+                raise ValueError(f"size={size!r}: expected {dims} axes")
+            positions = math.prod(-(-side // 2 ** (len(multipliers) - 1)) for side in self.size)
+        self.norm, self.outward = group_norm(widths[-1]), nn.Linear(positions * widths[-1], classes)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, image_channels, H, W) and time (B,) to logits (B, classes)."""
+        if self.size is not None and tuple(x.shape[2:]) != self.size:
+            raise ValueError(f"x of shape {tuple(x.shape)}: this classifier is for size={self.size}")
         embedding, h = self.time(time), self.inward(x)
         for i, block in enumerate(self.down):
             h = block(self.halve(h) if i and i % self.blocks == 0 else h, embedding)
-        return self.outward(F.silu(self.norm(h)).flatten(2).mean(2))
+        h = F.silu(self.norm(h)).flatten(2)
+        return self.outward(h.mean(2) if self.size is None else h.flatten(1))
