@@ -139,18 +139,17 @@ class Linear:
     def __init__(self, features: Tensor, labels: Tensor) -> None:
         self.mean, self.std = features.double().mean(0), features.double().std(0)
         f, K = self.standardised(features), int(labels.max()) + 1
-        self.W = torch.zeros(K, f.shape[1], dtype=torch.float64, requires_grad=True)
-        self.b = torch.zeros(K, dtype=torch.float64, requires_grad=True)
-        solver = torch.optim.LBFGS([self.W, self.b], max_iter=100, line_search_fn="strong_wolfe")
+        W, b = (torch.zeros(K, *d, dtype=torch.float64, requires_grad=True) for d in (f.shape[1:], ()))
+        solver = torch.optim.LBFGS([W, b], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             solver.zero_grad()
-            value = F.cross_entropy(f @ self.W.T + self.b, labels) + 1e-5 * self.W.square().sum()
+            value = F.cross_entropy(f @ W.T + b, labels) + 1e-5 * W.square().sum()
             value.backward()
             return value
 
         solver.step(loss)
-        self.W, self.b = self.W.detach(), self.b.detach()
+        self.W, self.b = W.detach(), b.detach()
 
     def standardised(self, features: Tensor) -> Tensor:
         return (features.double() - self.mean) / self.std
@@ -215,10 +214,10 @@ def measured(
     # Edits, into another class at random, read by a classifier of the images.
     reader, K = load_classifier(args.classifier)[0], len(by_z.b)
     new = (old + torch.randint(1, K, old.shape, generator=torch.Generator().manual_seed(args.seed + 1))) % K
-    edited = {(None, "z"): ways["z and its x_T"], (None, "PCA"): ways["PCA"]}
-    for margin in MARGINS:
-        edited[margin, "z"] = back(by_z.moved(z, old, new, margin))
-        edited[margin, "PCA"] = from_components(pca, by_pca.moved(components, old, new, margin), event)
+    edited = {(None, "z"): ways["z and its x_T"]}
+    edited |= {(m, "z"): back(by_z.moved(z, old, new, m)) for m in MARGINS}
+    edited |= {(None, "PCA"): ways["PCA"]}
+    edited |= {(m, "PCA"): from_components(pca, by_pca.moved(components, old, new, m), event) for m in MARGINS}
 
     # Unconditional samples: z of a model of its own.
     z_drawn = sample(latent, (args.samples, Z), SOLVER, nfe=args.nfe, seed=args.seed).x * by_z.std + by_z.mean
@@ -275,11 +274,8 @@ def report(results: dict) -> str:
     probe, distances, titles = results["probe"], results["frechet"], {"PCA": f"{Z} principal components"}
     lines = [[titles.get(name, name), cell(row["rmse"], 3), cell(row["psnr"])]
              for name, row in results["reconstruction"].items()]  # fmt: skip
-    edits = [
-        [titles.get(of, of), "none" if row["margin"] is None else f"{row['margin']:g}",
-         *(cell(row[key]) for key in ("new", "old")), cell(row["moved"], 3)]
-        for of in ("z", "PCA") for row in results["edits"] if row["of"] == of
-    ]  # fmt: skip
+    edits = [[titles.get(row["of"], "z"), "none" if row["margin"] is None else f"{row['margin']:g}", cell(row["new"]),
+              cell(row["old"]), cell(row["moved"], 3)] for row in results["edits"]]  # fmt: skip
     trips = ", ".join(f"{cell(error, 4)} at {nfe}" for nfe, error in results["round_trip"].items())
     return f"""# A diffusion autoencoder
 

@@ -83,9 +83,8 @@ def test_it_is_trained_once_and_shown(garments, tmp_path, capsys):
     first = json.loads((tmp_path / "out/results.json").read_text())
     assert capsys.readouterr().out.count("training on 60 items") == 2
     assert set(first["probe"]) == {"z", "PCA", "lead"}
-    assert [(row["margin"], row["of"]) for row in first["edits"]] == [
-        (margin, of) for margin in (None, 0, 5, 10) for of in ("z", "PCA")
-    ]
+    margins = (None, 0, 5, 10)
+    assert [(row["of"], row["margin"]) for row in first["edits"]] == [(of, m) for of in ("z", "PCA") for m in margins]
     assert {"README.md", "diffusion_autoencoder.png"} < {path.name for path in (tmp_path / "out").iterdir()}
     diffusion_autoencoder.main([*arguments, *quick])
     assert "training on" not in capsys.readouterr().out
