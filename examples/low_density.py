@@ -27,24 +27,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import train_classifier
 from guidance import draw_grid, split, trained
-from shared import BLUE, ORANGE
+from shared import BLUE, ORANGE, arguments, picture, place, publish, spent
 from torch import Tensor
 
 from scoresde import Denoiser, sample
 from scoresde.guidance import ClassifierFree, Energy, class_means, contrast, distance
-from scoresde.info import environment
 from scoresde.levels import scaled, to_levels
 from scoresde.metrics import Classifier, classifier_features, evaluate, load_classifier
 from scoresde.metrics.classifier import WEIGHTS
-from scoresde.report import Cells, table, write_json
+from scoresde.report import Cells, table
 from scoresde.solvers import DDPM
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 SOLVER = DDPM()
 RARITY = {
@@ -58,39 +53,33 @@ NONE = "none, w = {:g}"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/low_density"), help="folder of results")
-    parser.add_argument("--model", type=Path, default=Path("runs/guidance/model"), help="run folder of the network")
-    parser.add_argument("--guide", type=Path, default=Path("runs/guidance/guide.npz"), help="file of the classifier")
-    parser.add_argument("--train-steps", type=int, default=2500, help="training steps of the network (2500)")
-    parser.add_argument("--epochs", type=int, help="of the classifier's training (60)")
-    parser.add_argument("--weight", type=float, default=3.0, help="w, of classifier-free guidance (3)")
-    parser.add_argument("--distance", type=float, nargs="+", default=[0.75, 1.25, 1.5, 1.75, 2.5], help="scales")
-    parser.add_argument("--contrast", type=float, nargs="+", default=[1, 1.5, 2, 2.5, 3], help="scales")
-    parser.add_argument("--samples", type=int, default=300, help="for each row (300)")
-    parser.add_argument("--steps", type=int, default=40, help="of the sampler, and twice as many in a row (40)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, training and sampling (0)")
+    parser = arguments(
+        __doc__,
+        "low_density",
+        model=(Path("runs/guidance/model"), "run folder of the network"),
+        guide=(Path("runs/guidance/guide.npz"), "file of the classifier"),
+        train_steps=(2500, "training steps of the network"),
+        epochs=(int, "of the classifier's training (60)"),
+        weight=(3.0, "w, of classifier-free guidance"),
+        distance=([0.75, 1.25, 1.5, 1.75, 2.5], "scales"),
+        contrast=([1.0, 1.5, 2.0, 2.5, 3.0], "scales"),
+        samples=(300, "for each row"),
+        steps=(40, "of the sampler, and twice as many in a row"),
+    )
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    start = time.perf_counter()
     denoiser = trained(args.model, args.train_steps, args.seed)
     guide = classifier(args.guide, args.epochs, args.seed + 1)
-    ready = time.perf_counter()
+    start = time.perf_counter()
     rows, unit = sweep(denoiser, guide, args)
     results = {
-        "environment": environment(),
-        "seconds": {"train": round(ready - start, 1), "sample": round(time.perf_counter() - ready, 1)},
+        "seconds": {"train": spent(args.model), "measure": time.perf_counter() - start},
         "solver": repr(SOLVER),
-        **{name: getattr(args, name) for name in ("weight", "samples", "steps", "seed")},
+        "steps": args.steps,
         "guide_accuracy": guide.accuracy(*split()[1]),
         "held_out": unit,
         "rows": [{name: value for name, value in row.items() if name != "digits"} for row in rows],
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw(rows, results, args.out / "low_density.png")
-    print("\n" + report(results) + f"\nwrote {args.out}/low_density.png, results.json and README.md")
+    publish(args, "low_density", results, report, lambda path: draw(rows, results, path))
 
 
 def classifier(path: Path, epochs: int | None, seed: int) -> Classifier:
@@ -166,7 +155,6 @@ def rare(row: dict[str, Any], errors: float = 0) -> bool:
 
 def report(results: dict[str, Any]) -> str:
     """The table, as Markdown."""
-    about = results["environment"]
     head = ["energy", "scale", "steps", *RARITY.values(), "accuracy", "precision"]
     names = (*RARITY, "accuracy", "precision")
     rows = [
@@ -182,9 +170,7 @@ def report(results: dict[str, Any]) -> str:
 those of held-out digits: {listed[0]}. By two standard errors each: {listed[1]}."""
     return f"""# Where data is rare
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]};
-scoresde {about["scoresde"]}, commit {about["commit"]}. Training {results["seconds"]["train"]:.0f} s (little where it
-was done before), sampling and scores {results["seconds"]["sample"]:.0f} s.
+{place(results)}
 
 {results["samples"]} digits for each row, by DDPM from the same x_T, with classifier-free guidance
 w = {results["weight"]:g} under the energy; "none" is without one. Two energies of the features f of a classifier
@@ -205,33 +191,31 @@ k = 3), are that classifier's as well.
 
 def draw(rows: list[dict[str, Any]], results: dict[str, Any], path: Path) -> None:
     rows = [row for row in rows if row["steps"] == results["steps"]]
-    figure = plt.figure(figsize=(15, 0.5 * len(rows) + 1), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1])
     digits = scaled(torch.tensor([row["digits"] for row in rows]).reshape(-1, 1, 8, 8))
     names = [f"{row['energy']} {row['scale']:g}" if row["scale"] else row["energy"] for row in rows]
     labels = [f"{name}, {row['accuracy'][0]:.1%}" for name, row in zip(names, rows, strict=True)]
-    axis = left.subplots()
-    draw_grid(axis, digits, labels)
-    axis.set_title("the same noise in a column; energy, scale and how many are of their class", fontsize=10)
+    with picture(path, 15, 0.5 * len(rows) + 1) as figure:
+        left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1])
+        axis = left.subplots()
+        draw_grid(axis, digits, labels)
+        axis.set_title("the same noise in a column; energy, scale and how many are of their class", fontsize=10)
 
-    for axis, name in zip(right.subplots(2, 2, sharey=True).flat, RARITY, strict=True):
-        for energy, color, marker in (("distance", ORANGE, "s"), ("contrast", BLUE, "o")):
-            own = [row for row in rows if row["energy"] in (energy, rows[1]["energy"])]
-            (x, dx), (y, dy) = (zip(*(row[of] for row in own), strict=True) for of in (name, "accuracy"))
-            axis.errorbar(x, y, dy, dx, color=color, marker=marker, markersize=5, linewidth=1.5, label=energy)
-        (x, dx), (y, dy) = rows[0][name], rows[0]["accuracy"]
-        axis.errorbar(x, y, dy, dx, color="0.3", marker="D", label="w = 1, no energy")
-        axis.axvline(1, color="0.4", linestyle=":", label="held-out digits")
-        axis.axhline(KEPT, color="0.7", linestyle="--", linewidth=1, label=f"{KEPT:.0%} kept")
-        of, _, space = name.partition("_in_")
-        axis.set_xlabel(f"to the {'mean' if of == 'mean' else 'nearest training digit'}, in {space}", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        if space == "features":
-            axis.set_ylabel("accuracy", fontsize=9)
-    right.suptitle("distances, those of held-out digits being 1", fontsize=10)
-    axis.legend(frameon=False, fontsize=8, loc="lower left")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        for axis, name in zip(right.subplots(2, 2, sharey=True).flat, RARITY, strict=True):
+            for energy, color, marker in (("distance", ORANGE, "s"), ("contrast", BLUE, "o")):
+                own = [row for row in rows if row["energy"] in (energy, rows[1]["energy"])]
+                (x, dx), (y, dy) = (zip(*(row[of] for row in own), strict=True) for of in (name, "accuracy"))
+                axis.errorbar(x, y, dy, dx, color=color, marker=marker, markersize=5, linewidth=1.5, label=energy)
+            (x, dx), (y, dy) = rows[0][name], rows[0]["accuracy"]
+            axis.errorbar(x, y, dy, dx, color="0.3", marker="D", label="w = 1, no energy")
+            axis.axvline(1, color="0.4", linestyle=":", label="held-out digits")
+            axis.axhline(KEPT, color="0.7", linestyle="--", linewidth=1, label=f"{KEPT:.0%} kept")
+            of, _, space = name.partition("_in_")
+            axis.set_xlabel(f"to the {'mean' if of == 'mean' else 'nearest training digit'}, in {space}", fontsize=9)
+            axis.spines[["top", "right"]].set_visible(False)
+            if space == "features":
+                axis.set_ylabel("accuracy", fontsize=9)
+        right.suptitle("distances, those of held-out digits being 1", fontsize=10)
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
 
 
 if __name__ == "__main__":

@@ -185,8 +185,9 @@ def laws(denoiser: NetworkDenoiser, clip: CLIP) -> dict[str, bool]:
 def report(results: Mapping[str, Any]) -> str:
     """The page."""
     sizes, names = results["parameters"], {"real": "real scenes", "weight": "by weight, w =", "CLIP": "by CLIP, s ="}
-    first = [f"{names[row['way']]} {row['strength'] or '':.3}".rstrip() for row in results["rows"]]
-    lines = [[name, *found] for name, found in zip(first, cells(results["rows"]), strict=True)]
+    strengths = ["" if row["strength"] is None else f" {row['strength']:g}" for row in results["rows"]]
+    found = zip(results["rows"], strengths, cells(results["rows"]), strict=True)
+    lines = [[names[row["way"]] + strength, *own] for row, strength, own in found]
     held = "\n".join(f"- {law}: {'holds' if found else 'DOES NOT HOLD'}" for law, found in results["laws"].items())
     return f"""# Text to image
 
