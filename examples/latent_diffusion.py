@@ -290,8 +290,7 @@ def draw(images: Mapping[str, Tensor], path: Path, columns: int = 12) -> None:
     titles = {"held out": "held out", "given back": "given back", "pixel": "pixel model", "latent": "latent model"}
     with picture(path, 9, 6.2, dpi=110) as figure:
         for axis, (name, title) in zip(figure.subplots(len(titles), 1), titles.items(), strict=True):
-            grid(axis, images[name][: 2 * columns].split(columns))
-            axis.set_ylabel(title)
+            grid(axis, images[name][: 2 * columns].split(columns), [title])
 
 
 if __name__ == "__main__":
