@@ -189,6 +189,47 @@ def test_words_are_kept_and_unknown_ones_are_said(tmp_path: Path) -> None:
         tokenizer_of("{}")
 
 
+def _models() -> dict[str, Any]:
+    """Of each kind of the library one, that knows a, b and c, and how it says that it does not know the others."""
+    models = pytest.importorskip("tokenizers", reason="words need the library tokenizers").models
+    letters = {"a": 0, "b": 1, "c": 2}
+    none, some = "does not know the characters 'ö'", "is not among the 3 known"
+    suffixed = {f"{letter}{end}": 3 * i + n for n, letter in enumerate("abc") for i, end in enumerate(("", "</w>"))}
+    return {
+        "bpe": (models.BPE(letters, []), none),
+        "bpe with an unknown": (models.BPE({**letters, "?": 3}, [], unk_token="?"), some),
+        "bpe with a token that it lacks": (models.BPE(letters, [], unk_token="?"), none),
+        "bpe of bytes, not all": (models.BPE({**letters, "<0xC3>": 3}, [], byte_fallback=True), none),
+        "bpe with ends of words": (models.BPE(suffixed, [], end_of_word_suffix="</w>"), none),
+        "unigram": (models.Unigram([(letter, -1.0) for letter in "abc"], None, False), none),
+        "unigram with an unknown": (models.Unigram([("?", 0.0), *((k, -1.0) for k in "abc")], 0, False), some),
+        "words": (models.WordLevel(letters, "?"), none),
+        "parts of words": (models.WordPiece({**letters, "##b": 3, "##c": 4}, unk_token="?"), none),
+    }
+
+
+def test_no_character_is_left_out_unseen() -> None:
+    """Whatever the model of a tokenizer does with what it does not know, that is an error which names the text and the
+    characters; what it knows is as before, and so is the tokenizer in words."""
+    library = pytest.importorskip("tokenizers", reason="words need the library tokenizers")
+    for name, (model, message) in _models().items():
+        given = library.Tokenizer(model)
+        given.pre_tokenizer = library.pre_tokenizers.Whitespace()
+        words, text = WordTokens(given), "a b c" if name == "words" else "abc a"
+        assert words.words == given.to_str()
+        assert words([text]).tolist() == [[1 + number for number in given.encode(text).ids]]
+        for copied in (words, tokenizer_of(words.words), copy.deepcopy(words)):
+            for wrong in ("ö", "a ö", "böc a"):
+                if name == "words" and wrong == "böc a":
+                    continue  # of a word no letter is known
+                with pytest.raises(ValueError, match=f"{wrong!r}.*{message}"):
+                    copied([wrong])
+            assert not copied([""]).numel()
+    spaced = library.Tokenizer(library.models.BPE({"a": 0}, []))
+    spaced.normalizer = library.normalizers.Replace("ö", "a")
+    assert WordTokens(spaced)(["aö"]).tolist() == [[1, 1]]  # a mapping that is said
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_encoder_of_hugging_face_stays_as_it_is(tmp_path: Path) -> None:
     """A T5 of random weights, from a folder: its own last_hidden_state, frozen, whatever the padding."""

@@ -4,13 +4,14 @@
     words    1 + the numbers of a Hugging Face tokenizer (the library `tokenizers`), trained on one's own captions
 
 **0 is no token.** The empty text is zeros alone, and so it is what a network is told where it is told nothing
-(`scoresde.data.nothing`), as guidance without a classifier needs. A text that is too long, and a word that is not in
-the vocabulary, are errors: cut off or replaced unseen, they would be another text. (What an encoder of Hugging Face
-makes of characters that it does not know is its own tokenizer's affair, an <unk> for a T5.)
+(`scoresde.data.nothing`), as guidance without a classifier needs. A text that is too long, and a word or a character
+that is not in the vocabulary, are errors: cut off, replaced or left out unseen, they would be another text. (What an
+encoder of Hugging Face makes of characters that it does not know is its own tokenizer's affair, an <unk> for a T5.)
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,10 @@ __all__ = [
     "tokenizer_of",
     "transformers",
 ]
+
+
+_NONE = "\0 none"
+"""A token that no vocabulary has."""
 
 
 class Tokenizer(ABC):
@@ -103,11 +108,15 @@ class WordTokens(Tokenizer):
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`, or the text of its JSON file. Special tokens of its own, [CLS] say, are not
-            added, so that the empty text has none.
+            added, so that the empty text has none. Of a text it gives every token or an error: what it does not know is
+            never its token for that, nor nothing at all, as where a byte-pair encoding (BPE) has no such token and
+            leaves a character out. What its normaliser and its splitting take away, accents or blanks, is none of the
+            text; to have an unknown character read as something else, say so there (`tokenizers.normalizers.Replace`).
 
     Raises:
         ImportError: if the library is not installed.
-        ValueError: if the text is no tokenizer.
+        ValueError: if the text is no tokenizer; by the call, if a text has words or characters that it does not know,
+            naming these.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -120,7 +129,12 @@ class WordTokens(Tokenizer):
             raise ValueError(f"it is no tokenizer of the library tokenizers: {error}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self._unknown = getattr(self.tokenizer.model, "unk_token", None)
+        self._words = str(self.tokenizer.to_str())
+        model = json.loads(self._words)["model"]
+        named = model.get("unk_token") or ""
+        self._unknown = model["unk_id"] if "unk_id" in model else self.tokenizer.token_to_id(named)
+        if model["type"] == "BPE" and model["unk_token"] is None:
+            self.tokenizer.model.unk_token = _NONE  # it raises where it would leave a character out
 
     @classmethod
     def trained(cls, texts: Sequence[str], size: int = 30_000) -> WordTokens:
@@ -164,17 +178,32 @@ class WordTokens(Tokenizer):
 
     @property
     def words(self) -> str:
-        return str(self.tokenizer.to_str())
+        return self._words
 
     def numbers(self, text: str) -> list[int]:
-        found = self.tokenizer.encode(text, add_special_tokens=False)
-        if self._unknown in found.tokens:
-            start, end = found.offsets[found.tokens.index(self._unknown)]
-            known = self.tokenizer.get_vocab().keys() - {self._unknown}
+        found = self._encoded(text)
+        if found is None:
+            words = [word for word in text.split() if self._encoded(word) is None] or [text]
+            unknown = [c for c in dict.fromkeys("".join(words)) if self._encoded(c) is None]
+            which = f"the characters {', '.join(map(repr, unknown))}" if unknown else "a part"
+            raise ValueError(
+                f"of the words {', '.join(map(repr, words))} of {text!r} the tokenizer does not know {which}, and has "
+                "no token for that: leave them out of the text, or train a tokenizer on texts that have them"
+            )
+        if self._unknown in found.ids:
+            start, end = found.offsets[found.ids.index(self._unknown)]
+            known = self.tokenizer.get_vocab().keys() - {self.tokenizer.id_to_token(self._unknown)}
             near = nearest(text[start:end].lower(), known)
             hint = f"; {near!r} is" if near is not None else ""
             raise ValueError(f"the word {text[start:end]!r} of {text!r} is not among the {len(known)} known{hint}")
         return [1 + number for number in found.ids]
+
+    def _encoded(self, text: str) -> Any:
+        """What the library makes of it; None where it does not know a part, and has no token for that."""
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        except Exception:  # the library raises no other
+            return None
 
     def __repr__(self) -> str:
         return f"WordTokens({self.vocabulary} tokens)"
