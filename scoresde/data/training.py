@@ -219,6 +219,11 @@ class TrainingData:
     def fingerprint(self) -> str:
         """What tells these data from others, for a checkpoint: a hash of the content; of a folder, of its files' names
         and lengths."""
+        return ", ".join([self.items_fingerprint, *self.told_fingerprints])
+
+    @property
+    def items_fingerprint(self) -> str:
+        """Of the items as they are shown, and not of what is told of them."""
         if isinstance(self.x, Tensor):
             text = f"{tuple(self.x.shape)} in [{self.x.min():.4g}, {self.x.max():.4g}], {digest(self.x)}"
         else:
@@ -226,10 +231,13 @@ class TrainingData:
         parts = [text] if self.levels is None else [text, f"{self.levels} levels"]
         if self.flip:
             parts.append(f"flips from seed {self.seed}")
-        parts += [f"{condition.fingerprint} from seed {self.seed}" for condition in self.conditions]
-        if self.drop:
-            parts.append(f"drop {self.drop} from seed {self.seed}")
         return ", ".join(parts)
+
+    @property
+    def told_fingerprints(self) -> list[str]:
+        """Of the conditions and of dropping them."""
+        parts = [f"{condition.fingerprint} from seed {self.seed}" for condition in self.conditions]
+        return [*parts, f"drop {self.drop} from seed {self.seed}"] if self.drop else parts
 
     def _count(self) -> int | None:
         """How many classes there are, or None where the labels are none.

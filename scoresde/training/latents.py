@@ -99,14 +99,15 @@ class LatentData:
                 )
         check_count(batch_size=batch_size)
         folder = Path(folder)
-        about = {"codec": codec_in_words(codec), "data": replace(data, conditions=(), drop=0.0).fingerprint}
+        about = {"codec": codec_in_words(codec), "data": data.items_fingerprint}
         if not (folder / ABOUT).exists():
             _encode(data, codec, folder, about, batch_size, progress)
         array = _opened(folder, about)
         blank = torch.zeros(1).expand(len(data), data.shape[0], *[1] * (len(data.shape) - 1))
         told = replace(data, x=blank, levels=None)
         how = "" if array.shape[2] == 1 else ", drawn" if draw else ", means"
-        words = f"latents{how}, of {data.fingerprint}, by {about['codec']}"
+        of = ", ".join([about["data"], *data.told_fingerprints])
+        words = f"latents{how}, of {of}, by {about['codec']}"
         return cls(told, codec, folder, words, draw, array)
 
     def __len__(self) -> int:
