@@ -6,12 +6,12 @@ edits.py     edit, interpolation, interpolation_grid, variations: there and back
 """
 
 from scoresde.editing.edits import Edit, edit, interpolation, interpolation_grid, variations
-from scoresde.editing.latents import Encoding, decode, encode, interpolate, rescale
+from scoresde.editing.latents import Inversion, decode, encode, interpolate, rescale
 from scoresde.editing.sdedit import sdedit, strength_time
 
 __all__ = [
     "Edit",
-    "Encoding",
+    "Inversion",
     "decode",
     "edit",
     "encode",

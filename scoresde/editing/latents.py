@@ -13,8 +13,8 @@ Each deterministic solver with a table is a discretisation of Phi in both direct
 
 is DDIM inversion (Song, Meng and Ermon, 2021, section 4.3). It is not the inverse of the step downwards, which
 evaluates at the other end: encode and decode return x up to the discretisation error of both, whose order is the
-solver's. `Encoding.error` says what it is. Multistep methods begin at the data with a step of first order, whose error,
-of order 2 or with a corrector 3, is small only where the grid begins finely, as their own does. Up to alpha = 0
+solver's. `Inversion.error` says what it is. Multistep methods begin at the data with a step of first order, whose
+error, of order 2 or with a corrector 3, is small only where the grid begins finely, as their own does. Up to alpha = 0
 (`FlowSDE`) the views x0 and eps end with one, too: those along a curve, v and flow, keep their order there.
 
 A latent can be worked on. `interpolate` moves along the great circle between two, on which the norm stays one that the
@@ -40,13 +40,13 @@ from scoresde.sampling import sample
 from scoresde.solvers import AdaptiveODE, Solver
 from scoresde.tensors import check_batch, expand_like, precise, told, widen
 
-__all__ = ["Encoding", "decode", "encode", "interpolate", "rescale"]
+__all__ = ["Inversion", "decode", "encode", "interpolate", "rescale"]
 
 _OPPOSITE = 1e-6  # |a / |a| + b / |b|| below which the plane of two latents is but rounding
 
 
 @dataclass(frozen=True)
-class Encoding:
+class Inversion:
     """What `encode` returns.
 
     Attributes:
@@ -79,7 +79,7 @@ def encode(
     cond: Mapping[str, Any] | None = None,
     check: bool = False,
     differentiable: bool = False,
-) -> Encoding:
+) -> Inversion:
     """The latent x_T of x, by the probability-flow ODE from data to noise.
 
     Args:
@@ -119,7 +119,7 @@ def encode(
         error = _round_trip_error(sample(denoiser, code.x.detach(), solver, grid=grid, cond=cond), x.detach())
     elif check:
         error = torch.full((len(x),), math.inf, dtype=widen(x).dtype, device=x.device)
-    return Encoding(code.x, code.nfe, grid, error, code.status)
+    return Inversion(code.x, code.nfe, grid, error, code.status)
 
 
 def decode(
