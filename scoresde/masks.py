@@ -30,7 +30,20 @@ from scoresde.checks import ArgumentError
 from scoresde.networks import Holder, contents
 from scoresde.tensors import known_any
 
-__all__ = ["Own", "batch_of", "mask_name", "masks_of", "refuse_masks"]
+__all__ = ["MASK", "Own", "batch_of", "is_mask", "mask_name", "masks_of", "refuse_masks"]
+
+MASK = "mask"
+"""The condition that is a mask, where `scoresde.Masked` is not told another name."""
+
+
+def is_mask(name: str, value: Any) -> bool:
+    """Whether a condition of that name is a mask: bool, and called `MASK`. What it says is true of an item in any case:
+    it is never dropped, nor made nothing.
+
+    >>> is_mask("mask", torch.tensor([[True]])), is_mask("mask", torch.tensor([[1.0]]))
+    (True, False)
+    """
+    return name == MASK and isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 class Own:

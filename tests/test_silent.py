@@ -4,14 +4,21 @@ masks in training, conditions that are given, encoders inside of guidance, diges
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from common import normal
 
+from scoresde import VPSDE, EpsDenoiser, batch_of
 from scoresde.codecs import Standardise
-from scoresde.data import Given, TrainingData
-from scoresde.training import LatentData
+from scoresde.data import Given, Raw, TrainingData, dropped, nothing
+from scoresde.nn import SetTransformer
+from scoresde.training import LatentData, TrainConfig, Trainer, masked_loss
 
 IMAGES = normal(6, 1, 4, 4, dtype=torch.float32)
+SETS, MASK = batch_of([normal(n, 2, dtype=torch.float32) for n in (3, 1, 2, 3)])
+CONFIG = TrainConfig(steps=2, batch_size=4, threads=1)
 
 
 def test_latents_digest_their_data_once(tmp_path, monkeypatch):
@@ -26,3 +33,78 @@ def test_latents_digest_their_data_once(tmp_path, monkeypatch):
     assert calls == [IMAGES.shape]
     assert f"latents, of {expected}, by Standardise" in found.fingerprint
     assert data.items_fingerprint == TrainingData(IMAGES, flip=True, seed=3).fingerprint
+
+
+# ---- masks in training ----
+
+
+def model() -> EpsDenoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return EpsDenoiser(SetTransformer(2, width=8, depth=1, heads=1), VPSDE())
+
+
+def test_a_mask_without_the_masked_loss_is_refused_before_the_network_is_called() -> None:
+    calls: list[Any] = []
+    denoiser = model()
+    denoiser.net.register_forward_hook(lambda *_: calls.append(0))
+    with pytest.raises(ValueError, match=r"a mask among the conditions, 'mask', without loss=masked_loss\(\)"):
+        Trainer(denoiser, SETS, CONFIG, cond={"mask": MASK})
+    told = TrainingData(SETS, conditions=(Raw("mask", MASK),))
+    with pytest.raises(ValueError, match=r"without loss=masked_loss\(\)"):
+        Trainer(denoiser, told, CONFIG).fit(progress=False)
+    assert not calls
+    trainers = [
+        Trainer(model(), *given, CONFIG, loss=masked_loss(), **more).fit(progress=False)
+        for given, more in (((SETS,), {"cond": {"mask": MASK}}), ((told,), {}))
+    ]
+    weights = [list(trainer.net.parameters()) for trainer in trainers]
+    assert all(map(torch.equal, *weights))
+    Trainer(EpsDenoiser(Told(), VPSDE()), SETS, CONFIG, cond={"mask": MASK.float()}).fit(progress=False)  # a condition
+
+
+class Told(torch.nn.Linear):
+    """A network with a condition called mask, which is none."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(torch.cat([x, mask], -1))
+
+
+def test_a_mask_is_never_dropped() -> None:
+    source = 1 + normal(4, 3, dtype=torch.float32).square()
+    data = TrainingData(SETS, conditions=(Raw("mask", MASK), Raw("source", source)), drop=1.0)
+    found = data.batch(torch.arange(4)).cond
+    assert torch.equal(found["mask"], MASK)
+    assert not found["source"].any()
+    cond = {"mask": MASK, "source": source}
+    assert torch.equal(nothing(cond)["mask"], MASK)
+    assert torch.equal(dropped(cond, torch.tensor([True, False, True, True]))["mask"], MASK)
+    assert not nothing({"mask": MASK.float()})["mask"].any()  # a condition like others
+    with pytest.raises(ValueError, match=r"drop=0.1: there are no labels and no conditions to drop"):
+        TrainingData(SETS, conditions=(Raw("mask", MASK),), drop=0.1)
+
+
+# ---- conditions that are mirrored ----
+
+
+def test_a_raw_image_is_mirrored_with_its_item_or_said_not_to_be(tmp_path) -> None:
+    """Of latents too, whose mirrored view is another latent."""
+    images, items = IMAGES.clone(), torch.arange(6)
+    with pytest.raises(ValueError, match=r"Raw\(source \(1, 4, 4\): 6\) may be images.*flips=True.*flips=False"):
+        TrainingData(IMAGES, flip=True, conditions=(Raw("source", images),))
+    pair = (Raw("source", images, flips=True), Raw("other", images, flips=False), Raw("ids", torch.ones(6, 2)))
+    data = TrainingData(IMAGES, flip=True, conditions=pair)
+    latents = LatentData.of(data, Standardise(0.0, 2.0), tmp_path)
+    for epoch in range(3):
+        for batch, scale in ((data.batch(items, epoch), 1), (latents.batch(items, epoch), 2)):
+            assert torch.equal(batch.cond["source"], batch.x * scale)
+            assert not torch.equal(batch.x * scale, IMAGES)
+            assert torch.equal(batch.cond["other"], IMAGES)
+    assert Raw("a", images).fingerprint == Raw("a", images, flips=False).fingerprint
+    assert Raw("a", images).fingerprint != Raw("a", images, flips=True).fingerprint
+    assert Raw("a", images, flips=True).first(2).flips
+    with pytest.raises(ValueError, match=r"flips=True: a has the shape \(6, 2\), and is no image"):
+        Raw("a", torch.ones(6, 2), flips=True)

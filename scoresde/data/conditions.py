@@ -10,7 +10,8 @@
 For guidance without a classifier (Ho and Salimans, 2022) a network is told nothing with probability p, and then all of
 it is nothing at once. **Nothing** is K, the null class, for a label, zeros for a vector and an image (mid-grey in
 [-1, 1]; of an inpainting that fills with zeros just what it is where no pixel is known), and tokens of zeros, of
-which none counts where there is a mask: `nothing`, `dropped`.
+which none counts where there is a mask: `nothing`, `dropped`. The mask of items of various sizes is no condition: it
+stays (`scoresde.masks.is_mask`).
 
 All that is random, u and who is told nothing, is a function of the seed, the epoch and the item alone (`Shown`).
 """
@@ -32,13 +33,14 @@ from scoresde.data.shown import Shown, mirrored
 from scoresde.entries import check_cond, counted, mapped, named
 from scoresde.errors import not_finite, some
 from scoresde.levels import scaled, signed
+from scoresde.masks import is_mask
 
 __all__ = ["Condition", "Given", "GivenContext", "dropped", "nothing", "nothing_like", "null_of", "same_number"]
 
 
 def nothing(cond: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
     """The same keys, and nothing told: for `label` the null class, `num_classes`; for others zeros, which is False in
-    the mask of a context, and empty strings.
+    the mask of a context, and empty strings. The mask of items of various sizes, `mask`, stays as it is.
 
     Args:
         cond: of a network, by keyword.
@@ -51,7 +53,10 @@ def nothing(cond: Mapping[str, Any], num_classes: int | None = None) -> dict[str
     {'label': tensor([10, 10]), 'vector': tensor([[0.],
             [0.]])}
     """
-    return {key: nothing_like(value, null_of(key, num_classes)) for key, value in cond.items()}
+    return {
+        key: value if is_mask(key, value) else nothing_like(value, null_of(key, num_classes))
+        for key, value in cond.items()
+    }
 
 
 def nothing_like(value: Any, null: int) -> Any:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from scoresde.checks import ArgumentError
 from scoresde.data.arrays import digest
 from scoresde.data.conditions import Condition, same_number
-from scoresde.data.shown import Shown
+from scoresde.data.shown import Shown, mirrored
 from scoresde.errors import not_finite, some
 
 __all__ = ["Itself", "Raw"]
@@ -45,26 +46,35 @@ class Raw(Condition):
 
     Args:
         name: of the raw condition.
-        values: N of them, (N, ...), of any dtype. One that is zero throughout is nothing.
+        values: N of them, (N, ...), of any dtype. One that is zero throughout is nothing. The mask of items of various
+            sizes (`scoresde.Masked`) is one, `Raw("mask", mask)`, bool; what it says is no condition, and `drop` leaves
+            it as it is.
+        flips: whether values are images, (N, ..., W), that are mirrored with their items, where `TrainingData(flip=)`
+            mirrors these. None is refused there if values have two axes or more: images, maps and masks want True,
+            what has no left and right, a list of embeddings say, False.
 
     Raises:
-        ValueError: if values have no entries, or a number is not finite.
+        ValueError: if values have no entries, or a number is not finite; if one number, or one row of them, is to be
+            mirrored; by `TrainingData`, as said.
     """
 
     name: str
     values: Tensor
+    flips: bool | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim < 2 or self.values.numel() == 0:
             raise ValueError(f"values have the shape {tuple(self.values.shape)}: expected (N, ...), N >= 1")
         if bad := not_finite(self.values):
             raise ValueError(f"{self.name} of items {some(bad)} is not finite")
+        if self.flips and self.values.ndim < 3:
+            raise ArgumentError(f"flips=True: {self.name} has the shape {tuple(self.values.shape)}, and is no image")
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __repr__(self) -> str:
-        return f"Raw({self.name} {tuple(self.values.shape[1:])}: {len(self)})"
+        return f"Raw({self.name} {tuple(self.values.shape[1:])}: {len(self)}{', flips' if self.flips else ''})"
 
     @property
     def key(self) -> str:
@@ -83,7 +93,16 @@ class Raw(Condition):
 
     def __call__(self, x: Tensor, shown: Shown) -> Tensor:
         same_number(x, shown)
-        return self.values.index_select(0, shown.items.to(self.values.device)).to(x.device)
+        found = self.values.index_select(0, shown.items.to(self.values.device)).to(x.device)
+        return mirrored(found, shown.mirrored) if self.flips else found
+
+    def check_flips(self) -> None:
+        """Raises ValueError if it is not said whether it is mirrored with its items, and may be an image."""
+        if self.flips is None and self.values.ndim > 2:
+            raise ArgumentError(
+                f"flip=True: {self!r} may be images, which are to be mirrored with their items; say so, "
+                f"Raw({self.name!r}, values, flips=True), or flips=False where they have no left and right"
+            )
 
     def taken(self, y: Tensor, shape: Sequence[int]) -> Tensor:
         return y

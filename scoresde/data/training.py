@@ -17,11 +17,13 @@ from scoresde.data.captions import Captions, read_captions
 from scoresde.data.conditions import Condition, Given, dropped
 from scoresde.data.folder import ImageFolder, unreadable
 from scoresde.data.pictures import Mode
+from scoresde.data.raw import Raw
 from scoresde.data.shown import Shown, drops, flips, mirrored
 from scoresde.data.sources import find_data
 from scoresde.data.words import condition_of
 from scoresde.errors import not_finite, some
 from scoresde.levels import outer_edges, scaled, signed
+from scoresde.masks import MASK
 from scoresde.nn.tokens import Tokenizer, WordTokens, tokenizer_of
 from scoresde.tensors import evenly, shown, told
 
@@ -67,7 +69,8 @@ class TrainingData:
         conditions: what else the network is told: functions of the item, as it is shown (`scoresde.data.conditions`).
             Several images are concatenated, and several vectors, and the tokens of several contexts.
         drop: the probability of telling it nothing, as guidance without a classifier needs (0.1 say): the null class K
-            for the label, zeros for vector and image, no token of a context, all at once.
+            for the label, zeros for vector and image, no token of a context, all at once. The mask of items of various
+            sizes (`scoresde.masks.is_mask`) is never dropped.
         skipped: the files that were left out, as they could not be read, with the reason; None where all were to be.
 
     Raises:
@@ -109,9 +112,12 @@ class TrainingData:
             _check_names(self.x, condition)
             if self.flip and isinstance(condition, Captions) and condition.sides is not None:
                 raise ArgumentError(f"flip=True: of a mirrored image {condition.sides!r} is not true")
+            if self.flip and isinstance(condition, Raw):
+                condition.check_flips()
         if not 0 <= self.drop <= 1:
             raise ArgumentError(f"drop={self.drop}: expected a probability, 0 <= drop <= 1")
-        if self.drop and not self.conditions and self.labels is None:
+        dropping = [condition for condition in self.conditions if condition.key != MASK]
+        if self.drop and not dropping and self.labels is None:
             raise ArgumentError(f"drop={self.drop}: there are no labels and no conditions to drop")
         if self.drop and self.labels is not None and self.num_classes is None:
             raise ArgumentError(

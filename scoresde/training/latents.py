@@ -17,7 +17,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +130,6 @@ class LatentData:
         """As `TrainingData.network_options`."""
         return self.told.network_options
 
-    @cached_property
-    def _conditions(self) -> TrainingData:
-        return replace(self.told, flip=False)
-
     def batch(self, items: Tensor, epochs: Tensor | int = 0) -> Batch:
         """Some items' z, and what a network is told of them; see `TrainingData.batch`."""
         shown, views = Shown(items, len(self), epochs, self.told.seed), self._array.shape[1]
@@ -143,7 +138,7 @@ class LatentData:
         z = found[:, 0]
         if self.draw and found.shape[1] == 2:
             z = Encoded(z, found[:, 1]).draw(shown.normal(self.shape))
-        return Batch(z, self._conditions.batch(items, epochs).cond)
+        return Batch(z, self.told.batch(items, epochs).cond)
 
     def std(self, n: int = 2048) -> float:
         """The standard deviation of n of the items, evenly chosen."""

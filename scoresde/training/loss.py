@@ -18,19 +18,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.checks import check_nonnegative
+from scoresde.checks import ArgumentError, check_nonnegative
 from scoresde.counter import normal
 from scoresde.data.conditions import nothing
 from scoresde.denoiser import Denoiser, check_denoiser
 from scoresde.entries import check_cond
 from scoresde.masked import Masked, own_of
-from scoresde.masks import Own, mask_name
+from scoresde.masks import MASK, Own, is_mask, mask_name
 from scoresde.sde import SDE
 from scoresde.tensors import as_time, check_batch, drawn_from, expand_like, known_any, shown
 from scoresde.training.weights import OnX0, TimeSampler, UniformTimes, Weighting, simple
 from scoresde.views import check_time, combine, first_where
 
-__all__ = ["Draws", "NoisyBatch", "Part", "dsm_loss", "error_of", "masked_loss", "noisy_batch", "two_term_loss"]
+__all__ = ["Draws", "NoisyBatch", "Part", "dsm_loss", "error_of", "masked_loss", "noisy_batch", "refuse_unmasked"]
+__all__ += ["two_term_loss"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,17 @@ def masked_loss(loss: Callable[..., Tensor] = dsm_loss, name: str = "mask", **op
 
     train.__name__ = f"masked {loss.__name__}"
     return train
+
+
+def refuse_unmasked(cond: Mapping[str, Any]) -> None:
+    """Raises ValueError if there is a mask among the conditions, which `dsm_loss` of a bare denoiser takes for one of
+    them, and trains on what fills up."""
+    if any(is_mask(name, value) for name, value in cond.items()):
+        raise ArgumentError(
+            f"a mask among the conditions, {MASK!r}, without loss=masked_loss(): the network would be trained on the "
+            "entries that fill up. Give loss=masked_loss(), with weighting= and times= as its options; or, if it is no "
+            "mask of entries but something that the network is told, another name or dtype than bool"
+        )
 
 
 def _weight(weighting: Weighting, denoiser: Denoiser, t: Tensor) -> Tensor:

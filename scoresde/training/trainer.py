@@ -18,7 +18,7 @@ from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource, source_of
 from scoresde.training.identity import identity_of_run
 from scoresde.training.loop import Loop
-from scoresde.training.loss import Draws, dsm_loss
+from scoresde.training.loss import Draws, dsm_loss, refuse_unmasked
 from scoresde.training.model import ModelConfig, check_model
 from scoresde.training.step import Autocast, Loss, Worker, check_trainable
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
@@ -61,7 +61,8 @@ class Trainer(Loop[NetworkDenoiser]):
         TypeError, ValueError: if data, cond or the network do not fit; by `fit` and at construction. If both a loss and
             a weighting or times are given; if model is of another denoiser; if the batch cannot be split. If no
             parameter of the network takes a gradient, or it cannot be sampled from at t_max: an eps network where alpha
-            is zero.
+            is zero. If a mask is among the conditions, and the loss is not `masked_loss`, which trains on no entry that
+            fills up (nor one of your own, which is trusted).
         ImportError: if a folder is given without safetensors, config.tensorboard without TensorBoard, or config.shard
             without FSDP2.
         CheckpointError: if `folder` holds a checkpoint of another SDE, parameterisation, configuration or network, or
@@ -97,6 +98,8 @@ class Trainer(Loop[NetworkDenoiser]):
         if loss is not None and (times is not None or weighting is not simple):
             raise ValueError("weighting= and times= are dsm_loss's: give them to your loss itself, or leave loss= out")
         source, about = source_of(data, cond)
+        if loss is None:
+            refuse_unmasked(cond or {})
         if model is not None:
             check_model(model, denoiser)
         self.denoiser, self.loss = denoiser, loss
@@ -150,4 +153,5 @@ class Trainer(Loop[NetworkDenoiser]):
     def _loss_of(self, denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
         if self.loss is not None:
             return self.loss(denoiser, x0, draws, cond)
+        refuse_unmasked(cond)  # of a `DataSource` it is seen here, before the network is called
         return dsm_loss(denoiser, x0, weighting=self.weighting, times=self.times, generator=draws, cond=cond)
