@@ -4,21 +4,24 @@ masks in training, conditions that are given, encoders inside of guidance, diges
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from common import normal
 
-from scoresde import VPSDE, EpsDenoiser, batch_of
+from scoresde import VPSDE, EpsDenoiser, Masked, batch_of, load, sample
+from scoresde.cli.defaults import completed
 from scoresde.codecs import Standardise
 from scoresde.data import Given, Raw, TrainingData, dropped, nothing
 from scoresde.nn import SetTransformer
-from scoresde.training import LatentData, TrainConfig, Trainer, masked_loss
+from scoresde.solvers import DDPM
+from scoresde.training import LatentData, ModelConfig, TrainConfig, Trainer, masked_loss
 
 IMAGES = normal(6, 1, 4, 4, dtype=torch.float32)
 SETS, MASK = batch_of([normal(n, 2, dtype=torch.float32) for n in (3, 1, 2, 3)])
-CONFIG = TrainConfig(steps=2, batch_size=4, threads=1)
+CONFIG = TrainConfig(steps=2, batch_size=4, threads=1, schedule="constant")
 
 
 def test_latents_digest_their_data_once(tmp_path, monkeypatch):
@@ -85,6 +88,36 @@ def test_a_mask_is_never_dropped() -> None:
     assert not nothing({"mask": MASK.float()})["mask"].any()  # a condition like others
     with pytest.raises(ValueError, match=r"drop=0.1: there are no labels and no conditions to drop"):
         TrainingData(SETS, conditions=(Raw("mask", MASK),), drop=0.1)
+
+
+def test_a_run_on_sets_is_saved_resumed_and_loaded_by_its_name(tmp_path) -> None:
+    """With masks, and a condition: samples, and weights of a run that was resumed, are the same to the last bit."""
+    words = ModelConfig(network="set", options={"channels": 2, "width": 8, "depth": 1, "heads": 1, "num_classes": 3})
+    assert ModelConfig.of(words.to_dict()) == words
+    label = torch.tensor([0, 1, 2, 1])
+
+    def run(folder: str, steps: int) -> Trainer:
+        config, cond = replace(CONFIG, steps=steps), {"mask": MASK, "label": label}
+        settings: dict[str, Any] = {"folder": tmp_path / folder, "model": words, "loss": masked_loss()}
+        return Trainer(words.build(0), SETS, config, cond=cond, **settings).fit(progress=False)
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    assert all(map(torch.equal, whole.net.parameters(), run("parts", 4).net.parameters()))
+    cond = {"mask": MASK, "label": label}
+    mine, loaded = (
+        sample(Masked(d), (4, 3, 2), DDPM(), steps=3, seed=1, cond=cond) for d in (whole.ema, load(tmp_path / "whole"))
+    )
+    assert torch.equal(mine.x, loaded.x)
+    assert not loaded.x[~MASK.expand(4, 3, 2)].any()
+    assert loaded.x[MASK.expand(4, 3, 2)].all()
+
+
+def test_sets_of_points_get_their_network_by_name() -> None:
+    found = completed({"data": {"source": "sets.npy"}, "model": {"network": "set"}}, TrainingData(SETS), cpu=True).model
+    assert (found.network, found.options, found.preset) == ("set", {"channels": 2}, None)
+    with pytest.raises(ValueError, match=r"'set' is for sets of points \(N, d\): an item has the shape \(1, 4, 4\)"):
+        completed({"data": {"source": "sets.npy"}, "model": {"network": "set"}}, TrainingData(IMAGES), cpu=True)
 
 
 # ---- conditions that are mirrored ----

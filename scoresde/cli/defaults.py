@@ -62,8 +62,9 @@ def completed(
         raise ValueError(f"the data are {len(data)} numbers: expected items of one axis or more, of shape (N, 1) say")
     network = model.setdefault("network", "mlp" if len(shape) == 1 else "unet")
     section(ModelConfig, "model", model)  # each value of its kind, before it is looked at
-    small, options = cpu and network != "mlp", dict(model.get("options", {}))
-    if network != "mlp":
+    gridded = network not in ("mlp", "set")
+    small, options = cpu and gridded, dict(model.get("options", {}))
+    if gridded:
         if small and "preset" not in model and (patch := _patch(shape[1:])) > 1:
             options.setdefault("patch", patch)
         model.setdefault("preset", _preset(max(shape[1:], default=0), small))
@@ -153,6 +154,10 @@ def _sizes(model: Mapping[str, Any]) -> dict[str, int]:
 
 def _about(network: str, shape: tuple[int, ...], data: TrainingData | LatentData) -> dict[str, Any]:
     """The options of a network that the data settle."""
+    if network == "set" and len(shape) != 2:
+        raise ValueError(f"model.network = 'set' is for sets of points (N, d): an item has the shape {tuple(shape)}")
+    if network == "set":
+        return {"channels": shape[1], **data.network_options}
     found: dict[str, Any] = {"event_shape": list(shape)} if network == "mlp" else {"image_channels": shape[0]}
     if network != "mlp" and len(shape) != 3:
         found["dims"] = len(shape) - 1

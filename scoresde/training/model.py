@@ -44,7 +44,7 @@ PREDICTIONS: dict[str, type[NetworkDenoiser]] = {
     "velocity": VelocityDenoiser,
     "edm": EDMDenoiser,
 }
-NETWORKS = {"unet": "UNet", "dit": "DiT", "mlp": "MLP"}
+NETWORKS = {"unet": "UNet", "dit": "DiT", "mlp": "MLP", "set": "SetTransformer"}
 ENCODERS = {"image": "ImageEncoder", "text": "TextEncoder", "pretrained-text": "PretrainedText"}
 
 
@@ -55,7 +55,7 @@ class ModelConfig:
     Args:
         sde: a name in `scoresde.SDES`: "vp", "flow", "chain", ...
         sde_options: keyword arguments of what that makes it by, `VPSDE`, `DDPMChain.linear`, ...
-        network: "unet", "dit" or "mlp": the classes of `scoresde.nn`.
+        network: "unet", "dit", "mlp", or "set" for `SetTransformer`: the classes of `scoresde.nn`.
         preset: a size or name that the network's class has a preset for, `UNet.preset(32, **options)` say.
         options: keyword arguments of the network's class, or on top of the preset.
         predicts: "eps", "v", "x0", "score", "velocity", or "edm" for Karras preconditioning.
