@@ -103,8 +103,9 @@ class Denoiser(Holder, ABC):
 
     def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
         """The conditions of a run as its evaluations take them: where the network encodes some of them
-        (`scoresde.nn.Encoding`), here, once, before the first. A wrapper that reads or replaces what would be encoded
-        leaves them as they are; each evaluation then encodes them, with the same result.
+        (`scoresde.nn.Encoding`), here, once, before the first. Wrappers that change conditions, or have several
+        denoisers, keep what these are given beside them. One that does not know of it leaves them as they are: each
+        evaluation encodes them then, with the same result.
         """
         return dict(cond or {})
 

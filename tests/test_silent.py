@@ -4,6 +4,7 @@ masks in training, conditions that are given, encoders inside of guidance, diges
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,13 @@ from scoresde import VPSDE, EpsDenoiser, Masked, batch_of, load, sample
 from scoresde.cli.defaults import completed
 from scoresde.codecs import Standardise
 from scoresde.data import Given, Raw, TrainingData, dropped, nothing
-from scoresde.nn import SetTransformer
+from scoresde.denoiser import Denoiser
+from scoresde.guidance import Autoguidance, Classifier, ClassifierFree, Energy, Mixture, Product
+from scoresde.guidance.branches import Conditioned
+from scoresde.nn import Encoding, SetTransformer
 from scoresde.solvers import DDPM
 from scoresde.training import LatentData, ModelConfig, TrainConfig, Trainer, masked_loss
+from scoresde.wrappers import Clip, SameMean
 
 IMAGES = normal(6, 1, 4, 4, dtype=torch.float32)
 SETS, MASK = batch_of([normal(n, 2, dtype=torch.float32) for n in (3, 1, 2, 3)])
@@ -141,3 +146,114 @@ def test_a_raw_image_is_mirrored_with_its_item_or_said_not_to_be(tmp_path) -> No
     assert Raw("a", images, flips=True).first(2).flips
     with pytest.raises(ValueError, match=r"flips=True: a has the shape \(6, 2\), and is no image"):
         Raw("a", torch.ones(6, 2), flips=True)
+
+
+# ---- encoders inside of guidance ----
+
+
+class Words(torch.nn.Module):
+    """Tokens as a vector, each row by itself, so that the size of a batch changes no bit. It counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.calls = torch.nn.Embedding(5, 3), 0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.rows(ids).sum(1)
+
+
+class Reader(torch.nn.Module):
+    """A network of entries by themselves, that is told a vector and a label."""
+
+    def __init__(self, bias: float = 0.0) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.3 + bias))
+        self.condition_sizes = {"vector": 3, "label": 4}
+
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor, vector: Any = None, label: Any = None, mask: Any = None
+    ) -> torch.Tensor:
+        told = x if vector is None else x + vector
+        label = torch.zeros(1) if label is None else torch.as_tensor(label)
+        return torch.tanh(self.weight * told + 0.1 * label.reshape(-1, 1).to(x) + 0.2 * time[:, None].to(x))
+
+
+class Unprepared(SameMean):
+    """What a run was before conditions were encoded beforehand."""
+
+    masks = True
+
+    def prepared(self, cond: Any) -> dict[str, Any]:
+        return dict(cond or {})
+
+
+X, LABEL = normal(4, 3, dtype=torch.float32), torch.tensor([0, 1, 2, 1])
+IDS, OTHERS = torch.tensor([[1, 2], [3, 0], [0, 0], [4, 4]]), torch.tensor([[2, 2], [1, 0], [3, 3], [0, 4]])
+TEXT = {"tokens": IDS}
+
+
+def logits(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x.sum(1, keepdim=True)], 1)
+
+
+def energy(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return x.square().sum(1)
+
+
+def told(denoiser: Denoiser, ids: torch.Tensor = OTHERS) -> Conditioned:
+    return Conditioned(denoiser, tokens=ids)
+
+
+# Of denoisers a and b, which have each an encoder: the guided one, its conditions, and how often a run encodes.
+GUIDED: dict[str, tuple[Callable[[Denoiser, Denoiser], Denoiser], dict[str, Any], int]] = {
+    "autoguidance": (lambda a, b: Autoguidance(a, b, 1.5), TEXT, 2),
+    "autoguidance of one": (lambda a, b: Autoguidance(a, Conditioned(a, drop=["tokens"])), TEXT, 1),
+    "product": (lambda a, b: Product([a, b], [0.7, 0.6]), TEXT, 2),
+    "product of texts": (lambda a, b: Product([told(a), told(a, IDS.flip(0))], base=a), {}, 2),
+    "product, labels": (lambda a, b: Product([Conditioned(a, label=1), Conditioned(a, label=3)], base=a), TEXT, 3),
+    "product in product": (lambda a, b: Product([Autoguidance(a, b), told(a)], base=b), TEXT, 4),
+    "mixture": (lambda a, b: Mixture([a, told(b)], log_densities=lambda x, t: x[:, :2]), TEXT, 2),
+    "conditioned": (lambda a, b: told(a), TEXT, 1),
+    "conditioned twice": (lambda a, b: Conditioned(told(a), label=2), TEXT, 1),
+    "free": (lambda a, b: ClassifierFree(a, null={"tokens": OTHERS}), TEXT, 2),
+    "free, a label of one's own": (lambda a, b: ClassifierFree(told(a), null={"label": 4}), {"label": LABEL}, 2),
+    "free of a product": (lambda a, b: ClassifierFree(Product([a, b]), null={"tokens": OTHERS}), TEXT, 4),
+    "products of free": (lambda a, b: Product([ClassifierFree(a, null={"tokens": OTHERS}), b]), TEXT, 3),
+    "classifier": (lambda a, b: Classifier(Product([a, b]), logits), TEXT | {"label": LABEL}, 2),
+    "classifier, told": (lambda a, b: Classifier(told(a), logits, conditional=True), TEXT | {"label": LABEL}, 1),
+    "classifier of free": (
+        lambda a, b: Classifier(ClassifierFree(a, null={"tokens": OTHERS}), logits),
+        TEXT | {"label": LABEL},
+        2,
+    ),
+    "energy of free": (lambda a, b: Energy(ClassifierFree(a, null={"tokens": OTHERS}), energy, 0.1), TEXT, 2),
+    "clipped": (lambda a, b: Clip(Autoguidance(a, b)), TEXT, 2),
+}
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guidance_encodes_once_a_run_with_the_bits_of_every_evaluation(name: str) -> None:
+    guide, cond, expected = GUIDED[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        words = Words()
+        nets = [Encoding(Reader(bias), {"tokens": words}).eval().requires_grad_(False) for bias in (0.0, 0.2)]
+    denoiser = guide(*(EpsDenoiser(net, VPSDE()) for net in nets))
+    found = []
+    for steps in (2, 4):
+        words.calls = 0
+        found.append(sample(denoiser, X, DDPM(), steps=steps, seed=0, cond=cond).x)
+        assert words.calls == expected
+    words.calls = 0
+    assert torch.equal(sample(Unprepared(denoiser), X, DDPM(), steps=4, seed=0, cond=cond).x, found[1])
+    assert words.calls >= 4
+
+
+def test_what_no_one_encodes_stays_as_it_is() -> None:
+    plain = EpsDenoiser(Reader(), VPSDE())
+    cond = {"label": LABEL, "vector": X}
+    for denoiser in (Product([plain, plain]), Conditioned(plain, label=1), Autoguidance(plain, plain)):
+        found = denoiser.prepared(cond)
+        assert found.keys() == cond.keys()
+        assert all(found[name] is value for name, value in cond.items())

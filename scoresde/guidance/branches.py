@@ -9,7 +9,7 @@ With D = r x + s N for one and D_i = r_i x + s_i N_i for another, D_i is what th
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scoresde.codecs import Codec
 from scoresde.denoiser import Denoiser, Posterior, check_denoiser
-from scoresde.entries import check_cond, joined, like, mapped
+from scoresde.entries import check_cond, counted, joined, leaves, like, mapped
 from scoresde.guidance.base import known_all, ratio
 from scoresde.tensors import Time, precise
 from scoresde.views import VIEWS, Affine, combine, mean_of_view
@@ -30,8 +30,9 @@ __all__ = [
     "Combined",
     "Conditioned",
     "evaluate",
-    "prepared_beside",
+    "nested",
     "replaced",
+    "samples_of",
     "times_of",
     "translated",
 ]
@@ -44,6 +45,11 @@ Call = Callable[[Denoiser, Tensor, Mapping[str, Any]], Tensor]
 
 Combined = Callable[..., Tensor]
 """combined(F_1, F_2, ...): what is made of the branches' predictions, each of the shape of x."""
+
+
+_OWN, _BRANCHES, NULL = "own, prepared", "branches, prepared", "null, prepared"
+"""Where `prepared` keeps what the denoisers in a wrapper are given of their own, beside the conditions of the call: in
+`Conditioned`, in a `Branching`, and of D_0 in `ClassifierFree`. No keyword of a network is called so."""
 
 
 class Conditioned(SameMean):
@@ -76,11 +82,21 @@ class Conditioned(SameMean):
 
     def conditions(self, cond: Mapping[str, Any], x: Tensor) -> Mapping[str, Any]:
         """What the wrapped denoiser is given where the call has these conditions."""
+        own: Mapping[str, Any] = cond[_OWN] if _OWN in cond else self._changed(cond, x.shape[0])
+        return own
+
+    def _changed(self, cond: Mapping[str, Any], n: int) -> dict[str, Any]:
         kept = {name: value for name, value in cond.items() if name not in self.drop}
-        return replaced(kept, self.cond, x.shape[0])
+        return replaced(kept, self.cond, n)
 
     def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
-        return prepared_beside(self.denoiser, cond, [*self.drop, *self.cond])
+        """Its own conditions are encoded once as well, and go with the others from then on."""
+        given = dict(cond or {})
+        told = self._changed(given, samples_of(given, self.cond))
+        found = self.denoiser.prepared(told)
+        if found.keys() == told.keys():  # nothing was encoded
+            return given
+        return {k: v for k, v in given.items() if k in found or k not in told} | {_OWN: found}
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         return self.denoiser.posterior(x, t, **self.conditions(cond, x))
@@ -132,6 +148,23 @@ class Branching(Wrapper):
     @property
     def borrowed(self) -> bool:
         return any(denoiser.borrowed for denoiser in self.denoisers)
+
+    def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Each denoiser's own, which go with what no one encodes from then on."""
+        given = dict(cond or {})
+        made = {id(denoiser): denoiser.prepared(given) for denoiser in self.denoisers}
+        if all(found.keys() == given.keys() for found in made.values()):
+            return given
+        kept = {k: v for k, v in given.items() if all(k in found for found in made.values())}
+        return kept | {_BRANCHES: {str(i): made[id(denoiser)] for i, denoiser in enumerate(self.denoisers)}}
+
+    def told(self, denoiser: Denoiser, cond: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The conditions of one of the denoisers: what it has prepared, where it has."""
+        if _BRANCHES not in cond:
+            return cond
+        number = next(i for i, other in enumerate(self.denoisers) if other is denoiser)
+        own: Mapping[str, Any] = cond[_BRANCHES][str(number)]
+        return own
 
     @abstractmethod
     def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
@@ -251,10 +284,15 @@ def replaced(cond: Mapping[str, Any], values: Mapping[str, Any], n: int) -> dict
     return made
 
 
-def prepared_beside(denoiser: Denoiser, cond: Mapping[str, Any] | None, names: Collection[str]) -> dict[str, Any]:
-    """`prepared` of a wrapper that has conditions of its own by these names: as they are, where one would be gone."""
-    found = denoiser.prepared(cond)
-    return dict(cond or {}) if any(name in (cond or {}) and name not in found for name in names) else found
+def nested(cond: Mapping[str, Any]) -> bool:
+    """Whether some of what was prepared is of denoisers further inside, whose conditions these no more are."""
+    return not cond.keys().isdisjoint((_OWN, _BRANCHES, NULL))
+
+
+def samples_of(*conds: Mapping[str, Any] | None) -> int:
+    """How many samples conditions are for, as far as they say it: the most entries that one has, at least 1."""
+    counts = [counted(leaf) for cond in conds for leaf in leaves(dict(cond or {}))]
+    return max((n for n in counts if n is not None), default=1)
 
 
 def _root(denoiser: Denoiser) -> Denoiser:

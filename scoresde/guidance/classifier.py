@@ -32,7 +32,6 @@ from torch.nn import functional as F
 from scoresde.denoiser import Denoiser
 from scoresde.entries import check_entries
 from scoresde.guidance.base import Guidance, Scale
-from scoresde.guidance.branches import prepared_beside
 from scoresde.guidance.gradients import guided_by, usable
 from scoresde.sde import SDE
 from scoresde.tensors import Time, dtype_of_label, known_any, precise, widen
@@ -95,7 +94,15 @@ class Classifier(Guidance):
         self.label = label if isinstance(label, str) else _labels(label, "label")
 
     def prepared(self, cond: Mapping[str, Any] | None) -> dict[str, Any]:
-        return prepared_beside(self.denoiser, cond, [self.label] if isinstance(self.label, str) else [])
+        """Of what the wrapped denoiser is given; the label stays beside it."""
+        given = dict(cond or {})
+        passed = dict(self.passed_on(given))
+        found, name = self.denoiser.prepared(passed), self.label
+        if not isinstance(name, str) or name not in given:
+            return found
+        if (name in passed) != (name in found):  # encoded, or made of another: it is told apart by its raw name alone
+            return given
+        return {**found, name: given[name]}
 
     def passed_on(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(self.label, str) or self.conditional:

@@ -24,9 +24,18 @@ from torch import Tensor
 from scoresde.checks import ArgumentError, check_option, check_whole
 from scoresde.data.conditions import nothing_like, null_of
 from scoresde.denoiser import Denoiser, Posterior
-from scoresde.entries import counted, leaves
 from scoresde.guidance.base import Scale, check_scale, known_all, scale_at
-from scoresde.guidance.branches import Branch, Branching, Combined, evaluate, replaced, times_of
+from scoresde.guidance.branches import (
+    NULL,
+    Branch,
+    Branching,
+    Combined,
+    evaluate,
+    nested,
+    replaced,
+    samples_of,
+    times_of,
+)
 from scoresde.guidance.rules import RULES, Rule, extrapolated, projected
 from scoresde.masks import mask_name
 from scoresde.networks import networks
@@ -37,9 +46,6 @@ from scoresde.wrappers import lacks_variance
 __all__ = ["Autoguidance", "ClassifierFree"]
 
 Convention = Literal["scale", "strength"]
-
-_NULL = "null, prepared"
-"""Where `ClassifierFree.prepared` keeps the conditions of D_0."""
 
 
 class _Extrapolation(Branching):
@@ -71,7 +77,7 @@ class _Extrapolation(Branching):
 
     def good(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
         """The conditions of D_1."""
-        return cond
+        return self.told(self.denoiser, cond)
 
     @property
     def masks(self) -> bool:  # type: ignore[override]
@@ -226,16 +232,16 @@ class ClassifierFree(_Extrapolation):
         """
         given, found, null = dict(cond or {}), self.denoiser.prepared(cond), tuple(self.null or ())
         known = self.by_default and found.keys() - given.keys() <= {*null, "context_mask"}
-        if known or not any(name in given and name not in found for name in null):
+        if not nested(found) and (known or not any(name in given and name not in found for name in null)):
             return found
-        if _NULL in found:  # of guidance around guidance
+        if NULL in found:  # of guidance around guidance
             return given
         self._check_conditions(given)
-        n = max((k for leaf in leaves([given, self.null]) if (k := counted(leaf)) is not None), default=1)
-        return {**found, _NULL: self.denoiser.prepared(self._nulled(given, n))}
+        values = self.null if isinstance(self.null, Mapping) else None
+        return {**found, NULL: self.denoiser.prepared(self._nulled(given, samples_of(given, values)))}
 
     def good(self, cond: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {name: value for name, value in cond.items() if name != _NULL}
+        return {name: value for name, value in cond.items() if name != NULL}
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
         w = self.weight_at(t, len(x))
@@ -258,8 +264,8 @@ class ClassifierFree(_Extrapolation):
         return Posterior(combine(r, x, s, self.guided(F_1, F_0, w)), var)
 
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
-        if _NULL in cond:
-            return self.denoiser, cond[_NULL]
+        if NULL in cond:
+            return self.denoiser, cond[NULL]
         self._check_conditions(cond)
         return self.denoiser, self._nulled(cond, x.shape[0])
 
@@ -333,7 +339,7 @@ class Autoguidance(_Extrapolation):
         self.weak = weak
 
     def poor(self, x: Tensor, cond: Mapping[str, Any]) -> Branch:
-        return self.weak, cond
+        return self.weak, self.told(self.weak, cond)
 
     def __repr__(self) -> str:
         return f"Autoguidance({self.denoiser!r}, {self.weak!r}, weight={self.weight!r}{self._options()})"

@@ -93,10 +93,10 @@ class Product(Branching):
     def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
         weights = [scale_at(f"weights[{i}]", weight, t, len(x)) for i, weight in enumerate(self.weights)]
         counting = [(d, w) for d, w in zip(self.factors, weights, strict=True) if not known_all(w == 0)]
-        branches: list[Branch] = [(denoiser, cond) for denoiser, _ in counting]
+        branches: list[Branch] = [(denoiser, self.told(denoiser, cond)) for denoiser, _ in counting]
         w = [w for _, w in counting]
         if self.base is not None:
-            branches = [(self.base, cond), *branches]
+            branches = [(self.base, self.told(self.base, cond)), *branches]
             if not counting:
                 return branches, None
         if len(counting) == 1 and known_all(w[0] == 1):
@@ -178,7 +178,7 @@ class Mixture(Branching):
         return (logits + self.log_weights.to(logits)).softmax(1)
 
     def branches(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> tuple[list[Branch], Combined | None]:
-        branches: list[Branch] = [(denoiser, cond) for denoiser in self.denoisers]
+        branches: list[Branch] = [(denoiser, self.told(denoiser, cond)) for denoiser in self.denoisers]
 
         def combined(*F: Tensor) -> Tensor:
             # log_densities may call a network of these, which may reuse the memory of its output.
@@ -188,7 +188,7 @@ class Mixture(Branching):
         return branches, combined
 
     def posterior(self, x: Tensor, t: Time, /, **cond: Any) -> Posterior:
-        r, parts = self.responsibilities(x, t).T, [d.posterior(x, t, **cond) for d in self.denoisers]
+        r, parts = self.responsibilities(x, t).T, [d.posterior(x, t, **self.told(d, cond)) for d in self.denoisers]
         D = sum((scaled(part.mean, r_i) for part, r_i in zip(parts, r, strict=True)), torch.zeros_like(x))
         var: Tensor | None = torch.zeros_like(x)
         for part, r_i in zip(parts, r, strict=True):
