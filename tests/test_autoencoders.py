@@ -40,6 +40,8 @@ from scoresde.training import (
 from scoresde.training.autoencoder_loss import AutoencoderWorker
 from scoresde.training.autoencoders import CODEC, Measured, measured
 from scoresde.training.perceptual import PerceptualDistance, classifier_distance, lpips, perceptual_distance
+from scoresde.variance import AnalyticDenoiser, VarianceTable, estimate
+from scoresde.variance.estimate import table_times
 
 SMALL = {"image_channels": 1, "latent_channels": 2, "channels": 4, "multipliers": (1, 1, 2)}
 X = normal(24, 1, 8, 8, seed=1, dtype=torch.float32).clamp(-1, 1)
@@ -534,6 +536,21 @@ class TestCommands:
         terms = json.loads((tmp_path / "bound.json").read_text())["bound"]["terms"]
         assert terms.keys() == {"decoding", "prior", "denoising", "reconstruction", "entropy"}
         assert "diffuses latents" in run("sample", "latent", "--clip", *draw, "c.npz")[1].err
+        table = ["variance", "latent", "--samples", 3, "--times", 2, "--seed", 4, "--batch-size", 5, "--quiet"]
+        assert run(*table, "--out", "v.npz")[0] == 0
+        found = VarianceTable.load("v.npz", model.sde)  # of the latents that are diffused
+        data = TrainingData(torch.from_numpy(np.load("x.npy")), levels=256, seed=4)
+        z = LatentData.of(data, model.codec, "again").batch(torch.arange(12)).x
+        expected = estimate(model, z, table_times(model.sde, 2), samples=3, seed=4, batch_size=5)
+        torch.testing.assert_close(found.eps_square, expected.eps_square)
+        ranges = []
+        with monkeypatch.context() as patched:  # the levels of data bound no latent's variance
+            own = lambda *given: (ranges.append(given[2]), AnalyticDenoiser(*given))[1]  # noqa: E731
+            patched.setattr("scoresde.cli.drawing.AnalyticDenoiser", own)
+            assert run("sample", "latent", "--variance", "v.npz", "--solver", "ddpm", *draw, "v1.npz")[0] == 0
+        assert ranges == [None]
+        hole = ["restore", "latent", "--input", "x.npy", "--operator", "random:0.5", "--quiet", "--out", "r.npz"]
+        assert r"DPS(model, lambda z: A(model.codec.decode(z))" in run(*hole)[1].err
         assert run(*codec, "--steps", 3)[0] == 0
         assert "is another codec than --codec codec" in run(*latent, "--steps", 3)[1].err
         shutil.rmtree("latent/codec")

@@ -315,7 +315,8 @@ def recipe(
         if own_steps:
             raise ValueError(f"--variance is for solvers that draw noise, and --solver {named} draws none")
         table = VarianceTable.load(options.variance, denoiser.sde)
-        denoiser = AnalyticDenoiser(denoiser, table, (-1.0, 1.0) if model.about.levels is not None else None)
+        images = model.about.levels is not None and denoiser.codec is None  # whose levels bound the variance
+        denoiser = AnalyticDenoiser(denoiser, table, (-1.0, 1.0) if images else None)
         solver = OptimalVariance(solver)
     if options.clip:
         if denoiser.codec is not None:

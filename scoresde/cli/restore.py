@@ -299,8 +299,9 @@ def _job(options: RestoreOptions, model: Model) -> _Job:
     """What the arguments want; all of them are checked."""
     if model.denoiser.codec is not None:
         raise ValueError(
-            "the model diffuses latents, and a measurement is of data: in Python, DPS(model, lambda z: "
-            "A(model.decode(z)), ...)"
+            "the model diffuses latents, and what is measured are data, of which a decoder makes something that is not "
+            "linear: of these methods DPS takes that, in Python: model = scoresde.training.load_latent(run), "
+            "DPS(model, lambda z: A(model.codec.decode(z)), y, steps=...)"
         )
     method, shape, steps = METHODS[options.method], model.about.shape, options.steps
     steps = replace(steps, solver=steps.solver or method.solver)

@@ -6,19 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from scoresde.checks import check_count
 from scoresde.cli.common import DATA_HELP, SessionOptions, check_file
 from scoresde.cli.measuring import DataOptions, items_of
 from scoresde.cli.models import ModelOptions
 from scoresde.cli.options import Options, option, part
+from scoresde.codecs import Codec
+from scoresde.data import Shown
 from scoresde.training import parallel
 from scoresde.variance import VarianceTable, estimate
 from scoresde.variance.estimate import table_times
 
 TEXT = """estimate a network's table of posterior variances (Analytic-DPM) from the data that it was trained on
 
-A network that was trained with --classes or --condition is told those of each item. The table is good for any one-step
+A network that was trained with --classes or --condition is told those of each item. Of a run on latents, --codec, the
+variance is that of latents, which the data are encoded to. The table is good for any one-step
 solver and number of steps: `scoresde sample --variance TABLE.npz`, and in Python
 AnalyticDenoiser(denoiser, VarianceTable.load("TABLE.npz"))."""
 
@@ -66,9 +70,10 @@ def run(options: VarianceOptions) -> None:
         if tuple(x.shape[1:]) != model.about.shape:
             raise ValueError(f"{chosen.source} has items {tuple(x.shape[1:])}, the model's are {model.about.shape}")
         cond = {name: value.to(model.denoiser.device) for name, value in told.items()}
-        if model.denoiser.codec is not None:
-            raise ValueError("the model diffuses latents: in Python, estimate(model, model.encode(x), ...)")
-        session.say(f"{options.samples} draws at each time, from {len(x)} items of {chosen.source}")
+        what = "items"
+        if (codec := model.denoiser.codec) is not None:
+            x, what = latents_of(codec, x, options.seed, options.batch_size, device), "latents"
+        session.say(f"{options.samples} draws at each time, from {len(x)} {what} of {chosen.source}")
         parts = parallel.to_first(
             estimate(
                 model.denoiser,
@@ -88,6 +93,22 @@ def run(options: VarianceOptions) -> None:
         table.save(options.out)
         print(summary(table))
         session.say(f"wrote {options.out}")
+
+
+@torch.no_grad()
+def latents_of(codec: Codec, x: Tensor, seed: int, batch_size: int, device: torch.device) -> Tensor:
+    """The latents that a run on them is trained on, of each item one, on the CPU: drawn from q(z | x) where the encoder
+    has noise, with the numbers of `LatentData` in its first epoch."""
+    found = []
+    for items in torch.arange(len(x), device="cpu").split(batch_size):
+        part = x[items].to(device)
+        law = codec.encoding(part)
+        if law is None:
+            found.append(codec.encode(part).cpu())
+        else:
+            noise = Shown(items, len(x), seed=seed).normal(law.mean.shape[1:])
+            found.append(law.draw(noise.to(law.mean)).cpu())
+    return torch.cat(found)
 
 
 def summary(table: VarianceTable) -> str:
