@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from scoresde import VPSDE, Latent, elbo
 from scoresde.codecs import AutoencoderCodec, Encoded, Standardise
 from scoresde.data import Colourisation, TrainingData
 from scoresde.exact import Gaussian
-from scoresde.nn import KLAutoencoder, PatchDiscriminator, VQAutoencoder
+from scoresde.nn import Autoencoder, KLAutoencoder, PatchDiscriminator, VQAutoencoder
 from scoresde.training import (
     AutoencoderConfig,
     AutoencoderLoss,
@@ -68,6 +69,13 @@ class TestNetworks:
         found = one(x, torch.zeros_like(m))
         torch.testing.assert_close(found.x, one.decode(m))  # at the mean
         assert len(found.told) == len(one.tells)
+
+    def test_the_options_of_a_codebook_s_network_are_those_of_every_autoencoder_and_two(self):
+        """It names them itself, for whoever reads its signature: with the same order, kinds and defaults."""
+        every = inspect.signature(Autoencoder).parameters
+        own = dict(inspect.signature(VQAutoencoder).parameters)
+        assert (own.pop("codes").default, own.pop("commitment").default) == (512, 0.25)
+        assert list(own.values()) == list(every.values())
 
     def test_the_divergence_is_that_of_the_distributions(self):
         one = net()

@@ -196,8 +196,10 @@ class VQAutoencoder(Autoencoder):
         dims: int = 2,
         patch: int = 1,
     ) -> None:
-        how = {"heads": heads, "dropout": dropout, "dims": dims, "patch": patch}
-        super().__init__(image_channels, latent_channels, channels, multipliers, blocks, **how)  # type: ignore[arg-type]
+        super().__init__(
+            image_channels, latent_channels, channels, multipliers, blocks,
+            heads=heads, dropout=dropout, dims=dims, patch=patch,
+        )  # fmt: skip
         check_nonnegative(commitment=commitment)
         self.commitment = commitment
         self.decoder.codebook = Codebook(codes, latent_channels)
