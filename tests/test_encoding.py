@@ -217,7 +217,7 @@ def test_a_run_encodes_once_with_the_bits_of_every_time(name):
 
 
 def test_guidance_with_words_of_its_own_encodes_both():
-    """A null under the raw name is encoded with the rest, once; conditions of one's own at each evaluation."""
+    """A null under the raw name is encoded with the rest, once, and so are conditions of one's own."""
     net, _ = with_text()
     denoiser, other = EpsDenoiser(net, VPSDE()), IDS.flip(0)
     a, b = net.encode(tokens=IDS), net.encode(tokens=other)

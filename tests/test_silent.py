@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from scoresde.guidance import Autoguidance, Classifier, ClassifierFree, Energy, 
 from scoresde.guidance.branches import Conditioned
 from scoresde.nn import Encoding, SetTransformer
 from scoresde.solvers import DDPM
-from scoresde.training import LatentData, ModelConfig, TrainConfig, Trainer, masked_loss
+from scoresde.training import LatentData, ModelConfig, TrainConfig, Trainer, dsm_loss, masked_loss, two_term_loss
 from scoresde.wrappers import Clip, SameMean
 
 IMAGES = normal(6, 1, 4, 4, dtype=torch.float32)
@@ -56,11 +57,14 @@ def test_a_mask_without_the_masked_loss_is_refused_before_the_network_is_called(
     calls: list[Any] = []
     denoiser = model()
     denoiser.net.register_forward_hook(lambda *_: calls.append(0))
-    with pytest.raises(ValueError, match=r"a mask among the conditions, 'mask', without loss=masked_loss\(\)"):
+    with pytest.raises(ValueError, match=r"a mask among the conditions, 'mask'.* loss=masked_loss\(\)"):
         Trainer(denoiser, SETS, CONFIG, cond={"mask": MASK})
     told = TrainingData(SETS, conditions=(Raw("mask", MASK),))
-    with pytest.raises(ValueError, match=r"without loss=masked_loss\(\)"):
+    with pytest.raises(ValueError, match=r"give loss=masked_loss\(\)"):
         Trainer(denoiser, told, CONFIG).fit(progress=False)
+    for loss in (dsm_loss, partial(two_term_loss, unconditional=1.0, num_classes=3)):
+        with pytest.raises(ValueError, match=r"elsewhere Masked\(denoiser\)"):
+            loss(denoiser, SETS, cond={"mask": MASK, "label": LABEL})
     assert not calls
     trainers = [
         Trainer(model(), *given, CONFIG, loss=masked_loss(), **more).fit(progress=False)

@@ -106,13 +106,15 @@ def dsm_loss(
     Raises:
         TypeError: if the denoiser is none, or the generator no torch.Generator.
         ValueError: if x0 is not floating point, shapes do not fit, t and times are both given, or a t is 0 or outside
-            the SDE. On the host also where the denoiser cannot be evaluated (an eps network at alpha = 0), or the loss
-            has no limit.
+            the SDE. If there is a mask (`scoresde.masks.is_mask`), and the denoiser is not `Masked`. On the host also
+            where the denoiser cannot be evaluated (an eps network at alpha = 0), or the loss has no limit.
     """
     check_denoiser(denoiser)
     sde = denoiser.sde
     check_batch(x0, "x0")
     denoiser, own = own_of(denoiser, x0.shape, cond)
+    if own.mask is None:
+        refuse_unmasked(cond)
     x0 = own.only(x0)
     if t is not None and times is not None:
         raise ValueError("give t= or times=, not both")
@@ -184,14 +186,15 @@ def masked_loss(loss: Callable[..., Tensor] = dsm_loss, name: str = "mask", **op
     return train
 
 
-def refuse_unmasked(cond: Mapping[str, Any]) -> None:
-    """Raises ValueError if there is a mask among the conditions, which `dsm_loss` of a bare denoiser takes for one of
-    them, and trains on what fills up."""
-    if any(is_mask(name, value) for name, value in cond.items()):
+def refuse_unmasked(cond: Mapping[str, Any] | None) -> None:
+    """Raises ValueError if there is a mask among the conditions of a denoiser that is not `Masked`, which takes it for
+    one of them, and would be trained on what fills up."""
+    if any(is_mask(name, value) for name, value in (cond or {}).items()):
         raise ArgumentError(
-            f"a mask among the conditions, {MASK!r}, without loss=masked_loss(): the network would be trained on the "
-            "entries that fill up. Give loss=masked_loss(), with weighting= and times= as its options; or, if it is no "
-            "mask of entries but something that the network is told, another name or dtype than bool"
+            f"a mask among the conditions, {MASK!r}, of a denoiser that is not Masked: it would be trained on the "
+            "entries that fill up. In a Trainer give loss=masked_loss(), with weighting= and times= as its options, "
+            "elsewhere Masked(denoiser); or, if it is no mask of entries but something that the network is told, take "
+            "another name or dtype than bool"
         )
 
 

@@ -62,7 +62,7 @@ class Trainer(Loop[NetworkDenoiser]):
             a weighting or times are given; if model is of another denoiser; if the batch cannot be split. If no
             parameter of the network takes a gradient, or it cannot be sampled from at t_max: an eps network where alpha
             is zero. If a mask is among the conditions, and the loss is not `masked_loss`, which trains on no entry that
-            fills up (nor one of your own, which is trusted).
+            fills up, nor one of your own.
         ImportError: if a folder is given without safetensors, config.tensorboard without TensorBoard, or config.shard
             without FSDP2.
         CheckpointError: if `folder` holds a checkpoint of another SDE, parameterisation, configuration or network, or
@@ -98,8 +98,8 @@ class Trainer(Loop[NetworkDenoiser]):
         if loss is not None and (times is not None or weighting is not simple):
             raise ValueError("weighting= and times= are dsm_loss's: give them to your loss itself, or leave loss= out")
         source, about = source_of(data, cond)
-        if loss is None:
-            refuse_unmasked(cond or {})
+        if loss is None:  # else, and of a `DataSource`, `dsm_loss` does, before the network is called
+            refuse_unmasked(cond)
         if model is not None:
             check_model(model, denoiser)
         self.denoiser, self.loss = denoiser, loss
@@ -153,5 +153,4 @@ class Trainer(Loop[NetworkDenoiser]):
     def _loss_of(self, denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
         if self.loss is not None:
             return self.loss(denoiser, x0, draws, cond)
-        refuse_unmasked(cond)  # of a `DataSource` it is seen here, before the network is called
         return dsm_loss(denoiser, x0, weighting=self.weighting, times=self.times, generator=draws, cond=cond)
