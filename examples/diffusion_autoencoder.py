@@ -12,7 +12,7 @@ what is worth knowing of x_0 beside x_t. The rest is in the **stochastic code** 
 under z finds (eq. 8); z and x_T together decode into x_0. Then, as there:
 
     a latent diffusion       another model, of z alone, whose samples decode into images (section 4)
-    edits                    z moved along a linear classifier's direction, x_T kept (section 5.2)
+    edits                    z moved along the line from one class's mean to another's, x_T kept (as in section 5.2)
     interpolations           z along a line, x_T along a great circle (section 5.1)
 
 Measured on held-out images of Fashion-MNIST, beside 32 principal components: what a linear classifier reads in z; the
@@ -62,7 +62,7 @@ WIDE = {"event_shape": Z, "width": 256, "depth": 4}
 LATENT = ModelConfig(network="mlp", options=WIDE, predicts="v", time_scale=999)
 SOLVER = UniPC(3, view="v", variable="half_log_snr")
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-MARGINS = (0.0, 5.0, 10.0)  # of an edit: log-odds of the new class over the old one, as the linear classifier sees it
+MOVES = (0.5, 1.0, 1.5)  # of an edit: how far along the way from the old class's mean to the new one's
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -157,12 +157,11 @@ class Linear:
     def logits(self, features: Tensor) -> Tensor:
         return self.standardised(features) @ self.W.T + self.b
 
-    def moved(self, features: Tensor, old: Tensor, new: Tensor, margin: float) -> Tensor:
-        """The nearest features that the classifier finds exp(margin) times as likely of the new class as of the old."""
-        f, d = self.standardised(features), self.W[new] - self.W[old]
-        now = (f * d).sum(1) + self.b[new] - self.b[old]
-        f = f + ((margin - now) / d.square().sum(1))[:, None] * d
-        return (f * self.std + self.mean).to(features.dtype)
+
+def moved(features: Tensor, old: Tensor, new: Tensor, by: float, known: Tensor, labels: Tensor) -> Tensor:
+    """Features, moved so far along the way from the mean of known ones of their class to that of the new class."""
+    means = torch.stack([known[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
+    return features + by * (means[new] - means[old])
 
 
 def between(denoiser: Denoiser, z: Tensor, latent: Tensor, grid: Any, pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -187,7 +186,7 @@ def measured(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
     """The tables' rows, and the images of the picture."""
     (x_known, labels), (x_all, truth), event = known, held_out, tuple(held_out[0].shape[1:])
-    z_all, pca = semantic(denoiser, x_all), PCA(x_known, min(Z, len(x_known) - 1))
+    z_known, z_all, pca = semantic(denoiser, x_known), semantic(denoiser, x_all), PCA(x_known, min(Z, len(x_known) - 1))
     by_pca = Linear(pca(x_known), labels)
     right = {"z": by_z.logits(z_all).argmax(1) == truth, "PCA": by_pca.logits(pca(x_all)).argmax(1) == truth}
     right["lead"] = right["z"].double() - right["PCA"].double()  # image by image
@@ -215,9 +214,10 @@ def measured(
     reader, K = load_classifier(args.classifier)[0], len(by_z.b)
     new = (old + torch.randint(1, K, old.shape, generator=torch.Generator().manual_seed(args.seed + 1))) % K
     edited = {(None, "z"): ways["z and its x_T"]}
-    edited |= {(m, "z"): back(by_z.moved(z, old, new, m)) for m in MARGINS}
+    edited |= {(by, "z"): back(moved(z, old, new, by, z_known, labels)) for by in MOVES}
     edited |= {(None, "PCA"): ways["PCA"]}
-    edited |= {(m, "PCA"): from_components(pca, by_pca.moved(components, old, new, m), event) for m in MARGINS}
+    of_pca = {by: moved(components, old, new, by, pca(x_known), labels) for by in MOVES}
+    edited |= {(by, "PCA"): from_components(pca, found, event) for by, found in of_pca.items()}
 
     # Unconditional samples: z of a model of its own.
     z_drawn = sample(latent, (args.samples, Z), SOLVER, nfe=args.nfe, seed=args.seed).x * by_z.std + by_z.mean
@@ -232,7 +232,7 @@ def measured(
         "explained": pca.explained,
         "reconstruction": {name: errors(y) for name, y in ways.items()},
         "round_trip": {nfe: relative(denoiser, x[:50], nfe) for nfe in (args.nfe // 2, args.nfe, 2 * args.nfe)},
-        "edits": [{"margin": m, "of": of, **read(reader, y, x, old, new)} for (m, of), y in edited.items()],
+        "edits": [{"by": by, "of": of, **read(reader, y, x, old, new)} for (by, of), y in edited.items()],
         "frechet": frechet(samples, reference, real, classifier_features(args.classifier)),
         "held_out": len(x_all),
     }
@@ -240,7 +240,7 @@ def measured(
         "image": x,
         **ways,
         "z and a third x_T": made(z[:8], 3),
-        **{f"edit {margin:g}": edited[margin, "z"] for margin in MARGINS},
+        **{f"edit {by:g}": edited[by, "z"] for by in MOVES},
         "new": new,
         "between": between(denoiser, z, code.latent, code.grid, pairs),
         "samples": samples["latent diffusion"][:40],
@@ -274,7 +274,7 @@ def report(results: dict) -> str:
     probe, distances, titles = results["probe"], results["frechet"], {"PCA": f"{Z} principal components"}
     lines = [[titles.get(name, name), cell(row["rmse"], 3), cell(row["psnr"])]
              for name, row in results["reconstruction"].items()]  # fmt: skip
-    edits = [[titles.get(row["of"], "z"), "none" if row["margin"] is None else f"{row['margin']:g}", cell(row["new"]),
+    edits = [[titles.get(row["of"], "z"), "none" if row["by"] is None else f"{row['by']:g}", cell(row["new"]),
               cell(row["old"]), cell(row["moved"], 3)] for row in results["edits"]]  # fmt: skip
     trips = ", ".join(f"{cell(error, 4)} at {nfe}" for nfe, error in results["round_trip"].items())
     return f"""# A diffusion autoencoder
@@ -305,12 +305,12 @@ There and back, |x' - x| / |x| is {trips} evaluations each way: the ODE itself w
 
 ## Edits
 
-Each of these images is to become one of another class, chosen at random: z goes to the nearest point at which its
-linear classifier finds the new class exp(margin) times as likely as the old one, and x_T stays. Beside it the same with
-principal components, and theirs. Read by a convolutional classifier of images that knows of neither: the share that it
+Each of these images is to become one of another class, chosen at random: z goes along the way from the mean of its
+class to that of the new one, so many times as far, and x_T stays. Beside it the same with principal components, and
+theirs. Read by a convolutional classifier of images that knows of neither: the share that it
 takes for the new class, and for the old one; and the distance from the image, root mean square.
 
-{chr(10).join(table(["of", "margin", "new class", "old class", "moved by"], edits))}
+{chr(10).join(table(["of", "by", "new class", "old class", "moved by"], edits))}
 
 ## Samples
 
@@ -331,7 +331,7 @@ def draw(shown: Mapping[str, Tensor], classes: Sequence[object], path: Path, col
         names = [name.replace(" x_T", "\nx_T") for name in made]
         grid(a, rows(made), names, title=f"{Z} numbers, and what is left to x_T")
         new = [classes[k] for k in shown["new"][:columns].tolist()]
-        grid(b, rows(edits), edits, new, "edits into the class below, by margin")
+        grid(b, rows(edits), edits, new, "edits into the class below")
         grid(c, shown["between"], title="between two images")
         grid(d, shown["samples"].split(columns), title="samples, z by a latent diffusion")
 
