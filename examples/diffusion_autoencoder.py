@@ -1,6 +1,6 @@
 """An image as 32 numbers that mean something and the noise that is left: a diffusion autoencoder.
 
-    python examples/diffusion_autoencoder.py        some five minutes on one quiet core, most of it training; --help
+    python examples/diffusion_autoencoder.py        some twelve minutes on one quiet core, most of it training; --help
 
 Preechakul et al. (2022, "Diffusion autoencoders: toward a meaningful and decodable representation") train an encoder
 z = Enc(x_0) together with the diffusion model that is told z, by the loss of that model alone (section 3):
@@ -51,7 +51,7 @@ from scoresde.training.loss import Draws
 from scoresde.training.weights import uniform_in
 
 Z = 32
-ENCODER = {"options": {"vector": Z, "channels": 8, "multipliers": (1, 2, 4, 8)}}
+ENCODER = {"options": {"vector": Z, "channels": 16, "multipliers": (1, 2, 4, 8)}}
 AUTOENCODER = ModelConfig(
     options={"channels": 32, "multipliers": (1, 2), "blocks": 1, "patch": 4, "vector": Z},
     encoders={"source": ENCODER},
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         models=(Path("runs/diffusion_autoencoder"), "folder of the two runs"),
         data=(("fashion-mnist", "fashion-mnist-test"), "labelled images to train on, and held out, by name or path"),
         classifier=(WEIGHTS["fashion-mnist"], "that reads edits and has features, of examples/train_classifier.py"),
-        train_steps=(2000, "of 32 images"),
+        train_steps=(6000, "of 64 images"),
         latent_steps=(3000, "of 64 latents"),
         known=(20_000, "training images whose latents are used"),
         images=(200, "held-out images to reconstruct and edit"),
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     (training, labels), (held_out, truth) = (images_of(source) for source in args.data)
     model = model_of(training.shape)
     folder = args.models / "autoencoder"
-    autoencoder = trained(model, training, folder, args.train_steps, args.seed, loss=error_of_v, batch_size=32)
+    autoencoder = trained(model, training, folder, args.train_steps, args.seed, loss=error_of_v)
     known, labels = every(training.first(args.known)), labels[: args.known]
     z = semantic(autoencoder, known)
     by_z = Linear(z, labels)
@@ -282,7 +282,7 @@ def report(results: dict) -> str:
 {place(results)}
 
 Fashion-MNIST at 28 x 28; a U-Net and an encoder of {results["parameters"]["autoencoder"]:,} parameters together,
-trained for {results["train_steps"]} steps of 32 images by the loss of the U-Net alone (Preechakul et al., 2022). z has
+trained for {results["train_steps"]} steps of 64 images by the loss of the U-Net alone (Preechakul et al., 2022). z has
 {Z} numbers.
 Every sample, and every encoding, takes {results["nfe"]} evaluations of `{results["solver"]}`.
 In brackets the standard error over held-out images; each network was trained once.
