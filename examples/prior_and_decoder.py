@@ -6,10 +6,11 @@ Ramesh et al. (2022, "Hierarchical text-conditional image generation with CLIP l
 
     p(x | y) = integral p(x | s) p(s | z) p(z | y)
 
-z is the CLIP embedding of the image (section 2). Each factor is a diffusion, and together they are one `Cascade`:
+z is the CLIP embedding of the image (section 2), in its first 32 principal components, each of unit variance. Each
+factor is a diffusion, and together they are one `Cascade`:
 
     prior        z of y: a causal transformer over the text's tokens, its CLIP embedding, the time, z_t, and a query,
-                 whose output is the prediction of z: the loss is |f(z_t, t, y) - z|^2 (section 2.2)
+                 whose output is the prediction (section 2.2; theirs of z, and here of v, which need not copy z_t)
     decoder      s of z, 6 x 10 pixels: z is projected into the time's embedding and into four tokens (section 2.1)
     upsampler    x of s, 12 x 20 pixels: told s enlarged, which noise has been added to on purpose, and how much of it
 
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from text_to_image import CLIP, draw_captioned, learned_clip
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scoresde import VPSDE, Cascade, Stage, VDenoiser, X0Denoiser
+from scoresde import VPSDE, Cascade, Stage, VDenoiser
 from scoresde.data import (
     AugmentedSuperResolution,
     Captions,
@@ -50,16 +51,17 @@ from scoresde.data import (
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.editing import interpolate
 from scoresde.guidance import ClassifierFree
+from scoresde.metrics import PCA
 from scoresde.nn import Encoding, TextEncoder, TimeEmbedding, UNet
 from scoresde.nn.dit import Layer, norm
 from scoresde.report import table
 from scoresde.solvers import DPMSolverPP
 from scoresde.training import uniform_in
 
-Z, WIDTH, TOKENS = 64, 96, 4
-NOISY, PLAIN = AugmentedSuperResolution(2, noise=(0.0, 0.5)), SuperResolution(2)
+FEATURES, Z, WIDTH, TOKENS = 64, 32, 96, 4
+NOISY, PLAIN = AugmentedSuperResolution(2, noise=(0.0, 0.3)), SuperResolution(2)
 NETWORK = {"channels": 32, "multipliers": (1, 2), "blocks": 1}
-STRENGTHS, SOLVER, SHOWN = (0.0, 0.1, 0.2, 0.4), DPMSolverPP(order=2), 6
+STRENGTHS, SOLVER, SHOWN = (0.0, 0.05, 0.1, 0.2), DPMSolverPP(order=2), 6
 COLUMNS = ("decoder", "upsampled", "x at once")
 SDE = VPSDE()
 
@@ -78,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     data = captioned(args)
     clip, said = learned_clip(data, args), data.conditions[0]
     texts = [own[i % len(own)] for i, own in enumerate(said.texts)]
-    networks = learned(clip.net, data.batch(torch.arange(len(data))).x, texts, said, args)
+    x = data.batch(torch.arange(len(data))).x
+    embedding = principal(clip.net, x)
+    networks = learned(x, embedding(x), told(clip.net, texts), texts, said, args)
     if args.data is not None:  # images of one's own, of which there is no reader
         texts = args.text or texts[:SHOWN]
         cond = {"text": texts, "vector": told(clip.net, texts)}
@@ -88,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     exam = Exam(args)
     start = time.perf_counter()
-    shown = measured(networks, clip.net, exam, args)
+    shown = measured(networks, told(clip.net, exam.texts), embedding(exam.real), exam, args)
     nets = {"clip": clip, "reader": exam.reader, **networks}
     results = ran(args.models, nets, start) | {"solver": repr(SOLVER), "rows": exam.rows}
     publish(args, "prior_and_decoder", results, report, lambda path: draw(shown, path))
@@ -104,7 +108,7 @@ class Prior(nn.Module):
 
     def __init__(self, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.time, self.z, self.y = TimeEmbedding(WIDTH), nn.Linear(Z, WIDTH), nn.Linear(Z, WIDTH)
+        self.time, self.z, self.y = TimeEmbedding(WIDTH), nn.Linear(Z, WIDTH), nn.Linear(FEATURES, WIDTH)
         self.query, self.outward = nn.Parameter(0.02 * torch.randn(WIDTH)), nn.Linear(WIDTH, Z)
         self.layers = nn.ModuleList(Layer(WIDTH, heads, 4 * WIDTH) for _ in range(depth))
 
@@ -153,24 +157,32 @@ def upsampler(condition: Condition, shape: tuple[int, ...]) -> nn.Module:
 
 
 def embedded(clip: CLIP, x: Tensor) -> Tensor:
-    """z of images: of unit variance in each entry, or near it."""
+    """The CLIP embeddings of images, of length 1."""
     with torch.no_grad():
-        found = torch.cat([clip(part, torch.full((len(part),), 999 * SDE.t_min)) for part in x.split(500)])
-    return Z**0.5 * F.normalize(found, dim=1)
+        found = [clip(part, torch.full((len(part),), 999 * SDE.t_min)) for part in x.split(500)]
+    return F.normalize(torch.cat(found), dim=1)
+
+
+def principal(clip: CLIP, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes z of images, by the principal axes of the embeddings of x. Nearly all of their variance is what texts
+    say; of what they do not, where a digit is and how it is written, it is small, and a diffusion of the embedding as
+    it is would lose that.
+    """
+    axes = PCA(embedded(clip, x), Z, whiten=True)
+    return lambda images: axes(embedded(clip, images)).float()
 
 
 def told(clip: CLIP, texts: list[str]) -> Tensor:
-    """The CLIP embeddings of texts."""
+    """The CLIP embeddings of texts, of unit variance in each entry, or near it."""
     with torch.no_grad():
-        return Z**0.5 * torch.cat([clip.told(texts[k : k + 500]) for k in range(0, len(texts), 500)])
+        return FEATURES**0.5 * torch.cat([clip.told(texts[k : k + 500]) for k in range(0, len(texts), 500)])
 
 
 def learned(
-    clip: CLIP, x: Tensor, texts: list[str], said: Captions, args: argparse.Namespace
+    x: Tensor, z: Tensor, y: Tensor, texts: list[str], said: Captions, args: argparse.Namespace
 ) -> dict[str, NetworkDenoiser]:
     """The five networks, trained or continued: z of texts, s of z, x of z, and x of s with noise and without."""
     C, *_ = shape = tuple(x.shape[1:])
-    z, y = embedded(clip, x), told(clip, texts)
     of_text = (Captions(texts, said.tokenizer, said.length), Given(y))
     of_z: dict[str, Any] = {"conditions": (Raw("z", z),), "drop": 0.1}
     words = lambda: Words(WIDTH, 1, length=said.length, tokens=said.tokenizer)  # noqa: E731
@@ -185,10 +197,9 @@ def learned(
     for name, (make, images, how) in made.items():
         net, label = seeded(make, args.seed), lambda t: 999 * t
         data = TrainingData(images, seed=args.seed, **how)
-        of_prior = (X0Denoiser, "x0", args.prior_steps, 1e-3)
-        kind, target, steps, lr = of_prior if name == "prior" else (VDenoiser, "v", args.train_steps, 2e-3)
-        found[name] = trained(kind(net, SDE, time=label), data, args.models / name, steps, args.seed, lr=lr,
-                              weighting=uniform_in(target), checkpoint_every=200)  # fmt: skip
+        steps, lr = (args.prior_steps, 1e-3) if name == "prior" else (args.train_steps, 2e-3)
+        found[name] = trained(VDenoiser(net, SDE, time=label), data, args.models / name, steps, args.seed, lr=lr,
+                              weighting=uniform_in("v"), checkpoint_every=200)  # fmt: skip
     return found
 
 
@@ -220,16 +231,16 @@ def columns(made: Mapping[Any, Any], shape: tuple[int, ...]) -> list[Tensor]:
 
 
 def measured(
-    networks: Mapping[str, NetworkDenoiser], clip: CLIP, exam: Exam, args: argparse.Namespace
+    networks: Mapping[str, NetworkDenoiser], y: Tensor, z: Tensor, exam: Exam, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """The rows of the table, in the exam; and what the picture shows."""
-    cond, made = {"text": exam.texts, "vector": told(clip, exam.texts)}, {}
+    """The rows of the table, in the exam, of whose texts and scenes y and z are; and what the picture shows."""
+    cond, made = {"text": exam.texts, "vector": y}, {}
     exam.measure(exam.real, what="real scenes")
     for how in ("direct", "plain", *STRENGTHS):  # z of the text, by the prior; and below of the scene itself
         made[how] = cascade(networks, args, how, SHAPE).sample(len(exam.texts), seed=args.seed, cond=cond)
         name = {"direct": "x of z at once", "plain": "no noise, ever"}.get(str(how), f"s = {how}")
         exam.measure(made[how].x.clamp(-1, 1), what=name)
-    z, whole = embedded(clip, exam.real), cascade(networks, args, STRENGTHS[1], SHAPE)
+    whole = cascade(networks, args, STRENGTHS[1], SHAPE)
     exam.measure(whole.sample(len(z), seed=args.seed + 1, given=[z]).x.clamp(-1, 1), what="z of the scene")
 
     def variations(i: int) -> Tensor:

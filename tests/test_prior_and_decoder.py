@@ -57,7 +57,7 @@ def test_the_prior_is_causal_and_a_masked_token_is_none():
 
     torch.manual_seed(0)
     prior = example.Prior(depth=2)
-    z, y, time = torch.randn(2, 64), torch.randn(2, 64), torch.tensor([10.0, 500.0])
+    z, y, time = torch.randn(2, example.Z), torch.randn(2, 64), torch.tensor([10.0, 500.0])
     context, mask = torch.randn(2, 5, example.WIDTH), torch.tensor([[True] * 5, [True, True, True, False, False]])
     found = prior(z, time, y, context, mask)
     other = context.clone()
