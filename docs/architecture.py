@@ -14,7 +14,7 @@ FLOORS = [
     ("networks and their data", "nn data metrics training"),
     ("solvers, a file a family", "solvers"),
     ("runs, exact laws, log p", "run analysis likelihood"),
-    ("samples and edits", "sampling cascade compiled variance guidance editing tuning"),
+    ("samples and edits", "sampling cascade forecasting compiled variance guidance editing tuning"),
     ("judges of samplers", "textbook auditing"),
     ("networks of elsewhere", "interop"),
     ("the command line", "cli"),

@@ -27,6 +27,7 @@ from scoresde import (
     editing,
     elbo,
     encode,
+    forecasting,
     guidance,
     log_prob,
     sample,
@@ -88,6 +89,8 @@ BARE = {
     "npr_loss": lambda: losses.npr_loss(NET, None, X),
     "Stage": lambda: scoresde.Stage(NET, (2,)),
     "ocm_loss": lambda: losses.ocm_loss(NET, None, X),
+    "rollout": lambda: forecasting.rollout(NET, X[None], 2, DDIM(), steps=2),
+    "step_log_prob": lambda: forecasting.step_log_prob(NET, X[None], 2),
     "sample": lambda: sample(NET, (4, 2), DDIM(), steps=2),
     "save_sampler": lambda: compiled.save_sampler(NET, DDIM(), "a.pt2", shape=(4, 2), steps=2),
     "sdedit": lambda: editing.sdedit(NET, X, DDIM(), strength=0.5, steps=3),
@@ -105,7 +108,7 @@ OTHERS = {"Branching", "Conditioned", "Guidance", "Twisted", "Potential", "twist
 
 
 def test_every_public_function_of_a_denoiser_is_tried():
-    rooms = [scoresde, compiled, editing, guidance, solvers, training, tuning, variance]
+    rooms = [scoresde, compiled, editing, forecasting, guidance, solvers, training, tuning, variance]
     public = {name: getattr(room, name) for room in rooms for name in room.__all__}
     takes = {
         name

@@ -7,7 +7,7 @@
 `read_data` gives the items themselves, all of them, in memory.
 """
 
-from scoresde.data import augmented, cifar, download, folder, idx, order, tasks, toys, training, words
+from scoresde.data import augmented, cifar, download, folder, idx, order, series, tasks, toys, training, words
 from scoresde.data.augmented import *
 from scoresde.data.captions import Captions, read_captions
 from scoresde.data.cifar import *
@@ -18,6 +18,7 @@ from scoresde.data.idx import *
 from scoresde.data.loader import loader
 from scoresde.data.order import *
 from scoresde.data.raw import Itself, Raw
+from scoresde.data.series import *
 from scoresde.data.shown import Shown
 from scoresde.data.sources import BUILT_IN, Data, digit_levels, digits, read_data
 from scoresde.data.tasks import *
@@ -51,6 +52,7 @@ __all__ += download.__all__
 __all__ += folder.__all__
 __all__ += idx.__all__
 __all__ += order.__all__
+__all__ += series.__all__
 __all__ += tasks.__all__
 __all__ += toys.__all__
 __all__ += training.__all__

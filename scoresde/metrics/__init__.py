@@ -4,6 +4,7 @@
     kernel.py       mmd and kid: maximum mean discrepancy without bias, of polynomial and Gaussian kernels
     neighbours.py   precision, recall, density and coverage
     transport.py    sliced Wasserstein and energy distance
+    forecasts.py    of sample paths: CRPS, energy score and the coverage of intervals
     entropy.py      what a classifier finds in them: the Inception score's formula
     features.py     feature spaces: pixels, principal components, random layers, networks, Inception
     classifier.py   small classifiers whose hidden layer is a feature space, and those that come with the package
@@ -13,11 +14,12 @@
 No such number means anything without its feature space, sample sizes and floor: quote them with it.
 """
 
-from scoresde.metrics import entropy, frechet, kernel, neighbours, transport
+from scoresde.metrics import entropy, forecasts, frechet, kernel, neighbours, transport
 from scoresde.metrics.classifier import Classifier, classifier_features, load_classifier
 from scoresde.metrics.entropy import *
 from scoresde.metrics.evaluate import METRICS, Evaluation, Score, evaluate
 from scoresde.metrics.features import PCA, Features, NetworkFeatures, Pixels, RandomFeatures, SetFeatures, inception
+from scoresde.metrics.forecasts import *
 from scoresde.metrics.frechet import *
 from scoresde.metrics.kernel import *
 from scoresde.metrics.neighbours import *
@@ -44,6 +46,7 @@ __all__ = [
     "load_classifier",
 ]
 __all__ += entropy.__all__
+__all__ += forecasts.__all__
 __all__ += frechet.__all__
 __all__ += kernel.__all__
 __all__ += neighbours.__all__

@@ -14,11 +14,12 @@ from scoresde.training.model import ModelConfig, load, load_ema
 from scoresde.training.parallel import start
 from scoresde.training.snapshots import averaged
 from scoresde.training.step import NonFiniteLossError
+from scoresde.training.steps import step_loss
 from scoresde.training.trainer import Trainer
 from scoresde.training.weights import *
 
 __all__ = ["CheckpointError", "DataSource", "ModelConfig", "NonFiniteLossError", "Part", "TrainConfig", "Trainer"]
 __all__ += ["AutoencoderConfig", "AutoencoderLoss", "AutoencoderTrainer", "LatentData", "autoencoders", "export_codec"]
 __all__ += ["latents", "load_autoencoder", "load_codec", "load_latent", "perceptual"]
-__all__ += ["averaged", "dsm_loss", "load", "load_ema", "masked_loss", "start", "two_term_loss"]
+__all__ += ["averaged", "dsm_loss", "load", "load_ema", "masked_loss", "start", "step_loss", "two_term_loss"]
 __all__ += weights.__all__

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scoresde.denoiser import Denoiser, NetworkDenoiser, check_denoiser
 from scoresde.masks import mask_name
-from scoresde.networks import seeded_global_generators
+from scoresde.networks import Encodes, seeded_global_generators
 from scoresde.training import parallel
 from scoresde.training.loss import Draws
 
@@ -91,6 +91,8 @@ class Autocast(nn.Module):
         self.net, self._device = net, device
         if hasattr(net, "both"):
             self.both = self._both
+        if isinstance(net, Encodes):
+            self.encoders, self.encode = net.encoders, self._encode
 
     def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
         with torch.autocast(self._device, torch.bfloat16):
@@ -101,6 +103,10 @@ class Autocast(nn.Module):
         with torch.autocast(self._device, torch.bfloat16):
             first, second = self.net.both(x, time, **cond)  # type: ignore[operator]
         return first.float(), second.float()
+
+    def _encode(self, **cond: Any) -> dict[str, Any]:
+        with torch.autocast(self._device, torch.bfloat16):
+            return self.net.encode(**cond)  # type: ignore[operator]
 
 
 def loss_of(found: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
