@@ -77,7 +77,7 @@ def scores(
     """Of the steps after the first --context of y, (L, d): each score, averaged over w, and the error of -log p."""
     C = args.context
     parts = windows(y, C + 1).float().split(1000)
-    found = [step_log_prob(model, part, C, scaled=False, steps=args.nfe, probes=args.probes,
+    found = [step_log_prob(model, part, C, steps=args.nfe, probes=args.probes,
                            seed=derive_seed(seed, k)) for k, part in enumerate(parts)]  # fmt: skip
     value, stderr = (torch.cat([getattr(part, name)[:, 0] for part in found]) for name in ("value", "stderr"))
     forecast = torch.cat([expected(model, part[:, :-1]) for part in parts])

@@ -183,7 +183,7 @@ def measured(name: str, series: Series, args: argparse.Namespace) -> tuple[dict[
     past = torch.stack([y[k - C : k] - drift for k in starts]).float()
     about = None if c is None else torch.stack([c[k - C : k + H] for k in starts]).float()
     drawn = rollout(model, past, H, SOLVER, paths=args.paths, nfe=args.nfe, seed=args.seed, covariates=about,
-                    scaled=series.scaled, progress=True).x.double()  # fmt: skip
+                    progress=True).x.double()  # fmt: skip
     fit = fitted_var(y[:split], None if c is None else c[:split], min(args.lags, C))
     paths = {
         "diffusion": drawn + drift,

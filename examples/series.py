@@ -55,11 +55,11 @@ def trained(
     that was killed goes on from its folder. Of what is symmetric, -x is as likely as x."""
     d, more = windows.shape[2], 0 if covariates is None else covariates.shape[2]
     with seeded_global_generators(seed):
-        net = Stepwise(MLP(d, width=2 * width, depth=2, vector=width), Recurrent(d + more, width))
+        net = Stepwise(MLP(d, width=2 * width, depth=2, vector=width), Recurrent(d + more, width), scaled=scaled)
     cond: dict[str, Any] = {} if covariates is None else {"covariates": covariates.float()}
     config = TrainConfig(steps=steps, batch_size=32, lr=lr, warmup=min(100, steps // 4), ema_decay=0.995, threads=1,
                          weight_decay=0.05, checkpoint_every=1000, seed=seed)  # fmt: skip
-    loss = step_loss(context, scaled=scaled, weighting=uniform_in("v"))
+    loss = step_loss(context, weighting=uniform_in("v"))
     denoiser = VDenoiser(net, VPSDE(), time=label)
     return Trainer(denoiser, windows.float(), config, cond=cond, loss=loss, folder=folder,
                    augment=either_sign if symmetric else None).fit().ema  # fmt: skip

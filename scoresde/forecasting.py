@@ -9,7 +9,7 @@ value of each of its d numbers; densities have its volume, log p(x_k) = log p(z_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from scoresde.checks import check_count
 from scoresde.data.series import context_scale, step_inputs
 from scoresde.denoiser import Denoiser, check_denoiser
+from scoresde.entries import entries_of
 from scoresde.errors import not_finite, some
 from scoresde.grid import Grid
 from scoresde.likelihood.flow import log_prob
@@ -79,9 +80,10 @@ def rollout(
     grid: Grid | None = None,
     seed: int | Sequence[int] | None = None,
     covariates: Tensor | None = None,
-    scaled: bool = True,
     state: State | None = None,
-    key: str = "vector",
+    scaled: bool | None = None,
+    key: str | None = None,
+    cond: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Rollout:
     """Sample paths of what comes after the past of B series.
@@ -96,10 +98,11 @@ def rollout(
         seed: one integer, or one for each series. Path p of a series depends on its seed, its past and p alone, to
             rounding (an adaptive solver's tolerance): not on the batch, the number of paths or the horizon.
         covariates: c_0, ..., c_{L+H-1}, shape (B, L + H, c), known beforehand.
-        scaled: as in training: `scoresde.training.step_loss`. Another choice raises no error, and means another model.
         state: instead of the network's, a function (inputs (B, L, c), memory) -> (states (B, L, ...), memory) as those
             of `scoresde.nn` are; memory is None at first, and then a tensor (B, ...), or None.
-        key: the keyword by which the denoiser is told the state.
+        scaled, key: whether values are divided by the context's mean absolute value, and the keyword by which the
+            denoiser is told the state: those of its `Stepwise`, which was trained so; with `state`, False and "vector".
+        cond: other conditions, with an entry for each series or one for all.
         progress: show a progress bar.
 
     Returns:
@@ -121,21 +124,24 @@ def rollout(
     (torch.Size([3, 10, 4, 1]), 20)
     """
     check_count(horizon=horizon, paths=paths)
-    z, scale = _scaled(denoiser, past, past.shape[1] if past.ndim == 3 else 0, scaled)
-    state, (B, L, d) = state or _state(denoiser), past.shape
+    check_denoiser(denoiser)
+    state, scaled, key = _told(denoiser, state, scaled, key)
+    z, scale = _scaled(past, None, scaled)
+    B, L, d = past.shape
     if covariates is not None and covariates.shape[1] != L + horizon:
         raise ValueError(f"covariates of {covariates.shape[1]} steps: expected past and horizon, {L} + {horizon}")
     seeds = [path for one in seeds_of(seed, B) for path in sample_seeds(one, paths)]
     known = None if covariates is None else covariates[:, : L + 1]
-    states, memory = _states(denoiser, state, step_inputs(z, known), None)
+    states, memory = _states(state, step_inputs(z, known), None)
     now = states[:, -1].repeat_interleave(paths, 0)
     memory = None if memory is None else memory.repeat_interleave(paths, 0)
     start = denoiser.sde.t_max if grid is None else float(grid.times[0])
     found, calls = [], 0
+    others = entries_of(cond, torch.arange(B).repeat_interleave(paths), B)
     for k in tqdm(range(horizon), desc="rollout", disable=not progress, leave=False):
         noise = CounterNoise(stream_seeds(seeds, k), past.device)
         x_T = noise.prior(denoiser.sde, (B * paths, d), past.dtype, start)
-        step = sample(denoiser, x_T, solver, steps=steps, nfe=nfe, grid=grid, noise=noise, cond={key: now})
+        step = sample(denoiser, x_T, solver, steps=steps, nfe=nfe, grid=grid, noise=noise, cond={**others, key: now})
         found.append(step.x)
         calls += step.nfe
         if k + 1 < horizon:
@@ -143,7 +149,7 @@ def rollout(
             if covariates is not None:
                 c = covariates[:, L + k + 1 : L + k + 2].to(last)
                 last = torch.cat([last, c.repeat_interleave(paths, 0)], 2)
-            states, memory = _states(denoiser, state, last, memory)
+            states, memory = _states(state, last, memory)
             now = states[:, -1]
     return Rollout(torch.stack(found, 1).reshape(B, paths, horizon, d) * scale[:, None], calls)
 
@@ -154,16 +160,17 @@ def step_log_prob(
     context: int,
     *,
     covariates: Tensor | None = None,
-    scaled: bool = True,
     state: State | None = None,
-    key: str = "vector",
+    scaled: bool | None = None,
+    key: str | None = None,
+    cond: Mapping[str, Any] | None = None,
     seed: int | Sequence[int] | None = None,
     **options: Any,
 ) -> StepLogProb:
     """log p(x_k | x_0, ..., x_{k-1}) of each step after the context, with its standard error, in the units of x.
 
     Args:
-        denoiser, covariates, scaled, state, key: as for `rollout`; covariates (B, L, c).
+        denoiser, covariates, state, scaled, key, cond: as for `rollout`; covariates (B, L, c).
         series: x_0, ..., x_{L-1}, shape (B, L, d): windows, in which the scale is that of the first `context` steps.
         context: C; the densities are of the K = L - C steps after it.
         seed: of the probes: one integer, or one for each series.
@@ -173,21 +180,23 @@ def step_log_prob(
         ValueError: as `rollout`, and as `log_prob`.
     """
     check_count(context=context)
-    z, scale = _scaled(denoiser, series, context, scaled)
+    check_denoiser(denoiser)
+    state, scaled, key = _told(denoiser, state, scaled, key)
+    z, scale = _scaled(series, context, scaled)
     (B, L, d), K = series.shape, series.shape[1] - context
     if K < 1:
         raise ValueError(f"a series of {L} steps: expected more than context={context}")
-    states, _ = _states(denoiser, state or _state(denoiser), step_inputs(z[:, :-1], covariates), None)
+    states, _ = _states(state, step_inputs(z[:, :-1], covariates), None)
     seeds = [step for one in seeds_of(seed, B) for step in sample_seeds(one, K)]
-    cond = {key: states[:, context - 1 :].flatten(0, 1)}
-    found = log_prob(denoiser, z[:, context:].reshape(B * K, d), seed=seeds, cond=cond, **options)
+    others = entries_of(cond, torch.arange(B).repeat_interleave(K), B)
+    told_all = {**others, key: states[:, context - 1 :].flatten(0, 1)}
+    found = log_prob(denoiser, z[:, context:].reshape(B * K, d), seed=seeds, cond=told_all, **options)
     volume = scale.double().log().sum((1, 2)).to(found.value)[:, None]
     return StepLogProb(found.value.reshape(B, K) - volume, found.stderr.reshape(B, K), found.nfe)
 
 
-def _scaled(denoiser: Denoiser, series: Tensor, context: int, scaled: bool) -> tuple[Tensor, Tensor]:
-    """z and the scale s, (B, 1, d)."""
-    check_denoiser(denoiser)
+def _scaled(series: Tensor, context: int | None, scaled: bool) -> tuple[Tensor, Tensor]:
+    """z and the scale s, (B, 1, d), that of the first steps, or of all."""
     if not isinstance(series, Tensor) or series.ndim != 3 or not series.is_floating_point() or 0 in series.shape:
         found = (
             f"{series.dtype} of shape {tuple(series.shape)}" if isinstance(series, Tensor) else type(series).__name__
@@ -199,14 +208,19 @@ def _scaled(denoiser: Denoiser, series: Tensor, context: int, scaled: bool) -> t
     return series / scale, scale
 
 
-def _state(denoiser: Denoiser) -> State:
-    found = [net.state for net in networks(denoiser) if isinstance(net, Stepwise)]
+def _told(denoiser: Denoiser, state: State | None, scaled: bool | None, key: str | None) -> tuple[State, bool, str]:
+    """These as given, or those of the network that the denoiser is around."""
+    if state is not None:
+        return state, bool(scaled), key or "vector"
+    found = [net for net in networks(denoiser) if isinstance(net, Stepwise)]
     if not found:
         raise ValueError(f"{denoiser!r} has no network of states, as a scoresde.nn.Stepwise has: give state=")
-    return found[0]
+    if scaled not in (None, found[0].scaled) or key not in (None, found[0].key):
+        raise ValueError(f"the network was made with scaled={found[0].scaled}, key={found[0].key!r}: leave them out")
+    return found[0].state, found[0].scaled, found[0].key
 
 
-def _states(denoiser: Denoiser, state: State, inputs: Tensor, memory: Any) -> tuple[Tensor, Any]:
+def _states(state: State, inputs: Tensor, memory: Any) -> tuple[Tensor, Any]:
     """States in the dtype of the inputs; a network sees its own, on its own device."""
     at = first_parameter(state)
     with torch.no_grad():

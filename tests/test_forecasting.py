@@ -34,11 +34,11 @@ def var_state(inputs: Tensor, memory: None = None) -> tuple[Tensor, None]:
     return inputs @ A.to(inputs).T, None
 
 
-def stepwise(seed: int = 0, covariates: int = 0, state: str = "gru") -> VDenoiser:
+def stepwise(seed: int = 0, covariates: int = 0, state: str = "gru", scaled: bool = True) -> VDenoiser:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         kind = {"gru": Recurrent, "transformer": lambda c, w: CausalTransformer(c, w, depth=2, heads=2, reach=3)}[state]
-        net = Stepwise(MLP(2, width=8, depth=1, vector=6), kind(2 + covariates, 6))
+        net = Stepwise(MLP(2, width=8, depth=1, vector=6), kind(2 + covariates, 6), scaled=scaled)
         for parameter in net.parameters():  # the last layer starts at zero, where nothing would be seen
             torch.nn.init.normal_(parameter, std=0.4)
     return VDenoiser(net, SDE, time=lambda t: 999 * t)
@@ -55,7 +55,7 @@ def test_rollouts_of_the_exact_conditional_have_its_law():
     """x_{L+h-1} ~ N(A^h x, sum_{j<h} A^j Q A^j'): at 4.5 standard errors of 3000 paths, beside what is left of the
     solver's error at 8 steps (2 %)."""
     past, n, H = series(1, 3), 3000, 3
-    found = rollout(EXACT, past, H, UniPC(3), paths=n, steps=8, seed=5, state=var_state, scaled=False).x[0]
+    found = rollout(EXACT, past, H, UniPC(3), paths=n, steps=8, seed=5, state=var_state).x[0]
     mean, cov = past[0, -1], torch.zeros(2, 2, dtype=torch.float64)
     for h in range(H):
         mean, cov = A @ mean, A @ cov @ A.T + Q
@@ -88,7 +88,7 @@ def test_a_path_is_its_seeds_alone(state):
 
 def test_a_step_has_noise_of_its_own():
     """The same numbers at each step would raise no error: x_1 - A x_0 and x_2 - A x_1 are independent."""
-    x = rollout(EXACT, series(1, 2), 2, DDIM(), paths=1000, steps=8, seed=0, state=var_state, scaled=False).x[0]
+    x = rollout(EXACT, series(1, 2), 2, DDIM(), paths=1000, steps=8, seed=0, state=var_state).x[0]
     first, second = x[:, 0] - x[:, 0].mean(0), x[:, 1] - x[:, 0] @ A.T
     assert (torch.corrcoef(torch.cat([first, second], 1).T)[:2, 2:].abs() < 4.5 / math.sqrt(1000)).all()
 
@@ -125,7 +125,7 @@ def test_the_scale_is_of_the_context_alone():
 def test_step_log_prob_is_that_of_the_conditional():
     """Of the exact VAR's normal law, and, scaled, of the law of z with its volume."""
     x = series(3, 6, seed=2)
-    found = step_log_prob(EXACT, x, 2, state=var_state, scaled=False, steps=60, divergence="exact")
+    found = step_log_prob(EXACT, x, 2, state=var_state, steps=60, divergence="exact")
     law = torch.distributions.MultivariateNormal(x[:, 1:-1] @ A.T, Q)
     torch.testing.assert_close(found.value, law.log_prob(x[:, 2:]), atol=2e-3, rtol=0)
     assert found.stderr.shape == (3, 4)
@@ -191,7 +191,7 @@ def test_a_past_of_zeros_is_a_past():
 
 def test_the_loss_is_that_of_each_step_given_those_before_it():
     denoiser, x, c = stepwise(covariates=1), series(3, 7).float(), series(3, 7, 1, seed=4).float()
-    got = step_loss(4, scaled=True)(denoiser, x, torch.Generator().manual_seed(0), {"covariates": c})
+    got = step_loss(4)(denoiser, x, torch.Generator().manual_seed(0), {"covariates": c})
     from scoresde.training import dsm_loss
 
     z = x / context_scale(x[:, :4])
@@ -239,6 +239,42 @@ def test_training_that_was_killed_goes_on(tmp_path, accumulate):
 def test_training_under_autocast_has_states():
     config = TrainConfig(steps=1, batch_size=4, precision="bfloat16", threads=1)
     Trainer(stepwise(), series(4, 8).float(), config, loss=step_loss(5)).fit(progress=False)
+
+
+def test_weights_bring_their_scaling():
+    """Rolled out otherwise than trained, a model would raise no error."""
+    unscaled = stepwise(scaled=False)
+    other = stepwise()
+    other.net.load_state_dict(unscaled.net.state_dict())
+    past = series(2, 6)
+    made = [rollout(d, past, 2, DDIM(), paths=2, steps=2, seed=0).x for d in (unscaled, other, stepwise())]
+    assert torch.equal(made[0], made[1])
+    assert not torch.allclose(made[0], made[2])
+    losses = [
+        step_loss(4)(d, past.float(), torch.Generator().manual_seed(0), {}).item()
+        for d in (unscaled, other, stepwise())
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    with pytest.raises(ValueError, match="was made with scaled=False"):
+        rollout(other, past, 2, DDIM(), steps=2, scaled=True)
+
+
+def test_other_conditions_are_of_the_series():
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        net = Stepwise(MLP(2, width=8, depth=1, vector=6, num_classes=3), Recurrent(2, 6))
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.4)
+    denoiser, past, label = VDenoiser(net, SDE), series(3, 6), torch.tensor([0, 1, 2])
+    whole = rollout(denoiser, past, 2, DDIM(), paths=2, steps=2, seed=[1, 2, 3], cond={"label": label}).x
+    alone = rollout(denoiser, past[2:], 2, DDIM(), paths=2, steps=2, seed=[3], cond={"label": 2}).x
+    torch.testing.assert_close(alone[0], whole[2], atol=1e-5, rtol=1e-5)
+    options = {"steps": 4, "divergence": "exact"}
+    both = step_log_prob(denoiser, past, 4, cond={"label": label}, **options).value
+    torch.testing.assert_close(
+        step_log_prob(denoiser, past[2:], 4, cond={"label": 2}, **options).value, both[2:], atol=1e-5, rtol=0
+    )
+    step_loss(4)(denoiser, past.float(), torch.Generator(), {"label": label}).backward()
 
 
 # ---- mistakes ----

@@ -121,6 +121,9 @@ class Stepwise(nn.Module):
         net: net(x, time, **cond), an `MLP(d, vector=H)` say.
         state: a network of states, `Recurrent`, `CausalTransformer` or your own.
         key: the keyword of the network that the state is.
+        scaled: values are divided by the mean absolute value of the context, series by series, wherever the network is
+            trained or rolled out: one model for series of any size. Without, give data of about unit size. It is kept
+            with the weights, and those that are loaded bring theirs.
 
     >>> from scoresde.nn import MLP
     >>> net = Stepwise(MLP(2, width=8, vector=16), Recurrent(2, width=16))
@@ -131,9 +134,15 @@ class Stepwise(nn.Module):
     True
     """
 
-    def __init__(self, net: nn.Module, state: nn.Module, *, key: str = "vector") -> None:
+    def __init__(self, net: nn.Module, state: nn.Module, *, key: str = "vector", scaled: bool = True) -> None:
         super().__init__()
         self.net, self.encoders, self.key = net, nn.ModuleDict({"past": state}), key
+        self.scaled = scaled
+        self.register_buffer("kept_scaled", torch.tensor(float(scaled)))  # which, read at each step, would stall a GPU
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.scaled = bool(self.kept_scaled)
 
     @property
     def state(self) -> nn.Module:

@@ -12,28 +12,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scoresde.checks import check_count
 from scoresde.data.series import context_scale, step_inputs
 from scoresde.denoiser import NetworkDenoiser
+from scoresde.entries import entries_of
 from scoresde.training.loss import Draws, Part, dsm_loss
 
 __all__ = ["step_loss"]
 
 
-def step_loss(context: int, *, scaled: bool = True, **options: Any) -> Callable[..., Tensor]:
+def step_loss(context: int, **options: Any) -> Callable[..., Tensor]:
     """A loss for `Trainer(denoiser, windows, config, cond={"covariates": ...}, loss=step_loss(context=48))`.
 
     The denoiser's network is a `scoresde.nn.Stepwise`; the windows are (N, L, d), those of `scoresde.data.windows` say,
-    and covariates, known for each step beforehand, (N, L, c). Roll out what is trained by `scoresde.forecasting`,
-    scaled or not as here.
+    and covariates, known for each step beforehand, (N, L, c). Other conditions are of a window, and told at each of its
+    steps. What is trained is rolled out by `scoresde.forecasting`.
 
     Args:
         context: C, the steps at a window's beginning that are given. Those after it, L - C, are learned, each from all
             steps before it. (Of steps in the context the scale would tell: it is of them.)
-        scaled: values are divided by the mean absolute value of the context, series by series: one model for series of
-            any size. Without, give data of about unit size.
         options: of `dsm_loss`: weighting=, times=.
 
     Raises:
@@ -45,16 +45,16 @@ def step_loss(context: int, *, scaled: bool = True, **options: Any) -> Callable[
         if x0.ndim != 3 or x0.shape[1] <= context:
             raise ValueError(f"windows of shape {tuple(x0.shape)}: expected (B, L, d), L > context={context}")
         K, more = x0.shape[1] - context, dict(cond)
-        z = x0 / context_scale(x0[:, :context]) if scaled else x0
+        z = x0 / context_scale(x0[:, :context]) if getattr(denoiser.net, "scaled", True) else x0
         inputs = step_inputs(z[:, :-1], more.pop("covariates", None))
         told = denoiser.prepared({"window": inputs})
         if "window" in told:
             raise ValueError(f"{denoiser!r} has no states: its network is to be a scoresde.nn.Stepwise")
         told = {name: value[:, context - 1 :].flatten(0, 1) for name, value in told.items()}
-        told |= {name: value.repeat_interleave(K, 0) for name, value in more.items()}
+        told |= entries_of(more, torch.arange(len(x0)).repeat_interleave(K), len(x0))
         part = Part.of(draws, len(x0), x0.device)
         part = replace(part, start=part.start * K, size=part.size * K)
         return dsm_loss(denoiser, z[:, context:].flatten(0, 1), generator=part, cond=told, **options)
 
-    train.__name__ = f"step_loss(context={context}, scaled={scaled})"
+    train.__name__ = f"step_loss(context={context})"
     return train
