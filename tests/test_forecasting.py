@@ -250,10 +250,9 @@ def test_weights_bring_their_scaling():
     made = [rollout(d, past, 2, DDIM(), paths=2, steps=2, seed=0).x for d in (unscaled, other, stepwise())]
     assert torch.equal(made[0], made[1])
     assert not torch.allclose(made[0], made[2])
-    losses = [
-        step_loss(4)(d, past.float(), torch.Generator().manual_seed(0), {}).item()
-        for d in (unscaled, other, stepwise())
-    ]
+    losses = []
+    for denoiser in (unscaled, other, stepwise()):
+        losses.append(step_loss(4)(denoiser, past.float(), torch.Generator().manual_seed(0), {}).item())
     assert losses[0] == losses[1] != losses[2]
     with pytest.raises(ValueError, match="was made with scaled=False"):
         rollout(other, past, 2, DDIM(), steps=2, scaled=True)
