@@ -60,12 +60,11 @@ def test_forecasts_of_ones_own_file(table, tmp_path):
 
 
 def test_changes_add_up_to_the_series():
-    pytest.importorskip("scoringrules", reason="scores are those of scoringrules")
-    import forecasting
+    from series import Series
 
     x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for lag in (0, 1, 5):
-        series = forecasting.Series(x, lag, 8, 10, 2)
+        series = Series(x, lag, 8, 10, 2)
         y = series.changes
         paths = torch.stack([y[k : k + 8] for k in (12, 30)])[:, None]
         truth = torch.stack([x[k + lag : k + lag + 8] for k in (12, 30)])
@@ -75,20 +74,20 @@ def test_changes_add_up_to_the_series():
 def test_the_exact_score_is_that_of_exact_paths():
     """4 standard errors of 400 origins."""
     pytest.importorskip("scoringrules", reason="scores are those of scoringrules")
-    import forecasting
+    from series import A, Q, exact_crps
 
     from scoresde.metrics import crps
 
-    n, H, A = 400, 3, forecasting.A
+    n, H = 400, 3
     e = torch.randn(n, 21, H, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    e = e @ torch.linalg.cholesky(forecasting.Q).T
+    e = e @ torch.linalg.cholesky(Q).T
     start = torch.randn(n, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x, paths = start[:, None].expand(-1, 21, -1), []
     for h in range(H):
         x = x @ A.T + e[:, :, h]
         paths.append(x)
     paths = torch.stack(paths, 2)
-    gap = (crps(paths[:, 1:], paths[:, 0]) - forecasting.exact_crps(start, paths[:, 0])).mean((1, 2))
+    gap = (crps(paths[:, 1:], paths[:, 0]) - exact_crps(start, paths[:, 0])).mean((1, 2))
     assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(n)
 
 
