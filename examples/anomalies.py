@@ -213,8 +213,8 @@ def report(results: dict[str, Any]) -> str:
     lines = []
     for name, found in results["series"].items():
         error = f"{found['stderr']:.3f}"
-        lines += [f"## {name}", "", f"{found['steps']} steps are scored. The error bar of -log p, the median step's, is "
-                  f"{error} nats.", ""]  # fmt: skip
+        lines += [f"## {name}", "", f"{found['steps']} steps are scored. The error bar of -log p, the median step's, is"
+                  f" {error} nats.", ""]  # fmt: skip
         if "window" in found:
             low, high = found["window"]
             lines += [f"Labelled are the steps {low} to {high}. With other probes the AUC of -log p is "
@@ -223,6 +223,7 @@ def report(results: dict[str, Any]) -> str:
             rows = [[key, row["peak"], *("yes" if row[k] else "no" for k in ("inside", "near")), f"{row['ratio']:.2f}",
                      f"{row['auc']:.4f}"] for key, row in found["rows"].items()]  # fmt: skip
         else:
+            lines += ["The file labels no step: stretches of what was not trained on are spoiled here, and known.", ""]
             head = ["spoiled", *(f"AUC, {key}" for key in SCORES), "-log p less PCA"]
             rows = [[kind, *(cell(value, 3) for value in row.values())] for kind, row in found["rows"].items()]
         lines += [*table(head, rows), ""]
