@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         train=(1200, "of --data, its first steps, in which all is well"), context=(64, "steps that are seen"),
         smooth=((16, 64), "steps that a score is averaged over: of a pulse; where stretches are spoiled, of a stride"),
         nfe=(20, "evaluations of a log-likelihood"), probes=(2, "of its trace, where a step has several numbers"),
-        draws=(5, "of stretches to spoil"), train_steps=(3000, "of 32 windows"),
+        draws=(10, "of stretches to spoil"), train_steps=(3000, "of 32 windows"),
     )  # fmt: skip
     args = parser.parse_args(argv)
     if args.data:
