@@ -24,7 +24,6 @@ Writes anomalies.png, results.json and README.md into --out. A run that is kille
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import time
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from series import model, read_csv, trained
+from series import model, of_aeon, read_csv, spoiled, trained
 from shared import BLUE, ORANGE, arguments, cell, mean_and_error, picture, place, publish, spent
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -44,17 +43,7 @@ from scoresde.metrics import PCA
 from scoresde.noise import derive_seed
 from scoresde.report import table
 
-LATE = 32  # steps, at 64 a second
-STRETCH = 96
 SCORES = ("-log p", "residual", "PCA")
-
-
-def of_aeon(name: str) -> tuple[Tensor, Tensor]:
-    """Values (L, d) and labels (L,) of a file in the package, which need not be imported for it."""
-    found = importlib.util.find_spec("aeon")
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit("the data are in the package aeon: pip install scoresde[series], or give --data")
-    return read_csv(Path(found.submodule_search_locations[0]) / "datasets" / "data" / name)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -99,19 +88,6 @@ def components(y: Tensor, width: int) -> PCA:
     flat = windows(y, width).flatten(1)
     share = torch.linalg.svdvals(flat - flat.mean(0)).square().cumsum(0)
     return PCA(flat, int((share < 0.95 * share[-1]).sum()) + 1)
-
-
-def spoiled(y: Tensor, kind: str, seed: int, least: int) -> tuple[Tensor, Tensor]:
-    """Stretches of one sensor's three numbers stuck or late, with their labels; none before `least`."""
-    generator = torch.Generator().manual_seed(seed)
-    y, label = y.clone(), torch.zeros(len(y), dtype=torch.bool)
-    sensor = torch.arange(min(3, y.shape[1])) + 3 * int(torch.randint(max(1, y.shape[1] // 3), (), generator=generator))
-    for start in range(least + STRETCH, len(y) - STRETCH, 5 * STRETCH):
-        k = start + int(torch.randint(STRETCH, (), generator=generator))
-        stretch = torch.arange(k, min(k + STRETCH, len(y)))
-        y[stretch[:, None], sensor] = y[k, sensor] if kind == "stuck" else y[stretch[:, None] - LATE, sensor].clone()
-        label[stretch] = True
-    return y, label
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ compared with, a vector autoregression, the season before, and of a simulated se
 from __future__ import annotations
 
 import csv
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from scoresde.solvers import UniPC
 from scoresde.training import TrainConfig, Trainer, step_loss
 from scoresde.training.weights import uniform_in
 
+LATE = 32  # steps, at 64 a second: of what is spoiled, and how long that is
+STRETCH = 96
 SOLVER = UniPC(3, view="v", variable="half_log_snr")
 A = torch.tensor([[0.8, 0.1, 0.0], [-0.2, 0.7, 0.1], [0.0, 0.3, 0.6]], dtype=torch.float64)
 Q = torch.tensor([[1.0, 0.5, 0.0], [0.5, 1.0, -0.3], [0.0, -0.3, 0.8]], dtype=torch.float64)
@@ -118,6 +121,27 @@ def is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def of_aeon(name: str) -> tuple[Tensor, Tensor]:
+    """Values (L, d) and labels (L,) of a file in the package, which need not be imported for it."""
+    found = importlib.util.find_spec("aeon")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("the data are in the package aeon: pip install scoresde[series], or give --data")
+    return read_csv(Path(found.submodule_search_locations[0]) / "datasets" / "data" / name)
+
+
+def spoiled(y: Tensor, kind: str, seed: int, least: int) -> tuple[Tensor, Tensor]:
+    """Stretches of one sensor's three numbers stuck or late, with their labels; none before `least`."""
+    generator = torch.Generator().manual_seed(seed)
+    y, label = y.clone(), torch.zeros(len(y), dtype=torch.bool)
+    sensor = torch.arange(min(3, y.shape[1])) + 3 * int(torch.randint(max(1, y.shape[1] // 3), (), generator=generator))
+    for start in range(least + STRETCH, len(y) - STRETCH, 5 * STRETCH):
+        k = start + int(torch.randint(STRETCH, (), generator=generator))
+        stretch = torch.arange(k, min(k + STRETCH, len(y)))
+        y[stretch[:, None], sensor] = y[k, sensor] if kind == "stuck" else y[stretch[:, None] - LATE, sensor].clone()
+        label[stretch] = True
+    return y, label
 
 
 # --- a model over time -----------------------------------------------------------------------------------------------
