@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -237,8 +238,12 @@ def test_training_that_was_killed_goes_on(tmp_path, accumulate):
 
 
 def test_training_under_autocast_has_states():
-    config = TrainConfig(steps=1, batch_size=4, precision="bfloat16", threads=1)
-    Trainer(stepwise(), series(4, 8).float(), config, loss=step_loss(5)).fit(progress=False)
+    config = TrainConfig(steps=1, batch_size=4, precision="bfloat16", threads=1, log_every=1)
+    x = 50 * series(4, 8).float()
+    for scaled in (True, False):
+        half = Trainer(stepwise(scaled=scaled), x, config, loss=step_loss(5)).fit(progress=False)
+        whole = Trainer(stepwise(scaled=scaled), x, replace(config, precision="float32"), loss=step_loss(5))
+        assert half.losses[0][1] == pytest.approx(whole.fit(progress=False).losses[0][1], rel=0.02)
 
 
 def test_weights_bring_their_scaling():

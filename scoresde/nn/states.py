@@ -142,7 +142,8 @@ class Stepwise(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.scaled = bool(self.kept_scaled)
+        if not self.kept_scaled.is_meta:
+            self.scaled = bool(self.kept_scaled)
 
     @property
     def state(self) -> nn.Module:

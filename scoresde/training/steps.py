@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scoresde.checks import check_count
 from scoresde.data.series import context_scale, step_inputs
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.entries import entries_of
+from scoresde.nn import Stepwise
 from scoresde.training.loss import Draws, Part, dsm_loss
 
 __all__ = ["step_loss"]
@@ -44,12 +45,15 @@ def step_loss(context: int, **options: Any) -> Callable[..., Tensor]:
     def train(denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
         if x0.ndim != 3 or x0.shape[1] <= context:
             raise ValueError(f"windows of shape {tuple(x0.shape)}: expected (B, L, d), L > context={context}")
+        # It may be inside of another module, which compiles it or computes in half precision.
+        nets = denoiser.net.modules() if isinstance(denoiser.net, nn.Module) else ()
+        net = next((net for net in nets if isinstance(net, Stepwise)), None)
+        if net is None:
+            raise ValueError(f"{denoiser!r} has no states: its network is to be a scoresde.nn.Stepwise")
         K, more = x0.shape[1] - context, dict(cond)
-        z = x0 / context_scale(x0[:, :context]) if getattr(denoiser.net, "scaled", True) else x0
+        z = x0 / context_scale(x0[:, :context]) if net.scaled else x0
         inputs = step_inputs(z[:, :-1], more.pop("covariates", None))
         told = denoiser.prepared({"window": inputs})
-        if "window" in told:
-            raise ValueError(f"{denoiser!r} has no states: its network is to be a scoresde.nn.Stepwise")
         told = {name: value[:, context - 1 :].flatten(0, 1) for name, value in told.items()}
         told |= entries_of(more, torch.arange(len(x0)).repeat_interleave(K), len(x0))
         part = Part.of(draws, len(x0), x0.device)
