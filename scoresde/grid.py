@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from scoresde.chain import DDPMChain
 from scoresde.checks import check_count, check_positive
 from scoresde.pictures import html_table
 from scoresde.schedules import VPSDE, FlowSDE
-from scoresde.sde import SDE
+from scoresde.sde import SDE, Forward
 from scoresde.strides import Spacing, Toolkit, nodes_of
 
 __all__ = ["SPACINGS", "Grid", "standard_time"]
@@ -34,7 +34,8 @@ class Grid:
     """Strictly decreasing times with the SDE they belong to.
 
     Args:
-        sde: the SDE whose times they are.
+        sde: the SDE whose times they are, or another `scoresde.sde.Forward`, a `CategoricalProcess` say, which has
+            `Grid.uniform`, `Grid.quadratic` and times of your own: the other spacings are in alpha and sigma.
         times: t_0 > ... > t_N, at least two, within [0, sde.t_max]; a tensor, array or sequence.
 
     Attributes:
@@ -51,8 +52,8 @@ class Grid:
     Grid(VPSDE(beta_min=0.1, beta_max=20.0, t_min=1e-05, t_max=1.0), 4 steps: 1, 0.75, 0.5, 0.25, 0)
     """
 
-    def __init__(self, sde: SDE, times: Tensor | Sequence[float]) -> None:
-        if not isinstance(sde, SDE):
+    def __init__(self, sde: SDE | Forward, times: Tensor | Sequence[float]) -> None:
+        if not isinstance(sde, Forward):
             raise TypeError(f"Grid(sde, times): the first argument is {type(sde).__name__}, expected an SDE")
         if isinstance(times, np.ndarray):
             times = np.ascontiguousarray(times)  # torch takes no negative stride
@@ -70,7 +71,7 @@ class Grid:
             )
         if float(t[0]) > sde.t_max or float(t[-1]) < 0:
             raise ValueError(f"times run from {float(t[0])!r} to {float(t[-1])!r}, outside [0, {sde.t_max}] of {sde!r}")
-        self.sde = sde
+        self.sde = cast(SDE, sde)  # the solvers of others take no alpha and sigma of it
         self.times = t.clone()
 
     @property
@@ -106,7 +107,7 @@ class Grid:
         alpha, sigma = self.sde.alpha(self.times), self.sde.sigma(self.times)
         return alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
 
-    def check_sde(self, sde: SDE) -> None:
+    def check_sde(self, sde: SDE | Forward) -> None:
         """Raises ValueError unless the grid was made for that SDE, a denoiser's."""
         if self.sde != sde:
             raise ValueError(f"the grid was made for {self.sde!r}, the denoiser for {sde!r}")
@@ -126,6 +127,9 @@ class Grid:
         return f"Grid({self.sde!r}, {self.steps} step{'s' * (self.steps > 1)}: {', '.join(shown)})"
 
     def _repr_html_(self) -> str:
+        if not isinstance(self.sde, SDE):
+            rows = [[i, f"{t:.5g}"] for i, t in enumerate(self.times.tolist())]
+            return html_table(f"Grid({self.sde!r}, {self.steps} steps)", ["", "t"], rows)
         half_log_snr = self.sde.half_log_snr(self.times)
         columns = zip(self.times, self.sde.alpha(self.times), self.sde.sigma(self.times), half_log_snr, strict=True)
         rows = [[i, *(f"{float(number):.5g}" for number in numbers)] for i, numbers in enumerate(columns)]
@@ -142,12 +146,12 @@ class Grid:
         return grid
 
     @classmethod
-    def uniform(cls, sde: SDE, steps: int, *, start: float | None = None, end: float = 0.0) -> Grid:
+    def uniform(cls, sde: SDE | Forward, steps: int, *, start: float | None = None, end: float = 0.0) -> Grid:
         """t uniform (Song et al., 2021; DDIM's "linear")."""
         return cls._spaced(sde, steps, start, end, None, forward=lambda t: t, inverse=lambda u: u)
 
     @classmethod
-    def quadratic(cls, sde: SDE, steps: int, *, start: float | None = None, end: float = 0.0) -> Grid:
+    def quadratic(cls, sde: SDE | Forward, steps: int, *, start: float | None = None, end: float = 0.0) -> Grid:
         """sqrt(t) uniform (Song, Meng and Ermon, 2021, "quadratic")."""
         return cls._spaced(sde, steps, start, end, None, forward=torch.sqrt, inverse=torch.square)
 
@@ -335,7 +339,7 @@ class Grid:
     @classmethod
     def _spaced(
         cls,
-        sde: SDE,
+        sde: SDE | Forward,
         steps: int,
         start: float | None,
         end: float,

@@ -29,7 +29,7 @@ from scoresde.checks import ArgumentError, check_positive
 from scoresde.masks import Own
 from scoresde.tensors import Time, as_time, check_batch, drawn_from, expand_like, same
 
-__all__ = ["NOT_NOISE", "SDE"]
+__all__ = ["NOT_NOISE", "SDE", "Forward"]
 
 NOT_NOISE = 0.1
 """`SDE.signal_at` beyond which x_t is told from noise: a mean as large as the data's width is then seen in x_t."""
@@ -47,7 +47,47 @@ def _of_times(scale: Callable[[Any, Tensor], Tensor | float]) -> Callable[[Any, 
     return of
 
 
-class SDE(ABC):
+class Forward(ABC):
+    """A forward process on [0, t_max], from data to noise: what the times of a `scoresde.Grid` belong to. The linear
+    ones are an `SDE`, those of whole states `scoresde.categorical.CategoricalProcess`.
+
+    Attributes:
+        t_min: the smallest time that training draws and that logarithmic grids end at; in (0, t_max).
+        t_max: the time of the prior.
+        customary_grid: name of the `Grid` constructor that `sample(steps=N)` uses where the solver has no wish.
+        nodes: the times at which the process is exact, where it is a chain with steps of its own: increasing, float64,
+            shape (N,). None where it is continuous.
+    """
+
+    t_min: float
+    t_max: float
+    customary_grid: ClassVar[str] = "uniform"
+    nodes: Tensor | None = None
+
+    @property
+    def most_steps(self) -> float:
+        """The most steps that a grid to t = 0 can have: one a node, or infinitely many."""
+        return math.inf if self.nodes is None else len(self.nodes)
+
+    def snapped(self, times: Tensor) -> Tensor:
+        """Strictly decreasing times moved to the nearest nodes that strictly decrease too; a process without nodes
+        leaves them.
+
+        Raises:
+            ValueError: if there are more times than nodes.
+        """
+        if self.nodes is None:
+            return times
+        N, K = len(self.nodes), len(times)
+        if N < K:
+            raise ArgumentError(f"the chain has {N} nodes, not {K}: at most {N} steps to t = 0, {N - 1} to a noisy end")
+        rank = torch.arange(K - 1, -1, -1, dtype=torch.float64, device="cpu")
+        # n_i - (K - 1 - i) must not increase: the running maximum from the end, within the chain.
+        slack = (times.round() - rank).clamp(min=1.0, max=N - K + 1.0)
+        return slack.flip(0).cummax(0).values.flip(0) + rank
+
+
+class SDE(Forward):
     """A linear forward SDE. A subclass gives alpha, sigma, t_min and t_max; everything else follows from them, and what
     it knows in closed form it may give too. Its alpha and sigma are given t as a floating tensor, and may return a
     number for all times.
@@ -64,21 +104,13 @@ class SDE(ABC):
     1.7725 0.5000
 
     Attributes:
-        t_min: the smallest time that training draws and that logarithmic grids end at; in (0, t_max).
-        t_max: the time of the prior.
+        t_min, t_max, customary_grid, nodes: see `Forward`.
         prior_std: standard deviation of the prior N(0, prior_std^2 I) that sampling starts from.
         data_std: s, the standard deviation of the data, where it is told: by a subclass, or by `for_data`. Else None.
-        customary_grid: name of the `Grid` constructor that `sample(steps=N)` uses where the solver has no wish.
         customary_prediction: what a network for it is usually trained to predict, a word of `ModelConfig(predicts=)`.
-        nodes: the times at which the process is exact, where it is a chain with steps of its own: increasing, float64,
-            shape (N,). None where it is continuous.
     """
 
-    t_min: float
-    t_max: float
-    customary_grid: ClassVar[str] = "uniform"
     customary_prediction: ClassVar[str] = "v"
-    nodes: Tensor | None = None
     data_std: float | None = None
 
     @abstractmethod
@@ -202,11 +234,6 @@ class SDE(ABC):
         return {}
 
     @property
-    def most_steps(self) -> float:
-        """The most steps that a grid to t = 0 can have: one a node, or infinitely many."""
-        return math.inf if self.nodes is None else len(self.nodes)
-
-    @property
     def unrounded(self) -> Self:
         """The same process, on which grids do not round their times to nodes; equal to it."""
         if self.nodes is None:
@@ -214,23 +241,6 @@ class SDE(ABC):
         free = copy.copy(self)
         free.nodes = None
         return free
-
-    def snapped(self, times: Tensor) -> Tensor:
-        """Strictly decreasing times moved to the nearest nodes that strictly decrease too; a process without nodes
-        leaves them.
-
-        Raises:
-            ValueError: if there are more times than nodes.
-        """
-        if self.nodes is None:
-            return times
-        N, K = len(self.nodes), len(times)
-        if N < K:
-            raise ArgumentError(f"the chain has {N} nodes, not {K}: at most {N} steps to t = 0, {N - 1} to a noisy end")
-        rank = torch.arange(K - 1, -1, -1, dtype=torch.float64, device="cpu")
-        # n_i - (K - 1 - i) must not increase: the running maximum from the end, within the chain.
-        slack = (times.round() - rank).clamp(min=1.0, max=N - K + 1.0)
-        return slack.flip(0).cummax(0).values.flip(0) + rank
 
     def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
         """x_t = alpha_t x0 + sigma_t noise.
