@@ -10,7 +10,7 @@ FLOORS = [
     ("the ground", "checks errors tensors networks masks counter entries files report info levels pictures"),
     ("forward processes, grids", "sde chain schedules processes strides grid"),
     ("what is known of x_0", "views codecs denoiser wrappers continuity noise masked activations"),
-    ("the table and its loop", "tableau brownian exact diagnose"),
+    ("the table and its loop", "tableau brownian exact diagnose categorical"),
     ("networks and their data", "nn data metrics training"),
     ("solvers, a file a family", "solvers"),
     ("runs, exact laws, log p", "run analysis likelihood"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,14 +12,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.brownian import BrownianNoise
+from scoresde.categorical import ProductDenoiser, StateDenoiser, StateSolver
+from scoresde.categorical.denoiser import wide
+from scoresde.checks import ArgumentError
 from scoresde.denoiser import Denoiser, check_call, check_denoiser
+from scoresde.entries import check_cond
 from scoresde.errors import NonFiniteError, all_finite, narrowed, not_finite
 from scoresde.grid import Grid
 from scoresde.likelihood.divergence import Divergence
 from scoresde.likelihood.flow import density_run
 from scoresde.masked import masked_noise, own_of
+from scoresde.networks import warn_of_training_mode
 from scoresde.noise import Noise, NoiseSource, noise_source
 from scoresde.run import Solution, check_solver, choose, encoded, initial, locate, process, results
+from scoresde.schedules import VPSDE
 from scoresde.solvers.base import Solver
 from scoresde.tableau import State
 from scoresde.tensors import widen
@@ -27,9 +34,9 @@ __all__ = ["NonFiniteError", "sample"]
 
 
 def sample(
-    denoiser: Denoiser,
+    denoiser: Denoiser | StateDenoiser[Any],
     shape_or_x: Sequence[int] | Tensor,
-    solver: Solver,
+    solver: Solver | StateSolver,
     *,
     steps: int | None = None,
     nfe: int | None = None,
@@ -51,7 +58,7 @@ def sample(
     with less noise is data, decoded or, on an increasing grid, encoded; shapes, x_T and the trajectory are of z.
 
     Args:
-        denoiser: the model.
+        denoiser: the model; one of whole states (`scoresde.categorical`) with a solver of theirs.
         shape_or_x: (B, ...), to draw x_T from the SDE's prior, in float32 on the denoiser's device; or x_T itself,
             whose dtype the samples have (the state of a half-precision x_T is float32).
         solver: an instance, `DDIM(eta=0.5)` say.
@@ -96,8 +103,17 @@ def sample(
     >>> solution.x.shape, solution.nfe
     (torch.Size([1000, 2]), 20)
     """
+    if isinstance(denoiser, StateDenoiser):
+        asked = {"path": path, "log_prob": log_prob, "differentiable": differentiable}
+        if given := [name for name, value in asked.items() if value]:
+            raise ArgumentError(f"{' and '.join(given)}: whole states have no density of an ODE, no path, no gradient")
+        choice = steps, nfe, grid
+        numbers = torch.zeros_like(shape_or_x, dtype=torch.float32) if isinstance(shape_or_x, Tensor) else shape_or_x
+        source = noise_source(torch.device(device or denoiser.device), numbers, seed, generator, noise)
+        return _of_states(denoiser, shape_or_x, solver, choice, source, cond, trajectory, progress)
     check_denoiser(denoiser)
     check_solver(solver)
+    assert isinstance(solver, Solver)
     sde = process(denoiser, solver, steps or nfe)
     solver, grid = choose(sde, solver, steps, nfe, grid, end=sde.t_min if log_prob else 0.0)
     source = noise_source(torch.device(device or denoiser.device), shape_or_x, seed, generator, noise)
@@ -155,6 +171,54 @@ def sample(
         rounds=last.rounds,
         mask=own.mask,
     )
+
+
+def _of_states(
+    denoiser: StateDenoiser[Any],
+    shape_or_x: Sequence[int] | Tensor,
+    solver: object,
+    choice: tuple[int | None, int | None, Grid | None],
+    source: NoiseSource,
+    cond: Mapping[str, Any] | None,
+    trajectory: bool,
+    progress: bool,
+) -> Solution:
+    """`sample` of whole states, an evaluation a step; the choice is among steps, nfe and grid."""
+    if not isinstance(solver, StateSolver):
+        raise TypeError(f"{solver!r} steps in numbers: whole states take Ancestral() or TauLeaping() of "
+                        "scoresde.categorical")  # fmt: skip
+    steps, nfe, grid = choice
+    if sum(one is not None for one in choice) != 1:
+        raise ArgumentError("give exactly one of steps=, nfe= and grid=")
+    if grid is None:
+        count = nfe if steps is None else steps
+        assert count is not None
+        grid = solver.grid(denoiser.process, count if nfe is None else int(min(count, denoiser.process.most_steps)))
+    if isinstance(shape_or_x, Tensor):
+        denoiser.check(shape_or_x, noisy=True, name="x_T")
+        x_T = shape_or_x if shape_or_x.is_floating_point() else shape_or_x.long()
+    else:
+        start = float(grid.times[0])
+        x_T = denoiser.prior_of(wide(source.prior(_STANDARD, shape_or_x, torch.float32, 1.0)), start)
+        if isinstance(denoiser, ProductDenoiser):
+            x_T = x_T.float()
+        if start < denoiser.process.t_max:
+            warnings.warn(
+                f"x_T is a guess: the run starts at t = {start:.4g} of {denoiser.process!r}, where states are not all "
+                "drawn anew. Start at t_max, or give x_T",
+                stacklevel=3,
+            )
+    check_cond(cond, len(x_T))
+    warn_of_training_mode(denoiser, stacklevel=3)
+    states = [x_T] if trajectory else []
+    with torch.no_grad(), tqdm(desc=type(solver).__name__, total=grid.steps, unit="nfe", disable=not progress) as bar:
+        for last in solver.iterate(denoiser, x_T, grid, source, denoiser.prepared(cond)):
+            states += [last.x] * trajectory
+            bar.update()
+    return Solution(last.x, last.nfe, grid, torch.stack(states) if trajectory else None, t=float(grid.times[-1]))
+
+
+_STANDARD = VPSDE()  # whose prior is N(0, 1)
 
 
 def _shown(states: Iterator[State], solver: Solver, grid: Grid) -> Iterator[State]:

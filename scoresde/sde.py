@@ -65,6 +65,11 @@ class Forward(ABC):
     nodes: Tensor | None = None
 
     @property
+    def t_limit(self) -> float:
+        """The largest time at which the scales are defined: where a solver that adds noise (EDM's churn) may stand."""
+        return self.t_max
+
+    @property
     def most_steps(self) -> float:
         """The most steps that a grid to t = 0 can have: one a node, or infinitely many."""
         return math.inf if self.nodes is None else len(self.nodes)
@@ -223,11 +228,6 @@ class SDE(Forward):
         """
         signal, noise = (float(scale) for scale in self.scales(t))
         return signal / noise if noise > 0 else math.inf
-
-    @property
-    def t_limit(self) -> float:
-        """The largest time at which the scales are defined: where a solver that adds noise (EDM's churn) may stand."""
-        return self.t_max
 
     def arrays(self) -> dict[str, Tensor]:
         """The numbers that its repr has a hash of only: with both, `sde_from` makes it again."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scoresde.checks import check_option
-from scoresde.sde import SDE
+from scoresde.sde import SDE, Forward
 from scoresde.tensors import Time, as_time, expand_like, known_any, widen
 
 __all__ = ["VIEWS", "Affine", "check_time", "combine", "first_where", "mean_of_view", "tells_nothing", "view_of_mean"]
@@ -96,7 +96,7 @@ def first_where(t: Tensor, bad: Tensor) -> float:
     return float(t.expand(bad.shape)[bad].flatten()[0])
 
 
-def check_time(t: Time, batch: int, sde: SDE, limit: float | None = None) -> None:
+def check_time(t: Time, batch: int, sde: Forward, limit: float | None = None) -> None:
     """Raises ValueError unless t has shape () or (B,) and, on the host, lies in [0, limit]; sde.t_limit by default."""
     t, limit = as_time(t), sde.t_limit if limit is None else limit
     if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, batch)):

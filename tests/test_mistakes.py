@@ -104,7 +104,7 @@ METHODS = {
     "a loop": lambda: AdaptiveODE().iterate(NET, X, GRID),
     "a table": lambda: DDIM().tableau(GRID).iterate(NET, X),
 }
-OTHERS = {"Branching", "Conditioned", "Guidance", "Twisted", "Potential", "twisted_smc", "Wrapper"}
+OTHERS = {"Branching", "Conditioned", "Guidance", "Twisted", "Potential", "twisted_smc", "Wrapper", "bound_loss"}
 
 
 def test_every_public_function_of_a_denoiser_is_tried():

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scoresde.categorical import StateDenoiser
 from scoresde.checks import ArgumentError, check_option, check_whole
 from scoresde.data.conditions import nothing_like, null_of
 from scoresde.denoiser import Denoiser, Posterior
@@ -37,6 +38,7 @@ from scoresde.guidance.branches import (
     times_of,
 )
 from scoresde.guidance.rules import RULES, Rule, extrapolated, projected
+from scoresde.guidance.states import ClassifierFreeStates
 from scoresde.masks import mask_name
 from scoresde.networks import networks
 from scoresde.tensors import Time, known_any, precise
@@ -140,7 +142,8 @@ class ClassifierFree(_Extrapolation):
 
     An evaluation is one call of the network on both branches, 2 B samples; at w = 1 and w = 0, where that is known on
     the host, one of B: the conditional or unconditional model itself, bit for bit. The solution's nfe counts either as
-    one.
+    one. Of whole states (`scoresde.categorical`) it mixes log-probabilities (`scoresde.guidance.states`), by weight,
+    null and convention.
 
     Args:
         denoiser: a conditional denoiser, that has been trained with the null condition too.
@@ -184,6 +187,11 @@ class ClassifierFree(_Extrapolation):
     >>> guided.eps(torch.ones(2, 1), 0.5, label=torch.tensor([1, 2])).flatten()
     tensor([3., 6.])
     """
+
+    def __new__(cls, denoiser: Any = None, *args: Any, **options: Any) -> Any:
+        if isinstance(denoiser, StateDenoiser):
+            return ClassifierFreeStates(denoiser, *args, **options)  # type: ignore[arg-type]
+        return super().__new__(cls)
 
     def __init__(
         self,

@@ -34,14 +34,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.categorical import StateDenoiser, StateSolver
 from scoresde.checks import ArgumentError, check_count, check_option
 from scoresde.denoiser import Denoiser, check_call
+from scoresde.entries import check_cond
 from scoresde.errors import NonFiniteError, not_finite, some
 from scoresde.grid import Grid
 from scoresde.likelihood.chain import Chain
 from scoresde.likelihood.continuous import Continuous
 from scoresde.likelihood.decoder import Data, Decoder, Draws, float64, gaussian_kl, square_norm, total
 from scoresde.likelihood.interval import degrees_of_freedom, student_interval
+from scoresde.likelihood.states import StateBound
 from scoresde.masked import own_of
 from scoresde.masks import Own
 from scoresde.run import encoded
@@ -133,9 +136,9 @@ class Elbo:
 
 
 def elbo(
-    denoiser: Denoiser,
+    denoiser: Denoiser | StateDenoiser[Any],
     x: Tensor,
-    solver: Solver | None = None,
+    solver: Solver | StateSolver | None = None,
     grid: Grid | None = None,
     *,
     draws: int | None = None,
@@ -149,10 +152,14 @@ def elbo(
 ) -> Elbo:
     """A lower bound on log p(x): of the chain that a solver makes on a grid, or in continuous time without both.
 
+    Of whole states (`scoresde.categorical`) value is a log probability, and the solver Ancestral(); without grid the
+    bound is that of all steps of their process, or in continuous time, where it has none. variance, decoder, levels and
+    data_range are not for them.
+
     Args:
         denoiser: the model.
-        x: data x_0, shape (B, ...), floating point; the denoiser's codec encodes them, if it has one. Where the network
-            has dropout, call net.eval() first.
+        x: data x_0, shape (B, ...), floating point, or whole states; the denoiser's codec encodes them, if it has one.
+            Where the network has dropout, call net.eval() first.
         solver: one evaluation and fresh noise a step: DDPM(), DDIM(eta=1), ExponentialSDE(), EulerMaruyama(), ...
         grid: from x_T to t = 0, given with the solver. Its last step is the decoder.
         draws: of x_t for each term of a chain, by default as many as make 200 evaluations, but 2 at least. In
@@ -196,7 +203,13 @@ def elbo(
     >>> bound.nfe, bool((bound.value < target.log_prob(x)).all())
     (200, True)
     """
+    if isinstance(denoiser, StateDenoiser):
+        if variance != "solver" or decoder is not None or levels is not None:
+            raise ArgumentError("variance=, decoder= and levels= are of numbers: whole states need none of them")
+        return _of_states(denoiser, x, (solver, grid, draws), seed, cond, progress)
     check_batch(x, "x")
+    if isinstance(solver, StateSolver):
+        raise TypeError(f"{solver!r} is of whole states, and {denoiser!r} of numbers")
     denoiser, own = own_of(denoiser, x.shape, cond)
     x = own.only(x)
     check_call(denoiser, x, cond, masks=True)
@@ -259,6 +272,36 @@ def elbo(
         decoding,
         given.entropy,
         {name: square.sqrt() for name, square in squares.items()},
+    )
+
+
+def _of_states(
+    denoiser: StateDenoiser[Any],
+    x: Tensor,
+    chosen: tuple[object, Grid | None, int | None],
+    seed: int | Sequence[int] | None,
+    cond: Mapping[str, Any] | None,
+    progress: bool,
+) -> Elbo:
+    """`elbo` of whole states; chosen: solver, grid and draws."""
+    denoiser.check(x)
+    check_cond(cond, len(x))
+    draw = Draws.of(x, seed, Own(x.shape))
+    run = StateBound.of(denoiser, *chosen, draw)
+    with torch.no_grad(), tqdm(desc="elbo", total=run.nfe, unit="nfe", disable=not progress, leave=False) as bar:
+        prior = denoiser.prior_term(x, denoiser.process.t_max)
+        terms = run.terms(denoiser, x, denoiser.prepared(cond), bar.update)
+    square = terms.of_denoising + terms.of_reconstruction
+    return Elbo(
+        prior + terms.denoising + terms.reconstruction,
+        square.sqrt(),
+        degrees_of_freedom(square, terms.doubt),
+        prior,
+        terms.denoising,
+        terms.reconstruction,
+        run.nfe,
+        max(1, x[0].numel()),
+        stderrs={"denoising": terms.of_denoising.sqrt(), "reconstruction": terms.of_reconstruction.sqrt()},
     )
 
 

@@ -26,7 +26,7 @@ from scoresde.sde import SDE
 from scoresde.solvers.motion import legs
 from scoresde.tensors import expand_like, shown
 
-__all__ = ["Continuous"]
+__all__ = ["Continuous", "variance_of_strata"]
 
 
 @shown
@@ -119,11 +119,11 @@ def _sum_of_strata(y: Tensor, c: Tensor, dim: int | Tensor) -> tuple[Tensor, Ten
     # beta_j reads y_k and beta_k reads y_j, so the terms are correlated, by 16 beta^2 / n in all at most: n partners,
     # and for each (dbeta/dy Cov(c, y))^2 = (2 sqrt(beta) / (n dim) * 2 dim sqrt(beta))^2; none where beta is cut at 1.
     shared = torch.where(beta < 1, 16 * beta**2 / n, 0.0).sum(0)
-    variance, doubt = _variance_of_strata(y - beta * c)
+    variance, doubt = variance_of_strata(y - beta * c)
     return (y - beta * c).sum(0), variance + shared, doubt
 
 
-def _variance_of_strata(y: Tensor) -> tuple[Tensor, Tensor]:
+def variance_of_strata(y: Tensor) -> tuple[Tensor, Tensor]:
     """Variance of the sum of y, shape (K, B), one draw in each of K neighbouring strata, from second differences: a
     slope of the mean from stratum to stratum cancels in them, a bend makes the result too large, not too small. And the
     variance of that, each difference counting as one normal number.

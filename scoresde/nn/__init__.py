@@ -3,7 +3,8 @@ adapters: an MLP for vectors (which takes neither image nor context), a U-Net an
 and volumes, a transformer for sets of any number of points; one whose conditions others encode (`Encoding`), texts by a
 transformer (`TextEncoder`) say; one of a step in time, told the state before it (`Stepwise`); and net(x, time) to
 logits, a classifier of what is noisy. Beside them autoencoders, whose latent a diffusion may be of, and the
-discriminator of patches that some are trained against.
+discriminator of patches that some are trained against. `OneHot` and `Columns` make of these networks ones of whole
+states.
 """
 
 from scoresde.nn.autoencoder import Autoencoder, Codebook, KLAutoencoder, Reconstruction, VQAutoencoder
@@ -16,6 +17,7 @@ from scoresde.nn.encoding import Encoding
 from scoresde.nn.image import ImageEncoder
 from scoresde.nn.magnitude import MagnitudeUNet
 from scoresde.nn.mlp import MLP
+from scoresde.nn.onehot import Columns, OneHot
 from scoresde.nn.pretrained import PretrainedText
 from scoresde.nn.song import SongUNet
 from scoresde.nn.states import CausalTransformer, Recurrent, Stepwise
@@ -24,6 +26,7 @@ from scoresde.nn.tokens import ByteTokens, PretrainedTokens, Tokenizer, WordToke
 from scoresde.nn.unet import UNet
 
 __all__ = ["MLP", "Autoencoder", "ByteTokens", "CausalTransformer", "Codebook", "DiT", "Encoding", "ImageEncoder"]
+__all__ += ["Columns", "OneHot"]
 __all__ += ["KLAutoencoder", "MagnitudeUNet", "NoisyClassifier", "PatchDiscriminator", "PretrainedText"]
 __all__ += ["PretrainedTokens", "Reconstruction", "Recurrent", "SetTransformer", "SongUNet", "Stepwise", "TextEncoder"]
 __all__ += ["TimeEmbedding", "Tokenizer", "UNet", "VQAutoencoder", "WordTokens", "padded", "tokenizer_of"]

@@ -10,9 +10,10 @@ from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource
 from scoresde.training.latents import LatentData
 from scoresde.training.loss import Part, dsm_loss, masked_loss, two_term_loss
-from scoresde.training.model import ModelConfig, load, load_ema
+from scoresde.training.model import CategoricalConfig, ModelConfig, load, load_categorical, load_ema
 from scoresde.training.parallel import start
 from scoresde.training.snapshots import averaged
+from scoresde.training.states import bound_loss
 from scoresde.training.step import NonFiniteLossError
 from scoresde.training.steps import step_loss
 from scoresde.training.trainer import Trainer
@@ -21,5 +22,6 @@ from scoresde.training.weights import *
 __all__ = ["CheckpointError", "DataSource", "ModelConfig", "NonFiniteLossError", "Part", "TrainConfig", "Trainer"]
 __all__ += ["AutoencoderConfig", "AutoencoderLoss", "AutoencoderTrainer", "LatentData", "autoencoders", "export_codec"]
 __all__ += ["latents", "load_autoencoder", "load_codec", "load_latent", "perceptual"]
+__all__ += ["CategoricalConfig", "bound_loss", "load_categorical"]
 __all__ += ["averaged", "dsm_loss", "load", "load_ema", "masked_loss", "start", "step_loss", "two_term_loss"]
 __all__ += weights.__all__

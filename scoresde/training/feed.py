@@ -43,15 +43,16 @@ class InMemory:
     """Tensors as a `DataSource`.
 
     Args:
-        data: shape (N, ...), floating point.
+        data: shape (N, ...), floating point; of whole states, if asked for, integers.
         cond: as `scoresde.entries` has it, tensors and lists of strings of N entries.
 
     Raises:
         TypeError, ValueError: if data is not floating point, empty or not finite, or cond has not N entries.
     """
 
-    def __init__(self, data: Tensor, cond: Mapping[str, Any]) -> None:
-        check_batch(data, "data")
+    def __init__(self, data: Tensor, cond: Mapping[str, Any], whole: bool = False) -> None:
+        if not whole:
+            check_batch(data, "data")
         if len(data) == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}: expected (N, ...), N >= 1")
         if bad := not_finite(data):
@@ -81,15 +82,17 @@ def _digest(leaf: Any) -> str:
     return digest(leaf if isinstance(leaf, Tensor) else torch.tensor(list(repr(leaf).encode())))
 
 
-def source_of(data: Tensor | DataSource, cond: Mapping[str, Any] | None) -> tuple[DataSource, dict[str, str]]:
-    """Data as a `DataSource`, and what tells it from other data.
+def source_of(
+    data: Tensor | DataSource, cond: Mapping[str, Any] | None, whole: bool = False
+) -> tuple[DataSource, dict[str, str]]:
+    """Data as a `DataSource`, and what tells it from other data; a tensor of integers only if `whole`.
 
     Raises:
         TypeError: if it is neither a tensor nor has `batch` and a length.
         ValueError: as `InMemory`; if it is empty, or a source of its own is given conditions.
     """
     if isinstance(data, Tensor):
-        source = InMemory(data, cond or {})
+        source = InMemory(data, cond or {}, whole)
         return source, source.made_for
     if not isinstance(data, DataSource):
         raise TypeError(f"data is {type(data).__name__}: expected a tensor (N, ...), or an object with len and batch")

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scoresde.categorical import CategoricalDenoiser, ProductDenoiser
 from scoresde.data.arrays import digest
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.nn.encoding import Encoding
 from scoresde.sde import SDE
 from scoresde.training.config import TrainConfig
-from scoresde.training.step import Loss
+from scoresde.training.step import Loss, Trainable
 from scoresde.training.weights import TimeSampler, Weighting
 
 __all__ = ["FREE", "config_in_words", "identity", "identity_of_run", "network_in_words", "network_name", "probe"]
@@ -39,8 +40,10 @@ def sde_in_words(sde: SDE) -> str:
     return f"{type(sde).__name__}, alpha {values_of(sde.alpha(t))}, sigma {values_of(sde.sigma(t))} at t {values_of(t)}"
 
 
-def identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
+def identity(denoiser: Trainable) -> dict[str, Any]:
     """What a network's weights are only good for."""
+    if not isinstance(denoiser, NetworkDenoiser):
+        return _identity_of_states(denoiser)
     t = probe(denoiser.sde)
     assert isinstance(denoiser.net, nn.Module)
     return {
@@ -51,6 +54,21 @@ def identity(denoiser: NetworkDenoiser) -> dict[str, Any]:
         "network": network_in_words(denoiser.net),
         **frozen_parts(denoiser.net),
     }
+
+
+def _identity_of_states(denoiser: CategoricalDenoiser | ProductDenoiser) -> dict[str, Any]:
+    process = denoiser.process
+    nodes = torch.linspace(0, process.t_max, 5, dtype=torch.float64).round() if process.nodes is not None else None
+    t = torch.linspace(0, process.t_max, 5, dtype=torch.float64) if nodes is None else nodes
+    words = {"kind": "categorical", "process": repr(process), "parameterisation": type(denoiser).__name__}
+    if isinstance(denoiser, CategoricalDenoiser):
+        last = denoiser.process.matrix(0.0, process.t_max) @ denoiser.process.matrix(0.0, float(t[2]))
+        words |= {"logits": denoiser.logits, "matrices": values_of(last)}
+    else:
+        words |= {"kind": "product", "predicts": denoiser.predicts, "sde": sde_in_words(denoiser.process.sde)}
+    assert isinstance(denoiser.net, nn.Module)
+    net = {"time label": values_of(denoiser.label(t)), "network": network_in_words(denoiser.net)}
+    return {**words, **net, **frozen_parts(denoiser.net)}
 
 
 def frozen_parts(net: nn.Module) -> dict[str, str]:
@@ -64,7 +82,7 @@ def frozen_parts(net: nn.Module) -> dict[str, str]:
 
 
 def identity_of_run(
-    denoiser: NetworkDenoiser,
+    denoiser: Trainable,
     data: Mapping[str, Any],
     config: TrainConfig,
     weighting: Weighting,
@@ -73,14 +91,20 @@ def identity_of_run(
 ) -> dict[str, Any]:
     """What a run's checkpoints are made for; `data` says it of its data. How long a run is, and how often it reports,
     may change between sessions."""
-    sde, u = denoiser.sde, torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
     return {
         **identity(denoiser),
         **data,
-        "weighting": values_of(weighting(sde, probe(sde))),
-        "times": f"{type(times).__name__}, quantiles {values_of(times.quantile(sde, u))}",
+        **({} if not isinstance(denoiser, NetworkDenoiser) else _in_words(denoiser.sde, weighting, times)),
         **({} if loss is None else {"loss": getattr(loss, "__name__", type(loss).__name__)}),
         **config_in_words(config),
+    }
+
+
+def _in_words(sde: SDE, weighting: Weighting, times: TimeSampler) -> dict[str, str]:
+    u = torch.linspace(0.1, 0.9, 4, dtype=torch.float64)
+    return {
+        "weighting": values_of(weighting(sde, probe(sde))),
+        "times": f"{type(times).__name__}, quantiles {values_of(times.quantile(sde, u))}",
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scoresde.categorical import CategoricalDenoiser, ProductDenoiser
 from scoresde.denoiser import Denoiser, NetworkDenoiser, check_denoiser
 from scoresde.masks import mask_name
 from scoresde.networks import Encodes, seeded_global_generators
@@ -23,13 +24,17 @@ __all__ = [
     "Loss",
     "NonFiniteLossError",
     "Totals",
+    "Trainable",
     "Worker",
     "check_trainable",
     "loss_of",
     "trial",
 ]
 
-Loss = Callable[[NetworkDenoiser, Tensor, Draws, Mapping[str, Any]], Tensor]
+Trainable = NetworkDenoiser | CategoricalDenoiser | ProductDenoiser
+"""Denoisers that are an adapter around a network: what a `Trainer` takes."""
+
+Loss = Callable[[Any, Tensor, Draws, Mapping[str, Any]], Tensor]
 """loss(denoiser, x0, draws, cond) of a batch: a scalar, its mean over the items, drawn from `draws` alone: a generator,
 or a `Part` where x0 is part of a batch."""
 
@@ -42,8 +47,9 @@ def check_trainable(denoiser: object) -> None:
         ValueError: if it is no adapter around an nn.Module, no parameter takes a gradient, or it could not be sampled
             from afterwards, by the sampler's own rule at t_max (an eps network where alpha is zero).
     """
-    check_denoiser(denoiser, "Trainer")
-    if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.net, nn.Module):
+    if not isinstance(denoiser, CategoricalDenoiser | ProductDenoiser):
+        check_denoiser(denoiser, "Trainer")
+    if not isinstance(denoiser, Trainable) or not isinstance(denoiser.net, nn.Module):
         hint = (
             "; for masks give that in it, with loss=masked_loss()"
             if isinstance(denoiser, Denoiser) and mask_name(denoiser)
@@ -57,7 +63,8 @@ def check_trainable(denoiser: object) -> None:
             f"no parameter of {type(denoiser.net).__name__} takes a gradient: it is frozen, as scoresde.load makes it. "
             "Call requires_grad_(True) on the parts to be trained"
         )
-    denoiser.check_times(torch.tensor([denoiser.sde.t_max], dtype=torch.float64, device="cpu"))
+    if isinstance(denoiser, NetworkDenoiser):
+        denoiser.check_times(torch.tensor([denoiser.sde.t_max], dtype=torch.float64, device="cpu"))
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -75,7 +82,7 @@ class Worker(nn.Module):
     """The loss as a module: DistributedDataParallel then sees the whole of it, whichever way the loss calls the network
     (heads ask for two outputs)."""
 
-    def __init__(self, net: nn.Module, denoiser: NetworkDenoiser, loss: Loss) -> None:
+    def __init__(self, net: nn.Module, denoiser: Trainable, loss: Loss) -> None:
         super().__init__()
         self.net, self._denoiser, self._loss = net, denoiser, loss
 

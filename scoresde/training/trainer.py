@@ -8,34 +8,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from scoresde.categorical import CategoricalDenoiser
 from scoresde.denoiser import NetworkDenoiser
 from scoresde.training.config import TrainConfig
 from scoresde.training.feed import DataSource, source_of
 from scoresde.training.identity import identity_of_run
 from scoresde.training.loop import Loop
 from scoresde.training.loss import Draws, dsm_loss, refuse_unmasked
-from scoresde.training.model import ModelConfig, check_model
-from scoresde.training.step import Autocast, Loss, Worker, check_trainable
+from scoresde.training.model import CategoricalConfig, ModelConfig, check_model
+from scoresde.training.states import bound_loss
+from scoresde.training.step import Autocast, Loss, Trainable, Worker, check_trainable
 from scoresde.training.weights import TimeSampler, UniformTimes, Weighting, simple
 
 __all__ = ["Evaluate", "Trainer"]
 
-Evaluate = Callable[[NetworkDenoiser, int], Mapping[str, float]]
+D = TypeVar("D", bound=Trainable)
+
+Evaluate = Callable[[Any, int], Mapping[str, float]]
 """evaluate(denoiser, step): numbers by name, of the denoiser with averaged weights."""
 
 
-class Trainer(Loop[NetworkDenoiser]):
+class Trainer(Loop[D]):
     """Trains the network of a denoiser.
 
     Args:
-        denoiser: an `EpsDenoiser(net, sde, time=...)` or another adapter around an `nn.Module`; trained in place.
-        data: clean data, shape (N, ...), floating point; or a `DataSource`, an object with a length and
-            `batch(items, epochs) -> (x, cond)`: `scoresde.data.training_data(...)` returns one.
+        denoiser: an `EpsDenoiser(net, sde, time=...)` or another adapter around an `nn.Module`; trained in place. One
+            of whole states (`CategoricalDenoiser`, `ProductDenoiser`) is trained by its bound, `bound_loss`.
+        data: clean data, shape (N, ...), floating point, or whole states for a `CategoricalDenoiser`; or a
+            `DataSource`, an object with a length and `batch(items, epochs) -> (x, cond)`:
+            `scoresde.data.training_data(...)` returns one.
         config: see `TrainConfig`.
         cond: for each keyword of the network, a tensor of N entries, a list of N strings, or a structure of these
             (`scoresde.entries`), given with the data item.
@@ -47,7 +53,8 @@ class Trainer(Loop[NetworkDenoiser]):
         evaluate: a function (denoiser, step) -> numbers by name, called with the averaged weights in place at each
             `config.evaluate_every` steps and at the end, by rank 0 alone (with a whole copy, where the run is sharded);
             its numbers go to the log.
-        model: what the denoiser is in words, kept in the checkpoints so that `scoresde.training.load` can build it.
+        model: what the denoiser is in words, kept in the checkpoints so that `scoresde.training.load` can build it; of
+            whole states a `CategoricalConfig`, for `load_categorical`.
         settings: what else is to be kept in their manifests, of JSON's types, under that name.
 
     Attributes:
@@ -80,7 +87,7 @@ class Trainer(Loop[NetworkDenoiser]):
 
     def __init__(
         self,
-        denoiser: NetworkDenoiser,
+        denoiser: D,
         data: Tensor | DataSource,
         config: TrainConfig,
         *,
@@ -91,13 +98,17 @@ class Trainer(Loop[NetworkDenoiser]):
         folder: str | Path | None = None,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
         evaluate: Evaluate | None = None,
-        model: ModelConfig | None = None,
+        model: ModelConfig | CategoricalConfig | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         check_trainable(denoiser)
         if loss is not None and (times is not None or weighting is not simple):
             raise ValueError("weighting= and times= are dsm_loss's: give them to your loss itself, or leave loss= out")
-        source, about = source_of(data, cond)
+        if not isinstance(denoiser, NetworkDenoiser) and (times is not None or weighting is not simple):
+            raise ValueError("weighting= and times= are dsm_loss's: whole states are trained by their bound")
+        source, about = source_of(data, cond, whole=isinstance(denoiser, CategoricalDenoiser))
+        if isinstance(data, Tensor) and not isinstance(denoiser, NetworkDenoiser):
+            denoiser.check(data, name="data")
         if loss is None:  # else, and of a `DataSource`, `dsm_loss` does, before the network is called
             refuse_unmasked(cond)
         if model is not None:
@@ -122,13 +133,13 @@ class Trainer(Loop[NetworkDenoiser]):
         return self.denoiser.device
 
     @property
-    def ema(self) -> NetworkDenoiser:
+    def ema(self) -> D:
         """The denoiser with the (first) averaged weights, a copy in eval mode: what to sample from."""
         net = self._layout.whole(self.averages[0].module).eval()
-        return self.denoiser.with_net(net.requires_grad_(False))
+        return self._subject(net.requires_grad_(False))
 
     @contextmanager
-    def averaged(self, i: int = 0) -> Iterator[NetworkDenoiser]:
+    def averaged(self, i: int = 0) -> Iterator[D]:
         """With the i-th averaged weights in the trained network itself, in eval mode; afterwards its own are back, to
         the last bit, also after an exception.
 
@@ -144,13 +155,15 @@ class Trainer(Loop[NetworkDenoiser]):
         if self.config.compile and not bare:
             backend = self.config.compile if isinstance(self.config.compile, str) else "inductor"
             net = self._layout.compiled(net, backend)
-        worker = Worker(net, self.denoiser if net is self.net else self.denoiser.with_net(net), self._loss_of)
+        worker = Worker(net, self.denoiser if net is self.net else self._subject(net), self._loss_of)
         return worker if bare else self._layout.worker(worker)
 
-    def _subject(self, net: nn.Module) -> NetworkDenoiser:
-        return self.denoiser.with_net(net)
+    def _subject(self, net: nn.Module) -> D:
+        return cast(D, self.denoiser.with_net(net))
 
-    def _loss_of(self, denoiser: NetworkDenoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
+    def _loss_of(self, denoiser: Trainable, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
         if self.loss is not None:
             return self.loss(denoiser, x0, draws, cond)
+        if not isinstance(denoiser, NetworkDenoiser):
+            return bound_loss(denoiser, x0, generator=draws, cond=cond)
         return dsm_loss(denoiser, x0, weighting=self.weighting, times=self.times, generator=draws, cond=cond)
