@@ -6,8 +6,8 @@
     E x_t = 1/2 + (E x_0 - 1/2) (T - t) / T
 
 A network says how likely each bit of x_0 is to be one; the way back draws x_s of q(x_s | x_t, x_0), summed over that.
-Three data: a coin of 0.9, whose posterior is known, in T = 100 steps; the heartbeat, 20 bits of which every fifth is a pulse,
-so that log2 p = -log2 5; and handwritten digits of two levels. Their bounds are those of continuous time.
+Three data: a coin of 0.9, whose posterior is known, in T = 100 steps; the heartbeat, 20 bits of which every fifth is a
+pulse, so that log2 p = -log2 5; and handwritten digits of two levels. Their bounds are those of continuous time.
 
 Writes binomial.png, results.json and README.md into --out, and the networks, from which a killed run goes on.
 """
@@ -116,7 +116,7 @@ def of_the_heartbeat(args: argparse.Namespace) -> dict:
 
 
 def of_the_digits(args: argparse.Namespace) -> dict:
-    """The bound in nats of held-out digits, beside a logistic regression of each bit on those before, and bits alone."""
+    """The bound in nats of held-out digits, beside logistic regressions of each bit on those before, and bits alone."""
     x = (digit_levels()[0] > 7).long() if args.data is None else torch.from_numpy(np.load(args.data)).long()
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     known, held = x[: len(x) * 5 // 6], x[len(x) * 5 // 6 :]

@@ -82,6 +82,7 @@ COMMANDS = (
     *(
         "train",
         "train-autoencoder",
+        "train-categorical",
         "sample",
         "edit",
         "restore",

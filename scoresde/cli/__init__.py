@@ -1,12 +1,13 @@
 """The command `scoresde`, also `python -m scoresde`: a module for each of its commands.
 
-train.py  train_autoencoder.py  sample.py  edit.py  restore.py  evaluate.py  variance.py  tune.py  likelihood.py
-compare.py  export.py  audit.py  info.py
+train.py  train_autoencoder.py  train_categorical.py  sample.py  edit.py  restore.py  evaluate.py  variance.py  tune.py
+likelihood.py  compare.py  export.py  audit.py  info.py
 config.py      a training run in words: dataclasses, TOML, --set
 defaults.py    what these leave open, chosen for the data
 kept.py        the configuration that a run folder keeps
 latents.py     the codec and the latents of a run
 models.py      run folders and other models
+states.py      runs of whole states, where they differ
 drawing.py     samples by number, in any batch and on any number of processes
 inputs.py      given images as items of a model
 measuring.py   real data and feature spaces by name
@@ -41,6 +42,7 @@ from scoresde.cli import (
     sample,
     train,
     train_autoencoder,
+    train_categorical,
     tune,
     variance,
 )
@@ -56,6 +58,7 @@ __all__ = ["GRIDS", "SDES", "SOLVERS", "main"]
 EXAMPLES = """examples:
   scoresde train --data my_folder --size 32 --out runs/mine
   scoresde train-autoencoder --data my_folder --size 64 --out runs/codec
+  scoresde train-categorical --data digits --states 2 --out runs/bits
   scoresde sample runs/mine --n 64 --solver adams --nfe 20 --out samples.png
   scoresde edit runs/mine --input strokes.png --strength 0.5 --out edited.png
   scoresde restore runs/mine --input photo.png --operator box:8,8,12,12 --out restored.png
@@ -75,6 +78,7 @@ Ctrl-C and 143 after SIGTERM, what is finished being kept."""
 COMMANDS: list[tuple[Any, type[Options]]] = [
     (train, train.TrainOptions),
     (train_autoencoder, train_autoencoder.TrainAutoencoderOptions),
+    (train_categorical, train_categorical.TrainCategoricalOptions),
     (sample, sample.SampleOptions),
     (edit, edit.EditOptions),
     (restore, restore.RestoreOptions),

@@ -17,7 +17,7 @@ from scoresde.files import parsed, write_whole
 from scoresde.metrics import METRICS
 from scoresde.sde import SDE
 from scoresde.training.config import TrainConfig
-from scoresde.training.model import ModelConfig
+from scoresde.training.model import CategoricalConfig, ModelConfig
 from scoresde.training.weights import (
     ImportanceTimes,
     LevelTimes,
@@ -34,6 +34,8 @@ from scoresde.training.weights import (
 )
 
 __all__ = [
+    "CATEGORICAL",
+    "CategoricalRun",
     "DataConfig",
     "EvaluateConfig",
     "InSections",
@@ -190,6 +192,29 @@ class RunConfig(InSections):
     def blind(self) -> bool:
         """Whether the network is told nothing at times."""
         return self.data.drop > 0 or self.loss.unconditional > 0
+
+
+CATEGORICAL: dict[str, type[Any]] = {"data": DataConfig, "model": CategoricalConfig, "train": TrainConfig}
+
+
+@dataclass(frozen=True)
+class CategoricalRun(InSections):
+    """A training run of a denoiser of whole states."""
+
+    sections = CATEGORICAL
+
+    data: DataConfig
+    model: CategoricalConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.data.codec is not None or self.data.captions is not None:
+            raise ArgumentError("data.codec and data.captions are for models of numbers: leave them out")
+
+    @property
+    def blind(self) -> bool:
+        """Whether the network is told nothing at times."""
+        return self.data.drop > 0
 
 
 def check_sections(settings: Mapping[str, Any], sections: Mapping[str, type[Any]] = SECTIONS) -> None:

@@ -12,6 +12,7 @@ from scoresde.cli.common import command_parser
 from scoresde.cli.drawing import GRIDS
 from scoresde.cli.models import NAME_HELP, RUN_HELP, open_run, parameters
 from scoresde.cli.options import Options, option
+from scoresde.denoiser import Denoiser
 from scoresde.diagnose import left_of_data
 from scoresde.grid import SPACINGS
 from scoresde.info import environment
@@ -87,11 +88,12 @@ def info(options: InfoOptions) -> None:
 
 def described(folder: Path) -> str:
     """A run folder in words."""
-    model = open_run(folder)
+    model = open_run(folder, states=True)
     found = model.checkpoint
     assert found is not None
     progress, about = found.manifest["progress"], model.about
-    data, left = model.data(), left_of_data(model.denoiser.sde, 1.0)
+    numbers = isinstance(model.denoiser, Denoiser)
+    data, left = model.data(), left_of_data(model.denoiser.sde, 1.0) if numbers else None
     facts = {
         "model": f"{model.denoiser}, {parameters(model.denoiser) / 1e6:.3g} million parameters",
         "data": f"{'' if data is None else data.source + ': '}items {about.shape}",

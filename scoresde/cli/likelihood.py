@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.categorical import CategoricalDenoiser
 from scoresde.checks import check_count
 from scoresde.cli.common import DATA_HELP, SessionOptions, check_file, going_on, record
 from scoresde.cli.config import DataConfig
@@ -39,7 +40,7 @@ from scoresde.cli.models import (
     open_run,
 )
 from scoresde.cli.options import Options, option, part
-from scoresde.data import Data, TrainingData, read_data
+from scoresde.data import Data, TrainingData, read_data, states_of
 from scoresde.errors import NonFiniteError
 from scoresde.interop.source import source_of
 from scoresde.levels import outer_edges
@@ -54,9 +55,9 @@ TERMS = ("decoding", "prior", "denoising", "reconstruction", "entropy")
 TEXT = """bits/dim of images, or log p of other data, from a run folder or your own model; goes on where it was killed
 
 The likelihood is that of the probability-flow ODE. Finished batches are kept beside --out; the same command goes on
-from them. Image i is measured with its own seed, whatever the batch. A model of an autoencoder's latents has no
-likelihood of data but a bound, --bound. A network that was trained with --classes or
---condition is told those of each item, and the density is the conditional one."""
+from them. Image i is measured with its own seed, whatever the batch. A model of an autoencoder's latents, or of whole
+states, has no likelihood of data but a bound, --bound. A network that was trained with --classes or --condition is told
+those of each item, and the density is the conditional one."""
 
 EXAMPLES = """
 scoresde likelihood runs/fm --data fashion-mnist-test --limit 1000 --out bits.json
@@ -149,7 +150,7 @@ def _job(options: LikelihoodOptions, device: torch.device) -> _Job:
     if source_of(options.source):
         model = open_published(options.source, options.name, device)
     elif is_run(Path(options.source)):
-        model = open_run(Path(options.source), options.average, device)
+        model = open_run(Path(options.source), options.average, device, states=True)
     else:
         raise ValueError(f"{options.source} is no run folder: name one, or the data and --denoiser MODULE:NAME")
     about, chosen = model.about, which.config(model.data())
@@ -190,6 +191,10 @@ class _Job:
         if options.ode.steps is not None:
             _refuse(options.given("rtol", "atol"), "is for adaptive steps, and --steps are fixed")
         self.images: dict[str, Any] | None = None
+        self.terms: tuple[str, ...] = TERMS
+        if isinstance(self.denoiser, CategoricalDenoiser):
+            self._of_states(data)
+            return
         if self.x.is_floating_point():
             _refuse(options.levels.given(), f"is for data of whole levels, but {source} is {self.x.dtype}")
         else:
@@ -203,6 +208,18 @@ class _Job:
             if not options.bound:
                 raise ValueError("the model diffuses an autoencoder's latents: of data it has a bound alone, --bound")
             _refuse([*self.ode, *options.levels.noise.given()], "is of a likelihood, and a latent model has none")
+
+    def _of_states(self, data: Data) -> None:
+        """Items as whole states, of which a bound is to be had, and nothing else."""
+        options, denoiser = self.options, self.denoiser
+        assert isinstance(denoiser, CategoricalDenoiser)
+        if not options.bound:
+            raise ValueError("the model is of whole states: of these it has a bound alone, --bound")
+        _refuse([*self.ode, *options.levels.noise.given()], "is of a likelihood, and whole states have none")
+        if data.levels is None or self.x.is_floating_point():
+            raise ValueError(f"whole states are made of whole levels, but {options.data.data} is {self.x.dtype}")
+        self.x = states_of(self.x, data.levels, denoiser.process.states)
+        self.bound_alone, self.terms = True, ("prior", "denoising", "reconstruction")
 
     @property
     def unit(self) -> str:
@@ -278,14 +295,14 @@ class _Job:
         if self.images is not None:
             of_levels = self.images["levels"], self.images["data_range"]
             x = dequantized(x, of_levels[0], data_range=of_levels[1], seed=seeds)
-        elif self.bound_alone:
+        elif self.bound_alone and not isinstance(self.denoiser, CategoricalDenoiser):
             x = x.float()
         found = elbo(self.denoiser, x.to(self.denoiser.device), draws=self.options.draws, seed=seeds, **cond)
         value, stderr = (found.value, found.stderr) if self.images is None else found.of_levels(*of_levels)
         record = {"bound": value.tolist(), "bound_stderr": stderr.tolist(), "bound_nfe": found.nfe}
         if not self.bound_alone:
             return record
-        terms = {name: getattr(found, name).tolist() for name in TERMS}
+        terms = {name: getattr(found, name).tolist() for name in self.terms}
         return {"each": record["bound"], "each_stderr": record["bound_stderr"], **record, **terms}
 
     def _real(self, x: Tensor) -> Tensor:
@@ -357,11 +374,11 @@ def _result(job: _Job, kept: Batches) -> dict[str, Any]:
 
 
 def _bound_alone(job: _Job, kept: Batches) -> dict[str, Any]:
-    """Of a latent model: the bound, and its terms in nats an item."""
+    """Of a latent model, or of whole states: the bound, and its terms in nats an item."""
     bound, stderr = kept.items("bound"), kept.items("bound_stderr")
     mean, error = mean_and_stderr(bound, stderr)
     terms = {}
-    for name in TERMS:
+    for name in job.terms:
         value, of_value = mean_and_stderr(each := kept.items(name), torch.zeros_like(each))
         terms[name] = {"value": value, "stderr": of_value}
     result: dict[str, Any] = {

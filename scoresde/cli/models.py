@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scoresde.checks import check_count, one_of
 from scoresde.cli.common import SessionOptions
-from scoresde.cli.config import DataConfig, RunConfig
+from scoresde.cli.config import CategoricalRun, DataConfig, RunConfig
 from scoresde.cli.kept import CONFIG, run_settings
 from scoresde.cli.options import Options, option
 from scoresde.data import TrainingData
@@ -33,7 +33,7 @@ from scoresde.training import CheckpointError
 from scoresde.training.autoencoders import latent_codec
 from scoresde.training.folder import Checkpoint, folder_of
 from scoresde.training.identity import weights_digest
-from scoresde.training.model import loaded, opened
+from scoresde.training.model import load_categorical, loaded, opened
 from scoresde.training.whole_files import weights_file
 from scoresde.wrappers import Latent
 
@@ -156,7 +156,7 @@ class Model:
         return None if self.checkpoint is None else folder_of(self.checkpoint)
 
     @property
-    def config(self) -> RunConfig | None:
+    def config(self) -> RunConfig | CategoricalRun | None:
         """Of its run, if it is known."""
         return run_config(self.folder) if self.folder is not None and (self.folder / CONFIG).exists() else None
 
@@ -255,9 +255,10 @@ def _told(own: DataConfig, source: str | None, shape: tuple[int, ...], measured:
     return own.told(source, shape, measured)
 
 
-def run_config(folder: Path) -> RunConfig:
+def run_config(folder: Path) -> RunConfig | CategoricalRun:
     """The configuration of a run folder."""
-    return RunConfig.of(run_settings(folder))
+    settings = run_settings(folder)
+    return (CategoricalRun if "process" in settings.get("model", {}) else RunConfig).of(settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,8 +284,8 @@ class ModelOptions(DenoiserOptions):
     shape: list[int] | None = option("of an item, C H W of images: with --denoiser", metavar="N", nargs="+")
     average: int = option("which averaged weights of a run (0)", 0, "I")
 
-    def open(self, session: SessionOptions, device: torch.device) -> Model:
-        """The model on the session's device.
+    def open(self, session: SessionOptions, device: torch.device, states: bool = False) -> Model:
+        """The model on the session's device; one of whole states only if the command knows of them.
 
         Raises:
             ValueError: if none is named, or two; if its data's shape is not known.
@@ -297,7 +298,7 @@ class ModelOptions(DenoiserOptions):
         if self.name is not None:
             raise ValueError(f"--name {self.name} is for FORMAT:PATH, a network of another toolkit")
         if self.run is not None:
-            return open_run(self.run, self.average, device, self.shape)
+            return open_run(self.run, self.average, device, self.shape, states)
         if not self.shape:
             raise ValueError("--denoiser needs --shape, that of one item: --shape 3 32 32")
         for n in self.shape:
@@ -307,8 +308,14 @@ class ModelOptions(DenoiserOptions):
         return Model(denoiser, About(tuple(self.shape), 256 if is_picture(self.shape) else None), made_for)
 
 
-def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", shape: list[int] | None = None) -> Model:
-    """The model of a run folder, or of one of its checkpoints.
+def open_run(
+    path: Path,
+    average: int = 0,
+    device: torch.device | str = "cpu",
+    shape: list[int] | None = None,
+    states: bool = False,
+) -> Model:
+    """The model of a run folder, or of one of its checkpoints; one of whole states only if they are known of.
 
     Raises:
         FileNotFoundError, CheckpointError: as `scoresde.training.load`.
@@ -317,8 +324,13 @@ def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", s
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such run folder")
     found = opened(path, weights_file(average))
-    denoiser: Denoiser = loaded(found, average, device)
     folder = folder_of(found)
+    if "process" in (found.manifest["model"] or {}):
+        if not states:
+            raise ValueError(f"{path} is a run of whole states, kind 'categorical': this command steps in numbers; "
+                             "sample, likelihood and export take it")  # fmt: skip
+        return _of_states(found, average, device)
+    denoiser: Denoiser = loaded(found, average, device)
     if (codec := latent_codec(found, device=device)) is not None:
         denoiser = Latent(denoiser, codec)
     about = About.read(folder)
@@ -333,6 +345,15 @@ def open_run(path: Path, average: int = 0, device: torch.device | str = "cpu", s
         "denoiser": type(denoiser).__name__,
     }
     return Model(denoiser, about, weights, found)
+
+
+def _of_states(found: Checkpoint, average: int, device: torch.device | str) -> Model:
+    """The model of a run of `scoresde train-categorical`."""
+    if (about := About.read(folder_of(found))) is None:
+        raise ValueError(f"{found.path} does not say what its data were, no {ABOUT}")
+    denoiser: Any = load_categorical(found, average, device)
+    weights = {"weights": weights_digest(networks(denoiser)), "process": repr(denoiser.process)}
+    return Model(denoiser, about, {**weights, "denoiser": type(denoiser).__name__}, found)
 
 
 def open_published(text: str, name: str | None, device: torch.device | str, shape: list[int] | None = None) -> Model:

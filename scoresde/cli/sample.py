@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scoresde.categorical import StateDenoiser
 from scoresde.checks import check_count
 from scoresde.cli.common import SessionOptions
 from scoresde.cli.drawing import Recipe, SamplesOptions, draw, recipe, share
 from scoresde.cli.models import ModelOptions
 from scoresde.cli.options import Options, part
+from scoresde.cli.states import as_items, state_recipe
 from scoresde.cli.writing import OutOptions, Writer
 from scoresde.tuning import TunedSolver
 
@@ -21,7 +23,9 @@ what was finished.
 
 A network that was trained with --condition (super-resolution, inpainting, ...) is told that of --condition-from: these
 are whole images, of which the condition is made as in training; or with --measured, and where training was told
-given:PATH, the conditions themselves. Sample i is for item i; with another --seed it is another one for the same."""
+given:PATH, the conditions themselves. Sample i is for item i; with another --seed it is another one for the same.
+
+A run of `scoresde train-categorical` has the solvers ancestral (100 steps) and tau-leaping."""
 
 EXAMPLES = """
 scoresde sample runs/fm --out samples.png                          64 of them, Adams, 20 evaluations
@@ -63,14 +67,16 @@ def run(options: SampleOptions) -> None:
     session, how, n = options.session, options.samples.draw, options.samples.n
     check_count(**options.given("n", "columns"))
     with session.start() as device:
-        model = options.model.open(session, device)
-        made = recipe(how, options.samples.steps, model, progress=session.progress)
+        model, steps = options.model.open(session, device, states=True), options.samples.steps
+        states = isinstance(model.denoiser, StateDenoiser)
+        made = state_recipe(how, steps, model) if states else recipe(how, steps, model, progress=session.progress)
         if made.told is not None and how.condition_from is None:
             session.say("conditions are those of what the network was trained on: --condition-from names other items")
         if isinstance(made.solver, TunedSolver):
             session.say(f"chosen for this network: {made.solver.story}")
         writer = Writer(options.out, model.about)
-        parts = draw(made, share(n), how.batch_size, session.progress)
+        drawn = (lambda items: as_items(made, made(items))) if states else made
+        parts = draw(drawn, share(n), how.batch_size, session.progress)
         whole = writer.collect(parts, lambda x: writer.finish(x, made.labels(range(len(x)))), n, session)
         if whole is not None:
             print(f"{writer.out}: {len(whole)} samples of {made.solver!r}, {_count(made)}, seed {made.seed}")

@@ -21,6 +21,7 @@ from scoresde.data.raw import Itself, Raw
 from scoresde.data.series import *
 from scoresde.data.shown import Shown
 from scoresde.data.sources import BUILT_IN, Data, digit_levels, digits, read_data
+from scoresde.data.states import StateData, pictured, states_of
 from scoresde.data.tasks import *
 from scoresde.data.toys import *
 from scoresde.data.training import *
@@ -37,14 +38,17 @@ __all__ = [
     "Itself",
     "Raw",
     "Shown",
+    "StateData",
     "digit_levels",
     "digits",
     "dropped",
     "loader",
     "nothing",
+    "pictured",
     "read_captions",
     "read_data",
     "scaled",
+    "states_of",
 ]
 __all__ += augmented.__all__
 __all__ += cifar.__all__

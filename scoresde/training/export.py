@@ -12,7 +12,7 @@ from torch import nn
 from scoresde.checks import check_option
 from scoresde.errors import CheckpointError
 from scoresde.training.folder import WHOLE, Checkpoint, seal
-from scoresde.training.model import loaded, opened
+from scoresde.training.model import built, opened
 from scoresde.training.snapshots import averaged
 from scoresde.training.whole_files import weights_file, write_weights
 
@@ -53,7 +53,7 @@ def export(
     if out.exists():
         raise FileExistsError(f"{out} exists: give another folder, or remove it")
     found = opened(run, weights_file(average))
-    denoiser = loaded(found, average) if length is None else averaged(found, length)
+    denoiser = built(found, average) if length is None else averaged(found, length)
     assert isinstance(denoiser.net, nn.Module)
     net = denoiser.net.to(DTYPES[dtype])
     progress = {**found.manifest["progress"], **({} if length is None else {"length": length})}

@@ -60,7 +60,7 @@ def load(path: str | Path | Checkpoint, average: int | None = 0, device: torch.d
 
 def loaded(found: Checkpoint, average: int | None, device: torch.device | str = "cpu") -> NetworkDenoiser:
     """A checkpoint's denoiser, as `load`: of a run on latents that of these."""
-    denoiser = _built(found, average, device)
+    denoiser = built(found, average, device)
     if not isinstance(denoiser, NetworkDenoiser):
         raise CheckpointError(
             f"{found.path} is of kind 'categorical', {denoiser!r}: scoresde.training.load_categorical reads it"
@@ -68,7 +68,9 @@ def loaded(found: Checkpoint, average: int | None, device: torch.device | str = 
     return denoiser
 
 
-def _built(found: Checkpoint, average: int | None, device: torch.device | str) -> NetworkDenoiser | CategoricalDenoiser:
+def built(
+    found: Checkpoint, average: int | None, device: torch.device | str = "cpu"
+) -> NetworkDenoiser | CategoricalDenoiser:
     """A checkpoint's denoiser, of the kind that its words are of."""
     name = weights_file(average)
     if found.manifest["model"] is None:
@@ -97,7 +99,7 @@ def load_categorical(
     Raises:
         FileNotFoundError, CheckpointError: as `load`; if the run is of another kind, which its manifest names.
     """
-    denoiser = _built(opened(path, weights_file(average)), average, device)
+    denoiser = built(opened(path, weights_file(average)), average, device)
     if not isinstance(denoiser, CategoricalDenoiser):
         raise CheckpointError(f"{path} is the run of {denoiser!r}: scoresde.training.load reads it")
     return denoiser
