@@ -37,9 +37,7 @@ import matplotlib.pyplot as plt
 SHOWN = (0, 10, 50, 90, 98, 100)
 COIN = Table(torch.tensor([[0], [1]]), weights=[0.1, 0.9])
 HEARTBEAT = torch.stack([(torch.arange(20) % 5 == k).long() for k in range(5)])
-BEAT = CategoricalConfig(
-    "uniform", {"states": 2}, options={"event_shape": [2, 20], "width": 64, "depth": 2}, time_scale=999.0
-)
+BEAT = CategoricalConfig("uniform", {"states": 2}, options={"event_shape": [2, 20], "width": 128}, time_scale=999.0)
 DIGITS = CategoricalConfig(
     "uniform", {"states": 2}, "unet", 8, {"image_channels": 2, "channels": 16}, time_scale=999.0, channels=True
 )
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/binomial"), help="folder of results (runs/binomial)")
     parser.add_argument("--data", type=Path, help="images of two levels, 0 and 1, an array (N, 1, H, W) in a .npy file")
-    parser.add_argument("--beat-steps", type=int, default=6000, help="training steps of the heartbeat (6000)")
+    parser.add_argument("--beat-steps", type=int, default=10_000, help="training steps of the heartbeat (10000)")
     parser.add_argument("--train-steps", type=int, default=2000, help="of the digits (2000)")
     parser.add_argument("--samples", type=int, default=10_000, help="heartbeats that are drawn (10000)")
     parser.add_argument("--steps", type=int, default=400, help="of sampling (400)")
@@ -105,7 +103,7 @@ def of_the_heartbeat(args: argparse.Namespace) -> dict:
     x = sample(denoiser, (args.samples, 20), Ancestral(), steps=args.steps, seed=args.seed).x
     same = (x[:, None] == HEARTBEAT).all(2)
     counts = same.sum(0).tolist()
-    bound = elbo(denoiser, HEARTBEAT.repeat(200, 1), draws=64, seed=args.seed).value / math.log(2)
+    bound = elbo(denoiser, HEARTBEAT.repeat(100, 1), draws=1024, seed=args.seed).value / math.log(2)
     return {
         "valid": sum(counts) / args.samples,
         "counts": counts,

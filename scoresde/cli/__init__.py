@@ -6,6 +6,7 @@ config.py      a training run in words: dataclasses, TOML, --set
 defaults.py    what these leave open, chosen for the data
 kept.py        the configuration that a run folder keeps
 latents.py     the codec and the latents of a run
+about.py       what a run folder says of its data
 models.py      run folders and other models
 states.py      runs of whole states, where they differ
 drawing.py     samples by number, in any batch and on any number of processes
