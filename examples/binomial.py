@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train-steps", type=int, default=2000, help="of the digits (2000)")
     parser.add_argument("--samples", type=int, default=10_000, help="heartbeats that are drawn (10000)")
     parser.add_argument("--steps", type=int, default=400, help="of sampling (400)")
+    parser.add_argument("--draws", type=int, default=64, help="of the bound, for each item (64)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {
         "environment": environment(),
         "seconds": round(time.perf_counter() - start, 1),
-        **{name: getattr(args, name) for name in ("beat_steps", "train_steps", "samples", "steps", "seed")},
+        **{name: getattr(args, name) for name in ("beat_steps", "train_steps", "samples", "steps", "draws", "seed")},
         "coin": coin,
         "heartbeat": beat,
         "digits": digits,
@@ -103,7 +104,7 @@ def of_the_heartbeat(args: argparse.Namespace) -> dict:
     x = sample(denoiser, (args.samples, 20), Ancestral(), steps=args.steps, seed=args.seed).x
     same = (x[:, None] == HEARTBEAT).all(2)
     counts = same.sum(0).tolist()
-    bound = elbo(denoiser, HEARTBEAT.repeat(100, 1), draws=1024, seed=args.seed).value / math.log(2)
+    bound = elbo(denoiser, HEARTBEAT.repeat(1000, 1), draws=args.draws, seed=args.seed).value / math.log(2)
     return {
         "valid": sum(counts) / args.samples,
         "counts": counts,
@@ -119,7 +120,7 @@ def of_the_digits(args: argparse.Namespace) -> dict:
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     known, held = x[: len(x) * 5 // 6], x[len(x) * 5 // 6 :]
     denoiser = trained(DIGITS, known, args.train_steps, 32, args.out / "digits", args.seed)
-    bound = elbo(denoiser, held, draws=64, seed=args.seed).value
+    bound = elbo(denoiser, held, draws=args.draws, seed=args.seed).value
     p = (known.double().sum(0) + 0.5) / (len(known) + 1)
     alone = torch.where(held == 1, p, 1 - p).log().flatten(1).sum(1)
     each = regressions(known.flatten(1).numpy(), held.flatten(1).numpy())
@@ -177,13 +178,13 @@ def draw(pictures: list[Tensor], path: Path) -> None:
     """Coins on the way back, heartbeats and digits."""
     coins, beats, digits = pictures
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained", width_ratios=(2.2, 1.1, 1.4))
-    axes[0].imshow(coins, cmap="gray_r", aspect="auto", interpolation="nearest", extent=(100.5, -0.5, 40, 0))
+    axes[0].imshow(coins.numpy(), cmap="gray_r", aspect="auto", interpolation="nearest", extent=(100.5, -0.5, 40, 0))
     axes[0].set(title="40 coins of 0.9 on the way back", xlabel="t", yticks=[])
-    axes[1].imshow(beats, cmap="gray_r", aspect="auto", interpolation="nearest")
+    axes[1].imshow(beats.numpy(), cmap="gray_r", aspect="auto", interpolation="nearest")
     axes[1].set(title="heartbeats, drawn", xlabel="bit", yticks=[], xticks=[0, 5, 10, 15])
     rows = digits.reshape(4, 5, *digits.shape[1:]).float()
     framed = torch.nn.functional.pad(rows, (1, 1, 1, 1), value=0.3)
-    axes[2].imshow(framed.permute(0, 2, 1, 3).flatten(0, 1).flatten(1), cmap="gray_r", interpolation="nearest")
+    axes[2].imshow(framed.permute(0, 2, 1, 3).flatten(0, 1).flatten(1).numpy(), cmap="gray_r", interpolation="nearest")
     axes[2].set(title="digits, drawn", xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=32, help="letters of a window (32)")
     parser.add_argument("--train-steps", type=int, default=3000, help="training steps of each network (3000)")
     parser.add_argument("--windows", type=int, default=200, help="held-out windows that are measured (200)")
+    parser.add_argument("--texts", type=int, default=20_000, help="windows that the trigram draws to learn (20000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     cut = len(text) * 9 // 10
     known, held = text[:cut], windows(text[cut:], args.length)[: args.windows]
     trigram = Ngram(known, 3)
-    drawn = trigram.draw(20_000 + args.windows, args.length, torch.Generator().manual_seed(args.seed))
+    drawn = trigram.draw(args.texts + args.windows, args.length, torch.Generator().manual_seed(args.seed))
     english = trained(windows(known, args.length), args.out / "english", args)
     source = trained(drawn[args.windows :], args.out / "trigram", args)
     exact = trigram.log_prob(drawn[: args.windows])
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {
         "environment": environment(),
         "seconds": round(time.perf_counter() - start, 1),
-        **{name: getattr(args, name) for name in ("length", "train_steps", "windows", "seed")},
+        **{name: getattr(args, name) for name in ("length", "train_steps", "windows", "texts", "seed")},
         "bits": bits,
         "samples": shown,
     }
