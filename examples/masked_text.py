@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=32, help="letters of a window (32)")
     parser.add_argument("--train-steps", type=int, default=3000, help="training steps of each network (3000)")
     parser.add_argument("--windows", type=int, default=200, help="held-out windows that are measured (200)")
+    parser.add_argument("--grams", type=int, default=5, help="n-grams to compare with, up to n (5)")
     parser.add_argument("--texts", type=int, default=20_000, help="windows that the trigram draws to learn (20000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     exact = trigram.log_prob(drawn[: args.windows])
     bits = {
         "english": {"masked model": bound(english, held, args)}
-        | {f"{n}-gram": mean_and_error(Ngram(known, n).log_prob(held), args.length) for n in range(1, 6)},
+        | {f"{n}-gram": mean_and_error(Ngram(known, n).log_prob(held), args.length) for n in range(1, args.grams + 1)},
         "trigram": {
             "masked model": bound(source, drawn[: args.windows], args),
             "exact": mean_and_error(exact, args.length),
