@@ -166,8 +166,8 @@ by the exact posterior. A standard error is 0.003 to 0.005.
 
 The heartbeat, {results["beat_steps"]} training steps: {100 * beat["valid"]:.2f} % of {results["samples"]} samples of
 {results["steps"]} steps are one of the five sequences ({", ".join(map(str, beat["counts"]))} of each). The bound is
-{beat["bound"]:.4f} ({beat["stderr"]:.4f}) bits a sequence, measured by its distance to that of the exact posterior under
-the same noise; the truth is {-math.log2(5):.4f}, and Sohl-Dickstein et al. have -2.414.
+{beat["bound"]:.4f} ({beat["stderr"]:.4f}) bits a sequence, measured by its distance to that of the exact posterior
+under the same noise; the truth is {-math.log2(5):.4f}, and Sohl-Dickstein et al. have -2.414.
 
 Digits of two levels, {results["train_steps"]} training steps: log p of held-out ones in nats, the mean and its standard
 error over them. Of the model it is a bound; beside it, a logistic regression of each bit on those before it, and bits
