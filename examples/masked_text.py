@@ -2,10 +2,11 @@
 
     python examples/masked_text.py            --help
 
-A letter is masked, once and for good, by time t with probability t. A transformer says what each mask may hide, given
-the letters that are seen, and the bound is its cross-entropy, over t. Two texts: English, here the reference pages of
-Python itself, in 26 letters and the blank; and letters drawn from the trigram of that text, whose log-probability is
-known. Windows of L letters begin anywhere, without what was before them, for the n-grams too that stand beside.
+A letter is masked, once and for good, by time t with probability t. A network of convolutions says what each mask may
+hide, given the letters that are seen, and the bound is its cross-entropy, over t. Two texts: English, here the reference
+pages of Python itself, in 26 letters and the blank; and letters drawn from the trigram of that text, whose
+log-probability is known. Windows of L letters begin anywhere, without what was before them, for the n-grams too that
+stand beside.
 
 Writes masked_text.png, results.json and README.md into --out, and the networks, from which a killed run goes on.
 """
@@ -33,8 +34,8 @@ import matplotlib.pyplot as plt
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
 K = len(LETTERS)
-NET = {"image_channels": K + 1, "dims": 1, "patch": 1, "width": 96, "depth": 3, "heads": 4}
-MODEL = CategoricalConfig("absorbing", {"states": K}, "dit", None, NET, time_scale=999.0)
+NET = {"image_channels": K + 1, "dims": 1, "channels": 64, "multipliers": [1, 1], "blocks": 1, "attention": []}
+MODEL = CategoricalConfig("absorbing", {"states": K}, "unet", None, NET, time_scale=999.0)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/masked_text"), help="of results (runs/masked_text)")
     parser.add_argument("--data", type=Path, help="a text file (Python's reference pages)")
     parser.add_argument("--length", type=int, default=32, help="letters of a window (32)")
-    parser.add_argument("--train-steps", type=int, default=3000, help="training steps of each network (3000)")
+    parser.add_argument("--train-steps", type=int, default=2500, help="training steps of each network (2500)")
     parser.add_argument("--windows", type=int, default=200, help="held-out windows that are measured (200)")
     parser.add_argument("--grams", type=int, default=5, help="n-grams to compare with, up to n (5)")
     parser.add_argument("--texts", type=int, default=20_000, help="windows that the trigram draws to learn (20000)")
@@ -142,7 +143,7 @@ class Ngram:
 
 def trained(data: Tensor, folder: Path, args: argparse.Namespace) -> CategoricalDenoiser:
     """The denoiser, trained or continued in its folder, with averaged weights."""
-    config = TrainConfig(steps=args.train_steps, batch_size=64, lr=1e-3, seed=args.seed, threads=1, ema_decay=0.998)
+    config = TrainConfig(steps=args.train_steps, batch_size=64, lr=2e-3, seed=args.seed, threads=1, ema_decay=0.998)
     return Trainer(MODEL.build(args.seed), data, config, folder=folder, model=MODEL).fit().ema
 
 
