@@ -3,8 +3,8 @@
     python examples/masked_text.py            --help
 
 A letter is masked, once and for good, by time t with probability t. A network of convolutions says what each mask may
-hide, given the letters that are seen, and the bound is its cross-entropy, over t. Two texts: English, here the reference
-pages of Python itself, in 26 letters and the blank; and letters drawn from the trigram of that text, whose
+hide, given the letters that are seen, and the bound is its cross-entropy, over t. Two texts: English, here the pages of
+reference of Python itself, in 26 letters and the blank; and letters drawn from the trigram of that text, whose
 log-probability is known. Windows of L letters begin anywhere, without what was before them, for the n-grams too that
 stand beside.
 

@@ -211,7 +211,8 @@ def _of_states(
     check_cond(cond, len(x_T))
     warn_of_training_mode(denoiser, stacklevel=3)
     states = [x_T] if trajectory else []
-    with torch.no_grad(), tqdm(desc=type(solver).__name__, total=grid.steps, unit="nfe", disable=not progress) as bar:
+    bar = tqdm(desc=type(solver).__name__, total=grid.steps, unit="nfe", disable=not progress, leave=False)
+    with torch.no_grad(), bar:
         for last in solver.iterate(denoiser, x_T, grid, source, denoiser.prepared(cond)):
             states += [last.x] * trajectory
             bar.update()

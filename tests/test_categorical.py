@@ -288,6 +288,8 @@ def test_a_killed_training_resumes_bit_for_bit_and_its_checkpoint_names_its_kind
         load(tmp_path / "cut")
     found = sample(denoiser, (3, 4), Ancestral(), steps=4, seed=0, trajectory=True)
     assert found.x.max() < 2
+    assert "Solution(x=int64 (3, 4)" in repr(found)
+    assert found._repr_html_()
     assert found.trajectory.shape == (5, 3, 4)
     assert found.nfe == 4
 
@@ -366,6 +368,7 @@ def test_columns_train_together(tmp_path):
     )
     process = product(1)
     denoiser = ProductDenoiser(Columns(MLP(1 + 2 * 4, width=8, depth=1), categorical=2, states=4), process)
-    run = Trainer(denoiser, data, TrainConfig(steps=3, batch_size=16, threads=1), folder=tmp_path).fit(progress=False)
+    config = TrainConfig(steps=3, batch_size=16, threads=1, precision="bfloat16")
+    run = Trainer(denoiser, data, config, folder=tmp_path).fit(progress=False)
     assert run.losses[-1][1] > 0
     assert math.isfinite(float(elbo(run.ema, data[:2], draws=8, seed=0).value.sum()))

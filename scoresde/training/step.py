@@ -91,7 +91,7 @@ class Worker(nn.Module):
 
 
 class Autocast(nn.Module):
-    """A network in bfloat16 where autocast finds it safe; its outputs come back in float32."""
+    """A network in bfloat16 where autocast finds it safe; its output, or outputs, come back in float32."""
 
     def __init__(self, net: nn.Module, device: str) -> None:
         super().__init__()
@@ -101,10 +101,10 @@ class Autocast(nn.Module):
         if isinstance(net, Encodes):
             self.encoders, self.encode = net.encoders, self._encode
 
-    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+    def forward(self, *given: Tensor, **cond: Any) -> Tensor | tuple[Tensor, ...]:
         with torch.autocast(self._device, torch.bfloat16):
-            out: Tensor = self.net(x, time, **cond)
-        return out.float()
+            out: Tensor | tuple[Tensor, ...] = self.net(*given, **cond)
+        return out.float() if isinstance(out, Tensor) else tuple(part.float() for part in out)
 
     def _both(self, x: Tensor, time: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast(self._device, torch.bfloat16):
