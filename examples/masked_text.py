@@ -8,7 +8,8 @@ reference of Python itself, in 26 letters and the blank; and letters drawn from 
 log-probability is known. Windows of L letters begin anywhere, without what was before them, for the n-grams too that
 stand beside.
 
-Writes masked_text.png, results.json and README.md into --out, and the networks, from which a killed run goes on.
+Writes masked_text.png, results.json and README.md into --out; the networks into --models, from which a killed run goes
+on.
 """
 
 from __future__ import annotations
@@ -19,18 +20,14 @@ import re
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
+from shared import BLUE, ORANGE, arguments, cell, fitted, mean_and_error, picture, place, publish, ran
 from torch import Tensor
 
 from scoresde import elbo, sample
 from scoresde.categorical import Ancestral, CategoricalDenoiser
-from scoresde.info import environment
-from scoresde.report import table, write_json
+from scoresde.report import table
 from scoresde.training import CategoricalConfig, TrainConfig, Trainer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
 K = len(LETTERS)
@@ -39,47 +36,38 @@ MODEL = CategoricalConfig("absorbing", {"states": K}, "unet", None, NET, time_sc
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/masked_text"), help="of results (runs/masked_text)")
-    parser.add_argument("--data", type=Path, help="a text file (Python's reference pages)")
-    parser.add_argument("--length", type=int, default=32, help="letters of a window (32)")
-    parser.add_argument("--train-steps", type=int, default=2500, help="training steps of each network (2500)")
-    parser.add_argument("--windows", type=int, default=200, help="held-out windows that are measured (200)")
-    parser.add_argument("--grams", type=int, default=5, help="n-grams to compare with, up to n (5)")
-    parser.add_argument("--texts", type=int, default=20_000, help="windows that the trigram draws to learn (20000)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    text = letters(args.data)
+    parser = arguments(
+        __doc__,
+        "masked_text",
+        models=(Path("runs/masked_text"), "folder of the networks"),
+        data=(Path, "a text file, in place of Python's pages"),
+        length=(32, "letters of a window"),
+        train_steps=(2500, "training steps of each network"),
+        windows=(200, "held-out windows that are measured"),
+        grams=(5, "n-grams to compare with, up to this n"),
+        texts=(20_000, "windows that the trigram draws to learn from"),
+    )
+    args, start = parser.parse_args(argv), time.perf_counter()
+    text, L = letters(args.data), args.length
     cut = len(text) * 9 // 10
-    known, held = text[:cut], windows(text[cut:], args.length)[: args.windows]
+    known, held = text[:cut], windows(text[cut:], L)[: args.windows]
     trigram = Ngram(known, 3)
-    drawn = trigram.draw(args.texts + args.windows, args.length, torch.Generator().manual_seed(args.seed))
-    english = trained(windows(known, args.length), args.out / "english", args)
-    source = trained(drawn[args.windows :], args.out / "trigram", args)
-    exact = trigram.log_prob(drawn[: args.windows])
-    bits = {
-        "english": {"masked model": bound(english, held, args)}
-        | {f"{n}-gram": mean_and_error(Ngram(known, n).log_prob(held), args.length) for n in range(1, args.grams + 1)},
+    drawn = trigram.draw(args.texts + args.windows, L, torch.Generator().manual_seed(args.seed))
+    english = trained(windows(known, L), args.models / "english", args)
+    source = trained(drawn[args.windows :], args.models / "trigram", args)
+    grams = {f"{n}-gram": bits(Ngram(known, n).log_prob(held), L) for n in range(1, args.grams + 1)}
+    found = {
+        "English": {"masked model, a bound": bound(english, held, args)} | grams,
         "trigram": {
-            "masked model": bound(source, drawn[: args.windows], args),
-            "exact": mean_and_error(exact, args.length),
+            "masked model, a bound": bound(source, drawn[: args.windows], args),
+            "exact": bits(trigram.log_prob(drawn[: args.windows]), L),
         },
     }
-    steps = [args.length // 8, args.length // 2, 4 * args.length]
-    shown = {str(n): words(sample(english, (4, args.length), Ancestral(), steps=n, seed=args.seed).x) for n in steps}
-    results = {
-        "environment": environment(),
-        "seconds": round(time.perf_counter() - start, 1),
-        **{name: getattr(args, name) for name in ("length", "train_steps", "windows", "texts", "seed")},
-        "bits": bits,
-        "samples": shown,
+    shown = {
+        str(n): words(sample(english, (4, L), Ancestral(), steps=n, seed=args.seed).x) for n in (L // 8, L // 2, 4 * L)
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw(results, args.out / "masked_text.png")
-    print(report(results))
+    results = {"bits": found, "drawn": shown, **ran(args.models, {"english": english, "trigram": source}, start)}
+    publish(args, "masked_text", results, report, lambda path: draw(found, path))
 
 
 def letters(path: Path | None) -> Tensor:
@@ -143,31 +131,28 @@ class Ngram:
 
 def trained(data: Tensor, folder: Path, args: argparse.Namespace) -> CategoricalDenoiser:
     """The denoiser, trained or continued in its folder, with averaged weights."""
-    config = TrainConfig(steps=args.train_steps, batch_size=64, lr=2e-3, seed=args.seed, threads=1, ema_decay=0.998)
-    return Trainer(MODEL.build(args.seed), data, config, folder=folder, model=MODEL).fit().ema
+    config = TrainConfig(args.train_steps, 64, 2e-3, ema_decay=0.998, seed=args.seed, threads=1)
+    found: CategoricalDenoiser = fitted(Trainer, MODEL.build(args.seed), data, config, folder, model=MODEL).ema
+    return found
 
 
 def bound(denoiser: CategoricalDenoiser, x: Tensor, args: argparse.Namespace) -> list[float]:
-    """Of the model, by `mean_and_error`: an upper bound on the bits."""
-    return mean_and_error(elbo(denoiser, x, draws=32, seed=args.seed).value, x.shape[1])
+    """Of the model, an upper bound on the bits."""
+    return bits(elbo(denoiser, x, draws=32, seed=args.seed).value, x.shape[1])
 
 
-def mean_and_error(log_prob: Tensor, length: int) -> list[float]:
+def bits(log_prob: Tensor, length: int) -> list[float]:
     """Bits a letter, and their standard error over the windows."""
-    bits = -log_prob / (length * math.log(2))
-    return [float(bits.mean()), float(bits.std() / len(bits) ** 0.5)]
+    return mean_and_error(-log_prob / (length * math.log(2)))
 
 
 def report(results: dict) -> str:
     """The numbers, as Markdown."""
-    about, bits = results["environment"], results["bits"]
-    rows = [[text, name, "{:.3f} ({:.3f})".format(*found)] for text, of in bits.items() for name, found in of.items()]
-    drawn = [f"{steps:>4} steps  {line}" for steps, lines in results["samples"].items() for line in lines]
+    rows = [[text, name, cell(value, 3)] for text, of in results["bits"].items() for name, value in of.items()]
+    lines = [f"{steps:>4} steps  {line}" for steps, lines in results["drawn"].items() for line in lines]
     return f"""# Letters from masks
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]};
-torch {about["torch"]}, scoresde {about["scoresde"]}, commit {about["commit"]}; {results["seconds"]:.0f} s (less where
-networks were trained before).
+{place(results)}
 
 Bits a letter of {results["windows"]} held-out windows of {results["length"]} letters, and the standard error over them:
 of networks trained for {results["train_steps"]} steps an upper bound, of n-grams of the same text and of the trigram
@@ -175,29 +160,28 @@ that drew the second text exact.
 
 {chr(10).join(table(["text", "", "bits a letter"], rows))}
 
-What the network of English draws, in {", ".join(results["samples"])} steps:
+What the network of English draws:
 
 ```text
-{chr(10).join(drawn)}
+{chr(10).join(lines)}
 ```
 
-![Bits a letter of the model and of n-grams](masked_text.png)
+![Bits a letter of the models and of n-grams](masked_text.png)
 """
 
 
-def draw(results: dict, path: Path) -> None:
-    """Bits a letter of n-grams by n, with the model's as a line, for both texts."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    english, source = results["bits"]["english"], results["bits"]["trigram"]
+def draw(found: dict, path: Path) -> None:
+    """Bits a letter of n-grams by n, with the models' as lines."""
+    english, source = found["English"], found["trigram"]
     grams = [name for name in english if name.endswith("gram")]
-    axis.plot([int(name[0]) for name in grams], [english[name][0] for name in grams], "o-", label="English: n-grams")
-    axis.axhline(english["masked model"][0], color="C0", ls="--", label="English: masked model, a bound")
-    axis.axhline(source["exact"][0], color="C1", label="letters of a trigram: exact")
-    axis.axhline(source["masked model"][0], color="C1", ls="--", label="letters of a trigram: masked model, a bound")
-    axis.set(xlabel="n", ylabel="bits a letter")
-    axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with picture(path, 7, 4) as figure:
+        axis = figure.subplots()
+        axis.plot([int(name[0]) for name in grams], [english[name][0] for name in grams], "o-", c=BLUE, label="n-grams")
+        axis.axhline(english["masked model, a bound"][0], c=BLUE, ls="--", label="masked model, a bound")
+        axis.axhline(source["exact"][0], c=ORANGE, label="letters of a trigram: exact")
+        axis.axhline(source["masked model, a bound"][0], c=ORANGE, ls="--", label="masked model of these, a bound")
+        axis.set(xlabel="n", ylabel="bits a letter", xticks=[int(name[0]) for name in grams])
+        axis.legend()
 
 
 if __name__ == "__main__":

@@ -8,79 +8,68 @@ measurements of tumours, ten numbers and a diagnosis, or of a CSV file of your o
 categories. Beside the bound on held-out rows stand columns by themselves, and a Gaussian for each value of the first
 categories: what a model must know of how numbers and categories go together.
 
-Writes mixed_table.png, results.json and README.md into --out, and the network, from which a killed run goes on.
+Writes mixed_table.png, results.json and README.md into --out; the network into --models, from which a killed run goes
+on.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
+from shared import arguments, cell, fitted, mean_and_error, picture, place, publish, ran, seeded
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from scoresde import VPSDE, elbo, sample
 from scoresde.categorical import Ancestral, CategoricalProcess, ProductDenoiser, ProductProcess
-from scoresde.info import environment
-from scoresde.networks import seeded_global_generators
 from scoresde.nn import MLP, Columns
-from scoresde.report import table, write_json
+from scoresde.report import table
 from scoresde.training import TrainConfig, Trainer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/mixed_table"), help="of results (runs/mixed_table)")
-    parser.add_argument("--data", type=Path, help="a CSV file with a line of names (scikit-learn's tumours)")
-    parser.add_argument("--train-steps", type=int, default=3000, help="training steps (3000)")
-    parser.add_argument("--samples", type=int, default=1000, help="rows that are drawn (1000)")
-    parser.add_argument("--steps", type=int, default=200, help="of drawing them (200)")
-    parser.add_argument("--draws", type=int, default=512, help="of the bound, for each row (512)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    parser = arguments(
+        __doc__,
+        "mixed_table",
+        models=(Path("runs/mixed_table"), "folder of the network"),
+        data=(Path, "a CSV file with a line of names, in place of scikit-learn's tumours"),
+        train_steps=(3000, "training steps"),
+        samples=(1000, "rows that are drawn"),
+        steps=(200, "of drawing them"),
+        draws=(512, "of the bound, for each row"),
+    )
+    args, start = parser.parse_args(argv), time.perf_counter()
     names, numbers, states = rows(args.data)
     order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
-    cut, n, K = len(numbers) * 4 // 5, numbers.shape[1], int(states.max()) + 1
+    cut, n, m, K = len(numbers) * 4 // 5, numbers.shape[1], states.shape[1], int(states.max()) + 1
     mean, std = numbers[order[:cut]].mean(0), numbers[order[:cut]].std(0)
     whole = torch.cat([(numbers - mean) / std, states.double()], 1)[order].float()
     known, held = whole[:cut], whole[cut:]
 
     process = ProductProcess(VPSDE(), CategoricalProcess.absorbing(K), continuous=n)
-    with seeded_global_generators(args.seed):
-        net = Columns(MLP(n + states.shape[1] * (K + 1), depth=2), categorical=states.shape[1], states=K + 1)
+    net = seeded(lambda: Columns(MLP(n + m * (K + 1), depth=2), categorical=m, states=K + 1), args.seed)
     config = TrainConfig(args.train_steps, 128, 1e-3, weight_decay=0.1, ema_decay=0.998, seed=args.seed, threads=1)
     denoiser = ProductDenoiser(net, process, time=scaled)
-    denoiser = Trainer(denoiser, known, config, folder=args.out / "network").fit().ema
+    denoiser = fitted(Trainer, denoiser, known, config, args.models / "network").ema
     bound = elbo(denoiser, held, draws=args.draws, seed=args.seed)
-    drawn = sample(denoiser, (args.samples, whole.shape[1]), Ancestral(), steps=args.steps, seed=args.seed).x
+    drawn = sample(denoiser, (args.samples, n + m), Ancestral(), steps=args.steps, seed=args.seed).x
     nats = {
         "product diffusion, a bound": bound.value,
         "a Gaussian for each category": by_category(known, held, n, K),
         "columns by themselves": alone(known, held, n, K),
     }
     results = {
-        "environment": environment(),
-        "seconds": round(time.perf_counter() - start, 1),
-        **{name: getattr(args, name) for name in ("train_steps", "samples", "steps", "draws", "seed")},
-        "rows": [len(known), len(held), n, states.shape[1]],
-        "nats": {name: [float(v.mean()), float(v.std() / len(v) ** 0.5)] for name, v in nats.items()},
+        "rows": [len(known), len(held), n, m],
+        "nats": {name: mean_and_error(value) for name, value in nats.items()},
         "terms": {name: float(getattr(bound, name).mean()) for name in ("prior", "denoising", "reconstruction")},
         "correlations": [gap(x, known, n) for x in (drawn, held)],
         "agreement": [agreement(known, x, n) for x in (held, drawn)],
+        **ran(args.models, {"network": denoiser}, start),
     }
-    write_json(args.out / "results.json", results)
-    (args.out / "README.md").write_text(report(results))
-    draw(names, held, drawn, n, args.out / "mixed_table.png")
-    print(report(results))
+    publish(args, "mixed_table", results, report, lambda path: draw(names, held, drawn, n, path))
 
 
 def scaled(t: Tensor) -> Tensor:
@@ -153,18 +142,16 @@ def agreement(known: Tensor, x: Tensor, n: int) -> float:
 
 def report(results: dict) -> str:
     """The numbers, as Markdown."""
-    about, (known, held, n, m) = results["environment"], results["rows"]
-    lines = [[name, "{:.2f} ({:.2f})".format(*found)] for name, found in results["nats"].items()]
+    known, held, n, m = results["rows"]
+    lines = [[name, cell(found)] for name, found in results["nats"].items()]
     terms = ", ".join(f"{name} {value:.2f}" for name, value in results["terms"].items())
     (ours, theirs), (real, drawn) = results["correlations"], results["agreement"]
     return f"""# Rows of numbers and categories
 
-`{about["command"]}`: {about["device"]}, {about["threads"]} thread(s), {about["dtype"]};
-torch {about["torch"]}, scoresde {about["scoresde"]}, commit {about["commit"]}; {results["seconds"]:.0f} s (less where
-the network was trained before).
+{place(results)}
 
-{known} rows of {n} numbers and {m} categories to learn from, {held} held out. log p of a held-out row in nats, numbers
-in units of their standard deviations; in brackets the standard error over the rows.
+Columns: {n} of numbers, {m} of categories; {known} rows to learn from, {held} held out. log p of a held-out row in
+nats, numbers in units of their standard deviations; in brackets the standard error over the rows.
 
 {chr(10).join(table(["", "nats a row"], lines))}
 
@@ -179,12 +166,11 @@ logistic regression of known rows finds the category of {100 * real:.1f} % of he
 
 def draw(names: list[str], held: Tensor, drawn: Tensor, n: int, path: Path) -> None:
     """The first two numbers by the first category."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained", sharex=True, sharey=True)
-    for axis, x, title in zip(axes, (held, drawn[: 3 * len(held)]), ("held-out rows", "drawn rows"), strict=True):
-        axis.scatter(x[:, 0], x[:, 1], c=x[:, n], s=9, cmap="coolwarm")
-        axis.set(title=f"{title}, by {names[n]}", xlabel=names[0], ylabel=names[1])
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with picture(path, 9, 4.2) as figure:
+        axes = figure.subplots(1, 2, sharex=True, sharey=True)
+        for axis, x, title in zip(axes, (held, drawn[: 3 * len(held)]), ("held-out rows", "drawn rows"), strict=True):
+            axis.scatter(x[:, 0], x[:, 1], c=x[:, n], s=9, cmap="coolwarm")
+            axis.set(title=f"{title}, by {names[n]}", xlabel=names[0], ylabel=names[1])
 
 
 if __name__ == "__main__":

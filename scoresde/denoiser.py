@@ -396,8 +396,8 @@ class EDMDenoiser(NetworkDenoiser):
 def check_denoiser(denoiser: object, of: str = "") -> None:
     """Raises TypeError unless it is a denoiser, `of` something."""
     if not isinstance(denoiser, Denoiser):
-        what = f"{of}{': ' * bool(of)}expected a Denoiser, not {type(denoiser).__name__}"
-        raise TypeError(f"{what}: {getattr(denoiser, 'no_numbers', 'wrap the network, EpsDenoiser(net, sde, time=...)')}")
+        hint = getattr(denoiser, "no_numbers", "wrap the network, EpsDenoiser(net, sde, time=...)")
+        raise TypeError(f"{of}{': ' * bool(of)}expected a Denoiser, not {type(denoiser).__name__}: {hint}")
 
 
 def check_call(denoiser: Denoiser, x: Tensor, cond: Mapping[str, Any] | None, masks: bool = False) -> None:
