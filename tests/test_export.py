@@ -89,7 +89,7 @@ def test_what_float16_cannot_hold(moons_run, tmp_path, monkeypatch):
     denoiser = scoresde.load(moons_run)
     first = next(iter(denoiser.net.parameters()))
     first.fill_(1e6)
-    monkeypatch.setattr("scoresde.training.export.loaded", lambda run, average: denoiser)
+    monkeypatch.setattr("scoresde.training.export.built", lambda run, average: denoiser)
     with pytest.raises(CheckpointError, match="float16 cannot hold the weights of"):
         export(moons_run, tmp_path / "out", dtype="float16")
     assert list(tmp_path.iterdir()) == []
