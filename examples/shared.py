@@ -130,9 +130,9 @@ def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         return make()
 
 
-def size(net: NetworkDenoiser | nn.Module) -> int:
-    """How many parameters it has."""
-    module: Any = net.net if isinstance(net, NetworkDenoiser) else net
+def size(net: Any) -> int:
+    """How many parameters a network has, or a denoiser's."""
+    module = net if isinstance(net, nn.Module) else net.net
     return sum(p.numel() for p in module.parameters())
 
 
@@ -142,7 +142,7 @@ def spent(folder: Path) -> float:
         return float(list(csv.DictReader(file))[-1]["seconds"])
 
 
-def ran(folder: Path, nets: Mapping[str, NetworkDenoiser], start: float) -> dict[str, Any]:
+def ran(folder: Path, nets: Mapping[str, Any], start: float) -> dict[str, Any]:
     """How large each network is, how many seconds its run in the folder took, and those since `start`, of the clock
     `time.perf_counter`: what a page has of runs.
     """
