@@ -31,7 +31,7 @@ from scoresde.training import CategoricalConfig, TrainConfig, Trainer
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
 K = len(LETTERS)
-NET = {"image_channels": K + 1, "dims": 1, "channels": 32, "multipliers": [1, 1], "blocks": 1, "attention": []}
+NET = {"image_channels": K + 1, "dims": 1, "channels": 64, "multipliers": [1, 1], "blocks": 1, "attention": []}
 MODEL = CategoricalConfig("absorbing", {"states": K}, "unet", None, NET, time_scale=999.0)
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         models=(Path("runs/masked_text"), "folder of the networks"),
         data=(Path, "a text file, in place of Python's pages"),
         length=(32, "letters of a window"),
-        train_steps=(1500, "training steps of each network"),
+        train_steps=(2500, "training steps of each network"),
         windows=(200, "held-out windows that are measured"),
         grams=(5, "n-grams to compare with, up to this n"),
         texts=(20_000, "windows that the trigram draws to learn from"),
@@ -131,7 +131,7 @@ class Ngram:
 
 def trained(data: Tensor, folder: Path, args: argparse.Namespace) -> CategoricalDenoiser:
     """The denoiser, trained or continued in its folder, with averaged weights."""
-    config = TrainConfig(args.train_steps, 64, 3e-3, ema_decay=0.998, seed=args.seed, threads=1)
+    config = TrainConfig(args.train_steps, 64, 3e-3, ema_decay=0.99, seed=args.seed, threads=1)
     found: CategoricalDenoiser = fitted(Trainer, MODEL.build(args.seed), data, config, folder, model=MODEL).ema
     return found
 
