@@ -184,6 +184,15 @@ def test_sample_i_does_not_depend_on_the_batch(process, seeds):
     assert torch.equal(draw(all_of)[2:3], draw(all_of[2:3]))
 
 
+def test_a_bound_does_not_depend_on_the_batch():
+    denoiser = CategoricalDenoiser(net(4, 5), MASKED)
+    x, seeds = torch.randint(0, K, (3, 5), generator=generator()), sample_seeds(0, 3)
+    whole, one = elbo(denoiser, x, draws=4, seed=seeds), elbo(denoiser, x[1:2], draws=4, seed=seeds[1:2])
+    assert torch.allclose(whole.value[1:2], one.value, rtol=1e-6)  # the network's own rounding
+    assert whole.prior.abs().max() == 0  # all are masked at t_max
+    assert torch.equal(whole.value, whole.prior + whole.denoising + whole.reconstruction)
+
+
 def test_a_network_of_zeros_has_the_posterior_of_uniform_data():
     x = torch.arange(K)[:, None]
     flat = Table(x)

@@ -163,7 +163,7 @@ class CategoricalProcess(Forward):
         self.check(x0)
         if noise.shape != x0.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}: they must be equal")
-        return drawn(self.marginal(x0, t), noise)
+        return drawn(self.marginal(x0, t, _widest(x0)), noise)
 
     def prior(
         self,
@@ -177,7 +177,8 @@ class CategoricalProcess(Forward):
 
     def prior_of(self, noise: Tensor) -> Tensor:
         """The draw of x_T that standard normal numbers make."""
-        return drawn(self.prior_probs.to(noise.device).expand(*noise.shape, self.size), noise)
+        probs = self.prior_probs.to(device=noise.device, dtype=_widest(noise))
+        return drawn(probs.expand(*noise.shape, self.size), noise)
 
     def check(self, x: Tensor, masked: bool = False, name: str = "x0") -> None:
         """Raises ValueError unless x is a batch of whole states; the mask is one only if masked."""
@@ -227,7 +228,8 @@ class CategoricalProcess(Forward):
 
     def prior_divergence(self, x0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) | prior), shape of x0, float64."""
-        return kl(self.marginal(x0, self.t_max), self.prior_probs.to(x0.device))
+        dtype = _widest(x0)
+        return kl(self.marginal(x0, self.t_max, dtype), self.prior_probs.to(device=x0.device, dtype=dtype))
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and same(vars(self), vars(other))
@@ -358,6 +360,11 @@ class _Matrices(CategoricalProcess):
     def frozen_state(self) -> dict[str, Any]:
         """All but what follows from it (see `scoresde.tensors.frozen`)."""
         return {"matrices": self.matrices}
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    """float64, or float32 on a device that has none."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _column(c: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
