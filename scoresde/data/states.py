@@ -17,6 +17,7 @@ __all__ = ["StateData", "pictured", "states_of"]
 def states_of(x: Tensor, levels: int, states: int) -> Tensor:
     """Levels 0 to L - 1 as K states, int64: floor(K x / L), so that K = 2 is a threshold at half.
 
+    >>> import torch
     >>> states_of(torch.arange(17), 17, 2).tolist()
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]
     """
