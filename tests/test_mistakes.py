@@ -62,6 +62,7 @@ BARE = {
     "OCMDenoiser": lambda: variance.OCMDenoiser(NET),
     "LearnedRangeDenoiser": lambda: variance.LearnedRangeDenoiser(NET),
     "PiGDM": lambda: guidance.PiGDM(NET, torch.sin, X, 0.1),
+    "ReconstructionGuidance": lambda: guidance.ReconstructionGuidance(NET, torch.sin, X),
     "Latent": lambda: Latent(NET, None),
     "Product": lambda: guidance.Product([NET]),
     "SNDenoiser": lambda: variance.SNDenoiser(NET),

@@ -15,7 +15,7 @@ from scipy.special import dawsn
 from scoresde import VPSDE, EpsDenoiser, Grid, NonFiniteError, Posterior, X0Denoiser, sample
 from scoresde.exact import Gaussian, GaussianMixture
 from scoresde.guidance.operators import Blur, Downsample, FourierSampling, Grey, LinearOperator, Mask, Matrix
-from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM
+from scoresde.guidance.posterior_sampling import DPS, MomentMatching, PiGDM, ReconstructionGuidance
 from scoresde.guidance.projections import DDNM
 from scoresde.likelihood import log_prob
 from scoresde.solvers import DDIM, DDPM, Heun, UniPC
@@ -143,6 +143,7 @@ def test_log_prob_is_that_of_the_posterior():
 METHODS = {
     "dps": lambda denoiser, A, y: DPS(denoiser, A, y),
     "dps gaussian": lambda denoiser, A, y: DPS(denoiser, A, y, noise_std=0.5),
+    "reconstruction": lambda denoiser, A, y: ReconstructionGuidance(denoiser, A, y, noise_std=0.5),
     "pigdm": lambda denoiser, A, y: PiGDM(denoiser, A, y, 0.5),
     "jacobian": lambda denoiser, A, y: MomentMatching(denoiser, A, y, 0.5),
     "row sum": lambda denoiser, A, y: MomentMatching(denoiser, A, y, 0.5, covariance="row sum"),
@@ -170,12 +171,15 @@ def test_gradients_agree_with_finite_differences(name):
     V = {
         "dps": None,
         "dps gaussian": torch.zeros(3, 4, 4, dtype=torch.float64),
+        "reconstruction": None,
         "pigdm": float(VP.sigma(t) ** 2) * I.expand(3, 4, 4),  # of alpha^2 + sigma^2 = 1
         "jacobian": ratio * J,
         "row sum": torch.diag_embed(ratio * J.sum(1).clamp(min=0)),
         "variance": torch.diag_embed(var),
     }[name]
-    if V is None:
+    if name == "reconstruction":
+        w = e / (0.25 + float((VP.sigma(t) / VP.alpha(t)) ** 2))
+    elif V is None:
         w = 2 * guided.steps / float(VP.beta(t)) * e / e.norm(dim=1, keepdim=True)
     else:
         w = torch.linalg.solve(n + A.A @ V @ A.A.T, e)
@@ -504,7 +508,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("method", [DPS, PiGDM, MomentMatching])
+@pytest.mark.parametrize("method", [DPS, ReconstructionGuidance, PiGDM, MomentMatching])
 @pytest.mark.parametrize("case", range(len(BAD)))
 def test_bad_calls_are_refused_before_the_network_is_called(method, case):
     operator, y, options, message = BAD[case]
@@ -513,7 +517,7 @@ def test_bad_calls_are_refused_before_the_network_is_called(method, case):
         guided(torch.zeros(4, 3), 0.5)
 
 
-@pytest.mark.parametrize("method", [DPS, PiGDM, MomentMatching])
+@pytest.mark.parametrize("method", [DPS, ReconstructionGuidance, PiGDM, MomentMatching])
 def test_bad_options_are_refused(method):
     denoiser, y = Silent(VP), torch.zeros(1, 3)
     for std in (-1.0, math.nan, torch.tensor([0.1, -0.1]), torch.ones(2, 2)):
@@ -543,6 +547,30 @@ def test_bad_options_of_each_are_refused():
         MomentMatching(denoiser, lambda x: x, y, 1.0, covariance="var")
     with pytest.raises(ValueError, match=r"Posterior\.var"):
         MomentMatching(Smooth(mixture(3).denoiser(VP)), lambda x: x, y, 1.0, covariance="variance")(normal(2, 3), 0.5)
+
+
+# --- reconstruction guidance -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_reconstruction_guidance_of_a_mask_is_pigdm_of_data_without_bound(name):
+    """And, weighed for data of width s, PiGDM of that width: exact for data N(m, s^2 I)."""
+    sde, s, mask, y = SDES[name], 0.7, torch.tensor([1, 1, 0, 0]), normal(1, 4, seed=3)
+    denoiser, t = mixture(4).denoiser(sde), float(sde.time_at(-0.5))
+    x = sde.perturb(normal(3, 4, seed=4), torch.tensor(t), normal(3, 4, seed=5))
+    plain = ReconstructionGuidance(denoiser, Mask(mask), y)
+    wide = PiGDM(denoiser, Mask(mask), y, 0.0, r2=lambda t: (sde.sigma(t) / sde.alpha(t)) ** 2)
+    torch.testing.assert_close(plain(x, t).mean, wide(x, t).mean)
+
+    def weight(t):
+        return 1 + (sde.sigma(t) / (sde.alpha(t) * s)) ** 2
+
+    weighed = ReconstructionGuidance(denoiser, Mask(mask), y, weight)
+    torch.testing.assert_close(weighed(x, t).mean, PiGDM(denoiser, Mask(mask), y, 0.0, data_std=s)(x, t).mean)
+    D = denoiser(x.requires_grad_(), t).mean  # the published formula as it stands
+    (g,) = torch.autograd.grad((mask * (y - D)).square().sum(), x)
+    published = D - 3.0 * float(sde.alpha(t)) / 2 * g
+    torch.testing.assert_close(ReconstructionGuidance(denoiser, Mask(mask), y, 3.0)(x, t).mean, published)
 
 
 # --- the benchmark ---------------------------------------------------------------------------------------------------

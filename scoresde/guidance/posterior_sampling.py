@@ -1,14 +1,16 @@
 """Posterior sampling for inverse problems, y = A(x_0) + noise_std eta with eta ~ N(0, I). With D = E[x_0 | x_t],
-J = dD/dx_t and the residual e = y - A(D), three guesses of grad log p(y | x_t):
+J = dD/dx_t and the residual e = y - A(D), four guesses of grad log p(y | x_t):
 
     DPS              J^T A^T e / noise_std^2
+    reconstruction   J^T A^T e / (noise_std^2 + sigma^2 / alpha^2)
     PiGDM            J^T A^T (noise_std^2 I + r_t^2 A A^T)^-1 e
     moment matching  J^T A^T (noise_std^2 I + A V A^T)^-1 e,          V = Cov[x_0 | x_t] = (sigma^2 / alpha) J
 
 Each is the score of N(y; A D, S) in which S is taken not to depend on x_t: S = noise_std^2 I leaves out that x_0 is
-uncertain given x_t, S = noise_std^2 I + r_t^2 A A^T takes all of x_0 to be uncertain alike, and the third has the first
-two moments of p(y | x_t) right (Tweedie's second-order formula), so it is exact where the data is Gaussian. Where A is
-not linear it is replaced in S and in front of e by its derivative at D.
+uncertain given x_t, the second takes what is measured to be as uncertain as the noise of x_t alone would leave it,
+S = noise_std^2 I + r_t^2 A A^T takes all of x_0 to be uncertain alike, and the last has the first two moments of
+p(y | x_t) right (Tweedie's second-order formula), so it is exact where the data is Gaussian. Where A is not linear it
+is replaced in S and in front of e by its derivative at D.
 
 DPS is biased, however many the steps. On data N(m, v) and y = x_0 + noise of variance n, the ODE ends in a Gaussian
 with (F the Dawson function, k = v / (2 n); exact is mean m + (y - m) v / (v + n), variance v n / (v + n))
@@ -24,14 +26,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from scoresde.checks import ArgumentError, check_count, check_option, check_positive
 from scoresde.denoiser import Denoiser
-from scoresde.entries import check_entries
 from scoresde.guidance.base import Scale, known_all, ratio, scaled, shifted
 from scoresde.guidance.gradients import (
     Forward,
@@ -43,96 +44,36 @@ from scoresde.guidance.gradients import (
     usable,
     usable_gradients,
 )
-from scoresde.guidance.operators import LinearOperator, Operator
-from scoresde.guidance.operators.checks import check_adjoint, check_finite, match_measurement
-from scoresde.guidance.particles import Twist, Twisted
+from scoresde.guidance.measured import Measured
+from scoresde.guidance.operators import LinearOperator
+from scoresde.guidance.particles import Twist
 from scoresde.schedules import VPSDE
 from scoresde.tensors import Time, dot, expand_like, known_any, precise
 
-__all__ = ["DPS", "MomentMatching", "PiGDM"]
+__all__ = ["DPS", "MomentMatching", "PiGDM", "ReconstructionGuidance"]
 
 
 _LEAST_R2 = 1e-20
 """r_t^2 where there is no noise: its inverse, the size of the gradient, is a number in single precision too."""
 
 
-class _Measured(Twisted):
-    """What the three share: the measurement, and its likelihood."""
+class _Plain(Measured):
+    """g = -grad |e|^2 / (2 S), of a number S."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        operator: Forward,
-        y: Tensor,
-        noise_std: Tensor | float | None,
-        scale: Scale,
-    ) -> None:
-        super().__init__(denoiser, scale)
-        if not callable(operator):
-            raise TypeError(f"operator is {type(operator).__name__}: expected an Operator, or a function of x")
-        if noise_std is not None:
-            std = precise(noise_std)
-            if std.ndim > 1 or known_any(~(std.isfinite() & (std >= 0))):
-                raise ArgumentError(f"noise_std={noise_std}: expected finite numbers >= 0, one or one per sample")
-        self.operator, self.y, self.noise_std = operator, y, noise_std
-        self._tested = set[tuple[int, ...]]()
+    def plain(self, x: Tensor, t: Time, cond: Mapping[str, Any], precision: Tensor | None) -> Twist:
+        """The twist for 1 / S of shape () or (B,); None for 2."""
+        y, t = self.measurement(x), usable(t)
+        half = None if precision is None else usable((precision / 2).to(x))
 
-    def __repr__(self) -> str:
-        operator = repr(self.operator) if isinstance(self.operator, LinearOperator) else _name(self.operator)
-        std = f"tensor of {self.noise_std.numel()}" if isinstance(self.noise_std, Tensor) else self.noise_std
-        return f"{type(self).__name__}({self.denoiser!r}, {operator}, noise_std={std})"
+        def log_density(D: Tensor) -> Tensor:
+            e = y - self.operator(D)
+            squares = dot(e, e)
+            return -squares if half is None else -squares * half
 
-    def _variance(self, batch: int) -> Tensor:
-        """noise_std^2, float64, of shape () or (B,)."""
-        if self.noise_std is None:
-            raise ArgumentError(
-                f"{type(self).__name__} without noise_std= has no log p(y | x): give the noise of the measurement"
-            )
-        std = precise(self.noise_std)
-        check_entries("noise_std", std, batch)
-        return std**2
-
-    def _measurement(self, x: Tensor) -> Tensor:
-        """y for events of the shape of x, checked before the network is called: (1, *measurement) or (B, ...)."""
-        first = tuple(x.shape[1:]) not in self._tested
-        if first and isinstance(self.operator, LinearOperator):
-            check_adjoint(self.operator, x.shape[1:])
-        y = match_measurement(self.operator, self.y, x)  # type: ignore[arg-type]
-        if isinstance(self.operator, Operator):
-            y = self.operator.observed(y)
-        if first:  # and not again: it is a look at the device
-            check_finite(y)
-            self._tested.add(tuple(x.shape[1:]))
-        return cast(Tensor, usable(y))
-
-    def _known(self, y: Tensor) -> Tensor | int:
-        """Numbers in a measurement that say something."""
-        return self.operator.informative(y) if isinstance(self.operator, Operator) else y[0].numel()
-
-    def log_likelihood(self, x0: Tensor) -> Tensor:
-        y, n = self._measurement(x0), self._variance(len(x0)).to(x0.device)
-        e = (y - self.operator(x0)).double()
-        squares = dot(e, e)
-        return -squares / (2 * n) - self._known(y) / 2 * (2 * math.pi * n).log()
-
-    def check_groups(self, x: Tensor, particles: int) -> None:
-        n, y = self._variance(len(x)), self._measurement(x)
-        if known_any(n == 0):
-            raise ValueError("noise_std is 0, so p(y | x) is no density to weigh particles by: give a number > 0")
-        values = [("y", y), ("noise_std", n)]
-        if isinstance(self.operator, Operator) and self.operator.samples is not None:
-            values.append(("mask", self.operator(x[:1].expand_as(x))))
-        for name, value in values:
-            if value.ndim and len(value) == len(x) > 1:
-                group = value.reshape(-1, particles, *value.shape[1:])
-                if known_any(group != group[:, :1]):
-                    raise ValueError(
-                        f"{name} differs within a group of {particles} particles: give the measurement of each group "
-                        f"as often, {name}.repeat_interleave({particles}, dim=0)"
-                    )
+        return Twist(*gradient_of_mean(self.denoiser, log_density, x, t, cond))
 
 
-class DPS(_Measured):
+class DPS(_Plain):
     """Diffusion posterior sampling (Chung et al., 2023, "Diffusion posterior sampling for general noisy inverse
     problems"), for any operator that can be differentiated: with e = y - A(D(x_t)),
 
@@ -179,19 +120,12 @@ class DPS(_Measured):
         self.steps = steps
 
     def twist(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Twist:
-        y, t = self._measurement(x), usable(t)
-        half_precision = None if self.noise_std is None else usable(1 / (2 * self._variance(len(x)).to(x)))
-
-        def log_density(D: Tensor) -> Tensor:
-            e = y - self.operator(D)
-            squares = dot(e, e)
-            return -squares if half_precision is None else -squares * half_precision
-
-        N, D, log_prob, g = gradient_of_mean(self.denoiser, log_density, x, t, cond)
-        if half_precision is None:
-            norm = (-log_prob).sqrt()
-            g = scaled(g, torch.where(norm > 0, self._rate(t).to(norm) / norm, 0.0))
-        return Twist(N, D, log_prob, g)
+        if self.noise_std is not None:
+            return self.plain(x, t, cond, 1 / self.variance(len(x)))
+        found = self.plain(x, t, cond, None)
+        norm = (-found.log_prob).sqrt()
+        g = scaled(found.gradient, torch.where(norm > 0, self._rate(t).to(norm) / norm, 0.0))
+        return found._replace(gradient=g)
 
     def _rate(self, t: Time) -> Tensor:
         """N / beta at the time of the VP SDE that has the half log-SNR of t, shape () or (B,); at its end if there is
@@ -202,7 +136,54 @@ class DPS(_Measured):
         return self.steps / vp.beta(vp.time_at(level))
 
 
-class _Matched(_Measured):
+class ReconstructionGuidance(_Plain):
+    """Reconstruction guidance (Ho et al., 2022, "Video diffusion models", section 3.1), for any operator that can be
+    differentiated: with e = y - A(D(x_t)),
+
+        D' = D - (w alpha / 2) grad |e|^2        that is        g = -grad |e|^2 / (2 sigma^2 / alpha^2)
+
+    with N(y; A D, (sigma^2 / alpha^2) I) for p(y | x_t): what x_t itself says of A x_0, and nothing that is known of
+    the data. A measurement's own noise, which the paper has not, adds its variance there.
+
+    For a mask it is `PiGDM` of data without bound (data_std -> infinity), where it is exact; of data N(m, s^2 I) it is
+    too weak, by (alpha^2 s^2 + sigma^2) / (alpha^2 s^2), most where the noise is large: so the paper takes w > 1. It
+    also puts the known part of the state at its own noise level, which is the solver's part here:
+
+        sample(ReconstructionGuidance(denoiser, mask, y, scale=2.0), shape, Replacement(DDPM(), mask, y), steps=100)
+
+    Args:
+        denoiser, operator, y: as for `DPS`.
+        scale: w, w_r in the paper.
+        noise_std: standard deviation of the measurement's noise, one number or (B,).
+
+    Raises:
+        TypeError, ValueError: as `DPS`; if noise_std is None.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        operator: Forward,
+        y: Tensor,
+        scale: Scale = 1.0,
+        *,
+        noise_std: Tensor | float = 0.0,
+    ) -> None:
+        super().__init__(denoiser, operator, y, _given(noise_std, type(self).__name__), scale)
+
+    def twist(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Twist:
+        alpha2, sigma2, n = self.sde.alpha(precise(t)) ** 2, self.sde.sigma(precise(t)) ** 2, self.variance(len(x))
+        S = sigma2 + alpha2 * (n.to(alpha2.device) if alpha2.ndim else n)  # alpha^2 of it: finite where alpha is 0
+        return self.plain(x, t, cond, alpha2 / S.clamp(min=_LEAST_R2))
+
+
+def _given(noise_std: Tensor | float | None, method: str) -> Tensor | float:
+    if noise_std is None:
+        raise ArgumentError(f"noise_std=None: {method} needs the noise of the measurement, 0 if it has none")
+    return noise_std
+
+
+class _Matched(Measured):
     """g = J^T A^T S^-1 e, S = noise_std^2 I + A V A^T, by conjugate gradients."""
 
     def __init__(
@@ -214,11 +195,7 @@ class _Matched(_Measured):
         scale: Scale,
         iterations: int,
     ) -> None:
-        super().__init__(denoiser, operator, y, noise_std, scale)
-        if noise_std is None:
-            raise ArgumentError(
-                f"noise_std=None: {type(self).__name__} needs the noise of the measurement, 0 if it has none"
-            )
+        super().__init__(denoiser, operator, y, _given(noise_std, type(self).__name__), scale)
         check_count(iterations=iterations)
         self.iterations = iterations
 
@@ -230,7 +207,7 @@ class _Matched(_Measured):
 
     @usable_gradients()
     def twist(self, x: Tensor, t: Time, cond: Mapping[str, Any]) -> Twist:
-        y, n, t = self._measurement(x), usable(self._variance(len(x))), usable(t)
+        y, n, t = self.measurement(x), usable(self.variance(len(x))), usable(t)
         found = differentiated(self.denoiser, x, t, cond, self.wants_variance)
         value, forward, adjoint = derivative(self.operator, found.mean)
         by_mean, squares = self._solved(y - value, n, self._covariance(found, x, t), forward, adjoint, t)
@@ -412,7 +389,3 @@ def _conjugate_gradients(product: Product, b: Tensor, iterations: int, least: Te
             + expand_like(torch.where(on, rr, 0.0) / torch.where(on, before, 1.0), p) * p
         )
     return torch.where(expand_like(finite.to(u.dtype), u) == 1, u, math.nan)
-
-
-def _name(function: object) -> str:
-    return getattr(function, "__name__", type(function).__name__)
