@@ -79,6 +79,7 @@ BARE = {
     "elbo": lambda: elbo(NET, X),
     "encode": lambda: encode(NET, X),
     "estimate": lambda: variance.estimate(NET, X),
+    "extend": lambda: editing.extend(NET, X[:, None], 3, lambda *a: a, window=2, overlap=1),
     "hybrid_loss": lambda: losses.hybrid_loss(NET, None, X),
     "interpolation": lambda: editing.interpolation(NET, X, X),
     "interpolation_grid": lambda: editing.interpolation_grid(NET, X),

@@ -49,6 +49,18 @@ UNETS: dict[str, dict[str, Any]] = {
     "one axis, dilated": {**SMALL, "dims": 1, "resample": "dilate"},
     "one axis, filtered": {**BLOCK, **FIR, "dims": 1},
     "three axes, blocks": {**BLOCK, "dims": 3},
+    "clips": {**SMALL, "dims": 3, "time_attention": (0, 1), "heads": 2},
+    "clips, all conditions": {
+        **BLOCK,
+        "dims": 3,
+        "time_attention": (1,),
+        "num_classes": 4,
+        "vector": 2,
+        "image_condition": 1,
+        "image_blocks": 1,
+        "context": 3,
+    },
+    "series of lines": {**SMALL, "dims": 2, "time_attention": ()},
     "three axes, filtered, all conditions": {
         **BLOCK,
         **FIR,

@@ -20,6 +20,9 @@ Both are the same where G is a convolution, too.
 A context, tokens of any number, meets x by cross-attention after every self-attention, as in latent diffusion (Rombach
 et al., 2022), and its mean is part of the embedding (`scoresde.nn.context`).
 
+Clips (B, C, F, H, W) may be taken as volumes, or with time apart from space, as video diffusion does (Ho et al., 2022;
+`scoresde.nn.frames`): frames are images, and only attention over time, at the levels of `time_attention`, sees several.
+
 What NCSN's network (Song and Ermon, 2019) is told and how it sees far are options too: norm="instance", conditional
 instance norm, and resample="dilate", dilated convolutions (patch=2 for the one time that it halves).
 """
@@ -53,6 +56,7 @@ from scoresde.nn.blocks import (
 )
 from scoresde.nn.context import CrossAttention, Tokens
 from scoresde.nn.embedding import TimeEmbedding
+from scoresde.nn.frames import TimeAttention, apart, together
 
 __all__ = ["UNet"]
 
@@ -83,22 +87,28 @@ PRESETS: dict[int, dict[str, Any]] = {
 
 
 class _Stage(nn.Module):
-    """A residual block, then attention where there is one, and where there is a context attention to that."""
+    """A residual block, then attention where there is one, where there is a context attention to that, and attention
+    over time."""
 
     def __init__(
-        self, block: ResidualBlock, attention: Attention | None, cross: CrossAttention | None, norm: GroupNorm | None
+        self,
+        block: ResidualBlock,
+        attention: Attention | None,
+        cross: CrossAttention | None,
+        norm: GroupNorm | None,
+        time: TimeAttention | None,
     ) -> None:
         super().__init__()
         self.block = block
         self.attention: nn.Module = nn.Identity() if attention is None else attention
-        self.norm, self.cross = norm, cross
+        self.norm, self.cross, self.time = norm, cross, time
 
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tokens | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tokens | None, clips: int) -> Tensor:
         h: Tensor = self.attention(self.block(x, embedding))
         if self.norm is not None and self.cross is not None and tokens is not None:
             found = self.cross(self.norm(h).flatten(2).transpose(1, 2), tokens)
             h = h + found.transpose(1, 2).reshape(h.shape)
-        return h
+        return h if self.time is None else self.time(h, clips)
 
 
 class UNet(nn.Module):
@@ -155,6 +165,9 @@ class UNet(nn.Module):
         time_features: number of the sinusoidal or Fourier features of the label, by default `embedding`.
         embedding: width of the embedding of time, class and vector, by default 4 channels.
         null_class: False for a network that was trained with a class always: a call without one is an error.
+        time_attention: None, or the first axis of the data is time, apart from the others: levels with attention over
+            time, () for none, and then the frames are images that know nothing of each other. `patch` is of space
+            alone, and a clip of one frame is an image (`scoresde.training.joint_loss` trains on both).
 
     Raises:
         ValueError: if an option is not one of those, there is no level, an attention level does not exist, or heads do
@@ -190,6 +203,7 @@ class UNet(nn.Module):
         time_features: int | None = None,
         embedding: int | None = None,
         null_class: bool = True,
+        time_attention: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         outputs = image_channels if out_channels is None else out_channels
@@ -212,14 +226,17 @@ class UNet(nn.Module):
                 f"image_blocks={image_blocks}, image_condition={image_condition}: expected blocks >= 0 of an encoder, "
                 "and channels of the image that it encodes"
             )
-        widths = [channels * m for m in multipliers]
-        if not widths or any(level not in range(len(widths)) for level in attention):
+        widths, over_time = [channels * m for m in multipliers], () if time_attention is None else time_attention
+        if not widths or any(level not in range(len(widths)) for level in (*attention, *over_time)):
             raise ValueError(
-                f"attention at levels {tuple(attention)} of a U-Net with {len(widths)} levels: expected one level or "
-                "more, of which 0 is the finest"
+                f"attention at levels {(*attention, *over_time)} of a U-Net with {len(widths)} levels: expected one "
+                "level or more, of which 0 is the finest"
             )
+        if time_attention is not None and dims < 2:
+            raise ValueError(f"time_attention={tuple(over_time)} with dims={dims}: expected time and an axis of space")
         divisor, told = (heads, "heads") if head_channels is None else (head_channels, "head_channels")
-        if wrong := [w for level, w in enumerate(widths) if w % divisor and (level in attention or w == widths[-1])]:
+        seeing = {*attention, *over_time}
+        if wrong := [w for level, w in enumerate(widths) if w % divisor and (level in seeing or w == widths[-1])]:
             raise ValueError(f"{told}={divisor} does not divide the {wrong[0]} features of a level with attention")
         if groups is not None and (wrong := [w for w in (channels, *widths) if w % groups]):
             raise ValueError(f"groups={groups} does not divide the {wrong[0]} features of a level")
@@ -234,6 +251,8 @@ class UNet(nn.Module):
             null_class=null_class,
         )
         self.dims, self.image_condition, self.patch, self.blocks = dims, image_condition, patch, blocks
+        self.frames_apart = time_attention is not None
+        dims -= self.frames_apart  # of what the layers see
         self.encoder: Encoder | None = None
         if image_blocks is not None:
             self.encoder = Encoder(image_condition * patch**dims, channels, image_blocks, dims=dims)
@@ -243,22 +262,20 @@ class UNet(nn.Module):
         options: dict[str, Any] = {"dims": dims, "skip_scale": skip_scale, "groups": groups}
         residual: dict[str, Any] = {**options, "norm": norm, "additive": additive}
 
-        def apart(level: int) -> int:
+        def spacing(level: int) -> int:
             return 2**level if resample == "dilate" else 1
 
-        def stage(inputs: int, outputs: int, level: int, attend: bool) -> _Stage:
+        def stage(inputs: int, outputs: int, level: int, attend: bool, timed: bool) -> _Stage:
             number = heads if head_channels is None else outputs // head_channels
-            block = ResidualBlock(inputs, outputs, embedding, dropout, **residual, dilation=apart(level))
-            if not attend:
-                return _Stage(block, None, None, None)
-            own = Attention(outputs, number, **options)
-            if context is None:
-                return _Stage(block, own, None, None)
-            return _Stage(block, own, CrossAttention(outputs, context, number), group_norm(outputs, groups))
+            block = ResidualBlock(inputs, outputs, embedding, dropout, **residual, dilation=spacing(level))
+            own = Attention(outputs, number, **options) if attend else None
+            told = None if own is None or context is None else CrossAttention(outputs, context, number)
+            norm = None if told is None else group_norm(outputs, groups)
+            return _Stage(block, own, told, norm, TimeAttention(outputs, number, **options) if timed else None)
 
         def between(width: int, level: int, way: Literal["down", "up"]) -> nn.Module:
             if resample == "dilate":
-                return conv(dims, width, width, 3, dilation=apart(level))
+                return conv(dims, width, width, 3, dilation=spacing(level))
             if resample == "block":
                 return ResidualBlock(width, width, embedding, dropout, **residual, resample=way, fir=fir)
             if way == "up":
@@ -272,17 +289,18 @@ class UNet(nn.Module):
         skips, width = [channels], channels
         for level, w in enumerate(widths):
             for _ in range(blocks):
-                self.down.append(stage(width, w, level, level in attention))
+                self.down.append(stage(width, w, level, level in attention, level in over_time))
                 width = w
                 skips.append(width)
             if level < len(widths) - 1:
                 self.shrink.append(between(width, level, "down"))
                 skips.append(width)
         bottom = len(widths) - 1
-        self.middle = nn.ModuleList([stage(width, width, bottom, True), stage(width, width, bottom, False)])
+        first, last = stage(width, width, bottom, True, bottom in over_time), stage(width, width, bottom, False, False)
+        self.middle = nn.ModuleList([first, last])
         for level, w in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.up.append(stage(width + skips.pop(), w, level, level in attention))
+                self.up.append(stage(width + skips.pop(), w, level, level in attention, level in over_time))
                 width = w
             if level > 0:
                 self.grow.append(between(width, level - 1, "up"))
@@ -314,7 +332,9 @@ class UNet(nn.Module):
 
     def readout(self, h: Tensor) -> Tensor:
         """The last feature map, `features`, to the shape of x."""
-        return shuffle(self.outward(F.silu(self.norm(h))), self.patch)
+        clips = len(h)
+        found = shuffle(self.outward(F.silu(self.norm(apart(h) if self.frames_apart else h))), self.patch)
+        return together(found, clips) if self.frames_apart else found
 
     def features(
         self,
@@ -327,28 +347,38 @@ class UNet(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """The last feature map, (B, outward.in_channels, H / patch, W / patch): what a further head can read."""
+        """The last feature map, (B, outward.in_channels, H / patch, W / patch): what a further head can read. Of clips
+        (B, outward.in_channels, F, ...).
+        """
+        clips = len(x)
         if self.encoder is None:
-            h = self.inward(unshuffle(concatenate(x, image, self.dims, self.image_condition), self.patch))
+            h = self.inward(self._patches(concatenate(x, image, self.dims, self.image_condition)))
         else:
             image = image_of(x, image, self.dims, self.image_condition)
             assert image is not None
-            h = self.inward(unshuffle(x, self.patch)) + self.encoder(unshuffle(image, self.patch))
+            h = self.inward(self._patches(x)) + self.encoder(self._patches(image))
         tokens = self.time.tokens(time, context, context_mask)
         embedding = self.time(time, label, vector, tokens)
+        if self.frames_apart:
+            embedding = embedding.repeat_interleave(x.shape[2], 0)
+            tokens = None if tokens is None else Tokens(*(part.repeat_interleave(x.shape[2], 0) for part in tokens))
         skips = [h]
         for i, stage in enumerate(self.down):
-            h = stage(h, embedding, tokens)
+            h = stage(h, embedding, tokens, clips)
             skips.append(h)
             if (i + 1) % self.blocks == 0 and (i + 1) // self.blocks <= len(self.shrink):
                 shrink = self.shrink[i // self.blocks]
                 h = shrink(h, embedding) if isinstance(shrink, ResidualBlock) else shrink(h)
                 skips.append(h)
         for stage in self.middle:
-            h = stage(h, embedding, tokens)
+            h = stage(h, embedding, tokens, clips)
         for i, stage in enumerate(self.up):
-            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, tokens)
+            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, tokens, clips)
             if (i + 1) % (self.blocks + 1) == 0 and skips:
                 grow, size = self.grow[i // (self.blocks + 1)], skips[-1].shape[2:]
                 h = grow(h, embedding, size) if isinstance(grow, ResidualBlock) else grow(self.enlarge(h, size))
-        return h
+        return together(h, clips) if self.frames_apart else h
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """What the layers see of x: its frames one by one, where they are apart, patches as channels."""
+        return unshuffle(apart(x) if self.frames_apart else x, self.patch)

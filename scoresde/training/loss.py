@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.checks import ArgumentError, check_nonnegative
+from scoresde.checks import ArgumentError, check_count, check_nonnegative
 from scoresde.counter import normal
 from scoresde.data.conditions import nothing
 from scoresde.denoiser import Denoiser, check_denoiser
-from scoresde.entries import check_cond
+from scoresde.entries import check_cond, entries_of
 from scoresde.masked import Masked, own_of
 from scoresde.masks import MASK, Own, is_mask, mask_name
 from scoresde.sde import SDE
@@ -30,7 +30,17 @@ from scoresde.tensors import as_time, check_batch, drawn_from, expand_like, know
 from scoresde.training.weights import OnX0, TimeSampler, UniformTimes, Weighting, simple
 from scoresde.views import check_time, combine, first_where
 
-__all__ = ["Draws", "NoisyBatch", "Part", "dsm_loss", "error_of", "masked_loss", "noisy_batch", "refuse_unmasked"]
+__all__ = [
+    "Draws",
+    "NoisyBatch",
+    "Part",
+    "dsm_loss",
+    "error_of",
+    "joint_loss",
+    "masked_loss",
+    "noisy_batch",
+    "refuse_unmasked",
+]
 __all__ += ["two_term_loss"]
 
 
@@ -183,6 +193,46 @@ def masked_loss(loss: Callable[..., Tensor] = dsm_loss, name: str = "mask", **op
         return loss(Masked(denoiser, name), x0, generator=draws, cond=cond, **options)
 
     train.__name__ = f"masked {loss.__name__}"
+    return train
+
+
+def joint_loss(frames: int, loss: Callable[..., Tensor] = dsm_loss, **options: Any) -> Callable[..., Tensor]:
+    """A loss on clips and single frames jointly (Ho et al., 2022, "Video diffusion models", section 4.2), for
+    `Trainer(denoiser, data, config, loss=joint_loss(8))`: an item (C, F + K, ...) is a clip of F = `frames` frames with
+    K other frames appended, each an image by itself, of another clip or of none; every frame counts once,
+
+        (F L(clip) + K L(images)) / (F + K)
+
+    The appended frames are clips of length 1, (B K, C, 1, ...), in a call of their own, each with its own time and
+    noise, and not frames behind the clip whose attention over time is masked: nothing has to be kept from the other
+    frames, so nothing can leak, and no network needs to be told. It is the same arithmetic in two calls.
+
+    Args:
+        frames: F.
+        loss: `dsm_loss`, or `two_term_loss` with its options.
+        options: of the loss: weighting=, times=, ...
+
+    Raises:
+        ValueError: by the call, if items have no more frames than that, or the network is told an image. Of all else
+            that it is told of an item, it is told the same of each of its K images.
+    """
+    check_count(frames=frames)
+
+    def train(denoiser: Denoiser, x0: Tensor, draws: Draws, cond: Mapping[str, Any]) -> Tensor:
+        if x0.ndim < 4 or x0.shape[2] <= frames or "image" in cond:
+            raise ArgumentError(
+                f"joint_loss({frames}) of items of shape {tuple(x0.shape[1:])}, told {sorted(cond)}: expected (C, "
+                f"{frames} + K, ...), K >= 1 frames appended to a clip, and no image"
+            )
+        B, K = len(x0), x0.shape[2] - frames
+        part = Part.of(draws, B, x0.device)
+        images = x0[:, :, frames:].transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        each = replace(part, start=K * part.start, size=K * part.size)
+        told = entries_of(cond, torch.arange(B, device="cpu").repeat_interleave(K), B)
+        of_clips = loss(denoiser, x0[:, :, :frames], generator=part, cond=cond, **options)
+        return (frames * of_clips + K * loss(denoiser, images, generator=each, cond=told, **options)) / (frames + K)
+
+    train.__name__ = f"joint {loss.__name__} of {frames} frames"
     return train
 
 

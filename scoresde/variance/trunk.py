@@ -47,6 +47,7 @@ class TrunkWithHead(nn.Module):
 
     Raises:
         TypeError: if net has not what is needed.
+        ValueError: if it has frames apart (`time_attention`), and patches.
     """
 
     def __init__(self, net: UNet, channels: int | None = None, *, block: bool = False, freeze: bool = True) -> None:
@@ -59,6 +60,8 @@ class TrunkWithHead(nn.Module):
             )
         self.net, self.frozen = net, freeze
         width, self.patch, dims = net.outward.in_channels, getattr(net, "patch", 1), getattr(net, "dims", 2)
+        if self.patch > 1 and getattr(net, "frames_apart", False):
+            raise ValueError(f"a U-Net of clips with patch={self.patch}: a head on its features needs patch=1")
         self.block = ResidualBlock(width, width, net.time.outward.out_features, 0.0, dims=dims) if block else None
         self.norm = group_norm(width)
         outputs = net.outward.out_channels if channels is None else channels * self.patch**dims
