@@ -38,6 +38,7 @@ test-series: $(READY)  ## forecasts and anomalies, in a setting of a minute each
 	$(BIN)/python examples/forecasting.py --out build/forecasting --train-steps 40 --origins 6 --paths 30 --nfe 5
 	$(BIN)/python examples/anomalies.py --out build/anomalies --train-steps 40 --draws 2 --nfe 8
 	$(BIN)/python -m pytest tests/test_forecasting.py tests/test_examples_series.py
+	$(BIN)/python examples/video.py --out build/video --models build/video --clips 500 --train-steps 60 --reader-steps 60 --samples 16 --steps 4
 
 test-interop: $(READY)  ## the laws of scoresde.interop beside diffusers itself; installs it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[interop]"
