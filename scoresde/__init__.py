@@ -27,7 +27,7 @@ from scoresde.schedules import *
 from scoresde.sde import *
 from scoresde.tableau import State, Tableau
 from scoresde.training import load
-from scoresde.wrappers import Clip, DynamicThreshold, Latent
+from scoresde.wrappers import Clip, DynamicThreshold, Latent, Tempered
 
 __version__ = version("scoresde")
 
@@ -44,6 +44,7 @@ __all__ = [
     "Stage",
     "State",
     "Tableau",
+    "Tempered",
     "__version__",
     "batch_of",
     "bits_per_dim",

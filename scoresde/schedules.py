@@ -79,8 +79,8 @@ class SubVPSDE(_LinearBeta):
     def sigma(self, t: Time) -> Tensor:
         return -torch.expm1(-self.integrated_beta(t))
 
-    def prior_std_at(self, t: float) -> float:
-        return SDE.prior_std_at(self, t)  # below 1, unlike VP's
+    def width_at(self, t: float) -> float:
+        return SDE.width_at(self, t)  # below 1, unlike VP's
 
     def half_log_snr(self, t: Time) -> Tensor:
         B = self.integrated_beta(t)
@@ -184,8 +184,8 @@ class _VarianceExploding(SDE):
     def t_limit(self) -> float:
         return math.inf
 
-    def prior_std_at(self, t: float) -> float:
-        return float(self.sigma(t)) if self.data_std is None else super().prior_std_at(t)
+    def width_at(self, t: float) -> float:
+        return float(self.sigma(t)) if self.data_std is None else super().width_at(t)
 
     def alpha(self, t: Time) -> Tensor:
         return torch.ones_like(as_time(t))

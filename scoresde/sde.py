@@ -111,12 +111,15 @@ class SDE(Forward):
     Attributes:
         t_min, t_max, customary_grid, nodes: see `Forward`.
         prior_std: standard deviation of the prior N(0, prior_std^2 I) that sampling starts from.
+        prior_width: factor of it, by `tempered`, else 1. It is no part of the process: two that differ in it are equal,
+            and take each other's grids and tables.
         data_std: s, the standard deviation of the data, where it is told: by a subclass, or by `for_data`. Else None.
         customary_prediction: what a network for it is usually trained to predict, a word of `ModelConfig(predicts=)`.
     """
 
     customary_prediction: ClassVar[str] = "v"
     data_std: float | None = None
+    prior_width: float = 1.0
 
     @abstractmethod
     def alpha(self, t: Time) -> Tensor:
@@ -170,10 +173,15 @@ class SDE(Forward):
                 setattr(cls, name, _of_times(vars(cls)[name]))
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and same(vars(self), vars(other))
+        return type(self) is type(other) and same(self._own, other._own)
 
     def __hash__(self) -> int:
-        return hash((type(self), *(v for v in vars(self).values() if isinstance(v, Number | str))))
+        return hash((type(self), *(v for v in self._own.values() if isinstance(v, Number | str))))
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """What the process is, without the width of a prior."""
+        return {name: value for name, value in vars(self).items() if name != "prior_width"}
 
     def __repr__(self) -> str:
         told = vars(self).get("data_std")
@@ -181,7 +189,7 @@ class SDE(Forward):
 
     def _call(self) -> str:
         """The repr without what `for_data` told."""
-        options = (f"{k}={v!r}" for k, v in vars(self).items() if k != "data_std")
+        options = (f"{k}={v!r}" for k, v in self._own.items() if k != "data_std")
         return f"{type(self).__name__}({', '.join(options)})"
 
     def for_data(self, std: float) -> Self:
@@ -199,6 +207,24 @@ class SDE(Forward):
         object.__setattr__(told, "data_std", float(std))  # some are frozen
         return told
 
+    def tempered(self, temperature: float) -> Self:
+        """The same process, from the prior N(0, prior_std^2 / temperature I) (Popov et al., 2021, "Grad-TTS", section
+        4): its width is `prior_width` = 1 / sqrt(temperature) times what it was. See `scoresde.Tempered`.
+
+        Raises:
+            ValueError: unless temperature is a finite number > 0, or if a subclass of one's own overrides
+                `prior_std_at`, which then knows nothing of it: let it override `width_at`.
+        """
+        check_positive(temperature=temperature)
+        if type(self).prior_std_at is not SDE.prior_std_at:
+            raise ArgumentError(
+                f"temperature={temperature}: {type(self).__name__} overrides prior_std_at, whose number a temperature "
+                "divides; override width_at instead"
+            )
+        told = copy.copy(self)
+        object.__setattr__(told, "prior_width", self.prior_width / math.sqrt(temperature))
+        return told
+
     @property
     def data_scale(self) -> float:
         """c, the scale of x_0 that grids, views and tolerances reckon with, so that x_0 / c is of order one: data_std
@@ -214,9 +240,13 @@ class SDE(Forward):
         """r = sqrt(alpha^2 c^2 + sigma^2): the width of x_t for data of width c = `data_scale` about zero."""
         return torch.hypot(*self.scales(t))
 
-    def prior_std_at(self, t: float) -> float:
-        """Width of the prior for a run that starts at t instead of t_max: `radius`, that of x_t."""
+    def width_at(self, t: float) -> float:
+        """Width of the prior for a run that starts at t, at temperature 1: `radius`, that of x_t."""
         return float(self.radius(t))
+
+    def prior_std_at(self, t: float) -> float:
+        """Width of the prior for a run that starts at t instead of t_max: `prior_width` times `width_at`."""
+        return self.prior_width * self.width_at(t)
 
     @property
     def prior_std(self) -> float:
@@ -315,7 +345,7 @@ class VariancePreserving(SDE):
         minus_log_snr = -2 * as_time(half_log_snr)
         return self.time_at_integrated_beta(torch.logaddexp(minus_log_snr, torch.zeros_like(minus_log_snr)))
 
-    def prior_std_at(self, t: float) -> float:
+    def width_at(self, t: float) -> float:
         return math.sqrt(1 + (self.data_scale**2 - 1) * float(self.alpha(t)) ** 2)
 
     def drift(self, t: Time) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "Latent",
     "Limit",
     "SameMean",
+    "Tempered",
     "Wrapper",
     "below_limit",
     "lacks_variance",
@@ -131,6 +132,51 @@ class Latent(SameMean):
 
     def __repr__(self) -> str:
         return f"Latent({self.denoiser!r}, {self._codec!r})"
+
+
+class Tempered(SameMean):
+    """A denoiser whose runs start from another width of the prior, N(0, prior_std^2 / temperature I) (Popov et al.,
+    2021, "Grad-TTS", section 4). With a `Latent` of `scoresde.codecs.Shift`, in either order, that is x_T ~ N(mu(c),
+    I / temperature): above 1 samples are nearer to mu and differ less, below 1 they differ more.
+
+    `sample`, `log_prob`, `elbo` and whatever else draws from the prior are those of this one; x_T that is given is not
+    touched. The samples have another law than the data: that where the same solver takes a narrower or wider x_T.
+    `scoresde.editing.rescale` counts a temperature of latents the other way, as a power of the density: its tau is
+    1 / temperature here.
+
+    Args:
+        denoiser: the model. If it is tempered itself, temperatures multiply.
+        temperature: > 0, one number for all.
+
+    Raises:
+        ValueError: unless temperature is a finite number > 0.
+
+    >>> import torch
+    >>> from scoresde import VPSDE, sample
+    >>> from scoresde.codecs import Shift
+    >>> from scoresde.exact import Gaussian
+    >>> from scoresde.solvers import DPMSolverPP
+    >>> from scoresde import X0Denoiser
+    >>> unit = X0Denoiser(lambda x, t, mu: VPSDE().alpha(t)[:, None] * x, VPSDE())  # the flow of N(0, 1) stands still
+    >>> model = Tempered(Latent(unit, Shift(lambda mu: mu)), temperature=4.0)
+    >>> x = sample(model, (4000, 1), DPMSolverPP(), steps=20, seed=0, cond={"mu": torch.full((4000, 1), 7.0)}).x
+    >>> f"{x.mean():.1f} {x.std():.1f}"
+    '7.0 0.5'
+    """
+
+    masks = True
+
+    def __init__(self, denoiser: Denoiser, temperature: float) -> None:
+        super().__init__(denoiser)
+        self.temperature = temperature
+        self.sde = denoiser.sde.tempered(temperature)
+
+    def frozen_state(self) -> dict[str, Any]:
+        """What the rows of a table are made of (`scoresde.tensors.frozen`): the prior has no part in them."""
+        return {"denoiser": self.denoiser}
+
+    def __repr__(self) -> str:
+        return f"Tempered({self.denoiser!r}, temperature={self.temperature!r})"
 
 
 def without_codec(denoiser: Denoiser) -> Denoiser:

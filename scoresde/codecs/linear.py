@@ -154,7 +154,11 @@ class Shift(Codec):
 
     Args:
         mean: a tensor that broadcasts to an item, or a function mean(**cond) of the call's condition that returns one
-            for each sample, shape (B, ...) or (1, ...) of x.
+            for each sample, shape (B, ...) or (1, ...) of x. With `scoresde.Tempered` it is the mean of a prior too.
+
+    Raises:
+        ValueError: by the first call, if what a function returns has not as many axes as x: a mean (B,) or (D,) of x
+            (B, D) would be taken for the other where B = D.
 
     >>> codec = Shift(lambda low, **_: low.repeat_interleave(2, dim=1))
     >>> codec.decode(torch.zeros(1, 4), low=torch.tensor([[1.0, 2.0]]))
@@ -174,7 +178,14 @@ class Shift(Codec):
         return precise(torch.zeros(len(x), device=x.device))
 
     def _mean(self, x: Tensor, cond: dict[str, Any]) -> Tensor:
-        mean = self.mean(**cond) if callable(self.mean) and not isinstance(self.mean, Tensor) else self.mean
+        if isinstance(self.mean, Tensor) or not callable(self.mean):
+            return torch.as_tensor(self.mean, device=x.device)
+        mean = self.mean(**cond)
+        if isinstance(mean, Tensor) and mean.ndim != x.ndim:
+            raise ValueError(
+                f"the mean that Shift's function returns has shape {tuple(mean.shape)}, x {tuple(x.shape)}: expected "
+                "as many axes, (B, ...) of a sample each or (1, ...) of all"
+            )
         return torch.as_tensor(mean, device=x.device)
 
     def __repr__(self) -> str:

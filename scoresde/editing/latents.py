@@ -219,7 +219,8 @@ def rescale(latent: Tensor, temperature: float | Tensor) -> Tensor:
     The prior at temperature tau, p^(1 / tau) normalised, is N(0, tau prior_std^2 I), of which sqrt(tau) x_T is a draw
     if x_T is one of the prior: the norm of the code is rescaled (Song et al., 2021, on latent representations). Below 1
     decoded samples are more typical and less diverse, at 0 there is one, that of x_T = 0. It is not the data's own
-    density at that temperature: the flow changes volumes.
+    density at that temperature: the flow changes volumes. (`scoresde.Tempered`, the prior of a model, counts the other
+    way, as speech synthesis does: its temperature is 1 / tau.)
 
     Args:
         latent: shape (B, ...).

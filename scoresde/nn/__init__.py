@@ -4,9 +4,10 @@ and volumes, a transformer for sets of any number of points; one whose condition
 transformer (`TextEncoder`) say; one of a step in time, told the state before it (`Stepwise`); and net(x, time) to
 logits, a classifier of what is noisy. Beside them autoencoders, whose latent a diffusion may be of, and the
 discriminator of patches that some are trained against. `OneHot` and `Columns` make of these networks ones of whole
-states.
+states; `monotonic_durations` aligns tokens with frames.
 """
 
+from scoresde.nn.alignment import aligned, monotonic_durations
 from scoresde.nn.autoencoder import Autoencoder, Codebook, KLAutoencoder, Reconstruction, VQAutoencoder
 from scoresde.nn.classifier import NoisyClassifier
 from scoresde.nn.context import padded
@@ -30,3 +31,4 @@ __all__ += ["Columns", "OneHot"]
 __all__ += ["KLAutoencoder", "MagnitudeUNet", "NoisyClassifier", "PatchDiscriminator", "PretrainedText"]
 __all__ += ["PretrainedTokens", "Reconstruction", "Recurrent", "SetTransformer", "SongUNet", "Stepwise", "TextEncoder"]
 __all__ += ["TimeEmbedding", "Tokenizer", "UNet", "VQAutoencoder", "WordTokens", "padded", "tokenizer_of"]
+__all__ += ["aligned", "monotonic_durations"]
